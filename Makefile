@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all a fresh machine needs: Python and these two words.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PROMPT ?= rocket on a blue background
+
+.PHONY: demo app test lint bench clean
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[app,dev]"
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/dit-accel compare "$(PROMPT)" -o out/demo
+
+app: $(BIN)/.installed
+	$(BIN)/python app.py
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(BIN)/.installed
+	$(BIN)/dit-accel bench
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info

@@ -1,0 +1,46 @@
+"""dit_accel makes diffusers' video and image transformers fast with one line.
+
+    import dit_accel
+    handle = dit_accel.accelerate(pipe, "topk")
+
+Nothing heavy is imported here: names resolve on first use.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AccelConfig": "config",
+    "Dense": "methods.dense",
+    "Schedule": "schedule",
+    "TopK": "methods.topk",
+    "accelerate": "api",
+    "accelerated": "api",
+    "attention": "api",
+    "methods": "api",
+    "restore": "api",
+}
+
+__all__ = [
+    "AccelConfig",
+    "Dense",
+    "Schedule",
+    "TopK",
+    "__version__",
+    "accelerate",
+    "accelerated",
+    "attention",
+    "methods",
+    "restore",
+]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f"dit_accel.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

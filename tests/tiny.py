@@ -28,9 +28,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-WORDS = (
-    "a rocket cat dog fish star moon sun ghost on the of red blue green yellow background".split()
-)
+WORDS = ["a", "rocket", "cat", "dog", "fish", "star", "on", "red", "blue", "green", "background"]
 TEXT_DIM = 32
 
 
@@ -76,7 +74,7 @@ def tiny_wan(
     transformer_2: bool = False,
     boundary_ratio: float | None = None,
 ) -> WanPipeline:
-    """A WanPipeline whose 64x64, 9-frame clip is 3 x 4 x 4 = 48 tokens of layers x heads x head_dim.
+    """A WanPipeline whose 64x64, 9-frame clip is 3 x 4 x 4 = 48 tokens.
 
     Height and width are multiples of 16, frames 4k + 1. transformer_2 with boundary_ratio gives
     Wan 2.2's pair; kind=WanImageToVideoPipeline with in_channels=36 its image-to-video form.
@@ -174,7 +172,7 @@ def tiny_flux(double: int = 1, single: int = 1, head_dim: int = 64, seed: int = 
 
 
 def saved_tiny_wan(folder: Path, generation: dict | None = None, **options: int) -> Path:
-    """tiny_wan(**options) written to `folder` as diffusers writes it, with generation.json if given."""
+    """tiny_wan(**options) written to `folder` as diffusers does, with generation.json if given."""
     tiny_wan(**options).save_pretrained(folder)
     if generation is not None:
         Path(folder, "generation.json").write_text(json.dumps(generation))

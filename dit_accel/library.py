@@ -1,0 +1,109 @@
+"""The operators as torch.library sees them: tensors and numbers in, tensors out.
+
+dit_accel.ops checks the arguments and calls these; torch.compile keeps each as one node. A kv_len
+is two arguments here, `length` (a tensor [B]) or `limit` (an int), at most one of them given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel import dispatch
+from dit_accel.table import BlockTable, block_count, table_width
+
+
+@torch.library.custom_op("dit_accel::block_table", mutates_args=())
+def block_table(
+    q: Tensor,
+    k: Tensor,
+    keep: float,
+    block_q: int,
+    block_k: int,
+    forced: Tensor | None,
+    length: Tensor | None,
+    limit: int | None,
+    max_forced: int | None,
+) -> tuple[Tensor, Tensor]:
+    chosen = dispatch.select("block_table", q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    table = chosen.fn(q, k, keep, block_q, block_k, forced, kv_len, max_forced)
+    return table.indices, table.counts
+
+
+@block_table.register_fake
+def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced):
+    rows = (*q.shape[:2], block_count(q.shape[2], block_q))
+    blocks = block_count(k.shape[2] if limit is None else limit, block_k)
+    width = table_width(keep, blocks, 0 if forced is None else max_forced)
+    return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention", mutates_args=())
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor]:
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    chosen = dispatch.select("block_sparse_attention", q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    return chosen.fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
+
+
+@block_sparse_attention.register_fake
+def _(q, k, v, indices, counts, block_q, block_k, scale, length, limit):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    chosen = dispatch.select("block_sparse_attention.backward", q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    return chosen.fn(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
+
+
+@block_sparse_attention_backward.register_fake
+def _(grad_out, grad_lse, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep_for_backward(ctx, inputs, output):
+    q, k, v, indices, counts, block_q, block_k, scale, length, limit = inputs
+    ctx.save_for_backward(q, k, v, *output, indices, counts, length)
+    ctx.numbers = (block_q, block_k, scale)
+    ctx.limit = limit
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, indices, counts, length = ctx.saved_tensors
+    grads = block_sparse_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, indices, counts, *ctx.numbers, length, ctx.limit
+    )
+    return *grads, *[None] * 7
+
+
+block_sparse_attention.register_autograd(_backward, setup_context=_keep_for_backward)

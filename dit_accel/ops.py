@@ -1,0 +1,157 @@
+"""The public operators: differentiable, and whole under torch.compile.
+
+q is [B, H, N_q, D], k and v are [B, H, N_k, D], any strides (a transposed [B, N, H, D] is read
+without a copy by the CUDA kernels), float32, float16 or bfloat16, sums in float32. Which file of
+dit_accel/kernels serves a call is decided by dit_accel.dispatch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel import library
+from dit_accel.table import BlockTable, block_count
+
+__all__ = ["block_sparse_attention", "block_table"]
+
+
+def block_table(
+    q: Tensor,
+    k: Tensor,
+    keep: float,
+    block_q: int = 64,
+    block_k: int = 64,
+    forced: Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    max_forced: int | None = None,
+) -> BlockTable:
+    """The forced key blocks of each query block, and the K best of the others.
+
+    score = mean(q in block) · mean(k in block) over the true number of tokens, in float32;
+    K = max(1, ceil(keep · M)) of the M key blocks that hold a valid key. Not differentiated.
+
+    Args:
+        q, k: [B, H, N_q, D] and [B, H, N_k, D].
+        keep: share of the key blocks, in (0, 1].
+        block_q, block_k: tokens in a block.
+        forced: bool, broadcastable to [B, H, Mq, Mk]: blocks kept in addition to the K best.
+        kv_len: number of valid keys, int or int tensor [B]; the keys after it are never read and
+            blocks without a valid key never chosen.
+        max_forced: an upper bound of the forced blocks in one row: it bounds the table's width
+            (None: counted if `forced` is in host memory, else all Mk).
+
+    Raises ValueError for arguments outside these ranges.
+    """
+    if isinstance(keep, bool) or not 0 < keep <= 1:
+        raise ValueError(f"keep is a share of the key blocks in (0, 1], not {keep}")
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"a block holds at least one token, not {min(block_q, block_k)}")
+    _check_qkv(q, k, k)
+    m_q, m_k = block_count(q.shape[2], block_q), block_count(k.shape[2], block_k)
+    if forced is not None:
+        forced, max_forced = _check_forced(forced, max_forced, (*q.shape[:2], m_q, m_k), q.device)
+    length, limit = _split_kv_len(kv_len, k)
+    indices, counts = library.block_table(
+        q, k, float(keep), block_q, block_k, forced, length, limit, max_forced
+    )
+    return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    return_lse: bool = False,
+    kv_len: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of each query block to the key blocks that `table` gives it.
+
+    out_i = Σ_{j∈S} e^{s_ij − LSE_i} v_j,  LSE_i = ln Σ_{j∈S} e^{s_ij},  s_ij = scale · q_i·k_j
+
+    Args:
+        q, k, v: [B, H, N_q, D], [B, H, N_k, D], [B, H, N_k, D].
+        table: the block table of these lengths.
+        scale: None is 1/√D.
+        return_lse: also return LSE.
+        kv_len: number of valid keys, int or int tensor [B]; the keys after it are never used.
+
+    Returns [B, H, N_q, D] in q.dtype, and LSE [B, H, N_q] float32. A row with no valid key gives
+    zeros and −inf. Raises ValueError for shapes that do not fit together.
+    """
+    _check_qkv(q, k, v)
+    _check_table(q, k, table)
+    length, limit = _split_kv_len(kv_len, k)
+    sizes = (table.block_q, table.block_k)
+    out, lse = library.block_sparse_attention(
+        q, k, v, table.indices, table.counts, *sizes, _scale(scale, q), length, limit
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q is [B, H, N_q, D], k and v are [B, H, N_k, D], not "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or 0 in (q.shape[2], k.shape[2]):
+        raise ValueError(
+            "q and k share B, H and D and hold at least one token, unlike "
+            f"{tuple(q.shape)} and {tuple(k.shape)}; repeat grouped heads first"
+        )
+    if not q.is_floating_point() or len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise ValueError(
+            f"q, k and v share one floating dtype, unlike {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+
+
+def _check_table(q: Tensor, k: Tensor, table: BlockTable) -> None:
+    if not isinstance(table, BlockTable):
+        raise TypeError(f"table is a BlockTable, not {type(table).__name__}; see ops.block_table")
+    given, wanted = (table.n_q, table.n_k), (q.shape[2], k.shape[2])
+    if given != wanted or table.counts.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"the table serves (N_q, N_k) = {given} and (B, H) = {tuple(table.counts.shape[:2])}, "
+            f"but q and k have {wanted} and {tuple(q.shape[:2])}; build it from these tensors"
+        )
+
+
+def _check_forced(
+    forced: Tensor, max_forced: int | None, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, int]:
+    if forced.dtype != torch.bool:
+        raise ValueError(f"forced is a bool tensor, not {forced.dtype}")
+    try:
+        torch.broadcast_to(forced, shape)
+    except RuntimeError:
+        raise ValueError(
+            f"forced broadcasts to [B, H, Mq, Mk] = {list(shape)}, unlike {list(forced.shape)}"
+        ) from None
+    if max_forced is None:
+        known = forced.device.type == "cpu" and not torch.compiler.is_compiling()
+        per_row = forced.expand(*forced.shape[:-1], shape[-1]).sum(-1) if known else None
+        max_forced = int(per_row.max()) if known else shape[-1]
+    return forced.to(device), max_forced
+
+
+def _split_kv_len(kv_len: int | Tensor | None, k: Tensor) -> tuple[Tensor | None, int | None]:
+    """kv_len as the two op arguments: a tensor [B] or an int, the other one None."""
+    if isinstance(kv_len, Tensor):
+        if kv_len.is_floating_point() or kv_len.shape != k.shape[:1]:
+            raise ValueError(
+                f"a kv_len tensor is [B] = [{k.shape[0]}] of integers, not {list(kv_len.shape)} "
+                f"of {kv_len.dtype}"
+            )
+        return kv_len.to(k.device), None
+    if kv_len is None or kv_len == k.shape[2]:
+        return None, None
+    if not 1 <= kv_len < k.shape[2]:
+        raise ValueError(f"kv_len lies between 1 and N_k = {k.shape[2]}, not {kv_len}")
+    return None, kv_len
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

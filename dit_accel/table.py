@@ -1,0 +1,117 @@
+"""The block table: which key blocks each query block reads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def block_count(n: int, block: int) -> int:
+    """Blocks that cover n tokens; the last one may be short."""
+    return (n + block - 1) // block
+
+
+def kept_blocks(keep: float, blocks: int) -> int:
+    """max(1, ceil(keep · blocks)): the blocks that a share `keep` of them stands for."""
+    # 0.2 * 35 is 7.000000000000001 in floating point, and means 7 blocks.
+    return max(1, math.ceil(keep * blocks - 1e-6))
+
+
+def table_width(keep: float, blocks: int, max_forced: int | None) -> int:
+    """Columns of the table of the best blocks and at most max_forced forced ones (None: any)."""
+    extra = blocks if max_forced is None else max_forced
+    return min(blocks, kept_blocks(keep, blocks) + extra)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Key blocks read by each query block.
+
+    Args:
+        indices: [B, H, Mq, K] int32, key blocks in ascending order. A row's first `counts` entries
+            are valid; the rest are padding that is safe to load (inside [0, Mk)).
+        counts: [B, H, Mq] int32, valid entries of each row; 0 is allowed.
+        block_q, block_k: tokens in a query and in a key block; the last block may be short.
+        n_q, n_k: tokens, so Mq = ceil(n_q / block_q) and Mk = ceil(n_k / block_k).
+
+    Raises ValueError for shapes that do not fit together, TypeError for another dtype.
+    """
+
+    indices: Tensor
+    counts: Tensor
+    block_q: int
+    block_k: int
+    n_q: int
+    n_k: int
+
+    def __post_init__(self) -> None:
+        if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
+            raise TypeError(
+                f"indices and counts are int32, not {self.indices.dtype} and {self.counts.dtype}; "
+                "convert them with .int()"
+            )
+        if min(self.block_q, self.block_k, self.n_q, self.n_k) < 1:
+            raise ValueError(
+                f"block sizes and lengths are positive, not {self.block_q}, {self.block_k}, "
+                f"{self.n_q}, {self.n_k}"
+            )
+        if self.indices.dim() != 4 or self.indices.shape[:3] != self.counts.shape:
+            raise ValueError(
+                "indices are [B, H, Mq, K] and counts [B, H, Mq], not "
+                f"{tuple(self.indices.shape)} and {tuple(self.counts.shape)}"
+            )
+        if self.counts.shape[2] != self.query_blocks:
+            raise ValueError(
+                f"{self.n_q} queries in blocks of {self.block_q} need {self.query_blocks} rows, "
+                f"but the table has {self.counts.shape[2]}"
+            )
+
+    @property
+    def query_blocks(self) -> int:
+        """Mq."""
+        return block_count(self.n_q, self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        """Mk."""
+        return block_count(self.n_k, self.block_k)
+
+    def valid(self) -> Tensor:
+        """[B, H, Mq, K] bool: the entries of `indices` that count."""
+        columns = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        return columns < self.counts[..., None]
+
+    def density(self) -> Tensor:
+        """Kept share of the query-key block pairs: a 0-d float32 tensor on the table's device."""
+        return self.counts.float().mean() / self.key_blocks
+
+    def to_mask(self) -> Tensor:
+        """[B, H, Mq, Mk] bool, True where the pair of blocks is kept."""
+        mask = self.indices.new_zeros(*self.counts.shape, self.key_blocks + 1, dtype=torch.bool)
+        kept = self.indices.long().masked_fill(~self.valid(), self.key_blocks)
+        return mask.scatter(-1, kept, True)[..., :-1]
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, block_q: int, block_k: int, n_q: int, n_k: int, width: int | None = None
+    ) -> BlockTable:
+        """The table of a [B, H, Mq, Mk] bool mask.
+
+        width: columns, at least the largest count (None: just that, which waits for the device).
+        """
+        if (
+            mask.dtype != torch.bool
+            or mask.dim() != 4
+            or mask.shape[3] != block_count(n_k, block_k)
+        ):
+            raise ValueError(
+                f"the mask is [B, H, Mq, {block_count(n_k, block_k)}] bool for {n_k} keys in blocks "
+                f"of {block_k}, not {tuple(mask.shape)} {mask.dtype}"
+            )
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = max(1, int(counts.max())) if width is None else width
+        order = torch.sort(mask, dim=-1, descending=True, stable=True).indices
+        return cls(order[..., :width].int().contiguous(), counts, block_q, block_k, n_q, n_k)

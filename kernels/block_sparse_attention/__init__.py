@@ -1,0 +1,1 @@
+"""Block-sparse attention: softmax attention to the key blocks of a table."""

@@ -1,0 +1,1 @@
+"""Block table: the key blocks whose means score highest against each query block's mean."""

@@ -1,0 +1,43 @@
+"""The block table, naively and in fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
+
+
+def block_table(
+    q: Tensor,
+    k: Tensor,
+    keep: float,
+    block_q: int = 64,
+    block_k: int = 64,
+    forced: Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    max_forced: int | None = None,
+) -> BlockTable:
+    """The forced blocks of each row, and the best K of the others; see ops.block_table."""
+    (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
+    m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
+    most = block_count(kv_len, block_k) if isinstance(kv_len, int) else m_k
+    width = table_width(keep, most, 0 if forced is None else max_forced)
+    lengths = torch.as_tensor(n_k if kv_len is None else kv_len).expand(batch).tolist()
+    if forced is None:
+        forced = torch.zeros(m_k, dtype=torch.bool)
+    forced = forced.cpu().expand(batch, heads, m_q, m_k)
+    mask = torch.zeros(batch, heads, m_q, m_k, dtype=torch.bool)
+    device, q, k = q.device, q.float().cpu(), k.float().cpu()
+    for b, h in ((b, h) for b in range(batch) for h in range(heads)):
+        if lengths[b] == 0:
+            continue
+        blocks = k[b, h, : lengths[b]].split(block_k)
+        means = torch.stack([block.mean(0) for block in blocks])
+        for n, block in enumerate(q[b, h].split(block_q)):
+            row = forced[b, h, n, : len(blocks)].clone()
+            scores = (means @ block.mean(0)).masked_fill(row, -torch.inf)
+            others = min(kept_blocks(keep, len(blocks)), int((~row).sum()))
+            row[scores.topk(others).indices] = True
+            mask[b, h, n, : len(blocks)] = row
+    return BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k, width)

@@ -1,0 +1,255 @@
+"""One generation: check what was asked, call the stock pipeline, time its three phases."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from dit_accel.loading import Defaults
+
+ProgressFn = Callable[[str, int, int | None], None]
+_ARGUMENTS = {
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+    "image": "image",
+}
+MAX_SIDE, MAX_FRAMES, MAX_STEPS = 8192, 1025, 1000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of a pipeline; None takes the model's default.
+
+    Sizes in pixels. Raises ValueError for a value that no pipeline could take; `arguments` checks
+    the rest against one pipeline.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance: float | None = None
+    image: Any = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty: say what to show")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is a number from 0 to 2^63 - 1, not {self.seed}")
+        for name, low, high in (
+            ("steps", 1, MAX_STEPS),
+            ("height", 16, MAX_SIDE),
+            ("width", 16, MAX_SIDE),
+            ("frames", 1, MAX_FRAMES),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} lies from {low} to {high}, not {value}")
+        if self.guidance is not None and not 0 <= self.guidance <= 100:
+            raise ValueError(f"guidance lies from 0 to 100, not {self.guidance}")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: text encoding, denoising loop, decoding, all of it; and each denoising step.
+
+    `steps` is empty for a pipeline without step callbacks.
+    """
+
+    encode: float
+    denoise: float
+    decode: float
+    total: float
+    steps: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """frames uint8 [T, H, W, 3] (T = 1 for a picture); latents as they left the last step."""
+
+    frames: np.ndarray
+    latents: torch.Tensor | None
+    times: Times
+
+
+def generate(
+    pipe: Any,
+    defaults: Defaults,
+    request: Request,
+    progress: ProgressFn = lambda phase, done, total: None,
+) -> Result:
+    """Run a diffusers pipeline as it is (accelerated or not) and say where the time went.
+
+    `progress` is called with ("encode" | "denoise" | "decode", done, total). Raises ValueError
+    before anything runs when the request does not suit the pipeline, RuntimeError when the
+    result is not finite.
+    """
+    kwargs = arguments(pipe, defaults, request)
+    watch = _Watch(pipe, kwargs, progress)
+    progress("encode", 0, None)
+    with watch.listening():
+        output = pipe(**kwargs, **watch.callback(), output_type="np")
+    times = watch.finish()
+    pixels = output.frames if hasattr(output, "frames") else output.images
+    pixels = np.asarray(pixels[0], dtype=np.float32)
+    if not np.isfinite(pixels).all():
+        raise RuntimeError("the pipeline gave pixels that are not numbers: try --dtype fp32")
+    frames = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return Result(frames if frames.ndim == 4 else frames[None], watch.latents, times)
+
+
+def warm_up(pipe: Any, defaults: Defaults, request: Request) -> None:
+    """One denoising step, thrown away: the first call of a process pays for set-up."""
+    pipe(**{**arguments(pipe, defaults, request), "num_inference_steps": 1}, output_type="latent")
+
+
+def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call; ValueError for what it cannot take."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    kind = type(pipe).__name__
+    asked = {}
+    for field_name, argument in _ARGUMENTS.items():
+        value = getattr(request, field_name)
+        if value is None:
+            continue
+        if argument not in known:
+            raise ValueError(f"{kind} takes no {field_name.replace('_', ' ')}: leave it out")
+        asked[argument] = value
+    if "image" not in asked and "image" in known and known["image"].default is known["image"].empty:
+        raise ValueError(f"{kind} starts from a picture: give one with --image")
+    _check_sizes(pipe, asked)
+    values = {n: v for n, v in vars(defaults).items() if v is not None and n in known}
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return {**values, **asked, "prompt": request.prompt, "generator": generator}
+
+
+def _check_sizes(pipe: Any, asked: dict[str, Any]) -> None:
+    side, frames = granularity(pipe)
+    for name in ("height", "width"):
+        if asked.get(name, 0) % side:
+            near = max(side, round(asked[name] / side) * side)
+            raise ValueError(
+                f"{name} is a multiple of {side} for this model, not {asked[name]}: try {near}"
+            )
+    if (asked.get("num_frames", 1) - 1) % frames:
+        near = round((asked["num_frames"] - 1) / frames) * frames + 1
+        raise ValueError(
+            f"frames is a multiple of {frames} plus one for this model, "
+            f"not {asked['num_frames']}: try {near}"
+        )
+
+
+def granularity(pipe: Any) -> tuple[int, int]:
+    """(n, t): sides are multiples of n pixels and frames are t·k + 1 for this pipeline."""
+    names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+    scale = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 8)
+    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    patch = getattr(transformer.config, "patch_size", 1)
+    patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
+    processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)
+    packed = processor.config.vae_scale_factor if processor is not None else 1
+    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    frames = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 1)
+    return max(scale * patch, packed), frames
+
+
+def unknown_words(pipe: Any, prompt: str) -> list[str]:
+    """Words of the prompt that a word-level tokenizer does not know; empty for other tokenizers."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None or getattr(tokenizer, "unk_token_id", None) is None:
+        return []
+    words = prompt.split()
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    return [w for w, i in zip(words, ids, strict=True) if tokenizer.unk_token_id in i]
+
+
+class _Watch:
+    """Timestamps of one call: first transformer forward, end of each step, end of the call."""
+
+    def __init__(self, pipe: Any, kwargs: dict[str, Any], progress: ProgressFn) -> None:
+        self.pipe, self.progress = pipe, progress
+        self.total_steps: int | None = kwargs.get("num_inference_steps")
+        self.latents: torch.Tensor | None = None
+        self.first: float | None = None
+        self.last = 0.0
+        self.ends: list[float] = []
+        self.decoded = 0
+        self.begin = self._now()
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def callback(self) -> dict[str, Any]:
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        return {"callback_on_step_end": self._step_end} if "callback_on_step_end" in known else {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name in ("transformer", "transformer_2"):
+                module = getattr(self.pipe, name, None)
+                if module is not None:
+                    stack.callback(module.register_forward_pre_hook(self._before).remove)
+                    stack.callback(module.register_forward_hook(self._after).remove)
+            decoder = getattr(getattr(self.pipe, "vae", None), "decoder", None)
+            if decoder is not None:
+                stack.callback(decoder.register_forward_hook(self._piece_decoded).remove)
+            yield
+
+    def _before(self, module: torch.nn.Module, inputs: Any) -> None:
+        if self.first is None:
+            self.first = self._now()
+            self.progress("denoise", 0, self.total_steps)
+
+    def _after(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if not self.ends:
+            self.last = self._now()
+
+    def _step_end(self, pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        self.last = self._now()
+        self.ends.append(self.last)
+        self.latents = values.get("latents")
+        self.total_steps = getattr(pipe, "num_timesteps", self.total_steps)
+        self.progress("denoise", step + 1, self.total_steps)
+        if step + 1 == self.total_steps:
+            self.progress("decode", 0, self._pieces())
+        return {}
+
+    def _pieces(self) -> int | None:
+        """Latent frames, which Wan's autoencoder decodes one by one; None when not a video."""
+        return (
+            self.latents.shape[2] if self.latents is not None and self.latents.ndim == 5 else None
+        )
+
+    def _piece_decoded(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self.decoded += 1
+        pieces = self._pieces()
+        self.progress("decode", self.decoded, max(pieces, self.decoded) if pieces else None)
+
+    def finish(self) -> Times:
+        end = self._now()
+        first = self.first if self.first is not None else end
+        marks = [first, *self.ends]
+        return Times(
+            encode=first - self.begin,
+            denoise=self.last - first,
+            decode=end - self.last,
+            total=end - self.begin,
+            steps=[b - a for a, b in zip(marks, marks[1:], strict=False)],
+        )

@@ -18,7 +18,7 @@ _HOME = {
     "accelerate": "api",
     "accelerated": "api",
     "attention": "api",
-    "methods": "api",
+    "register_adapter": "api",
     "restore": "api",
 }
 
@@ -32,11 +32,14 @@ __all__ = [
     "accelerated",
     "attention",
     "methods",
+    "register_adapter",
     "restore",
 ]
 
 
 def __getattr__(name: str):
+    if name == "methods":  # the package of that name is callable
+        return import_module("dit_accel.methods")
     if name in _HOME:
         return getattr(import_module(f"dit_accel.{_HOME[name]}"), name)
     raise AttributeError(f"module 'dit_accel' has no attribute {name!r}")

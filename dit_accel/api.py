@@ -1,0 +1,186 @@
+"""The public verbs: accelerate, restore, accelerated, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel import patch, report
+from dit_accel.clock import Clock
+from dit_accel.config import AccelConfig, resolve
+from dit_accel.engine import Engine, LayerBook
+from dit_accel.methods import Call, Method
+from dit_accel.pipelines import registry
+from dit_accel.pipelines.base import Adapter
+from dit_accel.schedule import Plan, Schedule
+
+DEFAULT = "topk"
+_SLOTS = ("transformer", "transformer_2")
+
+
+class Handle:
+    """What `accelerate` returns: the way to the report and back to the pipeline as it was."""
+
+    def __init__(self, engine: Engine, patches: list[patch.Patch]) -> None:
+        self.config = engine.config
+        self._engine = engine
+        self._patches = patches
+
+    @property
+    def active(self) -> bool:
+        """False once restored or replaced by a later `accelerate`."""
+        return any(_holder(entry.transformer) is self for entry in self._patches)
+
+    def report(self) -> report.Report:
+        """What ran since `accelerate`: print it, or take `.to_dict()`."""
+        return report.build(self._engine, type(self._patches[0].transformer).__name__)
+
+    def restore(self) -> None:
+        """Give the pipeline back exactly as it was. Doing it twice does nothing."""
+        for entry in reversed(self._patches):
+            entry.remove()
+            if _holder(entry.transformer) is self:
+                del entry.transformer.__dict__["_dit_accel"]
+
+    def _install(self) -> None:
+        try:
+            for entry in self._patches:
+                entry.install()
+                entry.transformer.__dict__["_dit_accel"] = self
+        except BaseException:
+            self.restore()
+            raise
+
+
+def accelerate(
+    pipe: Any,
+    method: str | Path | Method | AccelConfig = DEFAULT,
+    *,
+    schedule: Schedule | None = None,
+    order: str | None = None,
+    min_tokens: int | None = None,
+    strict: bool | None = None,
+) -> Handle:
+    """Make `pipe`'s transformer attend sparsely from its next call on.
+
+    Args:
+        pipe: a diffusers pipeline with a `transformer` (and perhaps a `transformer_2`).
+        method: name ("topk"), preset ("topk:fast"), preset file (.json), method object or config.
+        schedule, order, min_tokens, strict: replace the configuration's, see AccelConfig.
+
+    An accelerated pipeline is re-configured. Raises TypeError for an object that is no such
+    pipeline, ValueError for a bad option or an unknown model; the pipeline is then as before.
+    """
+    config = resolve(method, schedule=schedule, order=order, min_tokens=min_tokens, strict=strict)
+    transformers = _transformers(pipe)
+    engine, patches = _prepare(pipe, config, transformers)
+    handle = Handle(engine, patches)
+    before = {id(h): h for t in transformers if (h := _holder(t))}.values()
+    for old in before:
+        old.restore()
+    try:
+        handle._install()
+    except BaseException:
+        for old in before:
+            old._install()
+        raise
+    return handle
+
+
+def _prepare(
+    pipe: Any, config: AccelConfig, transformers: list[nn.Module]
+) -> tuple[Engine, list[patch.Patch]]:
+    """Everything that can be refused is refused here, before the pipeline is touched."""
+    adapters = [registry.find(t) for t in transformers]
+    found = [_attentions(a, t) for a, t in zip(adapters, transformers, strict=True)]
+    plan = Plan(config.schedule, config.method.keep, len(found[0]))
+    engine = Engine(config, plan, Clock(pipe))
+    patches = []
+    for transformer, adapter, modules in zip(transformers, adapters, found, strict=True):
+        first = len(engine.layers)
+        engine.layers += [LayerBook(name, number) for number, name in enumerate(modules)]
+        patches.append(patch.Patch(transformer, adapter, engine, list(modules.values()), first))
+    return engine, patches
+
+
+def restore(pipe: Any) -> None:
+    """Undo `accelerate`: the pipeline is bit for bit what it was. Harmless on a stock pipeline."""
+    for transformer in _transformers(pipe):
+        handle = _holder(transformer)
+        if handle is not None:
+            handle.restore()
+
+
+@contextmanager
+def accelerated(
+    pipe: Any, method: str | Path | Method | AccelConfig = DEFAULT, **options: Any
+) -> Iterator[Handle]:
+    """`accelerate` for the length of a with block; takes the same arguments."""
+    handle = accelerate(pipe, method, **options)
+    try:
+        yield handle
+    finally:
+        handle.restore()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    method: str | Method = DEFAULT,
+    grid: tuple[int, int, int] | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """A method's attention in anyone's model.
+
+    q [B, H, Nq, D], k and v [B, H, Nk, D] → [B, H, Nq, D].
+
+    Raises ValueError for a method whose state spans denoising steps: those need `accelerate`.
+    """
+    method = resolve(method).method
+    if method.stateful:
+        raise ValueError(
+            f"{method.name} carries state from step to step: use accelerate(pipe, {method.name!r})"
+        )
+    return method(q, k, v, Call(keep=method.keep, scale=scale, grid=grid))
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Teach `accelerate` a transformer class outside of the built-in table; see docs/models.md."""
+    registry.register_adapter(adapter)
+
+
+def _holder(transformer: nn.Module) -> Handle | None:
+    """The handle that accelerates this transformer now."""
+    return transformer.__dict__.get("_dit_accel")
+
+
+def _transformers(pipe: Any) -> list[nn.Module]:
+    found = [getattr(pipe, slot, None) for slot in _SLOTS]
+    found = [t for t in found if isinstance(t, nn.Module)]
+    if not found:
+        kind = "a UNet" if hasattr(pipe, "unet") else "no transformer"
+        raise TypeError(
+            f"accelerate takes a diffusers pipeline with a diffusion transformer; "
+            f"{type(pipe).__name__} has {kind}"
+        )
+    return found
+
+
+def _attentions(adapter: Adapter, transformer: nn.Module) -> dict[str, nn.Module]:
+    """The modules to patch; ValueError when there is none or one cannot be patched."""
+    found = adapter.attentions(transformer)
+    if not found:
+        raise ValueError(
+            f"{type(transformer).__name__} has no module named like {', '.join(adapter.attention)}"
+        )
+    for name, module in found.items():
+        why = patch.obstacle(module)
+        if why:
+            raise ValueError(f"{name} cannot be accelerated: {why}")
+    return found

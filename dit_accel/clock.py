@@ -1,0 +1,72 @@
+"""Where a generation stands: step, guidance pass, token grid, and when a new one starts.
+
+Read once per transformer forward, never per layer. One clock serves all transformers of a pipeline
+(Wan 2.2 has two experts over one run of steps).
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from typing import Any
+
+from dit_accel.pipelines.base import Geometry
+
+
+class Clock:
+    """Follows the pipeline's scheduler and cache context; `tick` moves it at each forward."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self.generation = 0
+        self.step = -1
+        self.steps: int | None = None
+        self.passname = ""
+        self.geometry: Geometry | None = None
+        self._context: tuple[str, dict[str, Any]] | None = None
+        self._seen: list[str] = []
+        self._timesteps: Any = None
+
+    @contextmanager
+    def context(self, name: str, fields: dict[str, Any]):
+        """Remember the pipeline's cache context while one pass runs."""
+        self._context = (name, fields)
+        try:
+            yield
+        finally:
+            self._context = None
+
+    def tick(self, geometry: Geometry) -> bool:
+        """Move to the forward that starts now; True when it opens a new generation or shape."""
+        step, self.steps = self._read()
+        name = self._context[0] if self._context else None
+        timesteps = getattr(self._scheduler(), "timesteps", None)
+        grid = self.geometry.grid if self.geometry else None
+        fresh = timesteps is not self._timesteps or step < self.step
+        fresh = fresh or geometry.grid != grid or (step == 0 and name in self._seen)
+        if fresh:
+            self.generation += 1
+        if fresh or step != self.step:
+            self._seen = []
+        self.passname = name or f"pass{len(self._seen)}"
+        self._seen.append(self.passname)
+        self.step, self.geometry, self._timesteps = step, geometry, timesteps
+        return fresh
+
+    def _scheduler(self) -> Any:
+        """The scheduler the pipeline has now: users exchange it between generations."""
+        return getattr(self._pipe(), "scheduler", None)
+
+    def _read(self) -> tuple[int, int | None]:
+        """(step, number of steps) from the cache context, else from the scheduler."""
+        fields = self._context[1] if self._context else {}
+        scheduler = self._scheduler()
+        begin = getattr(scheduler, "begin_index", None) or 0
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not None:  # image and video to video run the last part of the timesteps
+            begin = max(begin, len(timesteps) - getattr(self._pipe(), "_num_timesteps", 10**9))
+        steps = None if timesteps is None else len(timesteps) - begin
+        if fields.get("step_index") is not None:
+            return int(fields["step_index"]), fields.get("num_inference_steps") or steps
+        index = getattr(scheduler, "step_index", None)
+        return (0 if index is None else max(0, index - begin)), steps

@@ -1,0 +1,127 @@
+"""AccelConfig: everything `accelerate` needs to know, validated, with a JSON round trip."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dit_accel.methods import Method, find
+from dit_accel.order import ORDERS, Grid
+from dit_accel.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class AccelConfig:
+    """What to run, when, and in which token order.
+
+    Args:
+        method: a method object such as TopK(keep=0.2).
+        schedule: which steps and layers stay dense.
+        order: "raster", "tile" or "hilbert": how visual tokens are laid out in blocks.
+        tile: (t, h, w) tokens of a tile for order="tile".
+        min_tokens: below this many tokens attention stays dense; None takes the device's measured
+            crossover (see dit_accel.engine.CROSSOVER).
+        strict: raise RuntimeError where a layer would fall back to dense unplanned.
+    """
+
+    method: Method
+    schedule: Schedule = field(default_factory=Schedule)
+    order: str = "raster"
+    tile: Grid = (1, 8, 8)
+    min_tokens: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method is a dit_accel method, not {type(self.method).__name__}")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule is a dit_accel.Schedule, not {type(self.schedule).__name__}")
+        if self.order not in ORDERS:
+            raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
+        object.__setattr__(self, "tile", tuple(self.tile))
+        if len(self.tile) != 3 or min(self.tile) < 1:
+            raise ValueError(f"tile is three sizes (t, h, w) ≥ 1, not {self.tile}")
+        if self.min_tokens is not None and self.min_tokens < 0:
+            raise ValueError(f"min_tokens is ≥ 0 or None, not {self.min_tokens}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; `from_dict` reads it back to an equal object."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out["method"] = {"name": self.method.name, **asdict(self.method)}
+        out["schedule"] = asdict(self.schedule)
+        return json.loads(json.dumps(out))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> AccelConfig:
+        """Inverse of `to_dict`; ValueError names an unknown key."""
+        data = dict(data)
+        method = dict(data.pop("method", {"name": "topk"}))
+        kind = find(method.pop("name", "topk"))
+        parts = {"method": _build(kind, method)}
+        if "schedule" in data:
+            parts["schedule"] = _build(Schedule, data.pop("schedule"))
+        return _build(cls, {**data, **parts})
+
+    def save(self, path: str | Path) -> None:
+        """Write a preset file that `accelerate(pipe, "file.json")` loads."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def _build(cls: type, values: dict[str, Any]):
+    known = {f.name for f in fields(cls)}
+    unknown = set(values) - known
+    if unknown:
+        raise ValueError(
+            f"{cls.__name__} has no option {', '.join(sorted(map(repr, unknown)))}: "
+            f"it takes {', '.join(sorted(known))}"
+        )
+    needed = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
+    if needed - set(values):
+        raise ValueError(f"{cls.__name__} needs {', '.join(sorted(needed - set(values)))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def resolve(method: str | Path | Method | AccelConfig, **overrides: Any) -> AccelConfig:
+    """A configuration from "topk", "topk:fast", a .json file, a method or a config.
+
+    `overrides` replaces fields of the result where its value is not None.
+    """
+    overrides = {k: v for k, v in overrides.items() if v is not None}
+    if isinstance(method, AccelConfig):
+        return replace(method, **overrides)
+    if isinstance(method, Method):
+        return AccelConfig(method, **overrides)
+    if not isinstance(method, (str, Path)):
+        raise TypeError(
+            "method is a name, a preset file, a method object or an AccelConfig, "
+            f"not {type(method).__name__}"
+        )
+    if str(method).endswith(".json"):
+        return replace(_read(Path(method)), **overrides)
+    return AccelConfig(named(str(method)), **overrides)
+
+
+def named(text: str) -> Method:
+    """The method of "name" or "name:preset"."""
+    name, _, preset = text.partition(":")
+    kind = find(name)
+    if not preset:
+        return kind()
+    if preset not in kind.presets:
+        have = ", ".join(f"{name}:{p}" for p in kind.presets) or "none"
+        raise ValueError(f"method {name!r} has no preset {preset!r}: it has {have}")
+    return kind(**kind.presets[preset])
+
+
+def _read(path: Path) -> AccelConfig:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no preset file {path}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"preset file {path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"preset file {path} holds a {type(data).__name__}, not an object")
+    return AccelConfig.from_dict(data)

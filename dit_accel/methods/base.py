@@ -1,0 +1,101 @@
+"""What a method is: a frozen dataclass that turns q, k, v and the call's circumstances into O.
+
+Every method has the form O = r·O_sparse + C: a selector gives the block table of O_sparse, a
+compensation gives r and C for the blocks that were skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from dit_accel import ops
+from dit_accel.table import BlockTable
+
+
+@dataclass
+class Call:
+    """The circumstances of one attention call.
+
+    Args:
+        keep: share of key blocks to keep, in (0, 1].
+        scale: softmax scale; None is 1/√D.
+        grid: (T, H, W) of the visual tokens, or None when unknown.
+        forced: bool [Mk], key blocks every query reads (text), or None; `n_forced` of them.
+        kv_len: number of valid keys (int, or int tensor [B]); None when all are valid.
+        layer, step, steps, passname: where in the run; steps is None when unknown.
+        refresh: the schedule asks methods with a state to rebuild it now.
+        state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
+        note: takes the kept share of a table, for the report.
+    """
+
+    keep: float
+    scale: float | None = None
+    grid: tuple[int, int, int] | None = None
+    forced: torch.Tensor | None = None
+    n_forced: int = 0
+    kv_len: int | torch.Tensor | None = None
+    layer: int = 0
+    step: int = 0
+    steps: int | None = None
+    passname: str = ""
+    refresh: bool = False
+    state: dict[str, Any] = field(default_factory=dict)
+    note: Callable[[BlockTable], None] = lambda table: None
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base of all methods.
+
+    Args:
+        keep: share of key blocks each query block reads, in (0, 1].
+        block_q, block_k: tokens in a query and in a key block: 64 or 128.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    keep: float = 0.25
+    block_q: int = 64
+    block_k: int = 64
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    paper: ClassVar[str] = ""
+    finetuning: ClassVar[bool] = False
+    stateful: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+            raise ValueError(
+                f"keep is the share of key blocks kept and lies in (0, 1], not {self.keep}; "
+                "0.25 keeps a quarter"
+            )
+        for name in ("block_q", "block_k"):
+            if getattr(self, name) not in (64, 128):
+                raise ValueError(f"{name} is 64 or 128 tokens, not {getattr(self, name)}")
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
+        """The block table of this call: forced blocks and the `keep` best by mean score."""
+        table = ops.block_table(
+            q,
+            k,
+            call.keep,
+            self.block_q,
+            self.block_k,
+            forced=call.forced,
+            kv_len=call.kv_len,
+            max_forced=call.n_forced,
+        )
+        call.note(table)
+        return table
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        """q [B, H, Nq, D], k and v [B, H, Nk, D] → [B, H, Nq, D]."""
+        raise TypeError(f"{type(self).__name__} defines no attention")

@@ -1,0 +1,30 @@
+"""Top-k block-sparse attention: the base of the other methods (r = 1, C = 0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dit_accel import ops
+from dit_accel.methods.base import Call, Method
+
+
+@dataclass(frozen=True)
+class TopK(Method):
+    """Each query block attends exactly to the key blocks whose means score highest."""
+
+    name: ClassVar[str] = "topk"
+    description: ClassVar[str] = "exact attention to the key blocks with the highest mean score"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"keep": 0.5},
+        "balanced": {"keep": 0.25},
+        "fast": {"keep": 0.1},
+    }
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        table = self.select(q, k, call)
+        return ops.block_sparse_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)

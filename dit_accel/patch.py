@@ -1,0 +1,280 @@
+"""The only file that touches foreign objects: it re-binds processors, hooks forwards, undoes both.
+
+A processor's `__call__` runs as the same code object over a copy of its module's globals in which
+the attention function is ours. So the model's own projections, norms, RoPE, LoRA and fused
+weights stay what they are, and nothing outside of the patched modules changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dit_accel import seam
+from dit_accel.engine import Engine
+from dit_accel.pipelines.base import Adapter, Site
+
+_NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
+
+
+@dataclass
+class Patch:
+    """One transformer's replaced objects. `install` and `remove` are exact inverses.
+
+    modules: the attention modules; the first is layer `first` in the engine's books.
+    """
+
+    transformer: nn.Module
+    adapter: Adapter
+    engine: Engine
+    modules: list[nn.Module]
+    first: int = 0
+    undo: list[Callable[[], Any]] = field(default_factory=list)
+    layers: list[seam.Layer] = field(default_factory=list)
+
+    def install(self) -> None:
+        """Patch everything, or, when something fails, nothing."""
+        try:
+            for index, module in enumerate(self.modules, self.first):
+                self._rebind(index, module)
+            self._hook_forward()
+            self._hook_order()
+            self._follow_context()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Put everything back, last change first."""
+        while self.undo:
+            self.undo.pop()()
+        self.layers.clear()
+
+    def _rebind(self, index: int, module: nn.Module) -> None:
+        old = module.processor
+        layer = seam.Layer(self.engine, index, old, type(old).__call__.__globals__.get(_NAMES[0]))
+        self.layers.append(layer)
+        kind = _rebound_class(type(old))
+        number = torch.tensor(layer.id)  # stays on the CPU: reading it never waits for a device
+        if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
+            original = type(old)
+            old.__class__ = kind
+            old.__dict__["_accel_layer"] = number
+            self.undo.append(lambda: (old.__dict__.pop("_accel_layer"), _set_class(old, original)))
+            return
+        new = kind.__new__(kind)
+        new.__dict__.update(old.__dict__, _accel_layer=number)
+        layer.processor = new  # set_attention_backend and enable_parallelism write to this one
+        module.set_processor(new)
+        self.undo.append(lambda: _give_back(module, new, old))
+
+    def _hook_forward(self) -> None:
+        signature = inspect.signature(type(self.transformer).forward)
+
+        @torch.compiler.disable
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            bound = signature.bind_partial(module, *args, **kwargs).arguments
+            geometry = self.adapter.geometry(module, bound)
+            device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
+            self.engine.begin(geometry, device)
+
+        @torch.compiler.disable
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            self.engine.end()
+
+        self._keep(self.transformer.register_forward_pre_hook(before, with_kwargs=True))
+        self._keep(self.transformer.register_forward_hook(after))
+
+    def _hook_order(self) -> None:
+        if self.adapter.leave is None or self.engine.config.order == "raster":
+            return
+        for site in self.adapter.enter:
+            self._site(site, lambda: self.engine.index)
+        self._site(self.adapter.leave, lambda: self.engine.back)
+
+    def _site(self, site: Site, index: Callable[[], torch.Tensor | None]) -> None:
+        @torch.compiler.disable
+        def reorder(module: nn.Module, args: tuple, output: Any) -> Any:
+            order = index()
+            return output if order is None else _gather(output, site, order)
+
+        self._keep(self.transformer.get_submodule(site.module).register_forward_hook(reorder))
+
+    def _follow_context(self) -> None:
+        """Read the step and pass that pipelines announce through `cache_context`."""
+        if not hasattr(self.transformer, "cache_context"):
+            return
+        original, clock = self.transformer.cache_context, self.engine.clock
+
+        def cache_context(name: str, **fields: Any) -> Any:
+            return _both(clock.context(name, fields), original(name, **fields))
+
+        before = self.transformer.__dict__.get("cache_context")
+        self.transformer.cache_context = cache_context
+        self.undo.append(lambda: _restore_attribute(self.transformer, "cache_context", before))
+
+    def _keep(self, handle: Any) -> None:
+        self.undo.append(handle.remove)
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why this attention module cannot be patched, or ""."""
+    processor = getattr(module, "processor", None)
+    if hasattr(processor, "_accel_layer"):
+        return ""  # ours already: it is given back before the new one comes
+    if processor is None or not hasattr(module, "set_processor"):
+        return f"{type(module).__name__} has no exchangeable attention processor"
+    call = type(processor).__call__
+    if not hasattr(call, "__code__") or not set(_NAMES) & set(call.__code__.co_names):
+        return f"{type(processor).__name__} calls neither {_NAMES[0]} nor {_NAMES[1]}"
+    return ""
+
+
+@functools.cache
+def _rebound_class(kind: type) -> type:
+    """A subclass of the processor class whose attention calls come to us."""
+    call = kind.__call__
+    module = types.ModuleType(f"dit_accel._rebound.{kind.__module__}.{kind.__qualname__}")
+    scope = {k: v for k, v in call.__globals__.items() if k != "__name__"}
+    module.__dict__.update(scope)
+    if _NAMES[0] in scope:
+        module.__dict__[_NAMES[0]] = _dispatcher(scope[_NAMES[0]])
+    if scope.get("F") is F:
+        module.__dict__["F"] = _functional()
+    sys.modules[module.__name__] = module  # Dynamo guards on globals by module name
+    bound = types.FunctionType(
+        call.__code__, module.__dict__, call.__name__, call.__defaults__, call.__closure__
+    )
+    bound.__kwdefaults__ = call.__kwdefaults__
+
+    @functools.wraps(call)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seam.CURRENT.layer = self._accel_layer
+        return bound(self, *args, **kwargs)
+
+    sub = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": module.__name__})
+    _share_metadata(kind, sub)
+    return sub
+
+
+def _dispatcher(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+        attention_kwargs=None,
+        *,
+        backend=None,
+        parallel_config=None,
+    ):
+        plain = not (dropout_p or is_causal or enable_gqa or attention_kwargs)
+        if plain and (attn_mask is None or isinstance(attn_mask, torch.Tensor)):
+            return seam.attend_bnhd(query, key, value, attn_mask, scale)
+        return original(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            attention_kwargs,
+            backend=backend,
+            parallel_config=parallel_config,
+        )
+
+    return dispatch_attention_fn
+
+
+@functools.cache
+def _functional() -> types.ModuleType:
+    """torch.nn.functional with our scaled_dot_product_attention."""
+    shim = types.ModuleType("dit_accel._rebound.functional")
+    shim.__dict__.update({k: v for k, v in F.__dict__.items() if k != "__name__"})
+
+    @functools.wraps(F.scaled_dot_product_attention)
+    def scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more
+    ):
+        if dropout_p or is_causal or more.get("enable_gqa"):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more
+            )
+        return seam.attend_bhnd(query, key, value, attn_mask, scale)
+
+    shim.scaled_dot_product_attention = scaled_dot_product_attention
+    sys.modules[shim.__name__] = shim
+    return shim
+
+
+def _share_metadata(kind: type, sub: type) -> None:
+    """diffusers looks processors up by exact class: give the subclass its parent's entry."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry as registry
+
+    try:
+        registry.register(sub, registry.get(kind))
+    except ValueError:  # the parent has no entry, so the subclass needs none
+        return
+
+
+def _gather(output: Any, site: Site, index: torch.Tensor) -> Any:
+    """`output` (a tensor or a tuple of them) with the visual rows along the site's dim permuted."""
+    if isinstance(output, (tuple, list)):
+        return type(output)(_gather(x, site, index) for x in output)
+    index = index.to(output.device)
+    if site.flat:
+        return output.flatten(site.dim).index_select(site.dim, index).view(output.shape)
+    n_text = output.shape[site.dim] - index.numel() if site.text else 0
+    if n_text:
+        index = torch.cat([torch.arange(n_text, device=index.device), index + n_text])
+    return output.index_select(site.dim, index)
+
+
+def _set_class(obj: Any, kind: type) -> None:
+    obj.__class__ = kind
+
+
+def _give_back(module: nn.Module, new: Any, old: Any) -> None:
+    """Restore the processor, with what was set on ours, unless the user set another one since."""
+    if module.processor is not new:
+        return
+    old.__dict__.update({k: v for k, v in new.__dict__.items() if k != "_accel_layer"})
+    module.set_processor(old)
+
+
+def _restore_attribute(obj: nn.Module, name: str, before: Any) -> None:
+    if before is None:
+        obj.__dict__.pop(name, None)
+    else:
+        setattr(obj, name, before)
+
+
+class _both:
+    """Two context managers as one."""
+
+    def __init__(self, *managers: Any) -> None:
+        self.managers = managers
+
+    def __enter__(self) -> None:
+        for manager in self.managers:
+            manager.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for manager in reversed(self.managers):
+            manager.__exit__(*error)

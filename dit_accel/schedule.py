@@ -1,0 +1,101 @@
+"""When attention is sparse: pure data, (step, layer) → dense | sparse(keep). No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+
+class Action(NamedTuple):
+    """What one layer does at one step. `keep` is None for dense; `reason` says why it is dense."""
+
+    keep: float | None
+    reason: str = ""
+    refresh: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which steps and layers stay dense, and how much the others keep.
+
+    Args:
+        warmup: dense steps at the start, as a share of the run (float in [0, 1)) or a number (int).
+        cooldown: dense steps at the end, likewise.
+        dense_layers: indices of layers that are always dense; negative ones count from the last.
+        layer_keep: (layer, keep) pairs that replace the method's `keep` on those layers.
+        refresh: methods with a state rebuild it at the first sparse step and then every
+            `refresh` steps; None leaves it to the method.
+
+    The first steps decide the picture's layout, so a run with no dense step at all ends in another
+    picture; a share (not a number) keeps few-step distilled models fast: 15 % of 4 steps is one.
+    Raises ValueError for a value outside its range.
+    """
+
+    warmup: float | int = 0.15
+    cooldown: float | int = 0
+    dense_layers: tuple[int, ...] = ()
+    layer_keep: tuple[tuple[int, float], ...] = ()
+    refresh: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("warmup", "cooldown"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
+                raise ValueError(
+                    f"{name} is a share of the steps in [0, 1] or a number ≥ 0, not {value!r}"
+                )
+        object.__setattr__(self, "dense_layers", tuple(int(i) for i in self.dense_layers))
+        pairs = tuple((int(i), float(keep)) for i, keep in self.layer_keep)
+        object.__setattr__(self, "layer_keep", pairs)
+        for layer, keep in pairs:
+            if not 0 < keep <= 1:
+                raise ValueError(f"layer_keep of layer {layer} lies in (0, 1], not {keep}")
+        if self.refresh is not None and self.refresh < 1:
+            raise ValueError(f"refresh is a number of steps ≥ 1 or None, not {self.refresh}")
+
+
+def _count(value: float | int, steps: int) -> int:
+    return ceil(value * steps) if isinstance(value, float) else value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule bound to a method's keep and a model's number of layers."""
+
+    schedule: Schedule
+    keep: float
+    layers: int
+
+    def __post_init__(self) -> None:
+        for layer in (*self.schedule.dense_layers, *(i for i, _ in self.schedule.layer_keep)):
+            if not -self.layers <= layer < self.layers:
+                raise ValueError(
+                    f"the schedule names layer {layer}, "
+                    f"but this model has layers 0 to {self.layers - 1}"
+                )
+
+    def action(self, step: int, steps: int | None, layer: int) -> Action:
+        """Dense or sparse for `layer` at `step` of `steps`; None steps (unknown) ignores shares."""
+        s = self.schedule
+        known = steps if steps is not None else 0
+        first = _count(s.warmup, known)
+        if steps is not None and isinstance(s.warmup, int) and s.warmup >= steps:
+            raise ValueError(
+                f"the schedule asks for {s.warmup} dense warm-up steps in a run of {steps}: "
+                "nothing would be accelerated; lower warmup or give a share such as 0.15"
+            )
+        if step < first:
+            return Action(None, "warm-up step")
+        if steps is not None and step >= steps - _count(s.cooldown, steps):
+            return Action(None, "cool-down step")
+        if layer in self._layers(s.dense_layers):
+            return Action(None, "dense layer")
+        keep = {i % self.layers: k for i, k in s.layer_keep}.get(layer, self.keep)
+        if keep >= 1:
+            return Action(None, "keep = 1")
+        refresh = step == first or bool(s.refresh and (step - first) % s.refresh == 0)
+        return Action(keep, refresh=refresh)
+
+    def _layers(self, indices: tuple[int, ...]) -> set[int]:
+        return {i % self.layers for i in indices}

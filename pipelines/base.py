@@ -1,0 +1,68 @@
+"""What an adapter tells about a model family: which modules attend, how its tokens are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Geometry(NamedTuple):
+    """The tokens of one transformer forward.
+
+    grid: (T, H, W) visual tokens. n_text: text tokens in the joint sequence, before the visual
+    ones if `text_first`. fixed_order: why tokens must stay in raster order, or "".
+    """
+
+    grid: tuple[int, int, int]
+    n_text: int = 0
+    text_first: bool = False
+    fixed_order: str = ""
+
+    @property
+    def n_visual(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_visual + self.n_text
+
+
+class Site(NamedTuple):
+    """A sub-module whose output holds per-token rows: along `dim`, or flattened from `dim` on
+    when `flat` (a patch convolution's [B, C, T, H, W]). `text` rows before them are left alone."""
+
+    module: str
+    dim: int
+    flat: bool = False
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One model family.
+
+    Args:
+        classes: names of the diffusers transformer classes it serves.
+        attention: patterns (fnmatch) of the module names of visual self- or joint attention.
+        geometry: (transformer, forward arguments by name) → Geometry.
+        enter: where tokens come in; reordering gathers there.
+        leave: where they go out; reordering scatters there. None: the order is fixed.
+    """
+
+    classes: tuple[str, ...]
+    attention: tuple[str, ...]
+    geometry: Callable[[nn.Module, dict[str, Any]], Geometry]
+    enter: tuple[Site, ...] = ()
+    leave: Site | None = None
+
+    def attentions(self, transformer: nn.Module) -> dict[str, nn.Module]:
+        """Name → attention module, in the order in which the layers run."""
+        return {
+            name: module
+            for name, module in transformer.named_modules()
+            if any(fnmatchcase(name, pattern) for pattern in self.attention)
+        }

@@ -13,6 +13,12 @@ from dit_accel import dispatch
 from dit_accel.table import BlockTable, block_count, table_width
 
 
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with the strides of torch.empty_like(like), as the fake functions below promise."""
+    wanted = torch.empty_like(like)
+    return x if x.stride() == wanted.stride() else wanted.copy_(x)
+
+
 @torch.library.custom_op("dit_accel::block_table", mutates_args=())
 def block_table(
     q: Tensor,
@@ -55,12 +61,13 @@ def block_sparse_attention(
     table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
     chosen = dispatch.select("block_sparse_attention", q, block_q=block_q, block_k=block_k)
     kv_len = limit if length is None else length
-    return chosen.fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
+    out, lse = chosen.fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
+    return _laid_out_as(q, out), lse
 
 
 @block_sparse_attention.register_fake
 def _(q, k, v, indices, counts, block_q, block_k, scale, length, limit):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("dit_accel::block_sparse_attention_backward", mutates_args=())
@@ -83,12 +90,13 @@ def block_sparse_attention_backward(
     table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
     chosen = dispatch.select("block_sparse_attention.backward", q, block_q=block_q, block_k=block_k)
     kv_len = limit if length is None else length
-    return chosen.fn(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
+    grads = chosen.fn(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
+    return tuple(_laid_out_as(x, grad) for x, grad in zip((q, k, v), grads, strict=True))
 
 
 @block_sparse_attention_backward.register_fake
 def _(grad_out, grad_lse, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _keep_for_backward(ctx, inputs, output):

@@ -102,14 +102,11 @@ class BlockTable:
 
         width: columns, at least the largest count (None: just that, which waits for the device).
         """
-        if (
-            mask.dtype != torch.bool
-            or mask.dim() != 4
-            or mask.shape[3] != block_count(n_k, block_k)
-        ):
+        blocks = block_count(n_k, block_k)
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[3] != blocks:
             raise ValueError(
-                f"the mask is [B, H, Mq, {block_count(n_k, block_k)}] bool for {n_k} keys in blocks "
-                f"of {block_k}, not {tuple(mask.shape)} {mask.dtype}"
+                f"the mask is [B, H, Mq, {blocks}] bool for {n_k} keys in blocks of {block_k}, "
+                f"not {tuple(mask.shape)} {mask.dtype}"
             )
         counts = mask.sum(-1, dtype=torch.int32)
         width = max(1, int(counts.max())) if width is None else width

@@ -1,0 +1,78 @@
+"""The block table in plain torch, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.table import BlockTable, table_width
+
+
+def block_table(
+    q: Tensor,
+    k: Tensor,
+    keep: float,
+    block_q: int = 64,
+    block_k: int = 64,
+    forced: Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    max_forced: int | None = None,
+) -> BlockTable:
+    """The forced blocks of each row, and the best K of the others; see ops.block_table."""
+    scores = block_means(q, block_q) @ block_means(k, block_k, kv_len).mT  # [B, H, Mq, Mk]
+    blocks = scores.shape[-1]
+    width = table_width(keep, blocks, 0 if forced is None else max_forced)
+    counts = torch.full_like(scores[..., 0], width, dtype=torch.int32)
+    if forced is not None or isinstance(kv_len, Tensor):
+        scores, wanted = _restrict(scores, keep, block_k, forced, kv_len)
+        counts = wanted.clamp(max=width).expand_as(counts).int().contiguous()
+    best = scores.topk(width).indices
+    columns = torch.arange(width, device=q.device)
+    best = best.where(columns < counts[..., None], blocks).sort().values.clamp(max=blocks - 1)
+    return BlockTable(best.int(), counts, block_q, block_k, q.shape[2], k.shape[2])
+
+
+def block_means(x: Tensor, block: int, kv_len: int | Tensor | None = None) -> Tensor:
+    """[B, H, M, D] float32: means of the blocks of x [B, H, N, D], of their valid tokens alone.
+
+    An int kv_len drops the blocks after it; with a tensor [B] a block without a valid token is 0.
+    """
+    if isinstance(kv_len, int):
+        x = x[:, :, :kv_len]
+    if isinstance(kv_len, Tensor):
+        x = x.where(_valid(kv_len, x.shape[2], x.device)[:, None, :, None], 0)
+    full = x.shape[2] // block * block
+    sums = x[:, :, :full].unflatten(2, (-1, block)).sum(3, dtype=torch.float32)
+    if full < x.shape[2]:
+        sums = torch.cat([sums, x[:, :, full:].sum(2, keepdim=True, dtype=torch.float32)], 2)
+    return sums / block_sizes(x.shape[2], block, kv_len, x.device).clamp(min=1)[..., None]
+
+
+def block_sizes(n: int, block: int, kv_len: int | Tensor | None, device: torch.device) -> Tensor:
+    """[1 or B, 1, M] float32: valid tokens of each block of n keys."""
+    limit = n if kv_len is None else kv_len
+    starts = torch.arange(0, n, block, device=device)
+    limits = torch.as_tensor(limit, device=device).reshape(-1, 1, 1)
+    return (limits.clamp(max=n) - starts).clamp(0, block).float()
+
+
+def _valid(kv_len: Tensor, n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device) < kv_len.to(device)[:, None]
+
+
+def _restrict(
+    scores: Tensor, keep: float, block_k: int, forced: Tensor | None, kv_len: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scores with +inf for forced and −inf for empty blocks, and the blocks each row wants."""
+    blocks = scores.shape[-1]
+    held = torch.full((1, 1, 1), blocks, device=scores.device)
+    if isinstance(kv_len, Tensor):
+        held = ((kv_len.to(scores.device) + block_k - 1) // block_k).clamp(max=blocks)
+        held = held.reshape(-1, 1, 1)
+    wanted = (keep * held.double() - 1e-6).ceil().clamp(min=1)
+    empty = torch.arange(blocks, device=scores.device) >= held[..., None]
+    if forced is not None:
+        chosen = forced[..., :blocks] & ~empty
+        scores = scores.masked_fill(chosen, torch.inf)
+        wanted = wanted + chosen.expand(*chosen.shape[:-1], blocks).sum(-1)
+    return scores.masked_fill(empty, -torch.inf), torch.minimum(wanted, held)

@@ -1,0 +1,285 @@
+"""The block table on CUDA, in Triton: block means, their scores, and an exact top-k without a sort or a host sync.
+
+    score_nm = mean(q in n) · mean(k in m),   K = max(1, ceil(keep · M)) best of each row
+
+Means of all tokens are read once. The K-th largest score of a row is found by bisection over the bits of an
+order-preserving int32, and the chosen blocks are compacted by a prefix sum, so rows come out sorted.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.launch import BLOCKS, HEAD_DIMS, Launch, capability_of, find, run
+from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
+
+# Scores are made for as many heads at once as fit in this many bytes, which stay in the L2 cache.
+_SCORE_BYTES = 2**25
+
+
+@triton.jit
+def _block_mean_fwd_kernel(
+    x, mean, spread, kv_len, s_x, n, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n_valid = n
+    if kv_len is not None:
+        n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n)
+    o_n = i_m.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_d = tl.arange(0, BLOCK_D)
+    m_x = (o_n[:, None] < n_valid) & (o_d[None, :] < d)
+    x_x = x + i_b.to(tl.int64) * s_x[0] + i_h.to(tl.int64) * s_x[1]
+    # [BLOCK, D]
+    b_x = tl.load(x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3], mask=m_x, other=0.0)
+    size = tl.clamp((n_valid - i_m * BLOCK).to(tl.float32), 1.0, BLOCK)
+    # [BLOCK, D] -> [D]
+    b_mean = tl.sum(b_x.to(tl.float32), 0) / size
+    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
+    o_o = (i_bh * tl.num_programs(0) + i_m) * d + o_d
+    tl.store(mean + o_o, b_mean.to(mean.dtype.element_ty), mask=o_d < d)
+    if spread is not None:
+        b_far = tl.where(m_x, tl.abs(b_x.to(tl.float32) - b_mean[None, :]), 0.0)
+        tl.store(spread + o_o, tl.sum(b_far, 0) / size, mask=o_d < d)
+
+
+@triton.jit(do_not_specialize=["m_q", "m_k"])
+def _block_scores_fwd_kernel(
+    q, k, score, m_q, m_k, d,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_bh = tl.program_id(2).to(tl.int64)
+    o_q = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
+    o_k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d[None, :] < d
+    p_q = q + i_bh * m_q * d + o_q[:, None] * d + o_d[None, :]
+    p_k = k + i_bh * m_k * d + o_k[:, None] * d + o_d[None, :]
+    b_q = tl.load(p_q, mask=(o_q[:, None] < m_q) & m_d, other=0.0)
+    b_k = tl.load(p_k, mask=(o_k[:, None] < m_k) & m_d, other=0.0)
+    # [TQ, D] @ [D, TK] -> [TQ, TK]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    m_s = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
+    tl.store(score + (i_bh * m_q + o_q[:, None]) * m_k + o_k[None, :], b_s, mask=m_s)
+
+
+@triton.jit(do_not_specialize=["i_first", "n_heads", "n_k", "m_k", "n_want", "width"])
+def _block_select_fwd_kernel(
+    score, forced, indices, counts, kv_len, wants, s_f,
+    i_first, n_heads, n_k, m_k, n_want, width,
+    BLOCK_K: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_n
+    i_b, i_h = (i_bh + i_first) // n_heads, (i_bh + i_first) % n_heads
+    if kv_len is not None:
+        n_k = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
+        n_want = tl.load(wants + i_b)
+    o_k = tl.arange(0, M)
+    m_valid = o_k < tl.cdiv(n_k, BLOCK_K)
+    b_s = tl.load(score + i_row * m_k + o_k, mask=o_k < m_k, other=0.0)
+    m_free = m_valid
+    m_kept = m_valid & False
+    if forced is not None:
+        p_f = (
+            forced
+            + i_b.to(tl.int64) * s_f[0]
+            + i_h.to(tl.int64) * s_f[1]
+            + i_n.to(tl.int64) * s_f[2]
+        )
+        m_kept = m_valid & (tl.load(p_f + o_k * s_f[3], mask=o_k < m_k, other=0) != 0)
+        m_free = m_valid & (m_kept == 0)
+    # int32 that sorts as the float does
+    b_i = b_s.to(tl.int32, bitcast=True)
+    b_i = tl.where(m_free, b_i ^ ((b_i >> 31) & 0x7FFFFFFF), -2147483648)
+    n_want = tl.minimum(n_want, tl.sum(m_free.to(tl.int32)))
+
+    least = tl.where(tl.sum((b_i >= 0).to(tl.int32)) >= n_want, 0, -2147483648)
+    for bit in range(31):
+        higher = least | (1 << (30 - bit))
+        least = tl.where(tl.sum((b_i >= higher).to(tl.int32)) >= n_want, higher, least)
+
+    m_tie = m_free & (b_i == least)
+    m_over = m_free & (b_i > least)
+    n_tie = n_want - tl.sum(m_over.to(tl.int32))
+    m_kept = m_kept | m_over | (m_tie & (tl.cumsum(m_tie.to(tl.int32), 0) <= n_tie))
+    b_at = tl.cumsum(m_kept.to(tl.int32), 0) - 1
+    n_kept = tl.minimum(tl.sum(m_kept.to(tl.int32)), width)
+    tl.store(indices + i_row * width + b_at, o_k, mask=m_kept & (b_at < width))
+    tl.store(indices + i_row * width + o_k, o_k * 0, mask=(o_k >= n_kept) & (o_k < width))
+    tl.store(counts + i_row, n_kept)
+
+
+@triton.jit(do_not_specialize=["width", "m_pad"])
+def _kept_map_fwd_kernel(indices, counts, kept, width, m_pad, BLOCK: tl.constexpr):
+    i_row = tl.program_id(0).to(tl.int64)
+    n_kept = tl.load(counts + i_row)
+    for i in range(0, n_kept, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        m_i = o_i < n_kept
+        b_i = tl.load(indices + i_row * width + o_i, mask=m_i, other=0)
+        tl.store(kept + i_row * m_pad + b_i, tl.full([BLOCK], 1, tl.uint8), mask=m_i)
+
+
+@triton.jit(do_not_specialize=["m_q", "m_pad"])
+def _transpose_table_fwd_kernel(
+    kept, starts, rows, m_q, m_k, m_pad, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
+):  # fmt: skip
+    i_bh = tl.program_id(1).to(tl.int64)
+    o_k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
+    b_at = tl.load(starts + i_bh * m_k + o_k, mask=o_k < m_k, other=0) - 1
+    for i in range(0, m_q, TILE_Q):
+        o_q = i + tl.arange(0, TILE_Q)
+        m_x = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
+        p_x = kept + (i_bh * m_q + o_q[:, None]) * m_pad + o_k[None, :]
+        b_x = tl.load(p_x, mask=m_x, other=0).to(tl.int32)
+        b_to = b_at[None, :] + tl.cumsum(b_x, 0)
+        tl.store(rows + b_to, o_q[:, None] + tl.zeros_like(b_x), mask=b_x != 0)
+        b_at += tl.sum(b_x, 0)
+
+
+def supports(q: Tensor, *, block_q: int = 64, block_k: int = 64, **_: object) -> str | None:
+    """None if this file serves the call, else the reason why not."""
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if q.shape[-1] not in HEAD_DIMS or q.dtype == torch.float64:
+        return f"it has float16, bfloat16, float32 and head dimensions {HEAD_DIMS}"
+    if block_q not in BLOCKS or block_k not in BLOCKS:
+        return f"it has blocks of {BLOCKS} tokens, not {block_q} and {block_k}"
+    return None
+
+
+def block_table(
+    q: Tensor,
+    k: Tensor,
+    keep: float,
+    block_q: int = 64,
+    block_k: int = 64,
+    forced: Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    max_forced: int | None = None,
+) -> BlockTable:
+    """See ops.block_table; equal scores go to the lower block."""
+    (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
+    m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
+    limit = kv_len if isinstance(kv_len, int) else n_k
+    most = block_count(limit, block_k)
+    width = table_width(keep, most, 0 if forced is None else max_forced)
+    score_args = block_means(q, block_q), block_means(k, block_k, kv_len)
+    indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
+    counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
+    select = {
+        "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
+        "wants": _wanted(keep, kv_len, block_k) if isinstance(kv_len, Tensor) else None,
+        "n_k": limit,
+        "n_want": kept_blocks(keep, most),
+        "BLOCK_K": block_k,
+    }
+    if forced is not None:
+        forced = forced.view(torch.uint8).expand(batch, heads, m_q, m_k)
+    flat = [x.flatten(0, 1) for x in (*score_args, indices, counts)]
+    step = max(1, _SCORE_BYTES // (4 * m_q * m_k))
+    for first in range(0, batch * heads, step):
+        part = [x[first : first + step] for x in flat]
+        _choose(*part, first, heads, forced, select)
+    return BlockTable(indices, counts, block_q, block_k, n_q, n_k)
+
+
+def block_means(
+    x: Tensor,
+    block: int,
+    kv_len: int | Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    spread: bool = False,
+    multiple: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Means of the valid tokens of each block, [B, H, M, D]; M rounded up to `multiple`, zeros there.
+
+    With spread also the mean absolute deviation from it, float32 [B, H, M, D].
+    """
+    batch, heads, n, d = x.shape
+    m = -(-block_count(n, block) // multiple) * multiple
+    mean = x.new_empty((batch, heads, m, d), dtype=dtype)
+    far = torch.empty_like(mean, dtype=torch.float32) if spread else None
+    arguments = {
+        "x": x, "mean": mean, "spread": far, "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
+        "s_x": x.stride(), "n": min(n, kv_len) if isinstance(kv_len, int) else n, "d": d,
+        "BLOCK": block, "BLOCK_D": triton.next_power_of_2(d),
+    }  # fmt: skip
+    launch = find("means", capability_of(x), d, x.dtype, block)
+    run(_block_mean_fwd_kernel, (m, heads, batch), arguments, launch)
+    return (mean, far) if spread else mean
+
+
+def kept_map(table: BlockTable, multiple: int = 1) -> Tensor:
+    """[B, H, Mq, M] uint8, 1 where the table keeps the block; M is Mk rounded up to `multiple`."""
+    m = -(-table.key_blocks // multiple) * multiple
+    kept = table.indices.new_zeros((*table.counts.shape, m), dtype=torch.uint8)
+    arguments = {
+        "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), "kept": kept,
+        "width": table.indices.shape[-1], "m_pad": m, "BLOCK": 128,
+    }  # fmt: skip
+    run(_kept_map_fwd_kernel, (table.counts.numel(), 1, 1), arguments, _ROW_LAUNCH)
+    return kept
+
+
+def transpose_table(table: BlockTable) -> tuple[Tensor, Tensor, Tensor]:
+    """The query blocks that read each key block: starts int64 and counts int32 [B, H, Mk], and the
+    flat int32 list of query blocks, ascending for each key block."""
+    kept = kept_map(table)
+    counts = kept.sum(2, dtype=torch.int32)
+    starts = counts.flatten().cumsum(0).view_as(counts) - counts
+    rows = table.indices.new_empty(table.indices.numel())
+    arguments = {
+        "kept": kept, "starts": starts, "rows": rows, "m_q": kept.shape[2], "m_k": kept.shape[3],
+        "m_pad": kept.shape[3], "TILE_Q": 128, "TILE_K": 16,
+    }  # fmt: skip
+    grid = (triton.cdiv(kept.shape[3], 16), kept.shape[0] * kept.shape[1], 1)
+    run(_transpose_table_fwd_kernel, grid, arguments, _ROW_LAUNCH)
+    return starts, counts, rows
+
+
+def _wanted(keep: float, kv_len: Tensor, block_k: int) -> Tensor:
+    """kept_blocks of each sample, [B] int32, without a host sync."""
+    blocks = (kv_len + block_k - 1) // block_k
+    return (keep * blocks.double() - 1e-6).ceil().clamp(min=1).int()
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    first: int,
+    heads: int,
+    forced: Tensor | None,
+    select: dict[str, object],
+) -> None:
+    """Scores and choice for the heads from `first` on; q, k [b, M, D] means, indices, counts are written."""
+    (n, m_q, d), m_k = q.shape, k.shape[1]
+    score = q.new_empty((n, m_q, m_k))
+    launch = find("scores", capability_of(q), d, q.dtype, 64)
+    tile = launch.tile
+    grid = (triton.cdiv(m_k, tile), triton.cdiv(m_q, tile), n)
+    arguments = {
+        "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "d": d, "TILE_Q": tile, "TILE_K": tile,
+        "BLOCK_D": triton.next_power_of_2(d), "PRECISION": launch.precision,
+    }  # fmt: skip
+    run(_block_scores_fwd_kernel, grid, arguments, launch)
+    width = triton.next_power_of_2(m_k)
+    arguments = {
+        "score": score, "forced": forced, "indices": indices, "counts": counts,
+        "s_f": (0, 0, 0, 0) if forced is None else forced.stride(), "i_first": first, "n_heads": heads,
+        "m_k": m_k, "width": indices.shape[-1], "M": width, **select,
+    }  # fmt: skip
+    run(_block_select_fwd_kernel, (m_q, n, 1), arguments, select_launch(width))
+
+
+def select_launch(width: int) -> Launch:
+    """One warp for up to 2048 blocks, so that a reduction needs no barrier."""
+    return Launch("select", 80, 128, 32, 128, 16, min(16, max(1, width // 2048)), 1)
+
+
+_ROW_LAUNCH = Launch("rows", 80, 128, 32, 128, 16, 4, 1)

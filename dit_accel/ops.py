@@ -78,8 +78,8 @@ def block_sparse_attention(
         return_lse: also return LSE.
         kv_len: number of valid keys, int or int tensor [B]; the keys after it are never used.
 
-    Returns [B, H, N_q, D] in q.dtype and q's memory layout, and LSE [B, H, N_q] float32. A row with no valid key gives
-    zeros and −inf. Raises ValueError for shapes that do not fit together.
+    Returns [B, H, N_q, D] in the dtype and memory layout of q, and LSE [B, H, N_q] float32. A row
+    with no valid key gives zeros and −inf. Raises ValueError for shapes that do not fit together.
     """
     _check_qkv(q, k, v)
     _check_table(q, k, table)

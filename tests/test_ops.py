@@ -1,0 +1,171 @@
+"""The public operators: exact properties, gradients, torch.compile, and what they refuse."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dit_accel import library, ops
+from dit_accel.kernels.block_sparse_attention import reference
+from dit_accel.table import BlockTable
+from dit_accel.testing import assert_close
+
+IMPLEMENTATIONS = ["reference", "torch"]
+
+
+def qkv(n_q: int = 200, n_k: int = 300, d: int = 16, grad: bool = False) -> list[torch.Tensor]:
+    shapes = [(2, 2, n_q, d), (2, 2, n_k, d), (2, 2, n_k, d)]
+    return [torch.randn(shape, requires_grad=grad) for shape in shapes]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("DIT_ACCEL_KERNELS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("n_q,n_k", [(1, 1), (64, 64), (65, 63), (1000, 1000), (100, 1000)])
+def test_all_blocks_is_dense(implementation: str, n_q: int, n_k: int):
+    q, k, v = qkv(n_q, n_k)
+    out = ops.block_sparse_attention(q, k, v, ops.block_table(q, k, 1.0))
+    wide = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert_close("out", out, wide, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_all_blocks_of_valid_keys_is_dense(implementation: str):
+    q, k, v = qkv()
+    k[:, :, 130:], v[:, :, 130:] = torch.nan, torch.nan
+    table = ops.block_table(q, k, 1.0, kv_len=130)
+    out = ops.block_sparse_attention(q, k, v, table, kv_len=130)
+    cut = k[:, :, :130], v[:, :, :130]
+    wide = F.scaled_dot_product_attention(q.double(), *(x.double() for x in cut))
+    assert_close("out", out, wide, F.scaled_dot_product_attention(q, *cut))
+
+
+def test_layout_of_the_result_is_that_of_q(implementation: str):
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())
+    out = ops.block_sparse_attention(q, k, v, ops.block_table(q, k, 0.5))
+    assert out.stride() == q.stride()
+
+
+def test_keep_rounds_up_to_one_block(implementation: str):
+    q, k, v = qkv()
+    table = ops.block_table(q, k, 1e-6)
+    assert (table.counts == 1).all()
+    assert ops.block_sparse_attention(q, k, v, table).isfinite().all()
+
+
+def test_max_forced_bounds_the_width(implementation: str):
+    q, k, _ = qkv(200, 640)
+    forced = torch.zeros(10, dtype=torch.bool)
+    forced[[1, 4]] = True
+    assert ops.block_table(q, k, 0.3, forced=forced).indices.shape[-1] == 5
+    table = ops.block_table(q, k, 0.3, forced=forced, max_forced=4)
+    assert table.indices.shape[-1] == 7 and (table.counts == 5).all()
+    assert table.to_mask()[..., [1, 4]].all()
+
+
+def gradients(fn, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out, lse = fn(*leaves)
+    return torch.autograd.grad(out.square().sum() + lse.sin().sum(), leaves)
+
+
+def test_gradients(implementation: str):
+    tensors = qkv(130, 150)
+    table = ops.block_table(*tensors[:2], 0.5)
+
+    def naive(q, k, v):
+        options = {"return_lse": True, "dtype": q.dtype}
+        return reference.block_sparse_attention(q, k, v, table, **options)
+
+    found = gradients(lambda *x: ops.block_sparse_attention(*x, table, return_lse=True), tensors)
+    wide, same = gradients(naive, [x.double() for x in tensors]), gradients(naive, tensors)
+    for name, *grads in zip(("dq", "dk", "dv"), found, wide, same, strict=True):
+        assert_close(name, *grads)
+
+
+def test_gradients_with_checkpointing():
+    tensors = qkv(130, 150)
+    table = ops.block_table(*tensors[:2], 0.5)
+
+    def sparse(q, k, v):
+        return ops.block_sparse_attention(q, k, v, table, return_lse=True)
+
+    def again(*tensors):
+        return torch.utils.checkpoint.checkpoint(sparse, *tensors, use_reentrant=False)
+
+    for a, b in zip(gradients(sparse, tensors), gradients(again, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "kv_len", [None, 250, torch.tensor([300, 77])], ids=["all", "int", "batch"]
+)
+def test_compiles_whole(kv_len: int | torch.Tensor | None):
+    forced = torch.tensor([True, False, False, False, False])
+
+    def model(q, k, v):
+        table = ops.block_table(q, k, 0.4, forced=forced, kv_len=kv_len)
+        out, lse = ops.block_sparse_attention(q, k, v, table, return_lse=True, kv_len=kv_len)
+        return out.square().sum() + lse.sum() + table.density()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tensors, results = qkv(grad=True), []
+    for fn in (model, compiled):
+        loss = fn(*tensors)
+        results.append((loss, *torch.autograd.grad(loss, tensors)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("length", [None, torch.tensor([150, 64])])
+def test_registration(length: torch.Tensor | None):
+    q, k, v = qkv(130, 150, grad=True)
+    torch.library.opcheck(
+        library.block_table, (q, k, 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3)
+    )
+    table = ops.block_table(q, k, 0.5)
+    torch.library.opcheck(
+        library.block_sparse_attention,
+        (q, k, v, table.indices, table.counts, 64, 64, 0.25, length, None),
+    )
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"keep": 0}, r"\(0, 1\], not 0"),
+        ({"keep": 1.5}, "not 1.5"),
+        ({"keep": True}, "not True"),
+        ({"block_k": 0}, "at least one token"),
+        ({"kv_len": 0}, "between 1 and N_k = 300, not 0"),
+        ({"kv_len": 301}, "not 301"),
+        ({"kv_len": torch.tensor([1, 2, 3])}, r"\[B\] = \[2\]"),
+        ({"kv_len": torch.tensor([1.0, 2.0])}, "of integers"),
+        ({"forced": torch.ones(5)}, "bool tensor"),
+        ({"forced": torch.ones(4, dtype=torch.bool)}, r"broadcasts to .* \[2, 2, 4, 5\]"),
+    ],
+)
+def test_block_table_refuses(options: dict, message: str):
+    q, k, _ = qkv()
+    with pytest.raises(ValueError, match=message):
+        ops.block_table(q, k, **{"keep": 0.5, **options})
+
+
+def test_attention_refuses():
+    q, k, v = qkv()
+    table = ops.block_table(q, k, 0.5)
+    for bad, message in (
+        ((q, k, v[:, :, 1:]), "k and v are"),
+        ((q[:, :1], k, v), "share B, H and D"),
+        ((q[:, :, :0], k, v), "at least one token"),
+        ((q.half(), k, v), "share one floating dtype"),
+        ((q[:, :, 1:], k, v), r"\(N_q, N_k\) = \(200, 300\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.block_sparse_attention(*bad, table)
+    with pytest.raises(TypeError, match="BlockTable, not Tensor"):
+        ops.block_sparse_attention(q, k, v, table.indices)
+    with pytest.raises(ValueError, match="serves"):
+        other = BlockTable(table.indices[:1], table.counts[:1], 64, 64, 200, 300)
+        ops.block_sparse_attention(q, k, v, other)

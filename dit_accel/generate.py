@@ -15,6 +15,7 @@ import torch
 from dit_accel.loading import Defaults
 
 ProgressFn = Callable[[str, int, int | None], None]
+StepFn = Callable[[int, torch.Tensor | None], None]
 _ARGUMENTS = {
     "height": "height",
     "width": "width",
@@ -91,16 +92,18 @@ def generate(
     defaults: Defaults,
     request: Request,
     progress: ProgressFn = lambda phase, done, total: None,
+    on_step: StepFn = lambda step, latents: None,
 ) -> Result:
     """Run a diffusers pipeline as it is (accelerated or not) and say where the time went.
 
-    `progress` is called with ("encode" | "denoise" | "decode", done, total). Raises ValueError
-    before anything runs when the request does not suit the pipeline, RuntimeError when the
-    result is not finite.
+    `progress` is called with ("encode" | "denoise" | "decode", done, total), `on_step` after each
+    denoising step with (steps done, latents); the time they take is not counted, and an exception
+    they raise ends the run. Raises ValueError before anything runs when the request does not suit
+    the pipeline, RuntimeError when the result is not finite.
     """
     kwargs = arguments(pipe, defaults, request)
-    watch = _Watch(pipe, kwargs, progress)
-    progress("encode", 0, None)
+    watch = _Watch(pipe, kwargs, progress, on_step)
+    watch.progress("encode", 0, None)
     with watch.listening():
         output = pipe(**kwargs, **watch.callback(), output_type="np")
     times = watch.finish()
@@ -180,8 +183,12 @@ def unknown_words(pipe: Any, prompt: str) -> list[str]:
 class _Watch:
     """Timestamps of one call: first transformer forward, end of each step, end of the call."""
 
-    def __init__(self, pipe: Any, kwargs: dict[str, Any], progress: ProgressFn) -> None:
-        self.pipe, self.progress = pipe, progress
+    def __init__(
+        self, pipe: Any, kwargs: dict[str, Any], progress: ProgressFn, on_step: StepFn
+    ) -> None:
+        self.pipe, self.on_step = pipe, on_step
+        self._progress = progress
+        self.away, self.visiting = 0.0, False  # seconds spent in the caller's functions
         self.total_steps: int | None = kwargs.get("num_inference_steps")
         self.latents: torch.Tensor | None = None
         self.first: float | None = None
@@ -193,7 +200,18 @@ class _Watch:
     def _now(self) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return time.perf_counter() - self.away
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        began, self.visiting = self._now(), True
+        yield
+        self.visiting = False
+        self.away += self._now() - began
+
+    def progress(self, phase: str, done: int, total: int | None) -> None:
+        with self._aside():
+            self._progress(phase, done, total)
 
     def callback(self) -> dict[str, Any]:
         known = inspect.signature(type(self.pipe).__call__).parameters
@@ -227,6 +245,8 @@ class _Watch:
         self.latents = values.get("latents")
         self.total_steps = getattr(pipe, "num_timesteps", self.total_steps)
         self.progress("denoise", step + 1, self.total_steps)
+        with self._aside():
+            self.on_step(step + 1, self.latents)
         if step + 1 == self.total_steps:
             self.progress("decode", 0, self._pieces())
         return {}
@@ -238,6 +258,8 @@ class _Watch:
         )
 
     def _piece_decoded(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if self.visiting:  # a preview drawn between two steps
+            return
         self.decoded += 1
         pieces = self._pieces()
         self.progress("decode", self.decoded, max(pieces, self.decoded) if pieces else None)

@@ -115,3 +115,90 @@ def _backward(ctx, grad_out, grad_lse):
 
 
 block_sparse_attention.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("dit_accel::linear_branch", mutates_args=())
+def linear_branch(
+    base: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    feature_map: str,
+    length: Tensor | None,
+    limit: int | None,
+) -> Tensor:
+    excluded = _excluded(q, k, indices, counts, block_q, block_k)
+    chosen = dispatch.select(_BRANCH, q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    out = chosen.fn(base, q, k, v, excluded, weight, bias, feature_map, kv_len)
+    return _laid_out_as(q, out)
+
+
+_BRANCH = "sparse_linear_attention.linear_branch"
+
+
+def _excluded(q, k, indices, counts, block_q, block_k) -> BlockTable | None:
+    """The table of the blocks that the linear branch leaves out, if there is one."""
+    if indices is None:
+        return None
+    return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+
+
+@linear_branch.register_fake
+def _(base, q, *rest):
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("dit_accel::linear_branch_backward", mutates_args=())
+def linear_branch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+    weight: Tensor,
+    feature_map: str,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    excluded = _excluded(q, k, indices, counts, block_q, block_k)
+    chosen = dispatch.select(f"{_BRANCH}_backward", q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    grads = chosen.fn(grad, q, k, v, excluded, weight, feature_map, kv_len)
+    return tuple(_laid_out_as(x, g) for x, g in zip((q, k, v, weight), grads, strict=True))
+
+
+@linear_branch_backward.register_fake
+def _(grad, q, k, v, indices, counts, block_q, block_k, weight, *rest):
+    return tuple(torch.empty_like(x) for x in (q, k, v, weight))
+
+
+def _keep_for_branch(ctx, inputs, output):
+    _, q, k, v, indices, counts, block_q, block_k, weight, bias, feature_map, length, limit = inputs
+    ctx.save_for_backward(q, k, v, indices, counts, weight, length)
+    ctx.numbers = (block_q, block_k)
+    ctx.feature_map, ctx.limit = feature_map, limit
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _branch_backward(ctx, grad):
+    q, k, v, indices, counts, weight, length = ctx.saved_tensors
+    dq, dk, dv, dw = linear_branch_backward(
+        grad, q, k, v, indices, counts, *ctx.numbers, weight, ctx.feature_map, length, ctx.limit
+    )
+    bias = None
+    if ctx.bias_dtype is not None:
+        bias = grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias_dtype)
+    return grad, dq, dk, dv, None, None, None, None, dw, bias, None, None, None
+
+
+linear_branch.register_autograd(_branch_backward, setup_context=_keep_for_branch)

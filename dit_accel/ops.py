@@ -13,7 +13,11 @@ from torch import Tensor
 from dit_accel import library
 from dit_accel.table import BlockTable, block_count
 
-__all__ = ["block_sparse_attention", "block_table"]
+__all__ = [
+    "block_sparse_attention",
+    "block_table",
+    "sparse_linear_attention",
+]
 
 
 def block_table(
@@ -91,6 +95,56 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    feature_map: str = "softmax",
+    linear: str | None = "all",
+    skip: BlockTable | None = None,
+    scale: float | None = None,
+    kv_len: int | Tensor | None = None,
+) -> Tensor:
+    """Softmax attention to the table's blocks plus projected linear attention (arXiv 2509.24006).
+
+    O_i = O_sparse,i + φ(q_i) H Wᵀ / (φ(q_i)·Z + 1e-5) + b,  H = Σ φ(k_j)ᵀ v_j,  Z = Σ φ(k_j)
+
+    The sums run over all keys (linear="all"), the keys outside of the table ("rest"), or those
+    outside of the table and of `skip` ("marginal"). Without a weight the branch is not run and the
+    result is block_sparse_attention's, bit for bit. Differentiable in q, k, v, weight and bias.
+
+    Args:
+        q, k, v: [B, H, N_q, D], [B, H, N_k, D], [B, H, N_k, D].
+        table: the critical blocks.
+        weight: [D, D] projection W shared by the heads, or None.
+        bias: [D], or None.
+        feature_map: φ over the head dimension: "softmax", "elu" (elu + 1) or "relu".
+        linear: "all", "rest", "marginal" or None (no branch).
+        skip: for "marginal", the blocks that neither branch reads; the table goes before it.
+        scale: of the softmax branch, None is 1/√D.
+        kv_len: number of valid keys, int or int tensor [B]; the keys after it are never used.
+
+    Returns [B, H, N_q, D] in q.dtype. Raises ValueError for arguments that do not fit together.
+    """
+    base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
+    _check_linear(q, table, weight, bias, feature_map, linear, skip)
+    if weight is None:
+        return base
+    rows = None if linear == "all" else table
+    if linear == "marginal":
+        mask, width = table.to_mask() | skip.to_mask(), table.indices.shape[3]
+        width = min(table.key_blocks, width + skip.indices.shape[3])
+        rows = BlockTable.from_mask(mask, table.block_q, table.block_k, table.n_q, table.n_k, width)
+    indices, counts = (None, None) if rows is None else (rows.indices, rows.counts)
+    sizes = (table.block_q, table.block_k)
+    return library.linear_branch(
+        base, q, k, v, indices, counts, *sizes, weight, bias, feature_map, *_split_kv_len(kv_len, k)
+    )
+
+
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
@@ -117,6 +171,37 @@ def _check_table(q: Tensor, k: Tensor, table: BlockTable) -> None:
             f"the table serves (N_q, N_k) = {given} and (B, H) = {tuple(table.counts.shape[:2])}, "
             f"but q and k have {wanted} and {tuple(q.shape[:2])}; build it from these tensors"
         )
+
+
+def _check_linear(
+    q: Tensor,
+    table: BlockTable,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    feature_map: str,
+    linear: str | None,
+    skip: BlockTable | None,
+) -> None:
+    if linear not in ("all", "rest", "marginal", None):
+        raise ValueError(f"linear is 'all', 'rest', 'marginal' or None, not {linear!r}")
+    if feature_map not in ("softmax", "elu", "relu"):
+        raise ValueError(f"feature_map is 'softmax', 'elu' or 'relu', not {feature_map!r}")
+    d = q.shape[3]
+    for name, x, shape in (("weight", weight, (d, d)), ("bias", bias, (d,))):
+        if x is not None and (linear is None or x.shape != shape):
+            raise ValueError(
+                f"{name} is {list(shape)} and goes with a linear branch, "
+                f"not {list(x.shape)} with linear={linear!r}"
+            )
+    if bias is not None and weight is None:
+        raise ValueError("a bias goes with a weight: give both or neither")
+    if weight is None or linear != "marginal":
+        return
+    if skip is None:
+        raise ValueError("linear='marginal' needs `skip`, the table of the blocks to leave out")
+    shape = (skip.counts.shape, skip.block_q, skip.block_k, skip.n_k)
+    if shape != (table.counts.shape, table.block_q, table.block_k, table.n_k):
+        raise ValueError("`skip` has the shape and block sizes of the table: build both from q, k")
 
 
 def _check_forced(

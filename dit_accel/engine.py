@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from dit_accel import dispatch
+from dit_accel import dispatch, keys
 from dit_accel.clock import Clock
 from dit_accel.config import AccelConfig
+from dit_accel.keys import Keys
 from dit_accel.methods import Call
 from dit_accel.order import inverse, token_order
 from dit_accel.pipelines.base import Geometry
@@ -99,18 +100,23 @@ class Engine:
     state: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     index: torch.Tensor | None = None
     back: torch.Tensor | None = None
+    carried: bool = False
     generation_start: int = 0
-    _lengths: dict[int, tuple[torch.Tensor, Any]] = field(default_factory=dict)
+    _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
     _forced: dict[tuple, dict[str, Any]] = field(default_factory=dict)
 
-    def begin(self, geometry: Geometry, device: torch.device) -> None:
-        """A transformer forward starts: move the clock, drop stale state, choose the order."""
+    def begin(self, geometry: Geometry, device: torch.device, carried: bool = False) -> None:
+        """A transformer forward starts: move the clock, drop stale state, choose the order.
+
+        carried: the adapter can carry permuted tokens through the whole model; otherwise each
+        attention call permutes its own queries and keys.
+        """
         if self.clock.tick(geometry):
             self.state.clear()
             self._forced.clear()
             self.generation_start = len(self.forwards)
-        self._lengths.clear()
-        self._order(geometry)
+        self._keys.clear()
+        self._order(geometry, device, carried and not geometry.fixed_order)
         book = StepBook(self.clock.step, self.clock.passname, Stopwatch(device))
         self.forwards.append(book)
 
@@ -118,10 +124,13 @@ class Engine:
         """The forward is over."""
         self.forwards[-1].watch.stop()
 
-    def _order(self, geometry: Geometry) -> None:
-        kind = "raster" if geometry.fixed_order else self.config.order
-        self.index = token_order(kind, geometry.grid, self.config.tile)
-        self.back = None if self.index is None else inverse(self.index)
+    def _order(self, geometry: Geometry, device: torch.device, carried: bool) -> None:
+        lines = sum(n > 1 for n in geometry.grid) < 2  # a row of tokens has one order only
+        kind = "raster" if lines else self.config.order
+        index = token_order(kind, geometry.grid, self.config.tile)
+        self.index = None if index is None else index.to(device)
+        self.back = None if index is None else inverse(index).to(device)
+        self.carried = carried
 
     def attend(
         self,
@@ -138,52 +147,63 @@ class Engine:
             return dense(q, k, v, mask)
         action = self.plan.action(self.clock.step, self.clock.steps, self.layers[layer].number)
         planned = action.keep is None
-        reason = action.reason if planned else self._obstacle(q, k, mask)
-        if reason:
+        reason = action.reason if planned else self._obstacle(q, k)
+        keyed = reason if reason else self._read_keys(mask, k.shape[1])
+        if isinstance(keyed, str):
+            reason = keyed
             self._book_dense(layer, reason, planned)
             return dense(q, k, v, mask)
         q, k, v = (x.to(v.dtype) for x in (q, k, v))  # some norms hand fp32 q, k with bf16 v
-        call = self._call(layer, action, k, mask, scale)
+        call = self._call(layer, action, k, keyed, scale)
         with dispatch.recording() as used:
-            out = self._joint(q, k, v, mask, call, dense)
+            out = self._joint(q, k, v, mask, call, keyed, dense)
         for name in used:
             self.implementations[name] = self.implementations.get(name, 0) + 1
         return out
 
-    def _obstacle(self, q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> str:
+    def _obstacle(self, q: torch.Tensor, k: torch.Tensor) -> str:
         """Why this call must be dense, or ""."""
         n, geometry = q.shape[1], self.clock.geometry
-        if k.shape[1] != n or n != geometry.n_tokens:
+        fits = n >= geometry.n_visual if geometry.n_text is None else n == geometry.n_tokens
+        if k.shape[1] != n or not fits:
             return f"{n} × {k.shape[1]} tokens where the model's geometry says {geometry.n_tokens}"
         least = self.config.min_tokens
         least = CROSSOVER.get(q.device.type, 0) if least is None else least
         if n < least:
             return f"{n} tokens are fewer than the crossover of {least}"
-        if mask is not None and self._length(mask) is None:
-            return "the attention mask is more than key padding"
         return ""
 
-    def _length(self, mask: torch.Tensor) -> int | torch.Tensor | None:
-        """Valid keys of a (B, 1, 1, N) boolean mask whose False part is a suffix; else None.
+    def _parts(self, n: int) -> tuple[slice, slice]:
+        """Where the visual and where the text tokens lie in a sequence of n."""
+        g = self.clock.geometry
+        if g.text_first:
+            return slice(n - g.n_visual, n), slice(0, n - g.n_visual)
+        return slice(0, g.n_visual), slice(g.n_visual, n)
 
-        Read once per forward and mask: it costs a device synchronisation.
-        """
-        if id(mask) not in self._lengths:
-            self._lengths[id(mask)] = (mask, _suffix_length(mask))
-        return self._lengths[id(mask)][1]
+    def _read_keys(self, mask: torch.Tensor | None, n: int) -> Keys | str:
+        """The keys behind this mask, read once per forward and mask, or why it is not served."""
+        same = mask is None or self.clock.geometry.same_mask
+        name = (None if mask is None else mask.shape, n) if same else id(mask)
+        if name not in self._keys:
+            order = None if self.carried else self.index
+            product = same and mask is not None and mask.ndim == 4 and mask.shape[2] == n
+            found = keys.read(mask, n, self._parts(n)[0], order, product)
+            # the mask is held so that its id stays its own; one read by shape needs no holding
+            self._keys[name] = (None if same else mask, found)
+        return self._keys[name][1]
 
     def _call(
         self,
         layer: int,
         action: Any,
         k: torch.Tensor,
-        mask: torch.Tensor | None,
+        keyed: Keys,
         scale: float | None,
     ) -> Call:
         clock = self.clock
 
-        def note(table: BlockTable) -> None:
-            kept = table.density()
+        def note(table: BlockTable | None) -> None:
+            kept = 1.0 if table is None else table.density()
             for book in (self.layers[layer], self.forwards[-1]):
                 book.sparse += 1
                 book.kept = book.kept + kept
@@ -192,9 +212,12 @@ class Engine:
             keep=action.keep,
             scale=scale,
             grid=clock.geometry.grid,
-            **self._text_blocks(k),
-            kv_len=None if mask is None else self._length(mask),
+            **self._text_blocks(k, keyed),
+            text_first=keyed.text_first,
+            index=self.index,
+            kv_len=keyed.length,
             layer=self.layers[layer].number,
+            layers=self.plan.sparse_layers(),
             step=clock.step,
             steps=clock.steps,
             passname=clock.passname,
@@ -203,16 +226,17 @@ class Engine:
             note=note,
         )
 
-    def _text_blocks(self, k: torch.Tensor) -> dict[str, Any]:
+    def _text_blocks(self, k: torch.Tensor, keyed: Keys) -> dict[str, Any]:
         """The key blocks that hold text, which every query reads: Call.forced and n_forced."""
-        g, size = self.clock.geometry, self.config.method.block_k
-        if not g.n_text:
+        n, n_visual = k.shape[1], self.clock.geometry.n_visual
+        size = self.config.method.block_k
+        if n == n_visual:
             return {}
-        key = (g, size, k.device)
+        key = (n, n_visual, size, keyed.text_first, k.device)
         if key not in self._forced:
-            first = torch.arange(0, g.n_tokens, size)
-            last = (first + size).clamp(max=g.n_tokens)
-            text = first < g.n_text if g.text_first else last > g.n_visual
+            first = torch.arange(0, n, size)
+            last = (first + size).clamp(max=n)
+            text = first < n - n_visual if keyed.text_first else last > n_visual
             self._forced[key] = {"forced": text.to(k.device), "n_forced": int(text.sum())}
         return self._forced[key]
 
@@ -223,21 +247,23 @@ class Engine:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         call: Call,
+        keyed: Keys,
         dense: Dense,
     ) -> torch.Tensor:
         """Visual queries by the method over all keys; text queries, if any, dense."""
-        g = self.clock.geometry
-        heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-        if not g.n_text:
-            return self.config.method(*heads_first, call).transpose(1, 2)
-        visual, text = (slice(g.n_text, None), slice(0, g.n_text))
-        if not g.text_first:
-            visual, text = slice(0, g.n_visual), slice(g.n_visual, None)
+        visual, text = self._parts(q.shape[1])
+        permuted = self.index is not None and not self.carried
+        queries = q[:, visual]
+        queries = queries.index_select(1, self.index) if permuted else queries
+        arranged = (queries, keyed.arrange(k), keyed.arrange(v))
+        seen = self.config.method(*(x.transpose(1, 2) for x in arranged), call).transpose(1, 2)
+        seen = seen.index_select(1, self.back) if permuted else seen
+        if text.start == text.stop:
+            return seen
         out = torch.empty_like(q)
-        out[:, visual] = self.config.method(
-            heads_first[0][:, :, visual], *heads_first[1:], call
-        ).transpose(1, 2)
-        out[:, text] = dense(q[:, text], k, v, mask)
+        out[:, visual] = seen
+        rows = mask if mask is None or mask.shape[-2] == 1 else mask[:, :, text]
+        out[:, text] = dense(q[:, text], k, v, rows)
         return out
 
     def state_bytes(self) -> int:
@@ -256,14 +282,3 @@ class Engine:
         self.layers[layer].dense += 1
         self.forwards[-1].dense += 1
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
-
-
-def _suffix_length(mask: torch.Tensor) -> int | torch.Tensor | None:
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-        return None
-    valid = mask[:, 0, 0]
-    lengths = valid.sum(-1)
-    suffix = torch.arange(valid.shape[1], device=mask.device) < lengths[:, None]
-    if not torch.equal(suffix, valid) or bool((lengths == 0).any()):
-        return None
-    return int(lengths[0]) if len(set(lengths.tolist())) == 1 else lengths

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from dit_accel import library
+from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
 from dit_accel.table import BlockTable, block_count
 
 __all__ = [
     "block_sparse_attention",
     "block_table",
     "sparse_linear_attention",
+    "window_attention",
 ]
 
 
@@ -142,6 +144,87 @@ def sparse_linear_attention(
     sizes = (table.block_q, table.block_k)
     return library.linear_branch(
         base, q, k, v, indices, counts, *sizes, weight, bias, feature_map, *_split_kv_len(kv_len, k)
+    )
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    kv_len: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense attention, and the attention to the table's key blocks, in one pass over the keys.
+
+    Args:
+        q, k, v: [B, H, N_q, D], [B, H, N_k, D], [B, H, N_k, D].
+        table: the window.
+        scale: None is 1/√D.
+        kv_len: number of valid keys, int or int tensor [B]; the keys after it are never used.
+
+    Returns O over all keys and O over the window's, [B, H, N_q, D] in q.dtype, and their LSEs,
+    [B, H, N_q] float32. Not differentiable. Raises ValueError for shapes that do not fit together.
+    """
+    _check_qkv(q, k, v)
+    _check_table(q, k, table)
+    length, limit = _split_kv_len(kv_len, k)
+    sizes = (table.block_q, table.block_k)
+    return library.window_attention(
+        q, k, v, table.indices, table.counts, *sizes, _scale(scale, q), length, limit
+    )
+
+
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    kv_len: int | Tensor | None = None,
+) -> Tensor:
+    """Exact attention to the table's blocks; each other block is one mean key and value.
+
+    One softmax over s_ij of the kept keys and scale · q_i·k̄_m + ln|m| of the skipped blocks m of
+    |m| valid tokens, with the values v_j and v̄_m. With all blocks kept this is dense attention.
+
+    Arguments, result and errors are those of block_sparse_attention.
+    """
+    _check_qkv(q, k, v)
+    _check_table(q, k, table)
+    length, limit = _split_kv_len(kv_len, k)
+    sizes = (table.block_q, table.block_k)
+    return library.pooled_attention(
+        q, k, v, table.indices, table.counts, *sizes, _scale(scale, q), length, limit
+    )[0]
+
+
+def rectified_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    gapr: bool = True,
+    kv_len: int | Tensor | None = None,
+) -> Tensor:
+    """Rectified SpaAttn (arXiv 2511.19835): r_n · O_sparse + C_n for each query block n.
+
+    a = softmax_m(scale · q̄_n·k̄_m + ln|m|), r_n = Σ a_nm over the table's blocks and those that
+    the veto (gapr: |q̄_n·k̄_m| ≤ error of the means) exempts, C_n = Σ a_nm v̄_m over the others.
+    Differentiable in q, k and v at the given table.
+
+    Arguments, result and errors are those of block_sparse_attention.
+    """
+    _check_qkv(q, k, v)
+    _check_table(q, k, table)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        out = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
+        return rectify(out, *coefficients(q, k, v, table, scale, gapr, kv_len), table.block_q)
+    length, limit = _split_kv_len(kv_len, k)
+    sizes = (table.block_q, table.block_k)
+    return library.rectified_attention(
+        q, k, v, table.indices, table.counts, *sizes, _scale(scale, q), gapr, length, limit
     )
 
 

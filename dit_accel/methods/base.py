@@ -26,10 +26,13 @@ class Call:
         grid: (T, H, W) of the visual tokens, or None when unknown.
         forced: bool [Mk], key blocks every query reads (text), or None; `n_forced` of them.
         kv_len: number of valid keys (int, or int tensor [B]); None when all are valid.
+        text_first: where keys hold more tokens than the grid, those come before the visual ones.
+        index: int64 permutation of the visual tokens from raster order (CPU), or None for raster.
         layer, step, steps, passname: where in the run; steps is None when unknown.
+        layers: how many layers of the model run sparse at this step, this one included.
         refresh: the schedule asks methods with a state to rebuild it now.
         state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
-        note: takes the kept share of a table, for the report.
+        note: takes the table that is read, for the report; None when everything is.
     """
 
     keep: float
@@ -38,13 +41,16 @@ class Call:
     forced: torch.Tensor | None = None
     n_forced: int = 0
     kv_len: int | torch.Tensor | None = None
+    text_first: bool = False
+    index: torch.Tensor | None = None
     layer: int = 0
+    layers: int = 1
     step: int = 0
     steps: int | None = None
     passname: str = ""
     refresh: bool = False
     state: dict[str, Any] = field(default_factory=dict)
-    note: Callable[[BlockTable], None] = lambda table: None
+    note: Callable[[BlockTable | None], None] = lambda table: None
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Patch:
         old = module.processor
         layer = seam.Layer(self.engine, index, old, type(old).__call__.__globals__.get(_NAMES[0]))
         self.layers.append(layer)
-        kind = _rebound_class(type(old))
+        kind = _rebound_class(self.adapter.processor or type(old))
         number = torch.tensor(layer.id)  # stays on the CPU: reading it never waits for a device
         if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
             original = type(old)
@@ -85,7 +85,7 @@ class Patch:
             bound = signature.bind_partial(module, *args, **kwargs).arguments
             geometry = self.adapter.geometry(module, bound)
             device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
-            self.engine.begin(geometry, device)
+            self.engine.begin(geometry, device, self.adapter.leave is not None)
 
         @torch.compiler.disable
         def after(module: nn.Module, args: tuple, output: Any) -> None:
@@ -98,8 +98,8 @@ class Patch:
         if self.adapter.leave is None or self.engine.config.order == "raster":
             return
         for site in self.adapter.enter:
-            self._site(site, lambda: self.engine.index)
-        self._site(self.adapter.leave, lambda: self.engine.back)
+            self._site(site, lambda: self.engine.index if self.engine.carried else None)
+        self._site(self.adapter.leave, lambda: self.engine.back if self.engine.carried else None)
 
     def _site(self, site: Site, index: Callable[[], torch.Tensor | None]) -> None:
         @torch.compiler.disable

@@ -14,13 +14,17 @@ class Geometry(NamedTuple):
     """The tokens of one transformer forward.
 
     grid: (T, H, W) visual tokens. n_text: text tokens in the joint sequence, before the visual
-    ones if `text_first`. fixed_order: why tokens must stay in raster order, or "".
+    ones if `text_first`; None: whatever else an attention call brings. fixed_order: why permuted
+    tokens cannot pass through the model, or "": then each attention call permutes its own.
+    same_mask: all layers get the same key padding, perhaps as a fresh tensor or as the product of
+    valid queries and valid keys, so it is read once.
     """
 
     grid: tuple[int, int, int]
-    n_text: int = 0
+    n_text: int | None = 0
     text_first: bool = False
     fixed_order: str = ""
+    same_mask: bool = False
 
     @property
     def n_visual(self) -> int:
@@ -28,7 +32,7 @@ class Geometry(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        return self.n_visual + self.n_text
+        return self.n_visual + (self.n_text or 0)
 
 
 class Site(NamedTuple):
@@ -50,7 +54,9 @@ class Adapter:
         attention: patterns (fnmatch) of the module names of visual self- or joint attention.
         geometry: (transformer, forward arguments by name) → Geometry.
         enter: where tokens come in; reordering gathers there.
-        leave: where they go out; reordering scatters there. None: the order is fixed.
+        leave: where they go out; reordering scatters there. None: permuted tokens cannot pass
+            through the model, each attention call permutes its own.
+        processor: a processor class that stands in for the model's own one.
     """
 
     classes: tuple[str, ...]
@@ -58,6 +64,7 @@ class Adapter:
     geometry: Callable[[nn.Module, dict[str, Any]], Geometry]
     enter: tuple[Site, ...] = ()
     leave: Site | None = None
+    processor: type | None = None
 
     def attentions(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Name → attention module, in the order in which the layers run."""

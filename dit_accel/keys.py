@@ -1,0 +1,83 @@
+"""Which keys are valid, and in which order the method is given them.
+
+A mask that only hides padded keys needs no mask at all once the valid keys come first: attention
+does not mind the order of its keys, so they are gathered and a length takes the mask's place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Keys(NamedTuple):
+    """The keys of one attention call.
+
+    index: int64 [N] or [B, N], the order in which keys are gathered; None: as they come.
+    length: valid keys (int, or int64 [B]); None when all are valid.
+    text_first: the text keys come before the visual ones once arranged.
+    """
+
+    index: Tensor | None = None
+    length: int | Tensor | None = None
+    text_first: bool = False
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """x [B, N, H, D] in this order."""
+        if self.index is None:
+            return x
+        if self.index.ndim == 1:
+            return x.index_select(1, self.index)
+        rows = torch.arange(x.shape[0], device=x.device)[:, None]
+        return x[rows, self.index]
+
+
+def read(
+    mask: Tensor | None, n: int, visual: slice, order: Tensor | None, product: bool
+) -> Keys | str:
+    """The keys of calls that have this mask, or why the mask cannot be served.
+
+    Args:
+        mask: bool [B, 1, 1, N], or [B, 1, N, N] where `product` says that it is the product of
+            the valid queries and the valid keys; None when there is none.
+        n: keys. visual: where the visual ones lie; no mask may hide one of them.
+        order: int64 permutation of the visual keys, or None.
+
+    Reads a mask's values on the host: one device synchronisation.
+    """
+    text_first = visual.start > 0
+    index = None
+    if order is not None:
+        index = torch.arange(n, device=order.device)
+        index[visual] = visual.start + order
+    if mask is None:
+        return Keys(index, None, text_first)
+    if mask.dtype != torch.bool:
+        return "the attention mask is an additive bias"
+    rows = slice(visual.start, visual.start + 1) if product else slice(None)
+    mask = mask[:, :, rows] if mask.ndim == 4 else mask
+    if mask.ndim != 4 or mask.shape[1:] != (1, 1, n):
+        return "the attention mask is more than key padding"
+    valid = mask[:, 0, 0]
+    lengths = valid.sum(-1)
+    if not bool(valid[:, visual].all()):
+        return "the attention mask hides visual tokens"
+    padded = torch.arange(n, device=mask.device) < lengths[:, None]
+    equal = len(set(lengths.tolist())) == 1
+    length = int(lengths[0]) if equal else lengths
+    if torch.equal(padded, valid):
+        return Keys(index, None if length == n and equal else length, text_first)
+    return Keys(_valid_first(valid, visual, order), length)
+
+
+def _valid_first(valid: Tensor, visual: slice, order: Tensor | None) -> Tensor:
+    """int64 [B, N]: the visual keys in `order`, then the valid text keys, then the others."""
+    last = torch.full(valid.shape, 3, device=valid.device)
+    last[valid] = 2
+    last[:, visual] = 1
+    index = torch.argsort(last, dim=1, stable=True)
+    if order is not None:
+        index[:, : order.numel()] = visual.start + order
+    return index

@@ -13,6 +13,12 @@ from dit_accel import dispatch
 from dit_accel.table import BlockTable, block_count, table_width
 
 
+def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
+    """x with the strides of torch.empty_like(like), as the fake functions promise."""
+    wanted = torch.empty_like(like)
+    return x if x.stride() == wanted.stride() else wanted.copy_(x)
+
+
 @torch.library.custom_op("dit_accel::block_table", mutates_args=())
 def block_table(
     q: Tensor,
@@ -39,37 +45,11 @@ def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced):
     return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
 
 
-def _softmax_op(name: str) -> torch.library.CustomOpDef:
-    """The op (q, k, v, table, scale, kv_len) → (out, LSE) of kernels/<name>, with its gradient."""
-
-    def select(part: str, q: Tensor, block_q: int, block_k: int):
-        return dispatch.select(name + part, q, block_q=block_q, block_k=block_k).fn
-
-    @torch.library.custom_op(f"dit_accel::{name}", mutates_args=())
-    def op(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        indices: Tensor,
-        counts: Tensor,
-        block_q: int,
-        block_k: int,
-        scale: float,
-        length: Tensor | None,
-        limit: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
-        kv_len = limit if length is None else length
-        fn = select("", q, block_q, block_k)
-        out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
-        return _laid_out_as(q, out), lse
-
-    @op.register_fake
-    def _(q, *rest):
-        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _gradient_op(name: str) -> torch.library.CustomOpDef:
+    """The op that gives dq, dk, dv from kernels/<name>'s `backward`."""
 
     @torch.library.custom_op(f"dit_accel::{name}_backward", mutates_args=())
-    def gradient(
+    def op(
         grad_out: Tensor,
         grad_lse: Tensor,
         q: Tensor,
@@ -87,13 +67,43 @@ def _softmax_op(name: str) -> torch.library.CustomOpDef:
     ) -> tuple[Tensor, Tensor, Tensor]:
         table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
         kv_len = limit if length is None else length
-        fn = select(".backward", q, block_q, block_k)
+        fn = dispatch.select(f"{name}.backward", q, block_q=block_q, block_k=block_k).fn
         grads = fn(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
         return tuple(_laid_out_as(x, grad) for x, grad in zip((q, k, v), grads, strict=True))
 
-    @gradient.register_fake
+    @op.register_fake
     def _(grad_out, grad_lse, q, k, v, *rest):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    return op
+
+
+def _softmax_op(name: str) -> torch.library.CustomOpDef:
+    """The op (q, k, v, table, scale, kv_len) → (out, LSE) of kernels/<name>, with its gradient."""
+    gradient = _gradient_op(name)
+
+    @torch.library.custom_op(f"dit_accel::{name}", mutates_args=())
+    def op(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor,
+        counts: Tensor,
+        block_q: int,
+        block_k: int,
+        scale: float,
+        length: Tensor | None,
+        limit: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+        kv_len = limit if length is None else length
+        fn = dispatch.select(name, q, block_q=block_q, block_k=block_k).fn
+        out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
+        return _laid_out_as(q, out), lse
+
+    @op.register_fake
+    def _(q, *rest):
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     def keep(ctx, inputs, output):
         *tensors, ctx.block_q, ctx.block_k, ctx.scale, length, ctx.limit = inputs
@@ -138,7 +148,114 @@ def _(q, *rest):
     return torch.empty_like(q)
 
 
-def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
-    """x with the strides of torch.empty_like(like), as the fake functions promise."""
-    wanted = torch.empty_like(like)
-    return x if x.stride() == wanted.stride() else wanted.copy_(x)
+@torch.library.custom_op("dit_accel::window_attention", mutates_args=())
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    kv_len = limit if length is None else length
+    fn = dispatch.select("window_attention", q, block_q=block_q, block_k=block_k).fn
+    full, window, lse, window_lse = fn(q, k, v, table, scale, kv_len=kv_len)
+    return _laid_out_as(q, full), _laid_out_as(q, window), lse, window_lse
+
+
+@window_attention.register_fake
+def _(q, *rest):
+    outs = (torch.empty_like(q) for _ in range(2))
+    return *outs, *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("dit_accel::linear_branch", mutates_args=())
+def linear_branch(
+    base: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    feature_map: str,
+    length: Tensor | None,
+    limit: int | None,
+) -> Tensor:
+    excluded = _excluded(q, k, indices, counts, block_q, block_k)
+    chosen = dispatch.select(_BRANCH, q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    out = chosen.fn(base, q, k, v, excluded, weight, bias, feature_map, kv_len)
+    return _laid_out_as(q, out)
+
+
+_BRANCH = "sparse_linear_attention.linear_branch"
+
+
+def _excluded(q, k, indices, counts, block_q, block_k) -> BlockTable | None:
+    """The table of the blocks that the linear branch leaves out, if there is one."""
+    if indices is None:
+        return None
+    return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+
+
+@linear_branch.register_fake
+def _(base, q, *rest):
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("dit_accel::linear_branch_backward", mutates_args=())
+def linear_branch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+    weight: Tensor,
+    feature_map: str,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    excluded = _excluded(q, k, indices, counts, block_q, block_k)
+    chosen = dispatch.select(f"{_BRANCH}_backward", q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    grads = chosen.fn(grad, q, k, v, excluded, weight, feature_map, kv_len)
+    return tuple(_laid_out_as(x, g) for x, g in zip((q, k, v, weight), grads, strict=True))
+
+
+@linear_branch_backward.register_fake
+def _(grad, q, k, v, indices, counts, block_q, block_k, weight, *rest):
+    return tuple(torch.empty_like(x) for x in (q, k, v, weight))
+
+
+def _keep_for_branch(ctx, inputs, output):
+    _, q, k, v, indices, counts, block_q, block_k, weight, bias, feature_map, length, limit = inputs
+    ctx.save_for_backward(q, k, v, indices, counts, weight, length)
+    ctx.numbers = (block_q, block_k)
+    ctx.feature_map, ctx.limit = feature_map, limit
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _branch_backward(ctx, grad):
+    q, k, v, indices, counts, weight, length = ctx.saved_tensors
+    dq, dk, dv, dw = linear_branch_backward(
+        grad, q, k, v, indices, counts, *ctx.numbers, weight, ctx.feature_map, length, ctx.limit
+    )
+    bias = None
+    if ctx.bias_dtype is not None:
+        bias = grad.sum((0, 1, 2), dtype=torch.float32).to(ctx.bias_dtype)
+    return grad, dq, dk, dv, None, None, None, None, dw, bias, None, None, None
+
+
+linear_branch.register_autograd(_branch_backward, setup_context=_keep_for_branch)

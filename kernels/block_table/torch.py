@@ -48,6 +48,15 @@ def block_means(x: Tensor, block: int, kv_len: int | Tensor | None = None) -> Te
     return sums / block_sizes(x.shape[2], block, kv_len, x.device).clamp(min=1)[..., None]
 
 
+def block_spreads(
+    x: Tensor, means: Tensor, block: int, kv_len: int | Tensor | None = None
+) -> Tensor:
+    """[B, H, M, D] float32: mean of |x − its block's mean| over each block's valid tokens."""
+    x = x[:, :, :kv_len] if isinstance(kv_len, int) else x
+    near = means.repeat_interleave(block, 2)[:, :, : x.shape[2]]
+    return block_means((x - near).abs(), block, kv_len)
+
+
 def block_sizes(n: int, block: int, kv_len: int | Tensor | None, device: torch.device) -> Tensor:
     """[1 or B, 1, M] float32: valid tokens of each block of n keys."""
     limit = n if kv_len is None else kv_len

@@ -1,0 +1,105 @@
+"""What the operators refuse, each in one sentence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.table import BlockTable
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q is [B, H, N_q, D], k and v are [B, H, N_k, D], not "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or 0 in (q.shape[2], k.shape[2]):
+        raise ValueError(
+            "q and k share B, H and D and hold at least one token, unlike "
+            f"{tuple(q.shape)} and {tuple(k.shape)}; repeat grouped heads first"
+        )
+    if not q.is_floating_point() or len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise ValueError(
+            f"q, k and v share one floating dtype, unlike {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+
+
+def check_table(q: Tensor, k: Tensor, table: BlockTable) -> None:
+    if not isinstance(table, BlockTable):
+        raise TypeError(f"table is a BlockTable, not {type(table).__name__}; see ops.block_table")
+    given, wanted = (table.n_q, table.n_k), (q.shape[2], k.shape[2])
+    if given != wanted or table.counts.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"the table serves (N_q, N_k) = {given} and (B, H) = {tuple(table.counts.shape[:2])}, "
+            f"but q and k have {wanted} and {tuple(q.shape[:2])}; build it from these tensors"
+        )
+
+
+def check_linear(
+    q: Tensor,
+    table: BlockTable,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    feature_map: str,
+    linear: str | None,
+    skip: BlockTable | None,
+) -> None:
+    if linear not in ("all", "rest", "marginal", None):
+        raise ValueError(f"linear is 'all', 'rest', 'marginal' or None, not {linear!r}")
+    if feature_map not in ("softmax", "elu", "relu"):
+        raise ValueError(f"feature_map is 'softmax', 'elu' or 'relu', not {feature_map!r}")
+    d = q.shape[3]
+    for name, x, shape in (("weight", weight, (d, d)), ("bias", bias, (d,))):
+        if x is not None and (linear is None or x.shape != shape):
+            raise ValueError(
+                f"{name} is {list(shape)} and goes with a linear branch, "
+                f"not {list(x.shape)} with linear={linear!r}"
+            )
+    if bias is not None and weight is None:
+        raise ValueError("a bias goes with a weight: give both or neither")
+    if weight is None or linear != "marginal":
+        return
+    if skip is None:
+        raise ValueError("linear='marginal' needs `skip`, the table of the blocks to leave out")
+    shape = (skip.counts.shape, skip.block_q, skip.block_k, skip.n_k)
+    if shape != (table.counts.shape, table.block_q, table.block_k, table.n_k):
+        raise ValueError("`skip` has the shape and block sizes of the table: build both from q, k")
+
+
+def check_forced(
+    forced: Tensor, max_forced: int | None, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, int]:
+    if forced.dtype != torch.bool:
+        raise ValueError(f"forced is a bool tensor, not {forced.dtype}")
+    try:
+        torch.broadcast_to(forced, shape)
+    except RuntimeError:
+        raise ValueError(
+            f"forced broadcasts to [B, H, Mq, Mk] = {list(shape)}, unlike {list(forced.shape)}"
+        ) from None
+    if max_forced is None:
+        known = forced.device.type == "cpu" and not torch.compiler.is_compiling()
+        per_row = forced.expand(*forced.shape[:-1], shape[-1]).sum(-1) if known else None
+        max_forced = int(per_row.max()) if known else shape[-1]
+    return forced.to(device), max_forced
+
+
+def split_kv_len(kv_len: int | Tensor | None, k: Tensor) -> tuple[Tensor | None, int | None]:
+    """kv_len as the two op arguments: a tensor [B] or an int, the other one None."""
+    if isinstance(kv_len, Tensor):
+        if kv_len.is_floating_point() or kv_len.shape != k.shape[:1]:
+            raise ValueError(
+                f"a kv_len tensor is [B] = [{k.shape[0]}] of integers, not {list(kv_len.shape)} "
+                f"of {kv_len.dtype}"
+            )
+        return kv_len.to(k.device), None
+    if kv_len is None or kv_len == k.shape[2]:
+        return None, None
+    if not 1 <= kv_len < k.shape[2]:
+        raise ValueError(f"kv_len lies between 1 and N_k = {k.shape[2]}, not {kv_len}")
+    return None, kv_len
+
+
+def default_scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

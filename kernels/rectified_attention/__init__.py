@@ -1,0 +1,1 @@
+"""Rectified attention (arXiv 2511.19835): O = r · O_sparse + C from pooled attention."""

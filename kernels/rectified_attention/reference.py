@@ -1,0 +1,45 @@
+"""Rectified attention, naively: r and C from the masked softmax of the block means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse_attention.reference import block_sparse_attention
+from dit_accel.table import BlockTable
+
+
+def rectified_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    gapr: bool = True,
+    kv_len: int | Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """See ops.rectified_attention; `dtype` as in block_sparse_attention's reference."""
+    result, work = dtype or q.dtype, dtype or torch.float32
+    limits = torch.as_tensor(table.n_k if kv_len is None else kv_len).expand(q.shape[0]).tolist()
+    out = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len, dtype=work)
+    kept, scale = table.to_mask(), scale or q.shape[-1] ** -0.5
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        if limits[b] == 0:
+            continue
+        keys = k[b, h, : limits[b]].to(work).split(table.block_k)
+        values = v[b, h, : limits[b]].to(work).split(table.block_k)
+        km, vm = (torch.stack([x.mean(0) for x in blocks]) for blocks in (keys, values))
+        spread = torch.stack([(x - x.mean(0)).abs().mean(0) for x in keys])
+        sizes = torch.tensor([len(x) for x in keys], dtype=work, device=q.device)
+        for n, block in enumerate(q[b, h].to(work).split(table.block_q)):
+            qm = block.mean(0)
+            a = (km @ qm * scale + sizes.log()).softmax(-1)
+            exact = kept[b, h, n, : len(keys)]
+            if gapr:
+                error = (km @ (block - qm).abs().mean(0)).abs() + (spread @ qm).abs()
+                exact = exact | ((km @ qm).abs() <= error)
+            rows = slice(n * table.block_q, n * table.block_q + len(block))
+            out[b, h, rows] = out[b, h, rows] * a[exact].sum() + a[~exact] @ vm[~exact]
+    return out.to(result)

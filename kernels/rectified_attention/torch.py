@@ -1,0 +1,60 @@
+"""Rectified attention in plain torch: r and C are one small attention between block means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse_attention.torch import block_sparse_attention
+from dit_accel.kernels.block_table.torch import block_means, block_sizes, block_spreads
+from dit_accel.table import BlockTable
+
+
+def rectified_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    gapr: bool = True,
+    kv_len: int | Tensor | None = None,
+) -> Tensor:
+    """See ops.rectified_attention."""
+    out = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
+    return rectify(out, *coefficients(q, k, v, table, scale, gapr, kv_len), table.block_q)
+
+
+def rectify(out: Tensor, ratio: Tensor, shift: Tensor, block_q: int) -> Tensor:
+    """r · O + C for O [B, H, N_q, D], with r [B, H, Mq] and C [B, H, Mq, D] of each query block."""
+    n = out.shape[2]
+    ratio, shift = (x.repeat_interleave(block_q, 2)[:, :, :n] for x in (ratio[..., None], shift))
+    return torch.addcmul(shift, ratio, out.float()).to(out.dtype)
+
+
+def coefficients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    scale: float | None = None,
+    gapr: bool = True,
+    kv_len: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """r [B, H, Mq] and C [B, H, Mq, D], float32 and differentiable.
+
+    a = softmax_m(scale · q̄_n·k̄_m + ln|m|),  r_n = Σ_{exact} a_nm,  C_n = Σ_{other} a_nm v̄_m;
+    exact are the table's blocks and, with gapr, those whose gain is at most their error.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    qm = block_means(q, table.block_q)
+    km, vm = (block_means(x, table.block_k, kv_len) for x in (k, v))
+    blocks = km.shape[2]
+    sizes = block_sizes(k.shape[2], table.block_k, kv_len, k.device)[..., :blocks]
+    scores = qm @ km.mT  # [B, H, Mq, Mk]
+    a = (scores * scale + sizes.log()[:, :, None]).softmax(-1)
+    exact = table.to_mask()[..., :blocks]
+    if gapr:
+        error = (block_spreads(q, qm, table.block_q) @ km.mT).abs()
+        error = error + (qm @ block_spreads(k, km, table.block_k, kv_len).mT).abs()
+        exact = exact | (scores.abs() <= error)
+    return a.where(exact, 0).sum(-1), a.where(~exact, 0) @ vm

@@ -1,0 +1,79 @@
+"""Line charts as inline SVG, coloured by the page's style sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTH, HEIGHT = 420, 200
+LEFT, RIGHT, TOP, BOTTOM = 40, 8, 12, 26
+
+
+def lines(
+    series: Mapping[str, Sequence[float]], axis: str, unit: str, from_zero: bool = False
+) -> str:
+    """One SVG with a line per series (its key is the CSS class), numbered from 1 along `axis`."""
+    values = [v for line in series.values() for v in line]
+    ticks = _ticks(0.0 if from_zero else min(values), max(values))
+    low, high = ticks[0], ticks[-1]
+    count = max(len(line) for line in series.values())
+
+    def x(index: float) -> float:
+        return LEFT + (index + 0.5) * (WIDTH - LEFT - RIGHT) / count
+
+    def y(value: float) -> float:
+        return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [_grid(y(t), f"{t:g}") for t in ticks]
+    parts.append(f"<text class=unit x=0 y={TOP - 3}>{unit}</text>")
+    parts += [_number(x(i), i + 1) for i in _labelled(count)]
+    parts.append(f"<text class=end x={WIDTH - RIGHT} y={HEIGHT - 1}>{axis}</text>")
+    for name, line in series.items():
+        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(line))
+        parts.append(f'<polyline class={name} points="{points}"/>')
+        if count <= 40:
+            dots = ((x(i), y(v)) for i, v in enumerate(line))
+            parts += [f"<circle class={name} cx={a:.1f} cy={b:.1f} r=2.2 />" for a, b in dots]
+    parts += [_hover(series, i, axis, unit, x(i), x(1) - x(0)) for i in range(count)]
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{"".join(parts)}</svg>'
+
+
+def _grid(y: float, label: str) -> str:
+    return (
+        f"<line x1={LEFT} x2={WIDTH - RIGHT} y1={y:.1f} y2={y:.1f} />"
+        f"<text class=end x={LEFT - 6} y={y + 3.5:.1f}>{label}</text>"
+    )
+
+
+def _number(x: float, label: int) -> str:
+    return f"<text class=mid x={x:.1f} y={HEIGHT - BOTTOM + 13}>{label}</text>"
+
+
+def _hover(
+    series: Mapping[str, Sequence[float]], i: int, axis: str, unit: str, x: float, width: float
+) -> str:
+    """An invisible column that shows the values under the pointer."""
+    names = {"fast": "accelerated"}
+    text = ", ".join(
+        f"{names.get(n, n) + ' ' if len(series) > 1 else ''}{line[i]:.4g} {unit}"
+        for n, line in series.items()
+        if i < len(line)
+    )
+    column = f"x={x - width / 2:.1f} y={TOP} width={width:.1f} height={HEIGHT - TOP - BOTTOM}"
+    return f"<rect {column} ><title>{axis} {i + 1}: {text}</title></rect>"
+
+
+def _labelled(count: int) -> list[int]:
+    """About six evenly spaced indices, the first one included."""
+    stride = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 25, 50, 100, 200) if count / s <= 9)
+    return list(range(0, count, stride))
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers that enclose [low, high], three to six of them."""
+    span = max(high - low, abs(high) * 0.02, 1e-9)
+    power = 10.0 ** math.floor(math.log10(span / 3))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if span / (m * power) <= 4)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
+    return [round(i * step, 10) for i in range(first, last + 1)]

@@ -1,0 +1,141 @@
+"""What the commands do once their options are read; imported only when one runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import dit_accel
+from dit_accel import api, video
+from dit_accel.cli_options import Common, checked
+from dit_accel.generate import Request, arguments, generate, unknown_words
+from dit_accel.html import headline, seconds
+from dit_accel.loading import Defaults, find_model, load_pipeline, pick_device, pick_dtype
+from dit_accel.methods import find
+from dit_accel.progress import Progress
+
+
+def run_generate(common: Common, output: Path | None) -> None:
+    """`dit-accel generate`."""
+    with checked():
+        request, config = common.request(), common.config()
+        if output is not None:
+            video.check_target(output, moving=output.suffix.lower() not in video.IMAGE)
+    with Progress() as progress:
+        pipe, defaults = _load(common, request, progress)
+        with checked():
+            handle = api.accelerate(pipe, config)
+        result = generate(pipe, defaults, request, progress)
+        moving = len(result.frames) > 1
+        target = output or Path(f"{slug(request)}.{'mp4' if moving else 'png'}")
+        progress("writing", 0, None)
+        video.save(target, result.frames, defaults.fps)
+    count, height, width = result.frames.shape[:3]
+    times = result.times
+    screen = Console(highlight=False, soft_wrap=True)
+    screen.print(f"[bold]{target}[/bold]  {width}×{height}, {count} frame{'s' * moving}")
+    screen.print(
+        f"{seconds(times.total)}: text {seconds(times.encode)}, denoising "
+        f"{seconds(times.denoise)}, decoding {seconds(times.decode)}"
+    )
+    screen.print(str(handle.report()), markup=False)
+
+
+def run_compare(common: Common, output: Path | None) -> None:
+    """`dit-accel compare`."""
+    with checked():
+        request, config = common.request(), common.config()
+        folder = video.check_folder(output or Path(f"compare-{slug(request)}"))
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: give the name of a folder")
+    from dit_accel.compare import compare
+
+    with Progress() as progress:
+        pipe, defaults = _load(common, request, progress)
+        with checked():
+            api.accelerate(pipe, config).restore()
+        done = compare(
+            pipe,
+            defaults,
+            request,
+            config,
+            folder,
+            model=find_model(common.model),
+            command=shlex.join(["dit-accel", *sys.argv[1:]]),
+            progress=progress,
+        )
+    _print_comparison(done.data, folder)
+
+
+def run_methods() -> None:
+    """`dit-accel methods`."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("method", "what it does", "presets", "paper", "fine-tuning"):
+        table.add_column(column)
+    for name, info in dit_accel.methods().items():
+        presets = ", ".join(f"{name}:{p}" for p in find(name).presets)
+        tuned = "needed" if info.finetuning else "no"
+        table.add_row(f"[bold]{name}[/bold]", info.description, presets, info.paper, tuned)
+    Console().print(table)
+
+
+def slug(request: Request) -> str:
+    """A file name from the prompt: "rocket-on-a-blue-background", with the seed when not 0."""
+    words = re.findall(r"[a-z0-9]+", request.prompt.lower()) or ["clip"]
+    return "-".join(words)[:60].strip("-") + (f"-{request.seed}" if request.seed else "")
+
+
+def _load(common: Common, request: Request, progress: Progress) -> tuple[Any, Defaults]:
+    """The pipeline, once everything that can be refused without it has been."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    with checked():
+        pick_dtype(common.dtype, pick_device(common.device))
+        find_model(common.model)
+        progress("loading", 0, None)
+        pipe, defaults = load_pipeline(common.model, common.device, common.dtype, common.offload)
+        defaults = replace(defaults, fps=common.fps or defaults.fps)
+        arguments(pipe, defaults, request)
+    unknown = unknown_words(pipe, request.prompt)
+    if unknown:
+        words = ", ".join(repr(word) for word in unknown)
+        progress.console.print(f"note: this model was never shown the words {words}")
+    return pipe, defaults
+
+
+def _print_comparison(data: dict[str, Any], folder: Path) -> None:
+    times, near, speedup = data["times"], data["quality"], data["speedup"]
+    screen = Console(highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    for name in ("dense", f"accelerated ({data['method']})", "speed-up"):
+        table.add_column(name, justify="right")
+    for key, name in (
+        ("denoise", "denoising loop"),
+        ("decode", "decoding"),
+        ("total", "whole run"),
+    ):
+        both = [seconds(times[side][key]) for side in ("dense", "accelerated")]
+        ratio = f"{speedup[key]:.2f}×" if key in speedup else ""
+        table.add_row(name, *both, ratio, style="bold" if key == "denoise" else "")
+    screen.print(f"\n[bold]{headline(data)}[/bold]\n")
+    screen.print(table)
+    screen.print(
+        f"\nPSNR {near['psnr_mean']:.1f} dB and SSIM {near['ssim_mean']:.3f} to the dense clip; "
+        f"{data['kept']:.0%} of the attention work kept"
+    )
+    for why, count in data["attention"]["unplanned"].items():
+        screen.print(f"[yellow]{count} attention calls ran dense unplanned:[/yellow] {why}")
+    names = ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
+    screen.print(f"\n{folder}/  {names}", soft_wrap=True)
+    screen.print(f"open [bold]{folder / 'report.html'}[/bold] in a browser", soft_wrap=True)

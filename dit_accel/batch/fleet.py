@@ -1,0 +1,128 @@
+"""Worker processes: started, watched, and replaced when they die with work left to do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from dit_accel.batch import owner as owners
+from dit_accel.batch.manifest import Manifest
+from dit_accel.batch.worker import DEVICE_LOST, DISK_FULL, NO_MODEL
+
+LOGS = "logs"
+FALSE_STARTS = 3
+
+
+@dataclass
+class _Slot:
+    """One place in the fleet: its device, its process, and how often it died without a job."""
+
+    number: int
+    device: str
+    threads: int
+    process: subprocess.Popen | None = None
+    false_starts: int = 0
+
+
+class Fleet:
+    """`devices` names one worker each. Workers end with this object, whatever happens.
+
+    threads: CPU threads of each worker; 0 leaves PyTorch's choice.
+    """
+
+    def __init__(self, manifest: Manifest, devices: Sequence[str], threads: int = 0) -> None:
+        self.manifest = manifest
+        self.slots = [_Slot(n, device, threads) for n, device in enumerate(devices)]
+        self.stopped = ""
+
+    def __enter__(self) -> Fleet:
+        (self.manifest.folder / LOGS).mkdir(exist_ok=True)
+        for slot in self.slots:
+            self._start(slot)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        living = [slot for slot in self.slots if slot.process is not None]
+        for slot in living:
+            slot.process.terminate()
+        for slot in living:
+            try:
+                slot.process.wait(10)
+            except subprocess.TimeoutExpired:
+                slot.process.kill()
+                slot.process.wait()
+            for owner in self._owners(slot.process.pid):
+                self.manifest.release(owner, "the run was stopped")
+                self.manifest.leave(owner)
+
+    def _start(self, slot: _Slot) -> None:
+        with self._log(slot).open("ab") as log:
+            slot.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "dit_accel.batch.child"),
+                    *(str(self.manifest.folder.absolute()), slot.device, str(slot.threads)),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is ours to deal with
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )
+
+    def _log(self, slot: _Slot) -> Path:
+        return self.manifest.folder / LOGS / f"worker-{slot.number}.log"
+
+    def _owners(self, pid: int) -> list[str]:
+        """The names under which a process of ours holds jobs or beats."""
+        rows = self.manifest.ask(
+            "SELECT owner FROM workers UNION SELECT DISTINCT owner FROM jobs WHERE owner NOT NULL"
+        )
+        names = [row["owner"] for row in rows]
+        return [n for n in names if owners.is_here(n) and owners.pid_of(n) == pid]
+
+    def tend(self) -> bool:
+        """Bury the dead and replace them; False once no worker is left."""
+        for slot in self.slots:
+            code = slot.process.poll() if slot.process is not None else None
+            if code is not None:
+                pid, slot.process = slot.process.pid, None
+                self._ended(slot, pid, code)
+        return any(slot.process is not None for slot in self.slots)
+
+    def _ended(self, slot: _Slot, pid: int, code: int) -> None:
+        reason = self._why(slot, code)
+        known = self._owners(pid)
+        for owner in known:
+            self.manifest.bury(owner, reason)
+        if code == DISK_FULL:
+            self.stopped = "the disk is full: free some space and run the same command again"
+        if code in (0, DISK_FULL, NO_MODEL):
+            return
+        self.manifest.note("worker", f"worker {slot.number}: {reason}")
+        slot.false_starts = 0 if known else slot.false_starts + 1
+        counts = self.manifest.counts()
+        if slot.false_starts >= FALSE_STARTS:
+            self.stopped = f"worker {slot.number} does not start: {reason}, see {self._log(slot)}"
+        elif counts["waiting"] + counts["running"] and self.manifest.get("stop") is None:
+            self._start(slot)
+
+    def _why(self, slot: _Slot, code: int) -> str:
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps by the system for want of memory" if name == "SIGKILL" else ""
+            return f"its worker was killed by {name}{hint}"
+        if code == DEVICE_LOST:
+            return "its worker lost the device or hung"
+        lines = self._log(slot).read_text(errors="replace").strip().splitlines()
+        return f"its worker ended with code {code}: {lines[-1] if lines else 'no message'}"

@@ -1,0 +1,178 @@
+"""What to generate: one Job per clip, checked, with an id made of its content alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from dit_accel.config import AccelConfig, resolve
+from dit_accel.generate import Request
+
+DENSE = "dense"
+INTEGERS = ("seed", "steps", "height", "width", "frames")
+_REQUEST = ("prompt", "negative_prompt", "guidance", *INTEGERS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip; None takes the model's default.
+
+    Args:
+        prompt, negative_prompt, seed, steps, height, width, frames, guidance: as in Request.
+        image: path of the picture that image-to-video starts from.
+        method: "dense", a method, "method:preset" or a preset file (.json).
+        name: of the file to write, without folder and suffix; None makes one from the content.
+
+    Raises ValueError, in one sentence, for a value that no pipeline could take, an unknown method
+    and a picture that cannot be read.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance: float | None = None
+    image: str | None = None
+    method: str = "topk"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("prompt", "negative_prompt", "image", "method", "name"):
+            _expect(key, getattr(self, key), str, "a text")
+        for key in INTEGERS:
+            _expect(key, getattr(self, key), int, "a whole number")
+        _expect("guidance", self.guidance, (int, float), "a number")
+        if self.name is not None and not re.fullmatch(r"[\w][\w .,=+-]{0,150}", self.name):
+            raise ValueError(f"name is a file's, without folder and suffix: not {self.name!r}")
+        self.request(load=False)
+        _configuration(self.method)
+        if self.image is not None:
+            _digest(self.image)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+        """A job from a mapping; ValueError names an unknown or a missing key."""
+        check_keys(values)
+        if "prompt" not in values:
+            raise ValueError("there is no prompt")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys that are set; `from_dict` reads them back."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    @property
+    def config(self) -> AccelConfig | None:
+        """The method's configuration; None leaves the pipeline as it is."""
+        return _configuration(self.method)
+
+    @cached_property
+    def id(self) -> str:
+        """16 hex digits over everything that decides the pixels, the picture's bytes included."""
+        content = {k: v for k, v in asdict(self).items() if k != "name"}
+        content["method"] = self.config.to_dict() if self.config else DENSE
+        content["guidance"] = None if self.guidance is None else float(self.guidance)
+        content["image"] = _digest(self.image) if self.image else None
+        text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def output(self) -> str:
+        """File name without suffix (which is known once there is a clip or a picture)."""
+        if self.name is not None:
+            return self.name
+        words = re.sub(r"\W+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
+        method = re.sub(
+            r"\W+", "-", Path(self.method).stem if _is_file(self.method) else self.method
+        )
+        return f"{words or 'clip'}-{method}-s{self.seed}-{self.id[:8]}"
+
+    @property
+    def shape(self) -> str:
+        """Jobs of equal shape can share one call of the pipeline."""
+        keys = ("height", "width", "frames", "steps", "guidance", "negative_prompt", "method")
+        alone = self.id if self.image else ""  # pipelines take one picture a call
+        return json.dumps([alone, *(getattr(self, key) for key in keys)])
+
+    def request(self, load: bool = True) -> Request:
+        """What the pipeline is asked; `load` opens the picture."""
+        values = {key: getattr(self, key) for key in _REQUEST}
+        return Request(**values, image=open_image(self.image) if load and self.image else None)
+
+
+KEYS = tuple(f.name for f in fields(Job))
+
+
+def check_keys(values: Mapping[str, Any]) -> None:
+    """ValueError for a key that no job has, with the nearest one that it has."""
+    for key in values:
+        if key not in KEYS:
+            near = get_close_matches(str(key), KEYS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a job has {', '.join(KEYS)}"
+            raise ValueError(f"unknown key {key!r}: {hint}")
+
+
+def open_image(path: str) -> Image.Image:
+    """The picture, in RGB; ValueError when it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"there is no image {path}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read: {_short(error)}") from None
+
+
+def _short(error: BaseException) -> str:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "it is no picture" if text.startswith("cannot identify") else text.rstrip(".")
+
+
+def _expect(key: str, value: Any, kind: type | tuple, what: str) -> None:
+    if value is None and key not in ("prompt", "seed", "method"):
+        return
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{key} is {what}, not {value!r}")
+
+
+def _is_file(method: str) -> bool:
+    return method.endswith(".json")
+
+
+def _configuration(method: str) -> AccelConfig | None:
+    if method == DENSE:
+        return None
+    stamp = Path(method).stat().st_mtime_ns if _is_file(method) and Path(method).exists() else 0
+    return _resolved(method, stamp)
+
+
+@lru_cache(maxsize=256)
+def _resolved(method: str, stamp: int) -> AccelConfig:
+    try:
+        return resolve(method)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _digest(path: str) -> str:
+    """sha256 of a picture's bytes, once it has been seen to be a picture."""
+    stat = Path(path).stat() if Path(path).is_file() else None
+    return _hashed(path, (stat.st_size, stat.st_mtime_ns) if stat else None)
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: str, stamp: tuple[int, int] | None) -> str:
+    open_image(path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,77 @@
+"""What a worker gives up, one thing after another, when memory runs out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host refused an allocation."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether CUDA can no longer be used by this process: only a new process helps."""
+    kind = getattr(torch, "AcceleratorError", None)
+    text = str(error)
+    return (kind is not None and isinstance(error, kind)) or "CUDA error" in text
+
+
+class Savings:
+    """The measures against running out of memory, taken in order and kept to the end.
+
+    Smaller calls, tiled decoding, then (on a GPU) keeping only the running part of the model there,
+    then only the running layer. `taken` lists what is in force.
+    """
+
+    def __init__(self, pipe: Any, device: torch.device, batch: int = 1, offload: bool = False):
+        self.pipe, self.device, self.batch = pipe, device, batch
+        self.taken: list[str] = []
+        self._left = [self._tile, *([] if offload else [self._offload]), self._offload_layers]
+
+    def more(self) -> str | None:
+        """Take the next measure and say which; None when there is none left."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.batch > 1:
+            self.batch //= 2
+            return self._took(f"calls of {self.batch} clip(s)")
+        while self._left:
+            said = self._left.pop(0)()
+            if said:
+                return self._took(said)
+        return None
+
+    def _took(self, what: str) -> str:
+        self.taken = [t for t in self.taken if not t.startswith("calls of")] + [what]
+        return what
+
+    def _tile(self) -> str | None:
+        vae = getattr(self.pipe, "vae", None)
+        if not hasattr(vae, "enable_tiling") or getattr(vae, "use_tiling", False):
+            return None
+        vae.enable_tiling()
+        if hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()
+        return "tiled decoding"
+
+    def _offload(self) -> str | None:
+        if self.device.type != "cuda":
+            return None
+        self.pipe.enable_model_cpu_offload(device=self.device)
+        return "parts of the model kept off the GPU while they do not run"
+
+    def _offload_layers(self) -> str | None:
+        if self.device.type != "cuda":
+            return None
+        self.pipe.remove_all_hooks()
+        self.pipe.to("cpu")
+        self.pipe.enable_sequential_cpu_offload(device=self.device)
+        return "layers kept off the GPU while they do not run"

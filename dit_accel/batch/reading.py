@@ -1,0 +1,211 @@
+"""Job files: JSON lines, CSV, prompts line by line. Lists multiply; every bad line is reported."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel.batch.jobs import INTEGERS, Job, check_keys
+
+MAX_JOBS = 100_000
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line that gives no job, and why."""
+
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason}"
+
+
+@dataclass
+class Parsed:
+    """The (line, job) pairs of a file, and the lines that were refused."""
+
+    jobs: list[tuple[int, Job]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+Rows = Iterable[tuple[int, Mapping[str, Any] | Exception]]
+
+
+def gather(
+    source: str | Path | Sequence[Job | Mapping[str, Any]],
+    defaults: Mapping[str, Any] | None = None,
+) -> Parsed:
+    """All jobs of a file (.jsonl, .csv, or prompts line by line) or of a list of them.
+
+    Args:
+        source: the file, or Jobs and mappings of their keys. A key with a list multiplies.
+        defaults: keys for the jobs that do not have them; lists multiply too.
+
+    Raises ValueError for unusable defaults and for a file that cannot be read at all; a bad line
+    becomes a Problem. Two jobs for one clip, or one file name, are a Problem of the later line.
+    """
+    defaults = dict(defaults or {})
+    check_keys(defaults)
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        rows, base = _read(path), path.parent
+    else:
+        rows = ((n, j.to_dict() if isinstance(j, Job) else j) for n, j in enumerate(source, 1))
+        base = Path()
+    return _build(rows, defaults, base)
+
+
+def _build(rows: Rows, defaults: dict[str, Any], base: Path) -> Parsed:
+    parsed, taken = Parsed(), {}
+    for line, values in rows:
+        try:
+            if isinstance(values, Exception):
+                raise values
+            if not isinstance(values, Mapping):
+                raise ValueError(f'a job is an object such as {{"prompt": …}}, not {values!r:.60}')
+            if set(values) == {"defaults"}:
+                defaults = _merged(defaults, values["defaults"])
+                continue
+            check_keys(values)
+            for job in expand({**defaults, **values}, base):
+                _claim(taken, line, job)
+                parsed.jobs.append((line, job))
+        except ValueError as error:
+            parsed.problems.append(Problem(line, str(error)))
+        if len(parsed.jobs) > MAX_JOBS:
+            raise ValueError(f"more than {MAX_JOBS} jobs by line {line}: split them into batches")
+    return parsed
+
+
+def _merged(defaults: dict[str, Any], more: Any) -> dict[str, Any]:
+    if not isinstance(more, Mapping):
+        raise ValueError(f"defaults are an object of keys and values, not {more!r:.60}")
+    check_keys(more)
+    return {**defaults, **more}
+
+
+def expand(values: Mapping[str, Any], base: Path = Path()) -> Iterator[Job]:
+    """One job for each combination of the values that are lists; paths are relative to `base`."""
+    choices = {k: v if isinstance(v, list) else [v] for k, v in values.items()}
+    for key, options in choices.items():
+        if not options:
+            raise ValueError(f"{key} is an empty list: no job would come of it")
+    for picked in itertools.product(*choices.values()):
+        job = dict(zip(choices, picked, strict=True))
+        for key in ("image", "method"):
+            text = job.get(key)
+            if isinstance(text, str) and (key == "image" or text.endswith(".json")):
+                job[key] = str((base / text).absolute())
+        yield Job.from_dict(job)
+
+
+def _claim(taken: dict[str, int], line: int, job: Job) -> None:
+    """No two jobs for one clip or one file; names that differ only in case are one file to some."""
+    for key, what in ((job.id, "the same clip"), (job.output.lower(), "the same file name")):
+        if key in taken:
+            raise ValueError(f"this asks for {what} as line {taken[key]} ({job.output})")
+    taken[job.id] = taken[job.output.lower()] = line
+
+
+def _read(path: Path) -> Rows:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return _json_lines(data)
+    if path.suffix.lower() == ".csv":
+        return _csv(path, data)
+    if path.suffix.lower() == ".txt":
+        return _prompts(data)
+    raise ValueError(f"jobs are read from .jsonl, .csv or .txt: not from {path.name!r}")
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, str | ValueError]]:
+    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        try:
+            text = raw.decode().strip()
+        except UnicodeDecodeError:
+            yield number, ValueError("this line is not UTF-8 text")
+            continue
+        if text:
+            yield number, text
+
+
+def _json_lines(data: bytes) -> Rows:
+    for number, text in _lines(data):
+        if isinstance(text, ValueError):
+            yield number, text
+            continue
+        try:
+            yield number, json.loads(text, object_pairs_hook=_no_duplicates)
+        except json.JSONDecodeError as error:
+            yield number, ValueError(f"not JSON: {error.msg} at column {error.colno}")
+        except ValueError as error:
+            yield number, error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _prompts(data: bytes) -> Rows:
+    for number, text in _lines(data):
+        if isinstance(text, ValueError):
+            yield number, text
+        elif not text.startswith("#"):
+            yield number, {"prompt": text}
+
+
+def _csv(path: Path, data: bytes) -> Rows:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: export it as UTF-8") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        check_keys(dict.fromkeys(reader.fieldnames or ()))
+        for row in reader:
+            yield reader.line_num, _cells(row)
+    except (csv.Error, ValueError) as error:
+        yield max(1, reader.line_num), ValueError(str(error))
+
+
+def _cells(row: dict[str | None, Any]) -> dict[str, Any] | ValueError:
+    if None in row:
+        return ValueError(f"this row has {len(row[None])} cell(s) more than the heading")
+    filled = {key: value for key, value in row.items() if value not in (None, "")}
+    try:
+        return {key: parse_value(key, value) for key, value in filled.items()}
+    except ValueError as error:
+        return error
+
+
+def parse_value(key: str, text: str) -> Any:
+    """A value written as text: [a, b] is a list, numbers where the key is one."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            if key != "prompt":
+                raise ValueError(f"{key}: {text} is no JSON list ({error.msg})") from None
+    if key not in (*INTEGERS, "guidance"):
+        return text
+    try:
+        return float(text) if key == "guidance" else int(text)
+    except ValueError:
+        kind = "a number" if key == "guidance" else "a whole number"
+        raise ValueError(f"{key} is {kind}, not {text!r}") from None

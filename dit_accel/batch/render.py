@@ -1,0 +1,123 @@
+"""From jobs to frames: one call of the stock pipeline for one clip, or for several of one shape."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import dit_accel
+from dit_accel.batch.jobs import Job
+from dit_accel.generate import ProgressFn, arguments, generate
+from dit_accel.loading import Defaults
+
+KEPT_PROMPTS = 16
+REPORTED = ("method", "kept", "fallbacks", "unplanned", "implementations", "state_bytes")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """frames uint8 [T, H, W, 3], or the reason why there are none; latents where the call was for
+    one clip; seconds of generation; report: JSON-able, what ran."""
+
+    frames: np.ndarray | None
+    latents: torch.Tensor | None
+    seconds: float
+    report: dict[str, Any]
+    error: str | None = None
+
+
+def render(
+    pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, dense: bool = False
+) -> list[Clip]:
+    """The clips of jobs that share one shape, in one call. `dense`: without their method.
+
+    Raises what the pipeline raises; ValueError for a request that it cannot take.
+    """
+    config = None if dense else jobs[0].config
+    if config is None:
+        dit_accel.restore(pipe)
+        return _call(pipe, defaults, jobs, progress, {"method": "dense"})
+    with dit_accel.accelerated(pipe, config) as handle:
+        clips = _call(pipe, defaults, jobs, progress, {})
+        ran = handle.report().to_dict()
+    for clip in clips:
+        clip.report.update({key: ran[key] for key in REPORTED})
+    return clips
+
+
+def _call(
+    pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, report: dict[str, Any]
+) -> list[Clip]:
+    if len(jobs) > 1:
+        return _together(pipe, defaults, jobs, progress, report)
+    result = generate(pipe, defaults, jobs[0].request(), progress)
+    report = {**report, "times": asdict(result.times)}
+    return [Clip(result.frames, result.latents, result.times.total, report)]
+
+
+def _together(
+    pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, report: dict[str, Any]
+) -> list[Clip]:
+    """Prompts and generators as lists: each clip has the noise that it would have alone."""
+    each = [arguments(pipe, defaults, job.request()) for job in jobs]
+    kwargs = {**each[0], "prompt": [k["prompt"] for k in each]}
+    kwargs["generator"] = [k["generator"] for k in each]
+    if isinstance(kwargs.get("negative_prompt"), str):
+        kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(jobs)
+    progress("together", 0, len(jobs))
+    began = time.perf_counter()
+    output = pipe(**kwargs, output_type="np")
+    seconds = (time.perf_counter() - began) / len(jobs)
+    pixels = output.frames if hasattr(output, "frames") else output.images
+    return [
+        _clip(np.asarray(p, np.float32), seconds, {**report, "together": len(jobs)}) for p in pixels
+    ]
+
+
+def _clip(pixels: np.ndarray, seconds: float, report: dict[str, Any]) -> Clip:
+    if not np.isfinite(pixels).all():
+        why = "the pipeline gave pixels that are not numbers: try --dtype fp32"
+        return Clip(None, None, seconds, report, why)
+    frames = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+    return Clip(frames if frames.ndim == 4 else frames[None], None, seconds, report)
+
+
+@contextmanager
+def remembered_prompts(pipe: Any) -> Iterator[Callable[[], int]]:
+    """Within the block the pipeline encodes each prompt once; yields the number of reuses so far.
+
+    The last 16 answers of `pipe.encode_prompt` are kept; calls that are given tensors pass.
+    """
+    original = getattr(pipe, "encode_prompt", None)
+    if original is None or "encode_prompt" in vars(pipe):
+        yield lambda: 0
+        return
+    kept: OrderedDict[str, Any] = OrderedDict()
+    reused = 0
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        nonlocal reused
+        if any(isinstance(x, torch.Tensor) for x in (*args, *kwargs.values())):
+            return original(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key in kept:
+            kept.move_to_end(key)
+            reused += 1
+            return kept[key]
+        kept[key] = original(*args, **kwargs)
+        if len(kept) > KEPT_PROMPTS:
+            kept.popitem(last=False)
+        return kept[key]
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield lambda: reused
+    finally:
+        del pipe.encode_prompt

@@ -1,0 +1,264 @@
+"""One process, one pipeline: takes jobs from the manifest until none is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from dit_accel.batch import memory, render
+from dit_accel.batch import owner as owners
+from dit_accel.batch.jobs import Job
+from dit_accel.batch.manifest import DiskFull, Manifest, Row
+from dit_accel.batch.writer import Finished, Writer
+from dit_accel.generate import arguments
+from dit_accel.loading import Defaults
+
+BEAT = 1.0
+DISK_FULL = 74
+DEVICE_LOST = 75
+NO_MODEL = 78
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How workers work; the same for all of a run.
+
+    Args:
+        model, dtype, offload: as in `load_pipeline`.
+        batch: clips in one call of the pipeline, at most.
+        retries: further tries of a job that failed for no fault of its own.
+        keep_going: when the model refuses a job, do the others all the same.
+        timeout: seconds after which a job's worker is given up; 0 is never.
+        wait_for_space: seconds to wait for space on a full disk.
+    """
+
+    model: str | None = None
+    dtype: str | None = None
+    offload: bool = False
+    batch: int = 1
+    retries: int = 1
+    keep_going: bool = False
+    timeout: float = 0.0
+    wait_for_space: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("retries", 0), ("timeout", 0), ("wait_for_space", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is at least {least}, not {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Worker:
+    """Serves the queue with one pipeline, until no job waits or runs elsewhere."""
+
+    def __init__(
+        self, manifest: Manifest, pipe: Any, defaults: Defaults, settings: Settings, child: bool
+    ) -> None:
+        self.manifest, self.pipe, self.defaults = manifest, pipe, defaults
+        self.settings, self.owner = settings, owners.me()
+        self.device = pipe._execution_device
+        self.savings = memory.Savings(pipe, self.device, settings.batch, settings.offload)
+        self.heart = Heart(manifest, self.owner, str(self.device), settings.timeout, child)
+
+    def run(self) -> str:
+        """Work; the reason why it stopped before the end, or "".
+
+        However it ends, no job stays with this worker.
+        """
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(self.heart)
+                if not self._check():
+                    return self.manifest.get("stop")
+                reused = stack.enter_context(render.remembered_prompts(self.pipe))
+                s = self.settings
+                writer = Writer(
+                    self.manifest, self.owner, self.defaults.fps, s.retries, s.wait_for_space
+                )
+                self.writer = stack.enter_context(writer)
+                self._serve_all()
+                self._note_reuse(reused())
+            return self.writer.stopped
+        finally:
+            self._leave()
+
+    def _note_reuse(self, count: int) -> None:
+        if count and not self.writer.stopped:
+            self.manifest.note("prompts", f"{count} text encodings reused", self.owner)
+
+    def _serve_all(self) -> None:
+        while self.writer.await_space():
+            try:
+                rows = self.manifest.claim(self.owner, self.savings.batch)
+            except DiskFull:
+                continue
+            if rows:
+                self._serve(rows)
+            elif self._is_over():
+                return
+            else:  # others are at work; should one of them die, its jobs come here
+                self.heart.say("idle", 0, None)
+                self.heart.over.wait(0.5)
+
+    def _is_over(self) -> bool:
+        counts = self.manifest.counts()
+        mine = self.manifest.ask(
+            "SELECT COUNT(*) AS n FROM jobs WHERE state = 'running' AND owner = ?", self.owner
+        )
+        elsewhere = counts["running"] - mine[0]["n"]
+        stopped = self.manifest.get("stop") is not None
+        return stopped or (counts["waiting"] + elsewhere == 0 and mine[0]["n"] == 0)
+
+    def _check(self) -> bool:
+        """Before the first clip: does the model take every job? Those it refuses are failed."""
+        sound = True
+        for row in self.manifest.ask("SELECT id, job, line FROM jobs WHERE state = 'waiting'"):
+            try:
+                job = Job.from_dict(json.loads(row["job"]))
+                request = replace(job.request(load=False), image=job.image)
+                arguments(self.pipe, self.defaults, request)
+            except ValueError as error:
+                sound = False
+                self.manifest.refuse(row["id"], str(error))
+        if not sound and not self.settings.keep_going:
+            self.manifest.set("stop", "the model refuses jobs: --keep-going does the others")
+            return False
+        return True
+
+    def _serve(self, rows: Sequence[Row]) -> None:
+        """Generate the rows of one claim; failures end in the manifest, not in an exception."""
+        error = self._try(rows)
+        if error is None:
+            return
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        if memory.is_out_of_memory(error):
+            self._save_memory(rows, reason)
+        elif memory.is_device_lost(error):
+            for row in rows:
+                self.manifest.fail(row, self.owner, reason, self.settings.retries)
+            raise SystemExit(DEVICE_LOST)
+        elif isinstance(error, ValueError):  # a matter of the job, not of luck
+            self._split(rows, _first_line(error), 0)
+        else:
+            self._split(rows, reason, self.settings.retries)
+
+    def _try(self, rows: Sequence[Row]) -> Exception | None:
+        """None, or what went wrong, without its traceback: the frames in it hold the tensors."""
+        try:
+            jobs = [Job.from_dict(row.values) for row in rows]
+            clips = self._render(jobs)
+            dense = self._render(jobs, dense=True)[0] if rows[0].checked else None
+        except Exception as error:
+            traceback.print_exc()
+            return error.with_traceback(None)
+        for row, clip in zip(rows, clips, strict=True):
+            if clip.error:
+                self.manifest.fail(row, self.owner, clip.error, self.settings.retries)
+            else:
+                self.writer.put(Finished(row, clip, dense))
+        return None
+
+    def _render(self, jobs: Sequence[Job], dense: bool = False) -> list[render.Clip]:
+        title = jobs[0].output if len(jobs) == 1 else f"{jobs[0].output} and {len(jobs) - 1} more"
+        self.heart.begin(title)
+        clips = render.render(self.pipe, self.defaults, jobs, self.heart.say, dense)
+        if self.savings.taken:
+            for clip in clips:
+                clip.report["after_out_of_memory"] = list(self.savings.taken)
+        return clips
+
+    def _split(self, rows: Sequence[Row], reason: str, retries: int) -> None:
+        """A call for several clips failed: do them one by one, to see which one it was."""
+        if len(rows) == 1:
+            self.manifest.fail(rows[0], self.owner, reason, retries)
+            return
+        for row in rows:
+            self._serve([row])
+
+    def _save_memory(self, rows: Sequence[Row], reason: str) -> None:
+        measure = self.savings.more()
+        if measure is None:
+            tried = ", ".join(self.savings.taken) or "nothing was left to give up"
+            for row in rows:
+                self.manifest.fail(row, self.owner, f"{reason} (in force: {tried})", 0)
+            return
+        self.manifest.note("step-down", f"out of memory: from here on {measure}", self.owner)
+        size = self.savings.batch
+        for start in range(0, len(rows), size):
+            self._serve(rows[start : start + size])
+
+    def _leave(self) -> None:
+        try:
+            self.manifest.release(self.owner, "the worker stopped")
+            self.manifest.leave(self.owner)
+        except DiskFull:
+            return  # the next run sees that this process is gone
+
+
+class Heart(threading.Thread):
+    """Says every second that the worker lives and what it does; ends an orphan or a job that hangs.
+
+    `child`: this process was started by `run` and must not outlive it.
+    """
+
+    def __init__(
+        self, manifest: Manifest, owner: str, device: str, timeout: float, child: bool
+    ) -> None:
+        super().__init__(name="heart", daemon=True)
+        self.manifest, self.owner, self.device = manifest, owner, device
+        self.timeout, self.child, self.parent = timeout, child, os.getppid()
+        self.over = threading.Event()
+        self._title, self._phase, self._age = "", ("starting", 0, None), 0
+
+    def __enter__(self) -> Heart:
+        self._beat()
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.over.set()
+        self.join()
+
+    def begin(self, title: str) -> None:
+        """A job begins; it is called `title`."""
+        self._title, self._age = title, 0
+
+    def say(self, phase: str, done: int, total: int | None) -> None:
+        """What the worker is doing; the next beat carries it."""
+        self._phase = (f"{self._title}: {phase}" if self._title else phase, done, total)
+        if phase == "idle":
+            self._title, self._phase = "", ("idle", 0, None)
+
+    def run(self) -> None:
+        while not self.over.wait(BEAT):
+            if self.child and os.getppid() != self.parent:
+                os._exit(0)  # nobody collects the work any more: the next run takes the job
+            self._age += BEAT
+            self._beat()
+            if self.child and self.timeout and self._title and self._age > self.timeout:
+                self.manifest.bury(self.owner, f"it took longer than {self.timeout:g} s")
+                os._exit(DEVICE_LOST)
+
+    def _beat(self) -> None:
+        try:
+            self.manifest.beat(self.owner, self.device, *self._phase)
+        except DiskFull:
+            return  # on this host a live process keeps its jobs without beats
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,62 @@
+"""Metrics against their definitions and against skimage's limits."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dit_accel import metrics
+
+
+def noise(seed: int, shape: tuple[int, ...] = (3, 16, 20, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def test_psnr_is_its_definition():
+    a, b = noise(0)[0], noise(1)[0]
+    mse = ((a.astype(float) - b.astype(float)) ** 2).mean()
+    assert metrics.psnr(a, b) == pytest.approx(10 * math.log10(255**2 / mse))
+
+
+def test_one_grey_level_is_48_db():
+    a = np.full((8, 8, 3), 100, np.uint8)
+    assert metrics.psnr(a, a + 1) == pytest.approx(48.13, abs=0.01)
+
+
+def test_identical_clips_are_finite_json():
+    near = metrics.quality(noise(0), noise(0))
+    assert near.psnr == [100.0] * 3
+    assert near.ssim_mean == pytest.approx(1)
+    assert json.loads(json.dumps(near.to_dict(), allow_nan=False))["psnr_mean"] == 100
+
+
+def test_worse_is_lower():
+    a = noise(0)
+    small = np.clip(a.astype(int) + 4, 0, 255).astype(np.uint8)
+    near, far = metrics.quality(a, small), metrics.quality(a, noise(2))
+    assert near.psnr_mean > far.psnr_mean + 10
+    assert near.ssim_mean > far.ssim_mean
+    assert len(near.psnr) == len(near.ssim) == 3
+
+
+def test_flicker():
+    clip = np.zeros((4, 8, 8, 3), np.uint8)
+    assert metrics.flicker(clip) == 0
+    clip[1::2] = 10
+    assert metrics.flicker(clip) == 10
+    assert metrics.flicker(clip[:1]) == 0
+
+
+def test_latent_error_is_relative():
+    reference = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert metrics.latent_error(reference, reference) == 0
+    assert metrics.latent_error(reference, reference * 1.1) == pytest.approx(0.1, rel=1e-4)
+    half = metrics.latent_error(reference.bfloat16(), reference.bfloat16() * 2)
+    assert half == pytest.approx(1, rel=1e-2)
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="two clips"):
+        metrics.quality(noise(0), noise(0)[:2])

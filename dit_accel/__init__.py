@@ -13,6 +13,10 @@ __version__ = "0.1.0"
 _HOME = {
     "AccelConfig": "config",
     "Dense": "methods.dense",
+    "Pooled": "methods.pooled",
+    "Rectified": "methods.rectified",
+    "Rettention": "methods.rettention",
+    "SLA": "methods.sla",
     "Schedule": "schedule",
     "TopK": "methods.topk",
     "accelerate": "api",
@@ -23,8 +27,12 @@ _HOME = {
 }
 
 __all__ = [
+    "SLA",
     "AccelConfig",
     "Dense",
+    "Pooled",
+    "Rectified",
+    "Rettention",
     "Schedule",
     "TopK",
     "__version__",

@@ -97,13 +97,13 @@ class Plan:
         refresh = step == first or bool(s.refresh and (step - first) % s.refresh == 0)
         return Action(keep, refresh=refresh)
 
-    def sparse_layers(self) -> int:
-        """Layers that run sparse at the steps that are not dense altogether."""
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that run sparse at the steps that are not dense altogether."""
         s = self.schedule
         keep = {i % self.layers: k for i, k in s.layer_keep}
         dense = self._layers(s.dense_layers)
-        sparse = [i for i in range(self.layers) if keep.get(i, self.keep) < 1 and i not in dense]
-        return len(sparse)
+        sparse = (i for i in range(self.layers) if keep.get(i, self.keep) < 1 and i not in dense)
+        return tuple(sparse)
 
     def _layers(self, indices: tuple[int, ...]) -> set[int]:
         return {i % self.layers for i in indices}

@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from dit_accel.methods.base import Call, Method
 
-_HOME = {"dense": ("dense", "Dense"), "topk": ("topk", "TopK")}
+_HOME = {
+    "dense": ("dense", "Dense"),
+    "topk": ("topk", "TopK"),
+    "pooled": ("pooled", "Pooled"),
+    "rectified": ("rectified", "Rectified"),
+    "rettention": ("rettention", "Rettention"),
+    "sla": ("sla", "SLA"),
+}
 
 __all__ = ["Call", "Method", "MethodInfo", "find", "infos"]
 

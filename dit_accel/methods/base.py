@@ -29,7 +29,7 @@ class Call:
         text_first: where keys hold more tokens than the grid, those come before the visual ones.
         index: int64 permutation of the visual tokens from raster order (CPU), or None for raster.
         layer, step, steps, passname: where in the run; steps is None when unknown.
-        layers: how many layers of the model run sparse at this step, this one included.
+        layers: numbers of the model's layers that run sparse, this one among them.
         refresh: the schedule asks methods with a state to rebuild it now.
         state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
         note: takes the table that is read, for the report; None when everything is.
@@ -44,7 +44,7 @@ class Call:
     text_first: bool = False
     index: torch.Tensor | None = None
     layer: int = 0
-    layers: int = 1
+    layers: tuple[int, ...] = (0,)
     step: int = 0
     steps: int | None = None
     passname: str = ""

@@ -1,0 +1,35 @@
+"""Pooled tail: a skipped block joins the softmax as one mean key and value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dit_accel import ops
+from dit_accel.methods.base import Call, Method
+
+
+@dataclass(frozen=True)
+class Pooled(Method):
+    """Exact attention to the best key blocks, and to the mean of each of the others.
+
+    A skipped block of c keys counts as c copies of its mean key and value in the same softmax, for
+    each query token by itself: no weight is lost, and nothing has to be fine-tuned.
+    """
+
+    name: ClassVar[str] = "pooled"
+    description: ClassVar[str] = "exact on the best key blocks, one pooled key and value for others"
+    paper: ClassVar[str] = "arXiv 2107.05768 (Combiner)"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"keep": 0.5},
+        "balanced": {"keep": 0.25},
+        "fast": {"keep": 0.1},
+    }
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        table = self.select(q, k, call)
+        return ops.pooled_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)

@@ -1,0 +1,69 @@
+"""Rectified SpaAttn (arXiv 2511.19835): O = r · O_sparse + C from pooled attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from dit_accel import ops
+from dit_accel.methods.base import Call, Method
+from dit_accel.selectors.mass import mass_table, neighbours
+from dit_accel.table import BlockTable
+
+
+@dataclass(frozen=True)
+class Rectified(Method):
+    """Exact attention to the critical blocks, scaled by the mass they hold, plus pooled values.
+
+    Args:
+        mass: p: critical are at least the blocks that hold this much pooled attention; 0 is off.
+        neighbours: key blocks on either side of a query block's own that are always critical, or
+            None to let its own and its neighbours compete like all others.
+        gapr: compensate a skipped block only where its estimated gain exceeds its error.
+
+    `keep`, mass and neighbours are a union, so that more than `keep` is read; the report has the
+    share that was. Raises ValueError for a value outside its range.
+    """
+
+    mass: float = 0.3
+    neighbours: int | None = 1
+    gapr: bool = True
+
+    name: ClassVar[str] = "rectified"
+    description: ClassVar[str] = "sparse attention rescaled to its mass, plus pooled values"
+    paper: ClassVar[str] = "arXiv 2511.19835"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"keep": 0.5},
+        "balanced": {"keep": 0.25},
+        "fast": {"keep": 0.1},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.mass < 1:
+            raise ValueError(f"mass is a share of the attention in [0, 1), not {self.mass}")
+        if self.neighbours is not None and self.neighbours < 0:
+            raise ValueError(f"neighbours is a number of blocks ≥ 0 or None, not {self.neighbours}")
+
+    def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
+        """max(K, as many as hold `mass`) best blocks, the neighbours and the text."""
+        sizes, near = (self.block_q, self.block_k), None
+        if self.neighbours is not None:
+            n_q, n_k = q.shape[2], k.shape[2]
+            first = n_k - n_q if call.text_first else 0
+            near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
+        text = {"forced": call.forced, "n_forced": call.n_forced}
+        options = {"near": near, **text, "scale": call.scale, "kv_len": call.kv_len}
+        table = mass_table(q, k, call.keep, self.mass, *sizes, **options)
+        call.note(table)
+        return table
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        table = self.select(q, k, call)
+        return ops.rectified_attention(
+            q, k, v, table, scale=call.scale, gapr=self.gapr, kv_len=call.kv_len
+        )

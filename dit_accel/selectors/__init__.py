@@ -1,0 +1,1 @@
+"""Ways to choose the key blocks a query block reads, beyond the K best by mean score (ops)."""

@@ -95,10 +95,12 @@ class Rettention(Method):
             raise ValueError(
                 f"Re-ttention's window needs the grid of its {q.shape[2]} visual tokens, not {grid}"
             )
-        sizes = (call.keep, self.block_q, self.block_k)
-        place = (call.index, call.text_first, q.device)
-        rows = window_rows(self.window, grid, k.shape[2], *sizes, *place)
-        return window_table(rows, *q.shape[:2])
+        wanted = (self.window, grid, k.shape[2], call.keep, self.block_q, self.block_k)
+        window = call.state.get("window")
+        if window is None or window[0] != wanted:
+            rows = window_rows(*wanted, call.index, call.text_first, q.device)
+            window = call.state["window"] = wanted, rows
+        return window_table(window[1], *q.shape[:2])
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         table, state = self.select(q, k, call), call.state
@@ -117,9 +119,9 @@ class Rettention(Method):
         full, window, lse, window_lse = ops.window_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len
         )
-        state = call.state
-        state.clear()
-        state.update(step=call.step, shape=(q.shape, q.dtype))
+        state, place = call.state, call.state["window"]
+        state.clear()  # the old tensors go before the new ones come
+        state.update(step=call.step, shape=(q.shape, q.dtype), window=place)
         missing = full.float() - window
         if self.rescale:
             state["ratio"] = (window_lse - lse).exp().clamp(max=1)

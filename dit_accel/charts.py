@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 420, 200
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 12, 26
+LEFT, RIGHT, TOP, BOTTOM = 34, 4, 8, 20
 
 
 def lines(
     series: Mapping[str, Sequence[float]], axis: str, unit: str, from_zero: bool = False
 ) -> str:
-    """One SVG with a line per series (its key is the CSS class), numbered from 1 along `axis`."""
+    """One SVG with a line per series (its key is the CSS class), numbered from 1.
+
+    `axis` and `unit` name the values shown under the pointer.
+    """
     values = [v for line in series.values() for v in line]
     ticks = _ticks(0.0 if from_zero else min(values), max(values))
     low, high = ticks[0], ticks[-1]
@@ -25,9 +28,7 @@ def lines(
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [_grid(y(t), f"{t:g}") for t in ticks]
-    parts.append(f"<text class=unit x=0 y={TOP - 3}>{unit}</text>")
     parts += [_number(x(i), i + 1) for i in _labelled(count)]
-    parts.append(f"<text class=end x={WIDTH - RIGHT} y={HEIGHT - 1}>{axis}</text>")
     for name, line in series.items():
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(line))
         parts.append(f'<polyline class={name} points="{points}"/>')

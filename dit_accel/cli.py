@@ -13,8 +13,10 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from dit_accel import __version__
+from dit_accel.batch.command import batch
 from dit_accel.cli_options import BadInput, Common, with_common
 
 OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -93,6 +95,9 @@ def compare(
     run_compare(common, output)
 
 
+app.command()(batch)
+
+
 @app.command()
 def methods() -> None:
     """List the methods, their presets and papers."""
@@ -122,7 +127,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _say(message: str, code: int) -> int:
     Console(stderr=True, soft_wrap=True).print(
-        "[red]error:[/red]", message, markup=True, highlight=False
+        f"[red]error:[/red] {escape(message)}", highlight=False
     )
     return code
 

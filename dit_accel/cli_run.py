@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import dit_accel
 from dit_accel import api, video
 from dit_accel.cli_options import Common, checked
+from dit_accel.config import AccelConfig
 from dit_accel.generate import Request, arguments, generate, unknown_words
-from dit_accel.html import headline, seconds
+from dit_accel.html import headline, seconds, time_rows
 from dit_accel.loading import Defaults, find_model, load_pipeline, pick_device, pick_dtype
 from dit_accel.methods import find
 from dit_accel.progress import Progress
+from dit_accel.schedule import Plan
+
+MANY = 2**20  # layers: how many there are is the adapter's to say, here only steps are checked
 
 
 def run_generate(common: Common, output: Path | None) -> None:
@@ -29,7 +34,7 @@ def run_generate(common: Common, output: Path | None) -> None:
         if output is not None:
             video.check_target(output, moving=output.suffix.lower() not in video.IMAGE)
     with Progress() as progress:
-        pipe, defaults = _load(common, request, progress)
+        pipe, defaults = _load(common, request, config, progress)
         with checked():
             handle = api.accelerate(pipe, config)
         result = generate(pipe, defaults, request, progress)
@@ -40,7 +45,9 @@ def run_generate(common: Common, output: Path | None) -> None:
     count, height, width = result.frames.shape[:3]
     times = result.times
     screen = Console(highlight=False, soft_wrap=True)
-    screen.print(f"[bold]{target}[/bold]  {width}×{height}, {count} frame{'s' * moving}")
+    screen.print(
+        f"[bold]{escape(str(target))}[/bold]  {width}×{height}, {count} frame{'s' * moving}"
+    )
     screen.print(
         f"{seconds(times.total)}: text {seconds(times.encode)}, denoising "
         f"{seconds(times.denoise)}, decoding {seconds(times.decode)}"
@@ -58,7 +65,7 @@ def run_compare(common: Common, output: Path | None) -> None:
     from dit_accel.compare import compare
 
     with Progress() as progress:
-        pipe, defaults = _load(common, request, progress)
+        pipe, defaults = _load(common, request, config, progress)
         with checked():
             api.accelerate(pipe, config).restore()
         done = compare(
@@ -92,7 +99,9 @@ def slug(request: Request) -> str:
     return "-".join(words)[:60].strip("-") + (f"-{request.seed}" if request.seed else "")
 
 
-def _load(common: Common, request: Request, progress: Progress) -> tuple[Any, Defaults]:
+def _load(
+    common: Common, request: Request, config: AccelConfig, progress: Progress
+) -> tuple[Any, Defaults]:
     """The pipeline, once everything that can be refused without it has been."""
     import diffusers
     import transformers
@@ -105,7 +114,10 @@ def _load(common: Common, request: Request, progress: Progress) -> tuple[Any, De
         progress("loading", 0, None)
         pipe, defaults = load_pipeline(common.model, common.device, common.dtype, common.offload)
         defaults = replace(defaults, fps=common.fps or defaults.fps)
-        arguments(pipe, defaults, request)
+        values = arguments(pipe, defaults, request)
+        Plan(config.schedule, config.method.keep, MANY).action(
+            0, values.get("num_inference_steps"), 0
+        )
     unknown = unknown_words(pipe, request.prompt)
     if unknown:
         words = ", ".join(repr(word) for word in unknown)
@@ -114,20 +126,14 @@ def _load(common: Common, request: Request, progress: Progress) -> tuple[Any, De
 
 
 def _print_comparison(data: dict[str, Any], folder: Path) -> None:
-    times, near, speedup = data["times"], data["quality"], data["speedup"]
+    near = data["quality"]
     screen = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     for name in ("dense", f"accelerated ({data['method']})", "speed-up"):
         table.add_column(name, justify="right")
-    for key, name in (
-        ("denoise", "denoising loop"),
-        ("decode", "decoding"),
-        ("total", "whole run"),
-    ):
-        both = [seconds(times[side][key]) for side in ("dense", "accelerated")]
-        ratio = f"{speedup[key]:.2f}×" if key in speedup else ""
-        table.add_row(name, *both, ratio, style="bold" if key == "denoise" else "")
+    for name, *values in time_rows(data):
+        table.add_row(name, *values, style="bold" if name == "denoising loop" else "")
     screen.print(f"\n[bold]{headline(data)}[/bold]\n")
     screen.print(table)
     screen.print(
@@ -135,7 +141,9 @@ def _print_comparison(data: dict[str, Any], folder: Path) -> None:
         f"{data['kept']:.0%} of the attention work kept"
     )
     for why, count in data["attention"]["unplanned"].items():
-        screen.print(f"[yellow]{count} attention calls ran dense unplanned:[/yellow] {why}")
+        screen.print(f"[yellow]{count} attention calls ran dense unplanned:[/yellow] {escape(why)}")
     names = ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
-    screen.print(f"\n{folder}/  {names}", soft_wrap=True)
-    screen.print(f"open [bold]{folder / 'report.html'}[/bold] in a browser", soft_wrap=True)
+    screen.print(f"\n{folder}/  {names}", soft_wrap=True, markup=False)
+    screen.print(
+        f"open [bold]{escape(str(folder / 'report.html'))}[/bold] in a browser", soft_wrap=True
+    )

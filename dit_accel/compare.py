@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import diffusers
@@ -91,13 +92,16 @@ def _findings(dense: Result, fast: Result, ran: dict[str, Any]) -> dict[str, Any
     near = metrics.quality(dense.frames, fast.frames).to_dict()
     if dense.latents is not None and fast.latents is not None:
         near["latent_error"] = metrics.latent_error(dense.latents, fast.latents)
+    speedup = {
+        "denoise": dense.times.denoise / fast.times.denoise,
+        "total": dense.times.total / fast.times.total,
+    }
+    if dense.times.steps:
+        speedup["median_step"] = median(dense.times.steps) / median(fast.times.steps)
     return {
         "method": ran["method"],
         "kept": ran["kept"],
-        "speedup": {
-            "denoise": dense.times.denoise / fast.times.denoise,
-            "total": dense.times.total / fast.times.total,
-        },
+        "speedup": speedup,
         "times": {"dense": asdict(dense.times), "accelerated": asdict(fast.times)},
         "quality": near,
         "attention": ran,

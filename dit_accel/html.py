@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from string import Template
 from typing import Any
 
@@ -21,6 +22,9 @@ def page(data: dict[str, Any], folder: Path) -> str:
     template = Template(resources.files("dit_accel").joinpath("page.html").read_text("utf-8"))
     near = data["quality"]
     count, height, width = data["size"]
+    steps = [data["times"][side]["steps"] for side in ("dense", "accelerated")]
+    stepped = bool(steps[0])
+    scale, unit = (1000, "ms") if max(max(s, default=0) for s in steps) < 1 else (1, "s")
     return template.substitute(
         title=escape(data["prompt"]),
         headline=escape(headline(data)),
@@ -33,7 +37,9 @@ def page(data: dict[str, Any], folder: Path) -> str:
         fps=data["fps"],
         last=count - 1,
         times=_times(data),
-        steps=_step_chart(data),
+        steps=_step_chart(steps, scale, unit) if stepped else "",
+        stepped="" if stepped else "unstepped",
+        unit=unit,
         frames=_frame_chart(near) if count > 1 else "",
         closeness=_closeness(data),
         ran=_ran(data["attention"]),
@@ -49,8 +55,8 @@ def headline(data: dict[str, Any]) -> str:
     """Such as "1.30× faster, 31.2 dB": ratio of the denoising loops, mean PSNR against dense."""
     ratio, near = data["speedup"]["denoise"], data["quality"]
     speed = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-    identical = min(near["psnr"]) >= 100
-    return f"{speed}, {'identical' if identical else format(near['psnr_mean'], '.1f') + ' dB'}"
+    close = "identical" if min(near["psnr"]) >= 100 else f"{near['psnr_mean']:.1f}\u00a0dB"
+    return f"{speed}, {close}"
 
 
 def _source(path: Path) -> str:
@@ -80,25 +86,32 @@ def _device(machine: dict[str, Any]) -> str:
 
 
 def seconds(value: float) -> str:
-    return (
-        f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
-    )
+    """As many digits as matter: "190 s", "16.6 s", "0.06 s"."""
+    return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f} s"
+
+
+def time_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(phase, dense, accelerated, speed-up) as text; no speed-up for what is not accelerated."""
+    sides = [dict(data["times"][side]) for side in ("dense", "accelerated")]
+    names = {"encode": "text", "denoise": "denoising loop", "decode": "decoding"}
+    names |= {"total": "whole run"}
+    if "median_step" in data["speedup"]:
+        names["median_step"] = "median step"
+        for side in sides:
+            side["median_step"] = median(side["steps"])
+    ratios = {key: f"{ratio:.2f}×" for key, ratio in data["speedup"].items()}
+    return [
+        (name, *(seconds(side[key]) for side in sides), ratios.get(key, ""))
+        for key, name in names.items()
+    ]
 
 
 def _times(data: dict[str, Any]) -> str:
-    dense, fast = data["times"]["dense"], data["times"]["accelerated"]
-    names = {"encode": "text", "denoise": "denoising", "decode": "decoding", "total": "whole run"}
-    rows = [
-        f"<tr{' class=strong' if key == 'denoise' else ''}><th scope=row>{name}</th>"
-        f"<td>{seconds(dense[key])}</td><td>{seconds(fast[key])}</td>"
-        f"<td>{_ratio(dense[key], fast[key]) if key in ('denoise', 'total') else ''}</td></tr>"
-        for key, name in names.items()
-    ]
-    return "".join(rows)
-
-
-def _ratio(dense: float, fast: float) -> str:
-    return f"{dense / fast:.2f}×"
+    return "".join(
+        f"<tr{' class=strong' if name == 'denoising loop' else ''}><th scope=row>{name}</th>"
+        f"{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+        for name, *values in time_rows(data)
+    )
 
 
 def _closeness(data: dict[str, Any]) -> str:
@@ -158,13 +171,9 @@ def _pairs(values: dict[str, Any]) -> str:
     return "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items())
 
 
-def _step_chart(data: dict[str, Any]) -> str:
-    dense, fast = (data["times"][side]["steps"] for side in ("dense", "accelerated"))
-    if not dense:
-        return ""
-    scale, unit = (1000, "ms") if max(*dense, *fast) < 1 else (1, "s")
-    lines = {"dense": [v * scale for v in dense], "fast": [v * scale for v in fast]}
-    return charts.lines(lines, "step", unit, from_zero=True)
+def _step_chart(steps: Sequence[Sequence[float]], scale: int, unit: str) -> str:
+    dense, fast = ([v * scale for v in line] for line in steps)
+    return charts.lines({"dense": dense, "fast": fast}, "step", unit, from_zero=True)
 
 
 def _frame_chart(near: dict[str, Any]) -> str:

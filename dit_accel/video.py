@@ -129,7 +129,7 @@ def contact_sheet(
     across = len(picked) * (width + gap) - gap
     rows: list[np.ndarray] = []
     clips = (dense, accelerated, difference(dense, accelerated))
-    for name, clip in zip((*names, "difference × 4"), clips, strict=True):
+    for name, clip in zip((*names, "difference x4"), clips, strict=True):
         places = [(i * (width + gap), f"frame {n + 1}") for i, n in enumerate(picked)]
         places[0] = (0, f"{name}, {places[0][1]}" if count > 1 else name)
         rows += [_strip(across, places), _row(clip[picked], gap)]
@@ -143,7 +143,7 @@ def _row(frames: np.ndarray, gap: int) -> np.ndarray:
     return np.concatenate(pieces[:-1], axis=1)
 
 
-def _strip(width: int, texts: Sequence[tuple[int, str]], size: int = 13) -> np.ndarray:
+def _strip(width: int, texts: Sequence[tuple[int, str]], size: int = 15) -> np.ndarray:
     """A band of paper, uint8 [H, width, 3], with each text at its x."""
     picture = Image.new("RGB", (width, size + 11), PAPER)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)

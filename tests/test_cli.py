@@ -1,0 +1,211 @@
+"""The command line: exit codes, one-sentence errors, files, and a real Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import saved_tiny_wan
+
+from dit_accel import __version__, cli, video
+from dit_accel.cli_options import parse_size, parse_warmup
+
+GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
+SPARSE = ["--min-tokens", "0", "--warmup", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(saved_tiny_wan(tmp_path_factory.mktemp("wan"), GENERATION))
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def command(*arguments: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dit_accel.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys; from dit_accel import cli; cli.run(['compare', '--help']); "
+        "sys.exit(str({'torch', 'diffusers', 'numpy', 'av'} & set(sys.modules) or ''))"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+    assert "--keep" in done.stdout
+    assert time.perf_counter() - began < 5
+
+
+def test_version(capsys):
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"dit-accel {__version__}\n"
+
+
+def test_no_command_prints_help(capsys):
+    assert cli.run([]) == 0
+    assert "compare" in capsys.readouterr().out
+
+
+def test_methods_lists_them_all(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run(["methods"]) == 0
+    out = capsys.readouterr().out
+    assert "dense" in out
+    assert "topk:fast" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate"], "Missing argument"),
+        (["dance"], "No such command 'dance'"),
+        (["generate", "x", "--steps", "many"], "'--steps'"),
+        (["generate", "x", "--wings", "2"], "No such option"),
+        (["generate", " "], "the prompt is empty"),
+        (["generate", "x", "--steps", "0"], "steps lies from 1"),
+        (["generate", "x", "--size", "big"], "size is WIDTHxHEIGHT"),
+        (["generate", "x", "--size", "8x8"], "height lies from 16"),
+        (["generate", "x", "--frames", "9999"], "frames lies from 1"),
+        (["generate", "x", "--fps", "0"], "fps lies from 1"),
+        (["generate", "x", "--method", "magic"], "unknown method 'magic'"),
+        (["generate", "x", "--method", "topk:magic"], "no preset 'magic'"),
+        (["generate", "x", "--keep", "1.5"], "lies in (0, 1], not 1.5"),
+        (["compare", "x", "--keep", "0"], "lies in (0, 1], not 0"),
+        (["compare", "x", "--warmup", "soon"], "warmup is a share"),
+        (["compare", "x", "--order", "zigzag"], "unknown order 'zigzag'"),
+        (["generate", "x", "-o", "clip.txt"], "ends in .mp4, .gif, .webp"),
+        (["generate", "x", "--device", "toaster"], "unknown device 'toaster'"),
+        (["generate", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
+        (["generate", "x", "--image", "none.png"], "none.png is not a picture"),
+        (["generate", "x", "--model", "./none"], "there is no folder ./none"),
+        (["generate", "x", "--model", "."], "has no model_index.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(capsys, tmp_path, arguments, says):
+    assert cli.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--size", "72x64"], "width is a multiple of 16 for this model, not 72"),
+        (["--frames", "10"], "frames is a multiple of 4 plus one"),
+        (["--warmup", "2"], "2 dense warm-up steps in a run of 2"),
+    ],
+)
+def test_what_the_model_cannot_do(capsys, model, tmp_path, arguments, says):
+    run = ["generate", "a cat", "--model", model, "--min-tokens", "0", *arguments]
+    assert cli.run(run) == 2
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_unet_is_refused(capsys, tmp_path):
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2D"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert cli.run(["generate", "x", "--model", str(tmp_path)]) == 2
+    assert "StableDiffusionPipeline, which has a UNet" in capsys.readouterr().err
+
+
+def test_generate_names_the_file_after_the_prompt(capsys, model, tmp_path):
+    assert cli.run(["generate", "A cat, red!", "--model", model, "--seed", "3", *SPARSE]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a-cat-red-3.mp4"]
+    assert video.read(tmp_path / "a-cat-red-3.mp4").shape == (9, 64, 64, 3)
+    out, err = capsys.readouterr()
+    assert "64×64, 9 frames" in out
+    assert "topk" in out
+    assert "denoise: " in err
+    assert "the words 'cat,', 'red!'" not in err
+
+
+def test_generate_says_which_words_mean_nothing(capsys, model):
+    assert cli.run(["generate", "a zebra", "--model", model, "--method", "dense"]) == 0
+    assert "never shown the words 'zebra'" in capsys.readouterr().err
+
+
+def test_a_single_frame_is_a_picture(model, tmp_path):
+    run = ["generate", "a cat", "--model", model, "--frames", "1", "--size", "32x64", *SPARSE]
+    assert cli.run(run) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["a-cat.png"]
+
+
+def test_compare_writes_and_prints(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = ["compare", "a cat", "--model", model, "--keep", "0.5", "-o", "out/cat", *SPARSE]
+    assert cli.run(run) == 0
+    report = json.loads((tmp_path / "out" / "cat" / "report.json").read_text())
+    assert report["attention"]["config"]["method"]["keep"] == 0.5
+    out = capsys.readouterr().out
+    assert "denoising loop" in out
+    assert "report.html" in out
+    assert f"{report['quality']['psnr_mean']:.1f} dB" in out
+
+
+def test_ctrl_c_leaves_nothing_half_written(model, tmp_path):
+    """A real SIGINT, in the middle of a run long enough to be hit."""
+    (tmp_path / "cat.mp4").write_text("old")
+    run = command(
+        "generate", "a cat", "--model", model, "--steps", "1000", "-o", "cat.mp4", *SPARSE
+    )
+    for line in run.stderr:
+        if line.startswith("encode"):
+            break
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err
+    assert (tmp_path / "cat.mp4").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [tmp_path / "cat.mp4"]
+
+
+def test_ctrl_c_while_writing(model, tmp_path, monkeypatch):
+    """The encoder is stopped in the middle of its file."""
+
+    def interrupted(path: Path, frames, fps):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "_encode", interrupted)
+    assert cli.run(["generate", "a cat", "--model", model, "-o", "cat.mp4", *SPARSE]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_unexpected_is_code_1_with_a_traceback(capsys, model, monkeypatch):
+    def broken(*args, **options):
+        raise ValueError("from deep inside")
+
+    monkeypatch.setattr(video, "save", broken)
+    assert cli.run(["generate", "a cat", "--model", model, *SPARSE]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "unexpected ValueError" in err
+
+
+def test_parsers():
+    assert parse_size("832x480") == (832, 480)
+    assert parse_size("64X32") == (64, 32)
+    assert parse_warmup("3") == 3
+    assert isinstance(parse_warmup("3"), int)
+    assert parse_warmup("0.2") == 0.2

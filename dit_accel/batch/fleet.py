@@ -84,10 +84,8 @@ class Fleet:
         return self.manifest.folder / LOGS / f"worker-{slot.number}.log"
 
     def _owners(self, pid: int) -> list[str]:
-        """The names under which a process of ours holds jobs or beats."""
-        rows = self.manifest.ask(
-            "SELECT owner FROM workers UNION SELECT DISTINCT owner FROM jobs WHERE owner NOT NULL"
-        )
+        """The names under which a process of ours has worked: one, or none before it was ready."""
+        rows = self.manifest.ask("SELECT DISTINCT owner FROM events WHERE kind = 'ready'")
         names = [row["owner"] for row in rows]
         return [n for n in names if owners.is_here(n) and owners.pid_of(n) == pid]
 

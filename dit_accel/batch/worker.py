@@ -77,6 +77,7 @@ class Worker:
         try:
             with ExitStack() as stack:
                 stack.enter_context(self.heart)
+                self.manifest.note("ready", f"on {self.device}", self.owner)
                 if not self._check():
                     return self.manifest.get("stop")
                 reused = stack.enter_context(render.remembered_prompts(self.pipe))
@@ -192,9 +193,10 @@ class Worker:
                 self.manifest.fail(row, self.owner, f"{reason} (in force: {tried})", 0)
             return
         self.manifest.note("step-down", f"out of memory: from here on {measure}", self.owner)
-        size = self.savings.batch
-        for start in range(0, len(rows), size):
-            self._serve(rows[start : start + size])
+        while rows:  # the first of them may make the calls smaller still
+            size = self.savings.batch
+            self._serve(rows[:size])
+            rows = rows[size:]
 
     def _leave(self) -> None:
         try:

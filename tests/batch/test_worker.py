@@ -1,0 +1,291 @@
+"""A run in this process with a tiny pipeline: clips, resuming, and every kind of failure."""
+
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import WORDS, tiny_wan
+
+import dit_accel
+from dit_accel import video
+from dit_accel.batch import Settings, run
+from dit_accel.batch.jobs import Job
+from dit_accel.batch.manifest import Manifest
+from dit_accel.batch.render import remembered_prompts, render
+from dit_accel.generate import Request, generate
+from dit_accel.loading import Defaults
+
+SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
+QUIET = Settings(retries=0, wait_for_space=0.05)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return tiny_wan()
+
+
+@pytest.fixture
+def pipe(stock):
+    yield stock
+    dit_accel.restore(stock)
+
+
+def go(pipe, out, jobs, settings=QUIET, **options):
+    return run(jobs, out, pipe=pipe, settings=settings, defaults=SMALL, show="none", **options)
+
+
+def events(out, kind):
+    return [row["text"] for row in Manifest(out).ask("SELECT * FROM events WHERE kind = ?", kind)]
+
+
+def files(out):
+    return sorted(path.name for path in out.glob("*.mp4"))
+
+
+def test_a_clip_is_what_generate_gives(pipe, tmp_path, monkeypatch):
+    written, save = [], video.save
+
+    def spy(path, frames, fps):
+        written.append(frames)
+        return save(path, frames, fps)
+
+    monkeypatch.setattr(video, "save", spy)
+    assert go(pipe, tmp_path, [{"prompt": "a cat", "seed": 3, "name": "cat"}]).ok
+    request = Request("a cat", seed=3, steps=2, height=32, width=32, frames=5)
+    alone = generate(pipe, Defaults.from_pipeline(pipe), request).frames
+    assert np.array_equal(written[0], alone)
+    assert video.read(tmp_path / "cat.mp4").shape == alone.shape
+
+
+def test_finished_jobs_are_not_redone_and_new_ones_are_added(pipe, tmp_path):
+    jobs = [{"prompt": "a cat", "seed": [1, 2]}]
+    assert go(pipe, tmp_path, jobs).done == 2
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
+    summary = go(pipe, tmp_path, [*jobs, {"prompt": "a dog"}])
+    assert summary.done == 3
+    assert len(events(tmp_path, "started")) == 3
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in before}
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["state"] for line in lines] == ["done"] * 3
+
+
+def test_half_written_files_are_swept_and_never_count(pipe, tmp_path):
+    half = tmp_path / f".{Job('a cat', **SMALL).output}.99.part.mp4"
+    half.write_bytes(b"half a clip")
+    summary = go(pipe, tmp_path, [{"prompt": "a cat"}])
+    assert summary.ok and not half.exists() and len(files(tmp_path)) == 1
+
+
+def test_every_nth_job_also_runs_dense(pipe, tmp_path):
+    preset = tmp_path / "sparse.json"
+    data = {"method": {"name": "topk", "keep": 0.1}, "schedule": {"warmup": 0}, "min_tokens": 0}
+    preset.write_text(json.dumps(data))
+    jobs = [{"prompt": "a cat", "seed": [1, 2], "height": 128, "width": 128}]
+    defaults = {**SMALL, "method": str(preset)}
+    summary = run(jobs, tmp_path / "out", pipe=pipe, defaults=defaults, check_every=2, show="none")
+    rows = [json.loads(t) for t in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert "drift" not in rows[0]["report"]
+    drift, clip = rows[1]["report"]["drift"], tmp_path / "out" / rows[1]["file"]
+    dense = tmp_path / "out" / rows[1]["report"]["dense_file"]
+    assert clip.read_bytes() != dense.read_bytes()
+    assert 10 < drift["psnr"] < 100 and drift["latent_error"] > 0
+    assert summary.drift["psnr_worst"] == drift["psnr"]
+    assert rows[1]["report"]["kept"] < 1 and rows[1]["report"]["implementations"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert f'href="{dense.name}"' in page and page.count("<video") == 2
+
+
+def test_several_at_once_are_the_clips_of_one_at_a_time(pipe):
+    jobs = [Job("a cat", seed=n, **SMALL) for n in range(3)] + [Job("a red dog on a star", **SMALL)]
+    defaults = Defaults.from_pipeline(pipe)
+    together = render(pipe, defaults, jobs, lambda *a: None)
+    for job, clip in zip(jobs, together, strict=True):
+        [alone] = render(pipe, defaults, [job], lambda *a: None)
+        apart = np.abs(alone.frames.astype(int) - clip.frames.astype(int))
+        assert apart.max() <= 1
+    assert not np.array_equal(together[0].frames, together[1].frames)
+
+
+def test_prompts_are_encoded_once_and_the_pipeline_is_left_as_it_was(pipe):
+    jobs = [Job("a cat", seed=n, **SMALL) for n in range(3)]
+    calls = []
+    handle = pipe.text_encoder.register_forward_hook(lambda *a: calls.append(1))
+    plain = render(pipe, Defaults.from_pipeline(pipe), jobs[:1], lambda *a: None)[0]
+    once = len(calls)
+    with remembered_prompts(pipe) as reused:
+        clips = [render(pipe, Defaults.from_pipeline(pipe), [j], lambda *a: None)[0] for j in jobs]
+    handle.remove()
+    assert len(calls) == 2 * once and reused() == 2
+    assert np.array_equal(plain.frames, clips[0].frames)
+    assert "encode_prompt" not in vars(pipe)
+
+
+def test_not_numbers_are_a_failure_of_that_clip_alone(tmp_path):
+    pipe = tiny_wan()
+    with torch.no_grad():
+        pipe.text_encoder.shared.weight[3 + WORDS.index("fish")] = float("nan")
+    jobs = [{"prompt": ["a cat", "a fish", "a dog"]}]
+    summary = go(pipe, tmp_path, jobs, Settings(retries=1, batch=3))
+    assert summary.done == 2
+    [failure] = summary.failures
+    assert "not numbers" in failure["error"] and failure["output"].startswith("a-fish")
+    assert len(events(tmp_path, "retry")) == 1
+
+
+def test_bad_luck_is_tried_again_and_told(pipe, tmp_path):
+    left = [2]
+
+    def unlucky(module, inputs):
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("the moon was in the way")
+
+    handle = pipe.transformer.register_forward_pre_hook(unlucky)
+    summary = go(pipe, tmp_path, [{"prompt": ["a cat", "a dog"]}], Settings(retries=1))
+    handle.remove()
+    assert summary.ok
+    assert events(tmp_path, "retry") == ["RuntimeError: the moon was in the way"] * 2
+
+
+def test_failed_jobs_stay_failed_until_asked(pipe, tmp_path):
+    def never(module, inputs):
+        raise RuntimeError("no")
+
+    handle = pipe.transformer.register_forward_pre_hook(never)
+    assert go(pipe, tmp_path, [{"prompt": "a cat"}]).failed == 1
+    handle.remove()
+    summary = go(pipe, tmp_path, [{"prompt": "a cat"}])
+    assert summary.failed == 1 and "RuntimeError: no" in str(summary)
+    assert go(pipe, tmp_path, [{"prompt": "a cat"}], retry_failed=True).ok
+
+
+def test_out_of_memory_steps_down_and_says_so(pipe, tmp_path, monkeypatch):
+    decode = pipe.vae.decode
+
+    def hungry(latents, *args, **kwargs):
+        if len(latents) > 1 or not pipe.vae.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return decode(latents, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.vae, "decode", hungry)
+    monkeypatch.setattr(pipe.vae, "use_tiling", False)
+    monkeypatch.setattr(pipe.vae, "use_slicing", False)
+    summary = go(pipe, tmp_path, [{"prompt": "a cat", "seed": [1, 2, 3, 4]}], Settings(batch=4))
+    assert summary.done == 4
+    assert events(tmp_path, "step-down") == [
+        f"out of memory: from here on {what}"
+        for what in ("calls of 2 clip(s)", "calls of 1 clip(s)", "tiled decoding")
+    ]
+    report = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["report"]
+    assert report["after_out_of_memory"] == ["calls of 1 clip(s)", "tiled decoding"]
+
+
+def test_memory_that_never_suffices_is_a_failure_with_what_was_tried(pipe, tmp_path, monkeypatch):
+    def hungry(*args, **kwargs):
+        raise MemoryError("nothing left")
+
+    monkeypatch.setattr(pipe.vae, "decode", hungry)
+    monkeypatch.setattr(pipe.vae, "use_tiling", False)
+    monkeypatch.setattr(pipe.vae, "use_slicing", False)
+    [failure] = go(pipe, tmp_path, [{"prompt": "a cat"}]).failures
+    assert failure["error"] == "MemoryError: nothing left (in force: tiled decoding)"
+
+
+def test_a_full_disk_is_waited_out(pipe, tmp_path, monkeypatch):
+    save, left = video.save, [2]
+
+    def full(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(video, "save", full)
+    assert go(pipe, tmp_path, [{"prompt": "a cat"}]).ok
+    assert left == [0] and len(events(tmp_path, "started")) == 1
+
+
+def test_a_disk_that_stays_full_stops_the_run_which_goes_on_later(pipe, tmp_path, monkeypatch):
+    usage, jobs = shutil.disk_usage, [{"prompt": ["a cat", "a dog", "a star"]}]
+
+    def filling(path):
+        space = usage(path)
+        return space._replace(free=space.free if not files(tmp_path) else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", filling)
+    summary = go(pipe, tmp_path, jobs)
+    assert "the disk is full" in summary.stopped
+    assert summary.done >= 1 and summary.failed == 0 and summary.done + summary.waiting == 3
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert go(pipe, tmp_path, jobs).ok
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_clip_that_cannot_be_written_is_told(pipe, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(video, "save", broken)
+    [failure] = go(pipe, tmp_path, [{"prompt": "a cat"}]).failures
+    assert "could not be written: OSError: [Errno 5] Input/output error" in failure["error"]
+
+
+def test_jobs_the_model_cannot_take(pipe, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    jobs = [
+        {"prompt": "a cat", "height": 40},
+        {"prompt": "a cat", "frames": 6},
+        {"prompt": "a cat", "image": str(tmp_path / "a.png")},
+        {"prompt": "a dog"},
+    ]
+    refused = go(pipe, tmp_path / "out", jobs)
+    assert (refused.done, refused.failed) == (0, 3) and "--keep-going" in refused.stopped
+    summary = go(pipe, tmp_path / "out", jobs, Settings(keep_going=True))
+    assert (summary.done, summary.failed) == (1, 3)
+    words = ("height is a multiple of 16", "frames is a multiple of 4", "takes no image")
+    for failure, expected in zip(summary.failures, words, strict=True):
+        assert expected in failure["error"]
+
+
+def test_an_interrupted_run_holds_no_job(pipe, tmp_path):
+    def interrupt(module, inputs):
+        raise KeyboardInterrupt
+
+    handle = pipe.transformer.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go(pipe, tmp_path, [{"prompt": "a cat"}])
+    handle.remove()
+    assert Manifest(tmp_path).counts()["waiting"] == 1
+    assert not files(tmp_path)
+    assert go(pipe, tmp_path, [{"prompt": "a cat"}]).ok
+
+
+def test_refused_before_anything_is_generated(pipe, tmp_path):
+    with pytest.raises(ValueError, match=r"1 job\(s\) refused.*\n  line 2: unknown key 'sedd'"):
+        go(pipe, tmp_path / "a", [{"prompt": "a cat"}, {"prompt": "a cat", "sedd": 1}])
+    assert not (tmp_path / "a").exists()
+    summary = go(
+        pipe, tmp_path / "a", [{"prompt": "a cat"}, {"sedd": 1}], Settings(keep_going=True)
+    )
+    assert summary.done == 1 and summary.refused[0]["line"] == 2 and not summary.ok
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(ValueError, match="is a file"):
+            go(pipe, out, [{"prompt": "a cat"}])
+    with pytest.raises(ValueError, match="there is no job"):
+        go(pipe, tmp_path / "b", [])
+    with pytest.raises(ValueError, match="workers is at least 1"):
+        run([{"prompt": "a cat"}], tmp_path / "b", workers=0)
+    with pytest.raises(ValueError, match="batch is at least 1"):
+        Settings(batch=0)
+
+
+def test_a_folder_belongs_to_one_model(pipe, tmp_path):
+    go(pipe, tmp_path, [{"prompt": "a cat"}])
+    Manifest(tmp_path).set("model", "another/model")
+    with pytest.raises(ValueError, match="holds clips of another/model"):
+        go(pipe, tmp_path, [{"prompt": "a cat"}])

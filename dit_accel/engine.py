@@ -163,10 +163,12 @@ class Engine:
 
     def _obstacle(self, q: torch.Tensor, k: torch.Tensor) -> str:
         """Why this call must be dense, or ""."""
-        n, geometry = q.shape[1], self.clock.geometry
+        n, geometry = k.shape[1], self.clock.geometry
+        if geometry.dense:
+            return geometry.dense
         fits = n >= geometry.n_visual if geometry.n_text is None else n == geometry.n_tokens
-        if k.shape[1] != n or not fits:
-            return f"{n} × {k.shape[1]} tokens where the model's geometry says {geometry.n_tokens}"
+        if q.shape[1] not in (n, geometry.n_visual) or not fits:
+            return f"{q.shape[1]} × {n} tokens where the model's geometry says {geometry.n_tokens}"
         least = self.config.min_tokens
         least = CROSSOVER.get(q.device.type, 0) if least is None else least
         if n < least:
@@ -251,7 +253,10 @@ class Engine:
         dense: Dense,
     ) -> torch.Tensor:
         """Visual queries by the method over all keys; text queries, if any, dense."""
-        visual, text = self._parts(q.shape[1])
+        if q.shape[1] == self.clock.geometry.n_visual:  # no text queries, whatever the keys are
+            visual, text = slice(0, q.shape[1]), slice(0, 0)
+        else:
+            visual, text = self._parts(q.shape[1])
         permuted = self.index is not None and not self.carried
         queries = q[:, visual]
         queries = queries.index_select(1, self.index) if permuted else queries
@@ -262,9 +267,17 @@ class Engine:
             return seen
         out = torch.empty_like(q)
         out[:, visual] = seen
-        rows = mask if mask is None or mask.shape[-2] == 1 else mask[:, :, text]
+        product = mask is not None and mask.ndim == 4 and mask.shape[2] > 1
+        rows = mask[:, :, text] if product else mask
         out[:, text] = dense(q[:, text], k, v, rows)
         return out
+
+    def bypass(self, layer: int, reason: str) -> None:
+        """Book a dense call of `layer` that did not come through `attend`."""
+        if self.forwards:
+            action = self.plan.action(self.clock.step, self.clock.steps, self.layers[layer].number)
+            planned = action.keep is None
+            self._book_dense(layer, action.reason if planned else reason, planned)
 
     def state_bytes(self) -> int:
         """Bytes of the tensors that methods keep between steps."""

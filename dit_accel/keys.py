@@ -40,8 +40,8 @@ def read(
     """The keys of calls that have this mask, or why the mask cannot be served.
 
     Args:
-        mask: bool [B, 1, 1, N], or [B, 1, N, N] where `product` says that it is the product of
-            the valid queries and the valid keys; None when there is none.
+        mask: bool [B, 1, 1, N] or [B, N], or [B, 1, N, N] where `product` says that it is the
+            product of the valid queries and the valid keys; None when there is none.
         n: keys. visual: where the visual ones lie; no mask may hide one of them.
         order: int64 permutation of the visual keys, or None.
 
@@ -58,6 +58,7 @@ def read(
         return "the attention mask is an additive bias"
     rows = slice(visual.start, visual.start + 1) if product else slice(None)
     mask = mask[:, :, rows] if mask.ndim == 4 else mask
+    mask = mask[:, None, None] if mask.ndim == 2 else mask
     if mask.ndim != 4 or mask.shape[1:] != (1, 1, n):
         return "the attention mask is more than key padding"
     valid = mask[:, 0, 0]
@@ -68,7 +69,7 @@ def read(
     equal = len(set(lengths.tolist())) == 1
     length = int(lengths[0]) if equal else lengths
     if torch.equal(padded, valid):
-        return Keys(index, None if length == n and equal else length, text_first)
+        return Keys(index, None if equal and length == n else length, text_first)
     return Keys(_valid_first(valid, visual, order), length)
 
 

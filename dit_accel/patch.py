@@ -74,7 +74,7 @@ class Patch:
         new = kind.__new__(kind)
         new.__dict__.update(old.__dict__, _accel_layer=number)
         layer.processor = new  # set_attention_backend and enable_parallelism write to this one
-        module.set_processor(new)
+        _set_processor(module, new)
         self.undo.append(lambda: _give_back(module, new, old))
 
     def _hook_forward(self) -> None:
@@ -131,7 +131,7 @@ def obstacle(module: nn.Module) -> str:
     processor = getattr(module, "processor", None)
     if hasattr(processor, "_accel_layer"):
         return ""  # ours already: it is given back before the new one comes
-    if processor is None or not hasattr(module, "set_processor"):
+    if processor is None:
         return f"{type(module).__name__} has no exchangeable attention processor"
     call = type(processor).__call__
     if not hasattr(call, "__code__") or not set(_NAMES) & set(call.__code__.co_names):
@@ -185,6 +185,7 @@ def _dispatcher(original: Callable) -> Callable:
         plain = not (dropout_p or is_causal or enable_gqa or attention_kwargs)
         if plain and (attn_mask is None or isinstance(attn_mask, torch.Tensor)):
             return seam.attend_bnhd(query, key, value, attn_mask, scale)
+        seam.bypassed()
         return original(
             query,
             key,
@@ -213,6 +214,7 @@ def _functional() -> types.ModuleType:
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more
     ):
         if dropout_p or is_causal or more.get("enable_gqa"):
+            seam.bypassed()
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more
             )
@@ -255,7 +257,12 @@ def _give_back(module: nn.Module, new: Any, old: Any) -> None:
     if module.processor is not new:
         return
     old.__dict__.update({k: v for k, v in new.__dict__.items() if k != "_accel_layer"})
-    module.set_processor(old)
+    _set_processor(module, old)
+
+
+def _set_processor(module: nn.Module, processor: Any) -> None:
+    setter = getattr(module, "set_processor", None)  # MochiAttention has none
+    setter(processor) if setter else setattr(module, "processor", processor)
 
 
 def _restore_attribute(obj: nn.Module, name: str, before: Any) -> None:

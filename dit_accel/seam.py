@@ -86,6 +86,15 @@ def attend_bhnd(
     return attend_bnhd(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale).transpose(1, 2)
 
 
+def bypassed() -> None:
+    """Book that the current layer made a call we do not serve. Code being compiled can't book."""
+    if not torch.compiler.is_compiling():
+        layer = _LAYERS[int(CURRENT.layer)]
+        layer.engine.bypass(
+            layer.index, "the call is causal, has dropout, a block mask or fewer key heads"
+        )
+
+
 _TAGS = tuple(t for t in (getattr(torch._C.Tag, "cudagraph_unsafe", None),) if t is not None)
 
 

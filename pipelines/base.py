@@ -18,6 +18,7 @@ class Geometry(NamedTuple):
     tokens cannot pass through the model, or "": then each attention call permutes its own.
     same_mask: all layers get the same key padding, perhaps as a fresh tensor or as the product of
     valid queries and valid keys, so it is read once.
+    dense: why this forward must stay dense, or "".
     """
 
     grid: tuple[int, int, int]
@@ -25,6 +26,7 @@ class Geometry(NamedTuple):
     text_first: bool = False
     fixed_order: str = ""
     same_mask: bool = False
+    dense: str = ""
 
     @property
     def n_visual(self) -> int:

@@ -1,19 +1,14 @@
-"""Flux.1: text and image tokens in one joint sequence, text first, in double and single blocks."""
+"""Flux.1 (also Kontext, Fill, Control): text first in one joint sequence."""
 
 from dit_accel.pipelines.base import Adapter, Geometry, Site
+from dit_accel.pipelines.grids import grid_of_ids
 
 
 def _geometry(transformer, args) -> Geometry:
-    # img_ids [N, 3] or [B, N, 3]: (image, row, column) of each token
-    ids = args["img_ids"].reshape(-1, 3) if args["img_ids"].ndim == 2 else args["img_ids"][0]
-    rows, columns = (int(ids[:, axis].max().item()) + 1 for axis in (1, 2))
-    n_text = args["encoder_hidden_states"].shape[1]
-    n = ids.shape[0]
-    if n % (rows * columns):
-        return Geometry((1, 1, n), n_text, True, "the image ids form no grid")
     control = args.get("controlnet_block_samples") or args.get("controlnet_single_block_samples")
-    reason = "ControlNet residuals are added between blocks" if control is not None else ""
-    return Geometry((n // (rows * columns), rows, columns), n_text, True, reason)
+    reason = "ControlNet residuals are added between blocks" if control else ""
+    n_text = args["encoder_hidden_states"].shape[1]
+    return Geometry(grid_of_ids(args["img_ids"]), n_text, True, reason)
 
 
 ADAPTER = Adapter(

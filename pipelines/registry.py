@@ -8,11 +8,75 @@ from torch import nn
 
 from dit_accel.pipelines.base import Adapter
 
+# file, or file:NAME where a file holds several adapters
 _HOME = {
-    "WanTransformer3DModel": "wan",
+    "AllegroTransformer3DModel": "visual",
+    "AnyFlowTransformer3DModel": "wan:ANYFLOW",
+    "AuraFlowTransformer2DModel": "joint:AURAFLOW",
+    "BriaFiboTransformer2DModel": "packed",
+    "BriaTransformer2DModel": "packed",
+    "ChromaTransformer2DModel": "packed:CHROMA",
+    "ChronoEditTransformer3DModel": "wan",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "CogView3PlusTransformer2DModel": "cogvideox:COGVIEW",
+    "CogView4Transformer2DModel": "cogvideox:COGVIEW",
+    "ConsisIDTransformer3DModel": "cogvideox",
+    "CosmosTransformer3DModel": "visual",
+    "DiTTransformer2DModel": "visual",
+    "EasyAnimateTransformer3DModel": "joint:EASYANIMATE",
+    "ErnieImageTransformer2DModel": "joint:ERNIE",
+    "Flux2Transformer2DModel": "packed",
     "FluxTransformer2DModel": "flux",
+    "GlmImageTransformer2DModel": "cogvideox:COGVIEW",
+    "HeliosTransformer3DModel": "wan:HELIOS",
+    "HiDreamImageTransformer2DModel": "joint:HIDREAM",
+    "HunyuanDiT2DModel": "visual:HUNYUAN_DIT",
+    "HunyuanImageTransformer2DModel": "hunyuan_video:IMAGE",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video:FRAMEPACK",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "Kandinsky5Transformer3DModel": "kandinsky",
+    "Krea2Transformer2DModel": "packed:KREA2",
+    "LTX2VideoTransformer3DModel": "ltx:LTX2",
+    "LTXVideoTransformer3DModel": "ltx",
+    "LatteTransformer3DModel": "visual:LATTE",
+    "LongCatImageTransformer2DModel": "packed",
+    "Lumina2Transformer2DModel": "joint:LUMINA2",
+    "MochiTransformer3DModel": "mochi",
+    "MotifVideoTransformer3DModel": "hunyuan_video:IMAGE",
+    "NucleusMoEImageTransformer2DModel": "packed:NUCLEUS",
+    "OvisImageTransformer2DModel": "packed",
+    "PRXTransformer2DModel": "joint:PRX",
+    "PixArtTransformer2DModel": "visual",
+    "QwenImageTransformer2DModel": "packed:QWEN",
+    "SD3Transformer2DModel": "joint:SD3",
+    "SkyReelsV2Transformer3DModel": "wan",
+    "WanAnimateTransformer3DModel": "wan:ANIMATE",
+    "WanTransformer3DModel": "wan",
+    "WanVACETransformer3DModel": "wan:VACE",
+    "ZImageTransformer2DModel": "joint:Z_IMAGE",
+}
+_LINEAR = "its self-attention is linear already, so there is nothing to accelerate"
+_LEFT_ALONE = {
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
+    "AnyFlowFARTransformer3DModel": "it attends causally, through a key-value cache",
+    "WanAnimate2Transformer3DModel": "it attends through a key-value cache and a block mask",
+    "Cosmos3OmniTransformer": "it attends causally to text, sound and actions in one sequence",
+    "OmniGenTransformer2DModel": "it attends causally, as a language model does",
 }
 _EXTRA: dict[str, Adapter] = {}
+
+
+def known() -> list[str]:
+    """Names of the transformer classes that have an adapter."""
+    return sorted({**_HOME, **_EXTRA})
+
+
+def left_alone() -> dict[str, str]:
+    """Transformer classes that are refused, and why."""
+    return dict(_LEFT_ALONE)
 
 
 def find(transformer: nn.Module) -> Adapter:
@@ -20,12 +84,15 @@ def find(transformer: nn.Module) -> Adapter:
     name = type(transformer).__name__
     if name in _EXTRA:
         return _EXTRA[name]
+    if name in _LEFT_ALONE:
+        raise ValueError(f"{name} is left as it is: {_LEFT_ALONE[name]}")
     if name not in _HOME:
         raise ValueError(
-            f"{name} has no adapter: dit_accel knows {', '.join(sorted({**_HOME, **_EXTRA}))}; "
+            f"{name} has no adapter: dit_accel knows {', '.join(known())}; "
             "add one with dit_accel.register_adapter"
         )
-    return import_module(f"dit_accel.pipelines.{_HOME[name]}").ADAPTER
+    file, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(f"dit_accel.pipelines.{file}"), attribute or "ADAPTER")
 
 
 def register_adapter(adapter: Adapter) -> None:

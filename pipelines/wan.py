@@ -1,20 +1,65 @@
-"""Wan 2.1 and 2.2 (text, image and video to video): visual tokens only, text through `attn2`."""
+"""Wan 2.1 and 2.2 and what was made from them: visual tokens only, text through `attn2`."""
 
 from dit_accel.pipelines.base import Adapter, Geometry, Site
+from dit_accel.pipelines.grids import grid_of, latents
 
 
 def _geometry(transformer, args) -> Geometry:
-    # hidden_states [B, C, T, H, W] in latent pixels
-    sizes = args["hidden_states"].shape[-3:]
-    grid = tuple(n // p for n, p in zip(sizes, transformer.config.patch_size, strict=True))
-    per_token = getattr(args.get("timestep"), "ndim", 1) == 2
-    return Geometry(grid, fixed_order="timesteps are per token" if per_token else "")
+    grid = grid_of(transformer, args["hidden_states"])
+    if getattr(args.get("timestep"), "ndim", 1) == 2:
+        return Geometry(grid, fixed_order="timesteps are per token")
+    control = args.get("control_hidden_states")
+    if control is not None and grid_of(transformer, control) != grid:
+        return Geometry(grid, fixed_order="the control video has another size")
+    return Geometry(grid)
 
 
 ADAPTER = Adapter(
-    classes=("WanTransformer3DModel",),
+    classes=(
+        "WanTransformer3DModel",
+        "ChronoEditTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+    ),
     attention=("blocks.*.attn1",),
     geometry=_geometry,
     enter=(Site("rope", 1), Site("patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
+)
+VACE = Adapter(
+    classes=("WanVACETransformer3DModel",),
+    attention=("vace_blocks.*.attn1", "blocks.*.attn1"),
+    geometry=_geometry,
+    enter=(*ADAPTER.enter, Site("vace_patch_embedding", 2, flat=True)),
+    leave=Site("proj_out", 1),
+)
+# its face blocks attend frame by frame, so tokens cannot pass through the model permuted
+ANIMATE = Adapter(
+    classes=("WanAnimateTransformer3DModel",),
+    attention=("blocks.*.attn1",),
+    geometry=latents(),
+)
+
+
+def _frames_first(transformer, args) -> Geometry:
+    # hidden_states [B, T, C, H, W]
+    return Geometry(grid_of(transformer, args["hidden_states"].transpose(1, 2)))
+
+
+ANYFLOW = Adapter(
+    classes=("AnyFlowTransformer3DModel",),
+    attention=("blocks.*.attn1",),
+    geometry=_frames_first,
+)
+
+
+def _after_history(transformer, args) -> Geometry:
+    grid = grid_of(transformer, args["hidden_states"])
+    return Geometry(grid, n_text=None, text_first=True)
+
+
+# Earlier clips lie before the visual tokens: each query reads them all, as it reads text elsewhere.
+HELIOS = Adapter(
+    classes=("HeliosTransformer3DModel",),
+    attention=("blocks.*.attn1",),
+    geometry=_after_history,
 )

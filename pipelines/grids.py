@@ -1,0 +1,74 @@
+"""Ways of reading the token grid from a transformer's forward arguments, shared by the families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from dit_accel.pipelines.base import Geometry
+
+# Where the text lies in the joint sequence; its length is what the attention call brings.
+TEXT: dict[str, dict[str, Any]] = {
+    "apart": {},
+    "first": {"n_text": None, "text_first": True},
+    "last": {"n_text": None},
+}
+
+
+def patch_size(transformer: nn.Module) -> tuple[int, int, int]:
+    """Latent pixels of one token along (T, H, W)."""
+    config = transformer.config
+    size = config.patch_size
+    if isinstance(size, int):
+        size = (getattr(config, "patch_size_t", None) or 1, size, size)
+    return (1,) * (3 - len(size)) + tuple(size)
+
+
+def grid_of(transformer: nn.Module, x: Tensor) -> tuple[int, int, int]:
+    """(T, H, W) tokens of latents x [B, C, T, H, W] or [B, C, H, W]."""
+    sizes = (1, *x.shape[2:])[-3:]
+    return tuple(n // p for n, p in zip(sizes, patch_size(transformer), strict=True))
+
+
+def latents(text: str = "apart", **more: Any) -> Callable[[nn.Module, dict], Geometry]:
+    """Geometry of a transformer whose `hidden_states` are latents; text: apart, first or last."""
+
+    def geometry(transformer: nn.Module, args: dict[str, Any]) -> Geometry:
+        grid = grid_of(transformer, args["hidden_states"])
+        return Geometry(grid, **TEXT[text], **more)
+
+    return geometry
+
+
+def image_ids(text: str = "first", **more: Any) -> Callable[[nn.Module, dict], Geometry]:
+    """Geometry of a transformer whose `img_ids` [N, 3 or more] hold (image, row, column, …)."""
+
+    def geometry(transformer: nn.Module, args: dict[str, Any]) -> Geometry:
+        return Geometry(grid_of_ids(args["img_ids"]), **TEXT[text], **more)
+
+    return geometry
+
+
+def grid_of_ids(ids: Tensor) -> tuple[int, int, int]:
+    """(images, rows, columns) of ids [N, k] or [B, N, k]; (1, 1, N) when they form no grid.
+
+    Costs a device synchronisation, once per ids tensor: pipelines hand the same one to each step.
+    """
+    if not hasattr(ids, "_accel_grid"):
+        flat = ids if ids.ndim == 2 else ids[0]
+        rows, columns = (flat[:, 1:3].amax(0) - flat[:, 1:3].amin(0) + 1).long().tolist()
+        n = flat.shape[0]
+        whole = n % (rows * columns) == 0
+        ids._accel_grid = (n // (rows * columns), rows, columns) if whole else (1, 1, n)
+    return ids._accel_grid
+
+
+def grid_of_images(shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """Images (or clips) one after another, each (T, H, W) tokens: a grid when all are alike."""
+    t, h, w = shapes[0]
+    if all(tuple(shape) == (t, h, w) for shape in shapes):
+        return (len(shapes) * t, h, w)
+    return (1, 1, sum(prod(shape) for shape in shapes))

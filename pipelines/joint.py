@@ -1,0 +1,71 @@
+"""Families with one joint sequence of text and image latents [B, C, (T,) H, W]."""
+
+from dit_accel.pipelines.base import Adapter, Geometry
+from dit_accel.pipelines.grids import latents
+
+EASYANIMATE = Adapter(
+    classes=("EasyAnimateTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    geometry=latents("first"),
+)
+# `attn2`, in SD 3.5's dual blocks, is a second self-attention of the visual tokens alone
+SD3 = Adapter(
+    classes=("SD3Transformer2DModel",),
+    attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
+    geometry=latents("last"),
+)
+AURAFLOW = Adapter(
+    classes=("AuraFlowTransformer2DModel",),
+    attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    geometry=latents("first"),
+)
+LUMINA2 = Adapter(
+    classes=("Lumina2Transformer2DModel",),
+    attention=("layers.*.attn",),
+    geometry=latents("first"),
+)
+ERNIE = Adapter(
+    classes=("ErnieImageTransformer2DModel",),
+    attention=("layers.*.self_attention",),
+    geometry=latents("last"),
+)
+# visual queries over text and visual keys
+PRX = Adapter(
+    classes=("PRXTransformer2DModel",),
+    attention=("blocks.*.attention",),
+    geometry=latents("first"),
+)
+
+
+def _hidream(transformer, args) -> Geometry:
+    """Latents that are no square are padded to the largest sequence."""
+    x = args["hidden_states"]
+    if x.ndim == 4 and x.shape[2] == x.shape[3]:
+        return latents("last")(transformer, args)
+    return Geometry((1, 1, transformer.max_seq if x.ndim == 4 else x.shape[1]), None)
+
+
+HIDREAM = Adapter(
+    classes=("HiDreamImageTransformer2DModel",),
+    attention=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
+    geometry=_hidream,
+)
+
+
+def _z_image(transformer, args) -> Geometry:
+    """x is one [C, T, H, W] per sample; each is padded to full rows of 32 before the text."""
+    x = args["x"]
+    if isinstance(x[0], list):
+        return Geometry((1, 1, 1), None, dense="reference images lie between text and image")
+    if len({image.shape for image in x}) > 1:
+        return Geometry((1, 1, 1), None, dense="the images of the batch differ in size")
+    p, p_t = args.get("patch_size") or 2, args.get("f_patch_size") or 1
+    t, h, w = x[0].shape[1:]
+    return Geometry((t // p_t, h // p, w // p), None)
+
+
+Z_IMAGE = Adapter(
+    classes=("ZImageTransformer2DModel",),
+    attention=("layers.*.attention",),
+    geometry=_z_image,
+)

@@ -1,0 +1,32 @@
+"""LTX-Video and LTX-2: packed visual tokens [B, N, C], their grid in the forward arguments.
+
+LTX-2's audio and audio-video attention is left alone.
+"""
+
+from math import prod
+
+from dit_accel.pipelines.base import Adapter, Geometry, Site
+
+
+def _geometry(transformer, args) -> Geometry:
+    n = args["hidden_states"].shape[1]
+    grid = tuple(args.get(name) or 0 for name in ("num_frames", "height", "width"))
+    if prod(grid) != n:  # conditioning frames were put before the clip
+        return Geometry((1, 1, n))
+    steps = args["timestep"]
+    per_token = steps.ndim == 2 and steps.shape[1] > 1
+    return Geometry(grid, fixed_order="timesteps are per token" if per_token else "")
+
+
+ADAPTER = Adapter(
+    classes=("LTXVideoTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    geometry=_geometry,
+    enter=(Site("rope", 1), Site("proj_in", 1)),
+    leave=Site("proj_out", 1),
+)
+LTX2 = Adapter(
+    classes=("LTX2VideoTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    geometry=_geometry,
+)

@@ -1,0 +1,32 @@
+"""Families whose self-attention sees visual tokens only; text comes in by cross-attention."""
+
+from dit_accel.pipelines.base import Adapter, Geometry
+from dit_accel.pipelines.grids import grid_of, latents
+
+ADAPTER = Adapter(
+    classes=(
+        "AllegroTransformer3DModel",
+        "CosmosTransformer3DModel",
+        "DiTTransformer2DModel",
+        "PixArtTransformer2DModel",
+    ),
+    attention=("transformer_blocks.*.attn1",),
+    geometry=latents(),
+)
+HUNYUAN_DIT = Adapter(
+    classes=("HunyuanDiT2DModel",),
+    attention=("blocks.*.attn1",),
+    geometry=latents(),
+)
+
+
+def _frames(transformer, args) -> Geometry:
+    """Latte folds the frames into the batch: each spatial block sees one frame at a time."""
+    return Geometry((1, *grid_of(transformer, args["hidden_states"])[1:]))
+
+
+LATTE = Adapter(
+    classes=("LatteTransformer3DModel",),
+    attention=("transformer_blocks.*.attn1",),
+    geometry=_frames,
+)

@@ -1,0 +1,85 @@
+"""Every supported transformer class, tiny and random, with the inputs of one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+TEXT = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One transformer class: its constructor arguments, the inputs of a forward, what to expect.
+
+    layers: attention modules to be patched. family: the models it stands for. mask: what the calls
+    see. note: what a user of this model should know. order: "" when tokens form no grid.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    inputs: Callable[[], dict[str, Any]]
+    layers: int = 2
+    mask: str = "none"
+    note: str = ""
+
+    def build(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = getattr(diffusers, self.name)(**self.config).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if not parameter.any():  # zero gates and zero outputs would hide the attention
+                torch.nn.init.normal_(parameter, std=0.05)
+        return model
+
+    def arguments(self, seed: int = 0) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        return {**self.inputs(), "return_dict": False}
+
+
+class Pipe:
+    """As much of a pipeline as `accelerate` looks at."""
+
+    def __init__(self, transformer: torch.nn.Module) -> None:
+        self.transformer = transformer
+        self.scheduler = None
+
+
+def forward(model: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor:
+    """The main output of one forward."""
+    out = model(**arguments)
+    while isinstance(out, (tuple, list)):
+        out = out[0]
+    return out
+
+
+def x(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+def at(*times: float) -> torch.Tensor:
+    return torch.tensor(times)
+
+
+def padding(*lengths: int, of: int = TEXT) -> torch.Tensor:
+    """Bool [B, of]: the valid text tokens."""
+    return torch.arange(of) < torch.tensor(lengths)[:, None]
+
+
+def image_ids(height: int, width: int, axes: int = 3) -> torch.Tensor:
+    ids = torch.zeros(height, width, axes)
+    ids[..., 1] += torch.arange(height)[:, None]
+    ids[..., 2] += torch.arange(width)
+    return ids.view(-1, axes)
+
+
+def zoo() -> dict[str, Case]:
+    """Class name → case."""
+    from zoo_image import IMAGES
+    from zoo_video import VIDEOS
+
+    return {case.name: case for case in (*VIDEOS, *IMAGES)}

@@ -106,6 +106,14 @@ def methods() -> None:
     run_methods()
 
 
+@app.command("app", add_help_option=False, context_settings={"ignore_unknown_options": True})
+def page(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+    """Open the page that compares two configurations in a browser (the extra `app`)."""
+    from dit_accel.app.launch import main as serve
+
+    raise typer.Exit(serve(arguments or []))
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; the exit code: 0 well, 2 bad input, 130 Ctrl-C, 1 anything else."""
     _quiet()

@@ -61,6 +61,13 @@ def test_no_command_prints_help(capsys):
     assert "compare" in capsys.readouterr().out
 
 
+def test_the_page_has_its_own_options(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(["app", "--port", "none"])
+    assert end.value.code == 2
+    assert "invalid int value: 'none'" in capsys.readouterr().err
+
+
 def test_methods_lists_them_all(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.run(["methods"]) == 0

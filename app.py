@@ -1,0 +1,8 @@
+"""The demo page: `python app.py`, then http://127.0.0.1:7860. See docs/app.md."""
+
+import sys
+
+from dit_accel.app.launch import main
+
+if __name__ == "__main__":
+    sys.exit(main())

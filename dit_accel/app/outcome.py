@@ -1,0 +1,91 @@
+"""What a finished pair leaves behind: clips, configurations, Python lines, and one JSON record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dit_accel import metrics, video
+from dit_accel.app.studio import Pair, Run
+from dit_accel.compare import machine, recipe
+from dit_accel.config import AccelConfig
+from dit_accel.loading import EMBEDDED
+from dit_accel.methods.dense import Dense
+
+RECORD = "comparison.json"
+
+
+def clip(run: Run, fps: float, folder: Path) -> str:
+    """Write one side's clip (a picture where there is one frame), once; the name of its file."""
+    path = folder / f"{run.name}.{'mp4' if len(run.result.frames) > 1 else 'png'}"
+    if not path.exists():
+        video.save(path, run.result.frames, fps)
+    return path.name
+
+
+def record(pair: Pair, folder: Path) -> dict[str, Any]:
+    """Write every file of a pair to `folder` and return its record, JSON-able, without paths."""
+    left, right = pair.left, pair.right
+    moving = len(left.result.frames) > 1
+    fps, where = pair.defaults.fps, _where(pair)
+    near = metrics.quality(left.result.frames, right.result.frames).to_dict()
+    if left.result.latents is not None and right.result.latents is not None:
+        near["latent_error"] = metrics.latent_error(left.result.latents, right.result.latents)
+    data = {
+        "prompt": pair.ask.prompt.strip(),
+        "seed": pair.ask.seed,
+        "fps": fps,
+        "size": list(left.result.frames.shape[:3]),
+        "steps": len(left.result.times.steps),
+        **where,
+        "model": pair.ask.model,
+        "machine": machine(pair.pipe),
+        "quality": near,
+        "left": _side(left, where, pair, folder),
+        "right": _side(right, where, pair, folder),
+        "speedup": {
+            part: getattr(left.result.times, part) / getattr(right.result.times, part)
+            for part in ("denoise", "total")
+        },
+    }
+    both = video.side_by_side(left.result.frames, right.result.frames, _labels(pair))
+    name = "side_by_side." + ("mp4" if moving else "png")
+    data["both"] = video.save(folder / name, both, fps).name
+    with video.atomic(folder / RECORD) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    return data
+
+
+def _labels(pair: Pair) -> tuple[str, str]:
+    return pair.left.side.label, pair.right.side.label
+
+
+def _where(pair: Pair) -> dict[str, str]:
+    transformer = getattr(pair.pipe, "transformer", None) or pair.pipe.transformer_2
+    return {
+        "model": str(EMBEDDED) if pair.ask.model is None else pair.ask.model,
+        "pipeline": type(pair.pipe).__name__,
+        "device": str(pair.pipe._execution_device),
+        "dtype": str(transformer.dtype).removeprefix("torch."),
+    }
+
+
+def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str, Any]:
+    config = run.side.config() or AccelConfig(Dense())
+    values = {name: value for name, value in pair.values.items() if name != "generator"}
+    python = recipe(config, where, values, pair.ask.seed) + "\n"
+    names = {"config": f"{run.name}.json", "script": f"{run.name}.py"}
+    config.save(folder / names["config"])
+    (folder / names["script"]).write_text(python)
+    return {
+        "label": run.side.label,
+        "side": asdict(run.side),
+        "clip": clip(run, pair.defaults.fps, folder),
+        **names,
+        "python": python,
+        "times": asdict(run.result.times),
+        "report": run.report,
+        "cells": run.cells,
+    }

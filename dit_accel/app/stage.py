@@ -1,0 +1,80 @@
+"""The value behind the two players: what each side shows now. stage.js draws it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dit_accel.app.ask import Ask
+from dit_accel.app.studio import Progress, Run
+from dit_accel.app.views import seconds
+
+SIDES = ("left", "right")
+WORDS = {
+    "encode": "reading the prompt",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "warm-up": "warming up",
+}
+
+
+def waiting(ask: Ask, words: str = "waiting for the machine") -> dict[str, Any]:
+    """Both sides before their turn."""
+    value = {"width": ask.width or 1, "height": ask.height or 1, "frames": 1}
+    for name, side in zip(SIDES, (ask.left, ask.right), strict=True):
+        value[name] = {"label": side.label, "state": words if name == "left" else "next"}
+    return value
+
+
+def moved(value: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """`value` after a piece of progress."""
+    name = progress.side or "left"
+    words = WORDS.get(progress.phase, progress.phase)
+    counted = progress.total is not None and progress.phase in ("denoise", "decode")
+    side = {
+        "label": value[name]["label"],
+        "preview": progress.preview or value[name].get("preview"),
+        "state": f"{words}, {progress.done} of {progress.total}" if counted else words,
+        "busy": True,
+        "share": progress.done / progress.total if counted and progress.total else 0,
+    }
+    return {**value, name: side}
+
+
+def finished(value: dict[str, Any], run: Run, url: str, fps: float) -> dict[str, Any]:
+    """`value` once one side has its clip at `url`."""
+    count, height, width = run.result.frames.shape[:3]
+    times = run.result.times
+    side = _done(run.side.label, url, times.denoise, count == 1)
+    return {**value, run.name: side, **_size(fps, count, height, width)}
+
+
+def stopped(value: dict[str, Any], words: str) -> dict[str, Any]:
+    """`value` with the unfinished sides marked."""
+    ends = {
+        n: value[n] if value[n].get("src") else {**value[n], "busy": False, "state": words}
+        for n in SIDES
+    }
+    return {**value, **ends}
+
+
+def recorded(data: dict[str, Any], base: str) -> dict[str, Any]:
+    """The value of a finished pair, from its record and the URL of its folder."""
+    count, height, width = data["size"]
+    ends = {
+        n: _done(
+            data[n]["label"],
+            f"{base}/{data[n]['clip']}",
+            data[n]["times"]["denoise"],
+            count == 1,
+        )
+        for n in SIDES
+    }
+    return {**ends, **_size(data["fps"], count, height, width)}
+
+
+def _done(label: str, url: str, denoise: float, still: bool) -> dict[str, Any]:
+    return {"label": label, "src": url, "still": still, "time": seconds(denoise)}
+
+
+def _size(fps: float, count: int, height: int, width: int) -> dict[str, Any]:
+    return {"fps": fps, "frames": count, "width": width, "height": height}

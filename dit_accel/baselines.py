@@ -1,0 +1,59 @@
+"""What the benchmark compares with on a GPU: PyTorch's own attention backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from dit_accel.table import BlockTable
+
+_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+
+def gpu(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Dense cuDNN and FlashAttention, and FlexAttention at the same table: those that run here,
+    and for the others the reason why not."""
+    mask = flex_mask(table)
+    flex = torch.compile(flex_attention)
+
+    def dense(backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    runs = {name: lambda backend=backend: dense(backend) for name, backend in _BACKENDS.items()}
+    runs["flex"] = lambda: flex(q, k, v, block_mask=mask)
+    served, reasons = {}, {}
+    for name, run in runs.items():
+        try:
+            run()
+        except RuntimeError as error:
+            reasons[name] = str(error).splitlines()[0]
+        else:
+            served[name] = run
+    return served, reasons
+
+
+def flex_mask(table: BlockTable) -> BlockMask:
+    """The table as FlexAttention's block mask: every kept block is full, so no pair is masked."""
+    kept = table.to_mask()
+    indices = torch.argsort(kept, dim=-1, descending=True, stable=True).int()
+
+    def read(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return kept[b, h, i // table.block_q, j // table.block_k]
+
+    return BlockMask.from_kv_blocks(
+        torch.zeros_like(table.counts),
+        indices,
+        table.counts,
+        indices,
+        BLOCK_SIZE=(table.block_q, table.block_k),
+        mask_mod=read,
+        seq_lengths=(table.n_q, table.n_k),
+    )

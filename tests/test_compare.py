@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ import torch
 from tiny import saved_tiny_wan, tiny_flux
 
 import dit_accel
-from dit_accel import charts, compare, html, video
+from dit_accel import charts, compare, html, loading, video
 from dit_accel.config import AccelConfig
 from dit_accel.generate import Request, arguments, generate, granularity, unknown_words
 from dit_accel.loading import Defaults, load_pipeline
 
+ROOT = Path(__file__).parents[1]
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3, "fps": 8}
 REQUEST = Request("rocket on a blue background", seed=7)
 SPARSE = AccelConfig(dit_accel.TopK(keep=0.5), dit_accel.Schedule(warmup=1), min_tokens=0)
@@ -170,6 +172,16 @@ def test_an_error_half_way_leaves_the_pipeline_stock(loaded, tmp_path, monkeypat
     monkeypatch.setattr(pipe.vae, "decode", forward)
     assert list(tmp_path.iterdir()) == []
     assert not pipe.transformer._forward_hooks
+
+
+@pytest.mark.parametrize("guide", ["guide-generate.md", "guide-compare.md"])
+def test_the_guides_python_runs(folder, tmp_path, monkeypatch, guide):
+    monkeypatch.setattr(loading, "EMBEDDED", folder)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / guide).read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(code, {})
+    assert list(tmp_path.rglob("*.mp4"))
 
 
 class Checker(HTMLParser):

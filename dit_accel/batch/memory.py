@@ -42,16 +42,14 @@ class Savings:
             torch.cuda.empty_cache()
         if self.batch > 1:
             self.batch //= 2
-            return self._took(f"calls of {self.batch} clip(s)")
+            self.taken = [f"calls of {self.batch} clip(s)"]
+            return self.taken[0]
         while self._left:
             said = self._left.pop(0)()
             if said:
-                return self._took(said)
+                self.taken.append(said)
+                return said
         return None
-
-    def _took(self, what: str) -> str:
-        self.taken = [t for t in self.taken if not t.startswith("calls of")] + [what]
-        return what
 
     def _tile(self) -> str | None:
         vae = getattr(self.pipe, "vae", None)

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from dit_accel import library, ops
 from dit_accel.kernels.block_sparse_attention import reference
+from dit_accel.kernels.pooled_attention import reference as pooled
+from dit_accel.kernels.rectified_attention import reference as rectified
 from dit_accel.table import BlockTable
 from dit_accel.testing import assert_close
 
@@ -118,6 +120,40 @@ def test_compiles_whole(kv_len: int | torch.Tensor | None):
         torch.testing.assert_close(a, b)
 
 
+COMPENSATED = [ops.pooled_attention, ops.rectified_attention]
+
+
+@pytest.mark.parametrize("op", COMPENSATED)
+def test_compensated_operators_compile_whole(op):
+    def model(q, k, v):
+        return op(q, k, v, ops.block_table(q, k, 0.4, kv_len=250), kv_len=250).square().sum()
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    tensors = qkv()
+    torch.testing.assert_close(compiled(*tensors), model(*tensors))
+    tensors = [x.requires_grad_() for x in tensors]
+    grads = [torch.autograd.grad(fn(*tensors), tensors) for fn in (model, compiled)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("module", [pooled, rectified])
+def test_gradients_of_compensated_operators(implementation: str, module):
+    name = module.__name__.split(".")[-2]
+    tensors = qkv(130, 150)
+    table = ops.block_table(*tensors[:2], 0.3, block_k=32, block_q=32)
+
+    def naive(q, k, v):
+        return getattr(module, name)(q, k, v, table, dtype=q.dtype), torch.zeros(())
+
+    def found(q, k, v):
+        return getattr(ops, name)(q, k, v, table), torch.zeros(())
+
+    runs = (found, tensors), (naive, [x.double() for x in tensors]), (naive, tensors)
+    for name, *grads in zip(("dq", "dk", "dv"), *(gradients(*run) for run in runs), strict=True):
+        assert_close(name, *grads)
+
+
 @pytest.mark.parametrize("length", [None, torch.tensor([150, 64])])
 def test_registration(length: torch.Tensor | None):
     q, k, v = qkv(130, 150, grad=True)
@@ -125,10 +161,11 @@ def test_registration(length: torch.Tensor | None):
         library.block_table, (q, k, 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3)
     )
     table = ops.block_table(q, k, 0.5)
-    torch.library.opcheck(
-        library.block_sparse_attention,
-        (q, k, v, table.indices, table.counts, 64, 64, 0.25, length, None),
-    )
+    inputs = (q, k, v, table.indices, table.counts, 64, 64, 0.25)
+    torch.library.opcheck(library.block_sparse_attention, (*inputs, length, None))
+    torch.library.opcheck(library.pooled_attention, (*inputs, length, None))
+    inputs = [x.detach() for x in inputs[:5]] + [64, 64, 0.25]
+    torch.library.opcheck(library.rectified_attention, (*inputs, True, length, None))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def rectified_attention(
     """See ops.rectified_attention; `dtype` as in block_sparse_attention's reference."""
     result, work = dtype or q.dtype, dtype or torch.float32
     limits = torch.as_tensor(table.n_k if kv_len is None else kv_len).expand(q.shape[0]).tolist()
-    out = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len, dtype=work)
+    sparse = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len, dtype=work)
+    out = torch.zeros_like(sparse)
     kept, scale = table.to_mask(), scale or q.shape[-1] ** -0.5
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         if limits[b] == 0:
@@ -41,5 +42,5 @@ def rectified_attention(
                 error = (km @ (block - qm).abs().mean(0)).abs() + (spread @ qm).abs()
                 exact = exact | ((km @ qm).abs() <= error)
             rows = slice(n * table.block_q, n * table.block_q + len(block))
-            out[b, h, rows] = out[b, h, rows] * a[exact].sum() + a[~exact] @ vm[~exact]
+            out[b, h, rows] = sparse[b, h, rows] * a[exact].sum() + a[~exact] @ vm[~exact]
     return out.to(result)

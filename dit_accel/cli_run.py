@@ -140,8 +140,9 @@ def _print_comparison(data: dict[str, Any], folder: Path) -> None:
         f"\nPSNR {near['psnr_mean']:.1f} dB and SSIM {near['ssim_mean']:.3f} to the dense clip; "
         f"{data['kept']:.0%} of the attention work kept"
     )
-    for why, count in data["attention"]["unplanned"].items():
-        screen.print(f"[yellow]{count} attention calls ran dense unplanned:[/yellow] {escape(why)}")
+    reasons = data["attention"]["unplanned" if data["kept"] < 1 else "fallbacks"]
+    for why, count in reasons.items():
+        screen.print(f"[yellow]{count} attention calls ran dense:[/yellow] {escape(why)}")
     names = ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
     screen.print(f"\n{folder}/  {names}", soft_wrap=True, markup=False)
     screen.print(

@@ -167,9 +167,9 @@ def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], s
     """The Python lines that make the accelerated clip again."""
     kind = where["pipeline"]
     embedded = where["model"] == str(EMBEDDED)
-    arguments = [f"    {value!r}," for name, value in values.items() if name == "prompt"]
-    arguments += [f"    {name}={value!r}," for name, value in values.items() if name != "prompt"]
-    name = "EMBEDDED" if embedded else repr(where["model"])
+    named = {name: _literal(value) for name, value in values.items()}
+    arguments = [f"    {named.pop('prompt')},", *(f"    {n}={v}," for n, v in named.items())]
+    name = "EMBEDDED" if embedded else _literal(where["model"])
     load = f"pipe = {kind}.from_pretrained({name}, torch_dtype=torch.{where['dtype']})"
     lines = [
         "import torch",
@@ -178,7 +178,7 @@ def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], s
         "import dit_accel",
         *(["from dit_accel.loading import EMBEDDED"] if embedded else []),
         "",
-        load if where["device"] == "cpu" else f"{load}.to({where['device']!r})",
+        load if where["device"] == "cpu" else f"{load}.to({_literal(where['device'])})",
         f"handle = dit_accel.accelerate(pipe, {_shortest(config)})",
         "output = pipe(",
         *arguments,
@@ -189,6 +189,10 @@ def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], s
     return "\n".join(lines)
 
 
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
 def _shortest(config: AccelConfig) -> str:
     plain = AccelConfig(config.method)
     return _spelled(config.method) if config == plain else _spelled(config)
@@ -197,7 +201,7 @@ def _shortest(config: AccelConfig) -> str:
 def _spelled(value: Any) -> str:
     """A dataclass as Python text, without the fields that have their default value."""
     if not is_dataclass(value):
-        return repr(value)
+        return _literal(value)
     return f"dit_accel.{type(value).__name__}({', '.join(_changed(value))})"
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dit_accel.table import BlockTable, block_count
 
-# Gathered bytes of K and V at a time: about the second-level cache, or enough to fill a GPU.
-_CHUNK_CPU, _CHUNK_OTHER = 2**20, 2**28
+# Gathered bytes of K and V at a time: few enough for a cache, enough to keep all threads busy.
+_CHUNK_CPU, _CHUNK_OTHER = 2**22, 2**28
 
 
 def block_sparse_attention(

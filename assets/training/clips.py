@@ -1,0 +1,90 @@
+"""The training clips on the device: decoded once to uint8, put on a background when drawn."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def _decode(path: Path) -> np.ndarray:
+    """[T, H, 2W, 3] uint8 of one clip, with PyAV where installed, else with OpenCV."""
+    try:
+        import av
+    except ImportError:
+        return _decode_opencv(path)
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def _decode_opencv(path: Path) -> np.ndarray:
+    import cv2
+
+    video, frames = cv2.VideoCapture(str(path)), []
+    while (read := video.read())[0]:
+        frames.append(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
+    if not frames:
+        raise RuntimeError(f"Expected a clip in {path}, OpenCV decoded no frame; install PyAV.")
+    return np.stack(frames)
+
+
+def split(both: np.ndarray) -> Tensor:
+    """Colour-times-alpha and alpha as [T, H, W, 4] uint8 from the side-by-side frames."""
+    width = both.shape[2] // 2
+    colour, alpha = both[:, :, :width], both[:, :, width:].mean(-1, keepdims=True)
+    return torch.from_numpy(np.concatenate([colour, alpha.round().astype(np.uint8)], axis=-1))
+
+
+@dataclass(frozen=True)
+class Clips:
+    """rgba: [N, T, H, W, 4] uint8, colours multiplied by alpha; held_out: index of a colour."""
+
+    rgba: Tensor
+    names: list[str]
+    colours: dict[str, tuple[int, int, int]]
+    held_out: list[int]
+    fps: int
+
+    @classmethod
+    def load(cls, folder: Path, device: str | torch.device, limit: int | None = None) -> Clips:
+        """Decode the archive that prepare_data.py wrote; ValueError when it is not one."""
+        manifest_file = folder / "captions.json"
+        if not manifest_file.exists():
+            raise ValueError(f"Expected {manifest_file}, found none; run prepare_data.py first.")
+        manifest = json.loads(manifest_file.read_text())
+        entries = manifest["clips"][:limit]
+        size, frames = manifest["size"], manifest["frames"]
+        rgba = torch.empty(len(entries), frames, size, size, 4, dtype=torch.uint8, device=device)
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(lambda e: split(_decode(folder / e["file"])), entries)
+            for number, clip in enumerate(decoded):
+                rgba[number] = clip[:frames].to(device)
+        names = list(manifest["colours"])
+        return cls(
+            rgba,
+            [entry["name"] for entry in entries],
+            {name: tuple(rgb) for name, rgb in manifest["colours"].items()},
+            [names.index(entry["held_out"]) for entry in entries],
+            manifest["fps"],
+        )
+
+    def palette(self) -> Tensor:
+        """Colours as [C, 3] floats in [0, 255] on the clips' device."""
+        return torch.tensor(list(self.colours.values()), device=self.rgba.device).float()
+
+    def trained_pairs(self) -> list[tuple[int, int]]:
+        """(emoji, colour) indices without the held-out pairs."""
+        every = range(len(self.colours))
+        return [(n, c) for n, out in enumerate(self.held_out) for c in every if c != out]
+
+
+def composite(rgba: Tensor, background: Tensor) -> Tensor:
+    """Put [B, T, H, W, 4] uint8 on backgrounds [B, 3] in [0, 255]; [B, 3, T, H, W] in [-1, 1]."""
+    alpha = rgba[..., 3:].float() / 255
+    frames = rgba[..., :3].float() + (1 - alpha) * background[:, None, None, None, :]
+    return frames.clamp(0, 255).permute(0, 4, 1, 2, 3) / 127.5 - 1

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit_accel import seam
+from dit_accel import parallel, seam
 from dit_accel.engine import Engine
 from dit_accel.pipelines.base import Adapter, Site
+from dit_accel.span import Span, blocks_class
 
 _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
 
@@ -30,7 +31,8 @@ _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
 class Patch:
     """One transformer's replaced objects. `install` and `remove` are exact inverses.
 
-    modules: the attention modules; the first is layer `first` in the engine's books.
+    modules: the attention modules; the first is layer `first` in the engine's books. span: the
+    token pruning of this transformer, or None.
     """
 
     transformer: nn.Module
@@ -38,6 +40,7 @@ class Patch:
     engine: Engine
     modules: list[nn.Module]
     first: int = 0
+    span: Span | None = None
     undo: list[Callable[[], Any]] = field(default_factory=list)
     layers: list[seam.Layer] = field(default_factory=list)
 
@@ -47,6 +50,7 @@ class Patch:
             for index, module in enumerate(self.modules, self.first):
                 self._rebind(index, module)
             self._hook_forward()
+            self._hook_span()  # before the order's hooks: it sees tokens as the blocks have them
             self._hook_order()
             self._follow_context()
         except BaseException:
@@ -85,7 +89,11 @@ class Patch:
             bound = signature.bind_partial(module, *args, **kwargs).arguments
             geometry = self.adapter.geometry(module, bound)
             device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
-            self.engine.begin(geometry, device, self.adapter.leave is not None)
+            shared = any(parallel.config_of(layer.processor) for layer in self.layers)
+            if self.span is not None:
+                _check_prunable(module, shared)
+            carried = self.adapter.leave is not None and not shared
+            self.engine.begin(geometry, device, carried, self.span)
 
         @torch.compiler.disable
         def after(module: nn.Module, args: tuple, output: Any) -> None:
@@ -93,6 +101,24 @@ class Patch:
 
         self._keep(self.transformer.register_forward_pre_hook(before, with_kwargs=True))
         self._keep(self.transformer.register_forward_hook(after))
+
+    def _hook_span(self) -> None:
+        if self.span is None:
+            return
+        site, span = self.adapter.span, self.span
+        blocks = self.transformer.get_submodule(site.blocks)
+        original = type(blocks)
+        blocks.__class__ = blocks_class(original)
+        blocks.__dict__["_accel_span"] = span
+        self.undo.append(lambda: (blocks.__dict__.pop("_accel_span"), _set_class(blocks, original)))
+        if "ttv" in span.prune.criterion:
+            for number in range(span.first):
+                for name in site.probes:
+                    probe = blocks[number].get_submodule(name)
+                    self._keep(probe.register_forward_hook(span.watch_transition))
+        if span.prune.criterion in ("velocity", "cfg"):
+            leave = self.transformer.get_submodule(self.adapter.leave.module)
+            self._keep(leave.register_forward_hook(span.watch_output))
 
     def _hook_order(self) -> None:
         if self.adapter.leave is None or self.engine.config.order == "raster":
@@ -124,6 +150,15 @@ class Patch:
 
     def _keep(self, handle: Any) -> None:
         self.undo.append(handle.remove)
+
+
+def _check_prunable(transformer: nn.Module, shared: bool) -> None:
+    """RuntimeError for a forward whose tokens cannot be pruned."""
+    why = "its tokens are shared between devices (context parallelism)" if shared else ""
+    if getattr(transformer, "is_cache_enabled", False):
+        why = "a step cache is enabled, which keeps residuals of all tokens; disable one of the two"
+    if why:
+        raise RuntimeError(f"{type(transformer).__name__} cannot run token pruning: {why}")
 
 
 def obstacle(module: nn.Module) -> str:

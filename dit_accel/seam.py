@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_accel import parallel
 from dit_accel.engine import Engine
 
 
@@ -36,13 +37,32 @@ class Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
         """q, k, v, result [B, N, H, D]."""
 
-        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-            return self.dense(q, k, v, mask, scale)
+        def decide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+                return self.dense(q, k, v, mask, scale, None)
 
-        return self.engine.attend(self.index, q, k, v, mask, scale, dense)
+            return self.engine.attend(self.index, q, k, v, mask, scale, dense)
 
-    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
-        """The attention this module had before: the user's own backend."""
+        shared, g = parallel.config_of(self.processor), self.engine.clock.geometry
+        if shared is None:
+            return decide(q, k, v, mask)
+        why = parallel.obstacle(shared, mask)
+        if why or g is None:
+            self.engine.bypass(self.index, why)
+            return self.dense(q, k, v, mask, scale, shared)
+        return parallel.gathered(q, k, v, mask, shared, g.n_visual, g.text_first, decide)
+
+    def dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        shared: Any,
+    ) -> Tensor:
+        """The attention this module had before: the user's own backend. `shared`: its
+        ParallelConfig where q, k, v are this rank's part of the tokens, None where they are all."""
         if self.dispatch is None:
             heads_first = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
@@ -54,7 +74,7 @@ class Layer:
             attn_mask=mask,
             scale=scale,
             backend=getattr(self.processor, "_attention_backend", None),
-            parallel_config=getattr(self.processor, "_parallel_config", None),
+            parallel_config=shared,
         )
 
 

@@ -1,0 +1,142 @@
+"""One generation over two processes: equal to one process, dense and sparse, joint models too."""
+
+import json
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from diffusers import ContextParallelConfig, ParallelConfig
+from tiny import tiny_flux, tiny_wan
+
+import dit_accel
+from dit_accel import Schedule, parallel
+from dit_accel.config import named
+
+NOW = Schedule(warmup=0)
+WAN = {"build": "wan", "num_frames": 9, "max_sequence_length": 16}
+FLUX = {"build": "flux", "max_sequence_length": 16}
+CASES = {
+    "wan": {**WAN},
+    "wan-dense": {**WAN, "method": "dense"},
+    "wan-tile": {**WAN, "options": {"order": "tile"}},
+    "wan-rectified": {**WAN, "method": "rectified"},
+    "wan-rettention": {**WAN, "method": "rettention"},
+    "wan-pooled": {**WAN, "method": "pooled"},
+    "wan-sla": {**WAN, "method": "sla"},
+    "wan-anything": {**WAN, "anything": True},
+    "flux": {**FLUX},
+    "flux-dense": {**FLUX, "method": "dense"},
+    "flux-hilbert": {**FLUX, "options": {"order": "hilbert"}},
+    "flux-odd": {**FLUX, "max_sequence_length": 15, "anything": True},
+}
+
+
+def generate(pipe, build, method="topk", options=(), anything=False, **kwargs):
+    """Latents of two steps, and the share of attention work kept; stock for "dense"."""
+    size = {"height": 128, "width": 128, **kwargs}
+    generator = torch.Generator().manual_seed(0)
+
+    def call():
+        latents = pipe(
+            "a red cat",
+            num_inference_steps=3,
+            guidance_scale=3.0,
+            generator=generator,
+            output_type="latent",
+            **size,
+        )[0]
+        return latents
+
+    if method == "dense":
+        return call(), None
+    kind = type(named(method))
+    with dit_accel.accelerated(
+        pipe, kind(keep=0.3), schedule=NOW, min_tokens=0, **dict(options)
+    ) as handle:
+        return call(), handle.report()
+
+
+def work(rank, port, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    found = {}
+    for name, case in CASES.items():
+        pipe = tiny_wan() if case["build"] == "wan" else tiny_flux()
+        alone, report = generate(pipe, **case)
+        parallel.share(pipe, anything=case.get("anything", False))
+        together, shared = generate(pipe, **case)
+        found[name] = {
+            "error": float((alone - together).abs().max() / alone.abs().max()),
+            "kept": (report.kept, shared.kept) if report else None,
+            "unplanned": shared.unplanned if shared else None,
+        }
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ulysses")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, (port, folder), nprocs=2)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_what_one_gives(found, name):
+    for rank in found:
+        result = rank[name]
+        assert result["error"] < 1e-5
+        if result["kept"]:
+            alone, together = result["kept"]
+            assert together < 0.9 and together == pytest.approx(alone, abs=0.05)
+            assert result["unplanned"] == {}
+
+
+def test_places_of_shared_tokens():
+    cpu = torch.device("cpu")
+    there, back = parallel.token_places(5, 7, True, 2, cpu)
+    # rank 0 brings text 0-2 and picture 5-8, rank 1 text 3-4 and picture 9-11
+    assert back.tolist() == [0, 1, 2, 5, 6, 7, 8, 3, 4, 9, 10, 11]
+    assert back[there].tolist() == list(range(12))
+    _, back = parallel.token_places(2, 4, False, 2, cpu)
+    assert back.tolist() == [0, 1, 4, 2, 3, 5]
+
+
+def test_ring_attention_stays_dense_with_the_reason():
+    pipe = tiny_wan()
+    handle = dit_accel.accelerate(pipe, "topk", schedule=NOW, min_tokens=0)
+    ring = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    seen = []
+
+    def dispatch(q, k, v, **kwargs):
+        seen.append(kwargs["parallel_config"])
+        return torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (q, k, v))
+        ).transpose(1, 2)
+
+    for layer in handle._patches[0].layers:
+        layer.processor._parallel_config = ring
+        layer.dispatch = dispatch
+    generate_once(pipe)
+    assert seen and all(config is ring for config in seen)
+    assert set(handle.report().unplanned) == {parallel.RING}
+    handle.restore()
+    handle = dit_accel.accelerate(pipe, "topk", schedule=NOW, min_tokens=0, strict=True)
+    with pytest.raises(RuntimeError, match="set ulysses_degree instead"):
+        generate_once(pipe)
+
+
+def generate_once(pipe):
+    pipe("a", height=64, width=64, num_frames=9, num_inference_steps=1, output_type="latent")
+
+
+def test_sharing_needs_processes_and_a_plan(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(RuntimeError, match="torchrun"):
+        parallel.share(tiny_wan())

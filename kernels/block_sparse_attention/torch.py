@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_accel.table import BlockTable, block_count
 
 # Gathered bytes of K and V at a time: few enough for a cache, enough to keep all threads busy.
-_CHUNK_CPU, _CHUNK_OTHER = 2**22, 2**28
+_CHUNK_CPU, _CHUNK_OTHER = 2**21, 2**28
 
 
 def block_sparse_attention(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,24 +39,38 @@ def block_means(x: Tensor, block: int, kv_len: int | Tensor | None = None) -> Te
 
     An int kv_len drops the blocks after it; with a tensor [B] a block without a valid token is 0.
     """
-    if isinstance(kv_len, int):
-        x = x[:, :, :kv_len]
-    if isinstance(kv_len, Tensor):
-        x = x.where(_valid(kv_len, x.shape[2], x.device)[:, None, :, None], 0)
-    full = x.shape[2] // block * block
-    sums = x[:, :, :full].unflatten(2, (-1, block)).sum(3, dtype=torch.float32)
-    if full < x.shape[2]:
-        sums = torch.cat([sums, x[:, :, full:].sum(2, keepdim=True, dtype=torch.float32)], 2)
-    return sums / block_sizes(x.shape[2], block, kv_len, x.device).clamp(min=1)[..., None]
+    return _mean(x, block, kv_len, lambda part, _: part)
 
 
 def block_spreads(
     x: Tensor, means: Tensor, block: int, kv_len: int | Tensor | None = None
 ) -> Tensor:
     """[B, H, M, D] float32: mean of |x − its block's mean| over each block's valid tokens."""
+    return _mean(x, block, kv_len, lambda part, at: (part - means[:, :, at, None]).abs())
+
+
+def _mean(
+    x: Tensor,
+    block: int,
+    kv_len: int | Tensor | None,
+    of: Callable[[Tensor, slice], Tensor],
+) -> Tensor:
+    """Means of `of`(tokens [B, H, m, block, D], their blocks) over the valid tokens of a block."""
     x = x[:, :, :kv_len] if isinstance(kv_len, int) else x
-    near = means.repeat_interleave(block, 2)[:, :, : x.shape[2]]
-    return block_means((x - near).abs(), block, kv_len)
+    n = x.shape[2]
+    full = n // block
+    parts = ((full * block, block, slice(0, full)), (n, n - full * block, slice(full, None)))
+    sums, start = [], 0
+    for end, size, at in parts:
+        if start < end:
+            part = of(x[:, :, start:end].unflatten(2, (-1, size)), at)
+            if isinstance(kv_len, Tensor):
+                valid = _valid(kv_len, n, x.device)[:, None, start:end, None]
+                part = part.where(valid.unflatten(2, (-1, size)), 0)
+            sums.append(part.sum(3, dtype=torch.float32))
+        start = end
+    sums = torch.cat(sums, 2) if len(sums) > 1 else sums[0]
+    return sums / block_sizes(n, block, kv_len, x.device).clamp(min=1)[..., None]
 
 
 def block_sizes(n: int, block: int, kv_len: int | Tensor | None, device: torch.device) -> Tensor:

@@ -26,9 +26,14 @@ def rectified_attention(
 
 def rectify(out: Tensor, ratio: Tensor, shift: Tensor, block_q: int) -> Tensor:
     """r · O + C for O [B, H, N_q, D], with r [B, H, Mq] and C [B, H, Mq, D] of each query block."""
-    n = out.shape[2]
-    ratio, shift = (x.repeat_interleave(block_q, 2)[:, :, :n] for x in (ratio[..., None], shift))
-    return torch.addcmul(shift, ratio, out.float()).to(out.dtype)
+    full = out.shape[2] // block_q
+    ratio, shift = ratio[..., None, None], shift[..., None, :]
+    blocks = out[:, :, : full * block_q].unflatten(2, (full, block_q))
+    parts = [torch.addcmul(shift[:, :, :full], ratio[:, :, :full], blocks.float()).flatten(2, 3)]
+    if full * block_q < out.shape[2]:
+        last = out[:, :, full * block_q :].float()
+        parts.append(torch.addcmul(shift[:, :, -1], ratio[:, :, -1], last))
+    return (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).to(out.dtype)
 
 
 def coefficients(

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from dit_accel import __version__
 from dit_accel.batch.command import batch
-from dit_accel.cli_options import BadInput, Common, with_common
+from dit_accel.cli_options import BadInput, Common, checked, with_common
 
 OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # Typer carries its own copy of click in some versions: its usage error is reached through it.
@@ -106,12 +106,25 @@ def methods() -> None:
     run_methods()
 
 
-@app.command("app", add_help_option=False, context_settings={"ignore_unknown_options": True})
-def page(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+Rest = Annotated[list[str] | None, typer.Argument(hidden=True)]
+_OWN_OPTIONS = {"add_help_option": False, "context_settings": {"ignore_unknown_options": True}}
+
+
+@app.command("bench", **_OWN_OPTIONS)
+def operators(rest: Rest = None) -> None:
+    """Time the operators against dense attention, with an error check."""
+    from dit_accel.bench import main as bench
+
+    with checked():
+        raise typer.Exit(bench(rest or []))
+
+
+@app.command("app", **_OWN_OPTIONS)
+def page(rest: Rest = None) -> None:
     """Open the page that compares two configurations in a browser (the extra `app`)."""
     from dit_accel.app.launch import main as serve
 
-    raise typer.Exit(serve(arguments or []))
+    raise typer.Exit(serve(rest or []))
 
 
 def run(arguments: Sequence[str]) -> int:

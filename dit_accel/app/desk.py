@@ -62,9 +62,6 @@ class Desk:
                     yield value, None
                 else:
                     yield self._done(item, folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
         finally:
             with self._lock:
                 if self._jobs.get(visitor) is cancel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -26,9 +27,12 @@ def stored(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
     return {name: json.loads(file.read_text()) for name, file in files if file.is_file()}
 
 
-def make(studio: Studio, folder: Path = FOLDER) -> None:
-    """Generate every example anew with the embedded model."""
-    for name, (prompt, side) in PAIRS.items():
+def make(studio: Studio, names: Sequence[str] = (), folder: Path = FOLDER) -> None:
+    """Generate the named examples, or all, anew with the embedded model."""
+    for name in names or PAIRS:
+        if name not in PAIRS:
+            raise ValueError(f"there is no example {name!r}: choose from {', '.join(PAIRS)}")
+        prompt, side = PAIRS[name]
         ask = Ask(prompt, right=side)
         pair = next(item for item in studio.run(ask, Event()) if isinstance(item, Pair))
         shutil.rmtree(folder / name, ignore_errors=True)

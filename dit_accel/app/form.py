@@ -38,21 +38,19 @@ class Form:
         self.fields += [*self.left, *self.right, *self.rest]
 
     def _side(self, name: str, method: str, preset: str) -> list[Any]:
-        gr.HTML(f'<div class="side-head"><span><i class="{name}"></i></span>{name}</div>')
         names = list(dit_accel.methods())
-        kind = gr.Dropdown(names, value=method, label="Method", elem_id=f"{name}-method")
+        kind = gr.Dropdown(
+            names, value=method, label=f"{name.capitalize()} method", elem_id=f"{name}-method"
+        )
         sparse = method != "dense"
-        with gr.Column(visible=sparse) as more:
+        with gr.Column(visible=sparse, elem_classes="more") as more:
             level = gr.Radio(
                 ["safe", "balanced", "fast", OWN],
                 value=preset if sparse else "balanced",
                 label="Preset",
-                info="own: the method's defaults with the keep below",
             )
-            keep = gr.Slider(0.02, 1, 0.25, step=0.01, label="Keep", info="share of key blocks")
-            warmup = gr.Slider(
-                0, 1, 0.15, step=0.05, label="Warm-up", info="share of dense steps at the start"
-            )
+            keep = _share("Keep this share of the key blocks", 0.02, 0.25, 0.01)
+            warmup = _share("Dense share of the steps, at the start", 0, 0.15, 0.05)
             order = gr.Radio(list(ORDERS), value="raster", label="Token order")
             small = gr.Checkbox(False, label="Accelerate short sequences too")
         kind.change(
@@ -66,7 +64,7 @@ class Form:
         limits, known = self.limits, _embedded()
         with gr.Accordion("Clip and model", open=False):
             with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
                 steps = _number("Steps", known.num_inference_steps, limits.steps)
             with gr.Row():
                 width = _number("Width", known.width, limits.side)
@@ -125,9 +123,19 @@ def _make_side(
     return Side(name, float(keep), float(warmup), order, bool(small))
 
 
+def _share(label: str, least: float, value: float, step: float) -> gr.Slider:
+    return gr.Slider(least, 1, value, step=step, label=label, buttons=[])
+
+
 def _number(label: str, value: int | None, most: int) -> gr.Number:
     return gr.Number(
-        value, label=label, precision=0, minimum=1, maximum=most, placeholder="the model's"
+        value,
+        label=label,
+        precision=0,
+        minimum=1,
+        maximum=most,
+        placeholder="the model's",
+        min_width=80,
     )
 
 

@@ -40,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--queue", type=int, help="visitors who may wait at a time [8]")
     words.add_argument("--open", action="store_true", help="open the page in a browser")
     words.add_argument(
-        "--make-examples", action="store_true", help="generate the stored examples anew, and stop"
+        "--make-examples",
+        nargs="*",
+        metavar="NAME",
+        help="generate the stored examples (these, or all) anew, and stop",
     )
     return words
 
@@ -81,10 +84,10 @@ def _serve(options: argparse.Namespace, bounds: Limits) -> int:
     studio = Studio(
         partial(load_pipeline, device=options.device, dtype=options.dtype, offload=options.offload)
     )
-    if options.make_examples:
+    if options.make_examples is not None:
         from dit_accel.app import examples
 
-        examples.make(studio)
+        examples.make(studio, options.make_examples)
         return 0
     with tempfile.TemporaryDirectory(prefix="dit-accel-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))

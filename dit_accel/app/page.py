@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any
@@ -42,6 +43,19 @@ def theme() -> gr.themes.Base:
         body_background_fill="#fbfaf9",
         body_background_fill_dark="#141211",
         block_border_width="0px",
+        block_padding="0px",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        block_info_text_size="*text_xs",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#1c1a18",
+        input_border_width="1px",
+        input_border_color="#e6e2de",
+        input_border_color_dark="#322e2b",
+        checkbox_label_background_fill="transparent",
+        checkbox_label_background_fill_dark="transparent",
+        checkbox_label_padding="*spacing_xs *spacing_sm *spacing_xs 0",
+        form_gap_width="0px",
         block_label_text_size="*text_sm",
     )
 
@@ -60,8 +74,10 @@ def build(desk: Desk, limits: Limits) -> gr.Blocks:
                 chips = _chips(shown)
                 note = gr.HTML(elem_classes="note-line")
                 with gr.Row(elem_id="actions"):
-                    go = gr.Button("Generate both", variant="primary", elem_id="go")
-                    stop = gr.Button("Cancel", interactive=False, elem_id="stop")
+                    go = gr.Button(
+                        "Generate both", variant="primary", elem_id="go", min_width=120, scale=2
+                    )
+                    stop = gr.Button("Cancel", interactive=False, elem_id="stop", min_width=80)
                 form.settings()
             with gr.Column(scale=11, min_width=340):
                 screen, results = _screens(shown)
@@ -140,8 +156,10 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
                 yield [value, found if done else gr.skip(), "", *_buttons(running=not done)]
         except Cancelled:
             yield _still(stage.stopped(value, "cancelled"), None)
-        except (ValueError, RuntimeError) as error:
-            yield _still(stage.stopped(value, ""), error)
+        except Exception as error:  # whatever a model does, the page goes on
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            yield _still(stage.stopped(value, "failed"), error)
 
     def cancel(value: dict[str, Any], request: gr.Request) -> list[Any]:
         desk.cancel(request.session_hash)

@@ -78,7 +78,7 @@ def _plane(latents: torch.Tensor, ratio: float) -> torch.Tensor:
         return latents[0]
     count = latents.shape[1]
     sides = [h for h in range(1, count + 1) if count % h == 0]
-    height = min(sides, key=lambda h: abs(count / h / h - ratio))
+    height = min(sides, key=lambda h: abs(h * h / count - ratio))
     return latents[0].T.reshape(-1, height, count // height)
 
 

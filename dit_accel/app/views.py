@@ -161,6 +161,7 @@ def _again(data: dict[str, Any], base: str) -> str:
         "right configuration (JSON)": side["config"],
         "left configuration (JSON)": data["left"]["config"],
         "right as Python": side["script"],
+        "left as Python": data["left"]["script"],
         "everything measured (JSON)": "comparison.json",
     }
     return (
@@ -191,6 +192,8 @@ def _fine_print(data: dict[str, Any]) -> str:
 
 
 def sentence(error: Exception) -> str:
-    """An error as a visitor reads it: escaped, capital first, full stop last."""
-    text = str(error).strip() or type(error).__name__
+    """An error as a visitor reads it: only a ValueError is meant for visitors' eyes."""
+    text = str(error).strip()
+    if not isinstance(error, ValueError) or not text:
+        text = f"the run failed ({type(error).__name__}); the server's log says why"
     return escape(f"{text[0].upper()}{text[1:].rstrip('.')}.")

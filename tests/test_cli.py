@@ -175,9 +175,8 @@ def test_compare_writes_and_prints(capsys, model, tmp_path, monkeypatch):
     assert f"{report['quality']['psnr_mean']:.1f} dB" in out
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_leaves_nothing_half_written(model, tmp_path, number, code):
-    """A real signal, in the middle of a run long enough to be hit."""
+def test_ctrl_c_leaves_nothing_half_written(model, tmp_path):
+    """A real SIGINT, in the middle of a run long enough to be hit."""
     (tmp_path / "cat.mp4").write_text("old")
     run = command(
         "generate", "a cat", "--model", model, "--steps", "1000", "-o", "cat.mp4", *SPARSE
@@ -185,23 +184,31 @@ def test_a_stopped_run_leaves_nothing_half_written(model, tmp_path, number, code
     for line in run.stderr:
         if line.startswith("encode"):
             break
-    run.send_signal(number)
+    run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
-    assert run.returncode == code
+    assert run.returncode == 130
     assert "Traceback" not in err
     assert (tmp_path / "cat.mp4").read_text() == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "cat.mp4"]
 
 
-def test_ctrl_c_while_writing(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_writing(model, tmp_path, monkeypatch, number, code):
     """The encoder is stopped in the middle of its file."""
 
-    def interrupted(path: Path, frames, fps):
+    def stopped(path: Path, frames, fps):
         path.write_text("half")
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
-    monkeypatch.setattr(video, "_encode", interrupted)
-    assert cli.run(["generate", "a cat", "--model", model, "-o", "cat.mp4", *SPARSE]) == 130
+    monkeypatch.setattr(video, "_encode", stopped)
+    monkeypatch.setattr(
+        sys, "argv", ["dit-accel", "generate", "a cat", "--model", model, "-o", "cat.mp4", *SPARSE]
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+    assert end.value.code == code
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
 """Compile kernels for a GPU that is not there, and read what the compiler made of them.
 
-Registers, spilled bytes, and whether loads are asynchronous (cp.async, TMA) and products use the tensor cores. Inputs may be on the meta
-device: only their shapes, strides and dtypes count.
+Registers, bytes of stack, and whether loads are asynchronous (cp.async, TMA) and products use the
+tensor cores. Inputs may be on the meta device: only their shapes, strides and dtypes count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel: registers per thread, bytes of stack and of shared memory, and counts of instructions."""
+    """What the compiler made of one kernel: registers per thread, bytes of stack and of shared
+    memory, and counts of instructions."""
 
     kernel: str
     capability: int
@@ -71,7 +72,7 @@ def _specialize(
 def compile_for(
     kernel: Any, arguments: dict[str, Any], capability: int, options: dict[str, int]
 ) -> Any:
-    """Compile a `triton.jit` function as a launch with these arguments would, for sm_<capability>."""
+    """Compile a `triton.jit` function as a launch with these arguments would."""
     constants: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
     signature = {}

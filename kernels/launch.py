@@ -1,7 +1,7 @@
 """Launch parameters of the Triton kernels: a frozen table, each row saying how it was found.
 
-There is no run-time autotuning: an autotuned kernel cannot run in Triton's interpreter, and its first call stalls
-a pipeline. A row serves its capability and every newer one that has no row of its own.
+There is no run-time autotuning: an autotuned kernel cannot run in Triton's interpreter, and its
+first call stalls a pipeline. A row serves its capability and every newer one without a row.
 """
 
 from __future__ import annotations
@@ -14,82 +14,124 @@ import torch
 
 HEAD_DIMS = (64, 80, 96, 128)
 BLOCKS = (16, 32, 64, 128)
-_AOT = "not measured: chosen from the ahead-of-time compilation report"
+_AOT = "not measured: largest tile without a spill in the ahead-of-time report"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How one kernel is launched for one kind of input.
+    """How one kernel is launched on one GPU for one kind of input.
 
-    capability: compute capability times ten (90 = Hopper).  op: the kernel.  head_dim: the widest head served.
-    bits: width of the input's dtype.  block: the widest query block (key block for dkdv) served.  tile: keys (queries for dkdv) per step,
-    at most one table block.  descriptors: load K and V by tensor descriptors (TMA) instead of pointers.
-    provenance: the evidence for the row.
+    Args:
+        op: the kernel.
+        capability: compute capability times ten; 90 is Hopper.
+        head_dim: the widest head served.
+        block: the widest block of a program served: of queries, for dkdv of keys.
+        tile: keys (for dkdv queries) per step, at most one block of the table.
+        warps, stages: Triton's num_warps and software pipelining depth.
+        descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
+        precision: of float32 products; half-width inputs always multiply exactly.
+        bits: width of the input's dtype.
+        provenance: the evidence for the row.
     """
 
     op: str
     capability: int
     head_dim: int
-    bits: int
     block: int
     tile: int
     warps: int
     stages: int
     descriptors: bool = False
     precision: str = "ieee"
+    bits: int = 16
     provenance: str = _AOT
 
     def __post_init__(self) -> None:
-        if self.bits not in (16, 32) or self.block not in BLOCKS or self.tile not in BLOCKS:
+        if (
+            self.block not in BLOCKS
+            or self.tile not in BLOCKS
+            or self.warps not in (1, 2, 4, 8, 16)
+        ):
             raise ValueError(
-                f"expected 16 or 32 bits and blocks in {BLOCKS}, got {self}; correct the row of the launch table"
+                f"a launch has blocks and tiles of {BLOCKS} and a power of two of warps, not {self}"
             )
 
 
 LAUNCHES: tuple[Launch, ...] = (
-    Launch("forward", 80, 64, 16, 64, 64, 4, 3),
-    Launch("forward", 80, 64, 16, 128, 64, 4, 3),
-    Launch("forward", 80, 128, 16, 64, 64, 4, 3),
-    Launch("forward", 80, 128, 16, 128, 64, 8, 3),
-    Launch("forward", 80, 128, 32, 128, 32, 8, 2),
-    Launch("forward", 90, 64, 16, 64, 64, 4, 3, descriptors=True),
-    Launch("forward", 90, 64, 16, 128, 64, 4, 3, descriptors=True),
-    Launch("forward", 90, 128, 16, 64, 64, 4, 3, descriptors=True),
-    Launch("forward", 90, 128, 16, 128, 64, 8, 3, descriptors=True),
-    Launch("forward", 90, 128, 32, 128, 32, 8, 2),
-    Launch("means", 80, 128, 16, 128, 16, 4, 1),
-    Launch("means", 80, 128, 32, 128, 16, 4, 1),
-    Launch("scores", 80, 128, 32, 128, 64, 4, 1, precision="tf32x3"),
+    Launch("forward", 80, 64, 64, 64, 4, 3),
+    Launch("forward", 80, 64, 128, 64, 8, 3),
+    Launch("forward", 80, 96, 64, 32, 4, 3),
+    Launch("forward", 80, 128, 64, 64, 4, 3),
+    Launch("forward", 80, 128, 128, 32, 8, 3),
+    Launch("forward", 90, 64, 64, 64, 4, 3, descriptors=True),
+    Launch("forward", 90, 64, 128, 64, 8, 3, descriptors=True),
+    Launch("forward", 90, 128, 64, 64, 4, 3, descriptors=True),
+    Launch("forward", 90, 128, 128, 64, 8, 3, descriptors=True),
+    Launch("forward", 100, 128, 64, 64, 8, 3, descriptors=True),
+    Launch("forward", 100, 128, 128, 64, 8, 3, descriptors=True),
+    Launch("forward", 120, 128, 64, 32, 4, 2),
+    Launch("forward", 120, 128, 128, 16, 8, 2),
+    Launch("dq", 80, 128, 64, 64, 4, 2),
+    Launch("dq", 80, 128, 128, 32, 8, 2),
+    Launch("dq", 90, 128, 64, 64, 4, 2),
+    Launch("dq", 90, 128, 128, 64, 8, 2),
+    Launch("dq", 120, 128, 64, 32, 4, 2),
+    Launch("dq", 120, 128, 128, 16, 8, 2),
+    Launch("dkdv", 80, 128, 64, 32, 8, 2),
+    Launch("dkdv", 80, 128, 128, 16, 8, 2),
+    Launch("dkdv", 90, 128, 64, 32, 4, 2),
+    Launch("dkdv", 90, 128, 128, 32, 8, 2),
+    Launch("dkdv", 120, 128, 64, 32, 8, 2),
+    Launch("dkdv", 120, 128, 128, 16, 8, 2),
+    Launch("means", 80, 128, 128, 16, 4, 1),
+    Launch("scores", 80, 128, 128, 64, 8, 2, precision="tf32x3"),
+    Launch("coefficients", 80, 128, 128, 32, 8, 1, precision="tf32x3"),
+    Launch("rows", 80, 128, 128, 16, 4, 1),
+    Launch("window", 80, 128, 128, 32, 8, 2),
+    Launch("state", 80, 128, 128, 64, 8, 1, precision="tf32"),
+    Launch("branch", 80, 128, 128, 16, 8, 1, precision="tf32"),
+    Launch("branch", 90, 128, 128, 32, 8, 1, precision="tf32"),
 )
 
 
 def capability_of(tensor: torch.Tensor) -> int:
-    """Compute capability times ten of the tensor's GPU; 90 for the interpreter's CPU tensors."""
+    """Compute capability times ten of the tensor's GPU; 90 on the interpreter's CPU."""
     if tensor.device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
 
 
-def find(op: str, capability: int, head_dim: int, dtype: torch.dtype, block: int) -> Launch:
-    """The row for an op, GPU, head dimension, dtype and block size.
+def unsupported(q: torch.Tensor, block_q: int, block_k: int) -> str | None:
+    """Why no kernel of the table serves queries like q with these blocks, or None."""
+    if q.device.type == "cuda" and capability_of(q) < 80:
+        return f"it needs compute capability 8.0 or newer, not {capability_of(q) / 10}"
+    if q.device.type == "cuda" and q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it has float16 and bfloat16, not {q.dtype}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"it has head dimensions {HEAD_DIMS}, not {q.shape[-1]}"
+    if block_q not in BLOCKS or block_k not in BLOCKS:
+        return f"it has blocks of {BLOCKS} tokens, not {block_q} and {block_k}"
+    return None
 
-    Raises RuntimeError when the table has none, naming what was asked for.
+
+def find(op: str, capability: int, head_dim: int, block: int) -> Launch:
+    """The row for an op, GPU, head dimension and block: newest GPU first, then the closest fit.
+
+    Raises RuntimeError when the table has none.
     """
-    bits = 32 if dtype == torch.float32 else 16
     rows = [
         row
         for row in LAUNCHES
         if row.op == op
-        and row.bits == bits
         and row.capability <= capability
         and row.head_dim >= head_dim
         and row.block >= block
     ]
     if not rows:
         raise RuntimeError(
-            f"expected a launch row for {op} on sm_{capability} with head_dim {head_dim}, {dtype} and blocks of {block}, "
-            f"got none; use DIT_ACCEL_KERNELS=torch"
+            f"the launch table has no row for {op} on sm_{capability} with head dimension "
+            f"{head_dim} and blocks of {block}; set DIT_ACCEL_KERNELS=torch"
         )
     return min(rows, key=lambda row: (-row.capability, row.head_dim, row.block))
 

@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from interpreter import interpreted
+
+# Triton's own library must be decorated for the interpreter before diffusers imports it.
+with interpreted():
+    import triton.experimental.gluon.language  # noqa: F401
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,9 +1,10 @@
 """Block-sparse attention on CUDA, in Triton: one program per row of the block table.
 
-    s_ij = scale·q_i·k_j,   O_i = Σ_{j∈S} e^{s_ij} v_j / Σ_{j∈S} e^{s_ij},   LSE_i = log Σ_{j∈S} e^{s_ij}
+    s_ij = scale·q_i·k_j,   LSE_i = log Σ_{j∈S} e^{s_ij},   O_i = Σ_{j∈S} e^{s_ij − LSE_i} v_j
 
-The online softmax is that of FlashAttention (arXiv 2205.14135), over the kept blocks only. README.md of this
-folder says why the loop looks as it does.
+The online softmax is that of FlashAttention (arXiv 2205.14135), over the kept blocks only. The
+table is sorted, so a block with masked tokens comes last: it is peeled off, and no load of the main
+loop is masked or conditional.
 """
 
 from __future__ import annotations
@@ -16,84 +17,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from dit_accel.kernels.block_sparse_attention.triton_backward import backward
 from dit_accel.kernels.launch import (
-    BLOCKS,
-    HEAD_DIMS,
     Launch,
     capability_of,
     find,
     run,
     split_head_dim,
+    unsupported,
+)
+from dit_accel.kernels.tiles import (
+    absorb,
+    key_limits,
+    load_tile,
+    log2_scale,
+    scores,
+    tile_pointers,
+    whole_blocks,
 )
 from dit_accel.table import BlockTable
 
-_LOG2E = 1.4426950408889634
-
-
-@triton.jit
-def tile_pointers(x, stride_n, stride_d, T: tl.constexpr, D: tl.constexpr, START: tl.constexpr):
-    """Pointers [T, D] to T rows and columns START … START + D of the matrix at `x`; None when D is 0."""
-    p_x = None
-    if D > 0:
-        p_x = (
-            x + tl.arange(0, T)[:, None] * stride_n + (START + tl.arange(0, D))[None, :] * stride_d
-        )
-    return p_x
-
-
-@triton.jit
-def load_tile(p_x, offset, o_x, n_left, MASKED: tl.constexpr):
-    """The tile [T, D] at `offset`; if MASKED, rows `o_x` at or beyond `n_left` read as zero."""
-    b_x = None
-    if p_x is not None:
-        if MASKED:
-            b_x = tl.load(p_x + offset, mask=o_x[:, None] < n_left, other=0.0)
-        else:
-            b_x = tl.load(p_x + offset)
-    return b_x
-
-
-@triton.jit
-def scores(b_q, b_q1, b_k, b_k1, PRECISION: tl.constexpr):
-    """q·kᵀ in fp32, the head dimension in one part or two."""
-    # [BQ, D0] @ [D0, BK] -> [BQ, BK]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if b_q1 is not None:
-        # [BQ, D1] @ [D1, BK] -> [BQ, BK]
-        b_s = tl.dot(b_q1, tl.trans(b_k1), b_s, input_precision=PRECISION)
-    return b_s
-
-
-@triton.jit
-def absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION: tl.constexpr):
-    """One step of the online softmax: logits in log2 units [BQ, BK] and their values."""
-    b_new = tl.maximum(b_m, tl.max(b_s, 1))
-    # a row that has seen only masked keys keeps a maximum of -inf, and -inf - -inf is NaN
-    b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
-    b_p = tl.exp2(b_s - b_ref[:, None])
-    b_a = tl.exp2(b_m - b_ref)
-    b_l = b_l * b_a + tl.sum(b_p, 1)
-    b_p = b_p.to(b_v.dtype)
-    # [BQ, BK] @ [BK, D0] -> [BQ, D0]
-    b_o = tl.dot(b_p, b_v, b_o * b_a[:, None], input_precision=PRECISION)
-    if b_v1 is not None:
-        # [BQ, BK] @ [BK, D1] -> [BQ, D1]
-        b_o1 = tl.dot(b_p, b_v1, b_o1 * b_a[:, None], input_precision=PRECISION)
-    return b_o, b_o1, b_new, b_l
-
-
-@triton.jit
-def whole_blocks(p_idx, n_kept, n_valid, BLOCK: tl.constexpr, PADDED: tl.constexpr):
-    """How many leading entries of a sorted row name blocks without a masked token."""
-    if PADDED:
-        n_whole = n_kept * 0
-        for i in range(0, n_kept, 128):
-            o_i = i + tl.arange(0, 128)
-            b_i = tl.load(p_idx + o_i, mask=o_i < n_kept, other=2147483647)
-            n_whole += tl.sum((b_i < n_valid // BLOCK).to(tl.int32))
-        return n_whole
-    last = tl.load(p_idx + n_kept - 1, mask=n_kept > 0, other=-1)
-    return n_kept - (last >= n_valid // BLOCK).to(tl.int32)
+__all__ = ["backward", "block_sparse_attention", "supports"]
 
 
 @triton.jit
@@ -110,7 +54,8 @@ def _block_sparse_attention_fwd_kernel(
     q, k, v, desc_k, desc_v, o, lse, indices, counts, kv_len,
     s_q, s_k, s_v, s_o, n_q, n_k, width, scale,
     pool_k, pool_v, kept, n_pool, ratio, shift,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr,
     PADDED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -209,15 +154,7 @@ def _block_sparse_attention_fwd_kernel(
 
 def supports(q: Tensor, *, block_q: int = 64, block_k: int = 64, **_: object) -> str | None:
     """None if this file serves the call, else the reason why not."""
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it has no {q.dtype}"
-    if q.shape[-1] not in HEAD_DIMS:
-        return f"it has head dimensions {HEAD_DIMS}, not {q.shape[-1]}"
-    if block_q not in BLOCKS or block_k not in BLOCKS:
-        return f"it has blocks of {BLOCKS} tokens, not {block_q} and {block_k}"
-    return None
+    return unsupported(q, block_q, block_k)
 
 
 def block_sparse_attention(
@@ -232,7 +169,7 @@ def block_sparse_attention(
     """See ops.block_sparse_attention; the output has the layout of q."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    launch = find("forward", capability_of(q), q.shape[-1], q.dtype, table.block_q)
+    launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
     run(
         _block_sparse_attention_fwd_kernel,
         *forward(q, k, v, out, lse, table, launch, scale, kv_len),
@@ -267,30 +204,18 @@ def forward(
     pool_k, pool_v, kept = pool or (None, None, None)
     ratio, shift = rectify or (None, None)
     arguments = {
-        "q": q, "k": k, "v": v, "desc_k": descriptors[0], "desc_v": descriptors[1], "o": out, "lse": lse,
+        "q": q, "k": k, "v": v, "desc_k": descriptors[0], "desc_v": descriptors[1], "o": out,
+        "lse": lse,
         "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), **limits,
         "s_q": q.stride(), "s_k": k.stride(), "s_v": v.stride(), "s_o": out.stride(),
         "n_q": q.shape[2], "width": table.indices.shape[-1], "scale": log2_scale(scale, q),
-        "pool_k": pool_k, "pool_v": pool_v, "kept": kept, "n_pool": 0 if kept is None else kept.shape[-1],
-        "ratio": ratio, "shift": shift, "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE_K": tile,
+        "pool_k": pool_k, "pool_v": pool_v, "kept": kept,
+        "n_pool": 0 if kept is None else kept.shape[-1],
+        "ratio": ratio, "shift": shift, "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,
+        "TILE_K": tile,
         "D0": d0, "D1": d1, "STAGES": launch.stages, "PRECISION": launch.precision,
     }  # fmt: skip
     return (table.counts.shape[2], q.shape[1], q.shape[0]), arguments, launch
-
-
-def key_limits(k: Tensor, kv_len: int | Tensor | None) -> dict[str, Any]:
-    """The kernel arguments that say how many keys are valid."""
-    per_sample = isinstance(kv_len, Tensor)
-    return {
-        "kv_len": kv_len if per_sample else None,
-        "n_k": k.shape[2] if kv_len is None or per_sample else min(kv_len, k.shape[2]),
-        "PADDED": kv_len is not None,
-    }
-
-
-def log2_scale(scale: float | None, q: Tensor) -> float:
-    """The softmax scale for powers of two instead of e."""
-    return _LOG2E * (q.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _descriptors(

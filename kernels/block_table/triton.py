@@ -1,9 +1,9 @@
-"""The block table on CUDA, in Triton: block means, their scores, and an exact top-k without a sort or a host sync.
+"""The block table on CUDA, in Triton: an exact top-k without a sort and without a host sync.
 
     score_nm = mean(q in n) · mean(k in m),   K = max(1, ceil(keep · M)) best of each row
 
-Means of all tokens are read once. The K-th largest score of a row is found by bisection over the bits of an
-order-preserving int32, and the chosen blocks are compacted by a prefix sum, so rows come out sorted.
+q and k are read once. The K-th largest score of a row is found by bisection over the bits of an
+order-preserving int32; a prefix sum compacts the chosen blocks, so rows come out sorted.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.launch import BLOCKS, HEAD_DIMS, Launch, capability_of, find, run
+from dit_accel.kernels.launch import Launch, capability_of, find, run, unsupported
 from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
 
 # Scores are made for as many heads at once as fit in this many bytes, which stay in the L2 cache.
 _SCORE_BYTES = 2**25
+# Columns of block means per product: three tf32 products of more do not fit in the registers.
+MEAN_TILE = 32
 
 
 @triton.jit
@@ -45,22 +47,28 @@ def _block_mean_fwd_kernel(
         tl.store(spread + o_o, tl.sum(b_far, 0) / size, mask=o_d < d)
 
 
+@triton.jit
+def load_means(x, o_m, o_d, m, d):
+    """Rows `o_m` and columns `o_d` of the [m, d] matrix at `x`, zero outside."""
+    p_x = x + o_m[:, None] * d + o_d[None, :]
+    return tl.load(p_x, mask=(o_m[:, None] < m) & (o_d[None, :] < d), other=0.0)
+
+
 @triton.jit(do_not_specialize=["m_q", "m_k"])
 def _block_scores_fwd_kernel(
     q, k, score, m_q, m_k, d,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
     o_k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
-    o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d[None, :] < d
-    p_q = q + i_bh * m_q * d + o_q[:, None] * d + o_d[None, :]
-    p_k = k + i_bh * m_k * d + o_k[:, None] * d + o_d[None, :]
-    b_q = tl.load(p_q, mask=(o_q[:, None] < m_q) & m_d, other=0.0)
-    b_k = tl.load(p_k, mask=(o_k[:, None] < m_k) & m_d, other=0.0)
-    # [TQ, D] @ [D, TK] -> [TQ, TK]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s = tl.zeros([TILE_Q, TILE_K], tl.float32)
+    for i_d in range(0, d, TILE_D):
+        o_d = i_d + tl.arange(0, TILE_D)
+        b_q = load_means(q + i_bh * m_q * d, o_q, o_d, m_q, d)
+        b_k = load_means(k + i_bh * m_k * d, o_k, o_d, m_k, d)
+        # [TQ, TD] @ [TD, TK] -> [TQ, TK]
+        b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
     m_s = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
     tl.store(score + (i_bh * m_q + o_q[:, None]) * m_k + o_k[None, :], b_s, mask=m_s)
 
@@ -142,13 +150,7 @@ def _transpose_table_fwd_kernel(
 
 def supports(q: Tensor, *, block_q: int = 64, block_k: int = 64, **_: object) -> str | None:
     """None if this file serves the call, else the reason why not."""
-    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    if q.shape[-1] not in HEAD_DIMS or q.dtype == torch.float64:
-        return f"it has float16, bfloat16, float32 and head dimensions {HEAD_DIMS}"
-    if block_q not in BLOCKS or block_k not in BLOCKS:
-        return f"it has blocks of {BLOCKS} tokens, not {block_q} and {block_k}"
-    return None
+    return unsupported(q, block_q, block_k)
 
 
 def block_table(
@@ -195,20 +197,21 @@ def block_means(
     spread: bool = False,
     multiple: int = 1,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Means of the valid tokens of each block, [B, H, M, D]; M rounded up to `multiple`, zeros there.
+    """Means of the valid tokens of each block, [B, H, M, D], M rounded up to `multiple`.
 
-    With spread also the mean absolute deviation from it, float32 [B, H, M, D].
+    Blocks without a valid token are zero. With spread also the mean absolute deviation from it, float32 [B, H, M, D].
     """
     batch, heads, n, d = x.shape
     m = -(-block_count(n, block) // multiple) * multiple
     mean = x.new_empty((batch, heads, m, d), dtype=dtype)
     far = torch.empty_like(mean, dtype=torch.float32) if spread else None
     arguments = {
-        "x": x, "mean": mean, "spread": far, "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
+        "x": x, "mean": mean, "spread": far,
+        "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
         "s_x": x.stride(), "n": min(n, kv_len) if isinstance(kv_len, int) else n, "d": d,
         "BLOCK": block, "BLOCK_D": triton.next_power_of_2(d),
     }  # fmt: skip
-    launch = find("means", capability_of(x), d, x.dtype, block)
+    launch = find("means", capability_of(x), d, block)
     run(_block_mean_fwd_kernel, (m, heads, batch), arguments, launch)
     return (mean, far) if spread else mean
 
@@ -257,21 +260,24 @@ def _choose(
     forced: Tensor | None,
     select: dict[str, object],
 ) -> None:
-    """Scores and choice for the heads from `first` on; q, k [b, M, D] means, indices, counts are written."""
+    """Scores and choice for the heads from `first` on; q, k [b, M, D] means, indices, counts are
+    written."""
     (n, m_q, d), m_k = q.shape, k.shape[1]
     score = q.new_empty((n, m_q, m_k))
-    launch = find("scores", capability_of(q), d, q.dtype, 64)
+    launch = find("scores", capability_of(q), d, 64)
     tile = launch.tile
     grid = (triton.cdiv(m_k, tile), triton.cdiv(m_q, tile), n)
     arguments = {
-        "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "d": d, "TILE_Q": tile, "TILE_K": tile,
-        "BLOCK_D": triton.next_power_of_2(d), "PRECISION": launch.precision,
+        "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "d": d, "TILE_Q": tile,
+        "TILE_K": tile,
+        "TILE_D": MEAN_TILE, "PRECISION": launch.precision,
     }  # fmt: skip
     run(_block_scores_fwd_kernel, grid, arguments, launch)
     width = triton.next_power_of_2(m_k)
     arguments = {
         "score": score, "forced": forced, "indices": indices, "counts": counts,
-        "s_f": (0, 0, 0, 0) if forced is None else forced.stride(), "i_first": first, "n_heads": heads,
+        "s_f": (0, 0, 0, 0) if forced is None else forced.stride(), "i_first": first,
+        "n_heads": heads,
         "m_k": m_k, "width": indices.shape[-1], "M": width, **select,
     }  # fmt: skip
     run(_block_select_fwd_kernel, (m_q, n, 1), arguments, select_launch(width))
@@ -279,7 +285,7 @@ def _choose(
 
 def select_launch(width: int) -> Launch:
     """One warp for up to 2048 blocks, so that a reduction needs no barrier."""
-    return Launch("select", 80, 128, 32, 128, 16, min(16, max(1, width // 2048)), 1)
+    return Launch("select", 80, 128, 128, 16, min(16, max(1, width // 2048)), 1)
 
 
-_ROW_LAUNCH = Launch("rows", 80, 128, 32, 128, 16, 4, 1)
+_ROW_LAUNCH = find("rows", 80, 128, 128)

@@ -1,0 +1,187 @@
+"""Every kernel at the size of a 480p video, on the meta device, to be compiled ahead of time.
+
+`python -m dit_accel.kernels.aot_cases [op@capability …]` prints what the compiler makes of each row
+of the launch table, as lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.aot import Report, report
+from dit_accel.kernels.block_sparse_attention import triton as forward
+from dit_accel.kernels.block_sparse_attention import triton_backward as backward
+from dit_accel.kernels.block_table import triton as table_kernels
+from dit_accel.kernels.block_table.triton import select_launch
+from dit_accel.kernels.launch import LAUNCHES, Launch
+from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.table import BlockTable, block_count
+
+_SHAPE = (1, 12, 32760)
+_KEPT = 26
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def table(block_q: int, block_k: int) -> BlockTable:
+    """A table without memory, for the shape of this file."""
+    batch, heads, n = _SHAPE
+    rows = block_count(n, block_q)
+    indices = empty(batch, heads, rows, _KEPT, dtype=torch.int32)
+    return BlockTable(indices, empty(batch, heads, rows, dtype=torch.int32), block_q, block_k, n, n)
+
+
+def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
+    """[B, H, N, D] as diffusers gives it: a transposed [B, N, H, D]."""
+    batch, heads, n = _SHAPE
+    return empty(batch, n, heads, head_dim, dtype=dtype).transpose(1, 2)
+
+
+def forward_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The forward kernel; `extra` is "", "pool" or "rectify"."""
+    batch, heads, n = _SHAPE
+    x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
+    rows = kept.query_blocks
+    means = empty(batch, heads, 640, head_dim, dtype=dtype)
+    pool = (means, means, empty(batch, heads, rows, 640, dtype=torch.uint8))
+    rectify = (empty(batch, heads, rows), empty(batch, heads, rows, head_dim))
+    lse = empty(batch, heads, n)
+    _, arguments, _ = forward.forward(
+        x, x, x, x, lse, kept, launch, None, None,
+        pool if extra == "pool" else None, rectify if extra == "rectify" else None,
+    )  # fmt: skip
+    return forward._block_sparse_attention_fwd_kernel, arguments
+
+
+def dq_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The dq kernel."""
+    x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
+    lse = empty(*_SHAPE)
+    tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
+    _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x)
+    return backward._block_sparse_attention_bwd_dq_kernel, arguments
+
+
+def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The dk and dv kernel."""
+    x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
+    lse = empty(*_SHAPE)
+    tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
+    counts = empty(*_SHAPE[:2], kept.key_blocks, dtype=torch.int32)
+    transposed = (counts.long(), counts, empty(kept.indices.numel(), dtype=torch.int32))
+    _, arguments, _ = backward.dkdv_launch(tensors, kept, None, None, launch, transposed, x, x)
+    return backward._block_sparse_attention_bwd_dkdv_kernel, arguments
+
+
+def means_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The block mean kernel, with deviations."""
+    x = tokens(head_dim, dtype)
+    mean = empty(*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
+    width = 1 << (head_dim - 1).bit_length()
+    arguments = {
+        "x": x,
+        "mean": mean,
+        "spread": mean,
+        "kv_len": None,
+        "s_x": x.stride(),
+        "n": _SHAPE[2],
+    }
+    return table_kernels._block_mean_fwd_kernel, {
+        **arguments, "d": head_dim, "BLOCK": launch.block, "BLOCK_D": width
+    }  # fmt: skip
+
+
+def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the scores of block means."""
+    mean = empty(*_SHAPE[:2], 512, head_dim)
+    return table_kernels._block_scores_fwd_kernel, {
+        "q": mean, "k": mean, "score": mean, "m_q": 512, "m_k": 512, "d": head_dim,
+        "TILE_Q": launch.tile, "TILE_K": launch.tile, "TILE_D": table_kernels.MEAN_TILE,
+        "PRECISION": launch.precision,
+    }  # fmt: skip
+
+
+def select_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel that chooses the blocks of a row, for as many blocks as the launch serves."""
+    kept, flags = table(64, 64), empty(1, 1, 1, 2048, dtype=torch.uint8)
+    return table_kernels._block_select_fwd_kernel, {
+        "score": empty(1, 1), "forced": flags, "indices": kept.indices, "counts": kept.counts,
+        "kv_len": None, "wants": None, "s_f": (0, 0, 0, 1), "i_first": 0, "n_heads": 12,
+        "n_k": 75600,
+        "m_k": 1182, "n_want": 60, "width": 80, "BLOCK_K": 64, "M": 2048 * launch.warps,
+    }  # fmt: skip
+
+
+def coefficients_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of r and C, with GAPR."""
+    mean, kept = empty(*_SHAPE[:2], 512, head_dim), empty(*_SHAPE[:2], 512, 512, dtype=torch.uint8)
+    return rectified._rectified_attention_coefficients_fwd_kernel, {
+        "q": mean, "k": mean, "v": mean, "q_far": mean, "k_far": mean, "kept": kept, "kv_len": None,
+        "ratio": mean, "shift": mean, "n_k": _SHAPE[2], "m_q": 512, "m_k": 512, "d": head_dim,
+        "scale": 0.1,
+        "BLOCK_K": 64, "TILE_Q": launch.tile, "TILE_K": launch.tile,
+        "TILE_D": table_kernels.MEAN_TILE, "BLOCK_D": 1 << (head_dim - 1).bit_length(),
+        "PRECISION": launch.precision,
+    }  # fmt: skip
+
+
+CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+    "forward": forward_case,
+    "dq": dq_case,
+    "dkdv": dkdv_case,
+    "means": means_case,
+    "scores": scores_case,
+    "select": select_case,
+    "coefficients": coefficients_case,
+}
+
+
+def compile_row(launch: Launch, head_dim: int | None = None, **extra: str) -> Report:
+    """Compile the kernel of a row of the launch table, by default for its own head dimension."""
+    head_dim = head_dim or launch.head_dim
+    kernel, arguments = CASES[launch.op](launch, head_dim, torch.bfloat16, **extra)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return report(kernel, arguments, launch.capability, options)
+
+
+def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
+    """Rows, head dimensions and extras of `op@capability` in wanted; of every row if it is empty.
+
+    The op "forward+" is the forward kernel with the narrower heads and the extras.
+    """
+    for row in (*LAUNCHES, select_launch(2048), select_launch(4096)):
+        place = f"@{row.capability}"
+        if row.op in CASES and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {}
+        if row.op == "forward" and (not wanted or "forward+" + place in wanted):
+            yield row, row.head_dim, {"extra": "pool"}
+            yield row, row.head_dim, {"extra": "rectify"}
+            if row.head_dim == 128:
+                yield row, 80, {}
+                yield row, 96, {}
+
+
+def main(wanted: list[str]) -> None:
+    """Print one line of JSON for each case."""
+    for launch, head_dim, extra in cases(set(wanted)):
+        found = compile_row(launch, head_dim, **extra)
+        line = {"op": launch.op, "head_dim": head_dim, "block": launch.block, **extra}
+        print(json.dumps({**line, **asdict(found)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

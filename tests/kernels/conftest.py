@@ -1,0 +1,9 @@
+"""Decorates our kernels for the interpreter, and only them: dispatch on the CPU stays torch's."""
+
+from interpreter import interpreted
+
+with interpreted():
+    import dit_accel.kernels.pooled_attention.triton
+    import dit_accel.kernels.rectified_attention.triton
+    import dit_accel.kernels.sparse_linear_attention.triton
+    import dit_accel.kernels.window_attention.triton  # noqa: F401

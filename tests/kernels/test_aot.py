@@ -1,0 +1,49 @@
+"""What the compiler makes of the kernels for GPUs that are not there: no spill, loads in flight."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Bytes of shared memory that one program may have.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_86 = 99 * 1024
+TILED = ("forward", "dq", "dkdv")
+
+
+def compile_rows(*wanted: str) -> list[dict]:
+    """A fresh process: in this one the kernels may be interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "dit_accel.kernels.aot_cases", *wanted]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(row: dict) -> None:
+    capability = row["capability"]
+    assert row["stack"] == 0, row
+    assert row["shared"] <= SHARED[capability], row
+    assert capability != 80 or row["shared"] <= SHARED_86, row
+    if row["op"] in TILED:
+        assert row["cp_async"] + row["tma"] > 2, row
+        assert row["wgmma"] > 0 if capability in (90, 100) else row["mma"] > 0, row
+    if row["op"] == "forward" and capability in (90, 100) and row["head_dim"] in (64, 128):
+        assert row["tma"] > 0, row
+
+
+def test_the_main_rows():
+    rows = compile_rows("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100")
+    assert len(rows) == 15
+    for row in rows:
+        check(row)
+
+
+@pytest.mark.slow
+def test_every_row():
+    rows = compile_rows()
+    assert {row["capability"] for row in rows} == set(SHARED)
+    for row in rows:
+        check(row)

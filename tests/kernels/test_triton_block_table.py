@@ -1,0 +1,88 @@
+"""The Triton block table, its kept map and its transpose against the naive ones."""
+
+import pytest
+import torch
+
+from dit_accel.kernels.block_table import reference
+from dit_accel.kernels.block_table import triton as kernel
+from dit_accel.table import BlockTable, block_count
+
+HALF = torch.float16
+
+
+def inputs(n_q, n_k, d, dtype, device="cpu", batch=1):
+    return [torch.randn(batch, n, 2, d).to(device, dtype).transpose(1, 2) for n in (n_q, n_k)]
+
+
+def assert_same(table: BlockTable, other: BlockTable) -> None:
+    assert table.indices.shape == other.indices.shape
+    assert torch.equal(table.counts, other.counts)
+    assert torch.equal(table.indices[table.valid()], other.indices[other.valid()])
+    assert (table.indices >= 0).all() and (table.indices < table.key_blocks).all()
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "n_q,n_k,d,block_q,block_k,dtype",
+    [
+        (1, 1, 64, 64, 64, torch.float32),
+        (65, 63, 80, 64, 64, HALF),
+        (65, 250, 96, 64, 16, torch.float32),
+        (130, 300, 128, 128, 32, HALF),
+    ],
+)
+def test_best_blocks(n_q, n_k, d, block_q, block_k, dtype, keep, device):
+    q, k = inputs(n_q, n_k, d, dtype, device)
+    arguments = (q, k, keep, block_q, block_k)
+    assert_same(kernel.block_table(*arguments), reference.block_table(*arguments))
+
+
+@pytest.mark.parametrize("kv_len", [133, torch.tensor([200, 70]), torch.tensor([0, 64])])
+@pytest.mark.parametrize("shape", [None, (2, 1, 2, 13)])
+def test_forced_blocks_and_padding(kv_len, shape, device):
+    q, k = inputs(65, 200, 64, HALF, device, batch=2)
+    for b, end in enumerate(torch.as_tensor(kv_len).expand(2).tolist()):
+        k[b, :, end:] = torch.nan
+    if isinstance(kv_len, torch.Tensor):
+        kv_len = kv_len.to(device)
+    forced = None if shape is None else torch.rand(shape, device=device) < 0.2
+    arguments = (q, k, 0.2, 64, 16, forced, kv_len, None if shape is None else 13)
+    assert_same(kernel.block_table(*arguments), reference.block_table(*arguments))
+
+
+def test_equal_scores_go_to_the_first_blocks(device):
+    q, k = inputs(65, 300, 64, HALF, device)
+    table = kernel.block_table(q, torch.ones_like(k), 0.5, 64, 32)
+    assert (table.counts == 5).all() and (table.indices == torch.arange(5, device=device)).all()
+
+
+def test_heads_in_parts_are_equal(monkeypatch, device):
+    q, k = inputs(65, 100, 64, HALF, device, batch=2)
+    forced = torch.rand(2, 2, 1, 7, device=device) < 0.2
+    whole = kernel.block_table(q, k, 0.3, 64, 16, forced, None, 7)
+    monkeypatch.setattr(kernel, "_SCORE_BYTES", 1)
+    assert_same(kernel.block_table(q, k, 0.3, 64, 16, forced, None, 7), whole)
+
+
+def test_kept_map_and_transpose(device):
+    mask = torch.rand(2, 2, 20, 19, device=device) < 0.3
+    mask[0, 0, 3], mask[1, 1, :, 4] = False, False
+    table = BlockTable.from_mask(mask, 64, 64, 20 * 64, 19 * 64)
+    kept = kernel.kept_map(table, 16)
+    assert torch.equal(kept[..., :19].bool(), mask) and not kept[..., 19:].any()
+    starts, counts, rows = kernel.transpose_table(table)
+    for b, h, m in torch.cartesian_prod(*map(torch.arange, (2, 2, 19))).tolist():
+        start = int(starts[b, h, m])
+        found = rows[start : start + int(counts[b, h, m])]
+        assert torch.equal(found.long(), mask[b, h, :, m].nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_means_and_deviations(dtype, device):
+    x = inputs(100, 1, 80, dtype, device)[0]
+    mean, far = kernel.block_means(x, 32, 70, spread=True, multiple=8)
+    assert mean.shape == (1, 2, 8, 80) and not mean[:, :, block_count(70, 32) :].any()
+    for m, block in enumerate(x[:, :, :70].float().split(32, 2)):
+        torch.testing.assert_close(mean[:, :, m], block.mean(2))
+        expected = (block - block.mean(2, keepdim=True)).abs().mean(2)
+        torch.testing.assert_close(far[:, :, m], expected)

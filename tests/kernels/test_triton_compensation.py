@@ -1,0 +1,66 @@
+"""The Triton pooled and rectified attention against the naive ones."""
+
+import pytest
+import torch
+
+from dit_accel.kernels.block_sparse_attention import triton as sparse
+from dit_accel.kernels.pooled_attention import reference as pooled_reference
+from dit_accel.kernels.pooled_attention import triton as pooled
+from dit_accel.kernels.rectified_attention import reference as rectified_reference
+from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.table import BlockTable, block_count
+from dit_accel.testing import assert_close, references
+
+HALF = torch.float16
+CASES = [
+    ((1, 1, 64, 64, 64, torch.float32), None),
+    ((65, 200, 64, 64, 16, torch.float32), None),
+    ((65, 100, 80, 64, 32, HALF), None),
+    ((65, 150, 96, 64, 32, torch.float32), 100),
+    ((65, 300, 128, 128, 128, HALF), torch.tensor([200])),
+    ((40, 100, 64, 32, 32, torch.float32), torch.tensor([0])),
+]
+
+
+def inputs(n_q, n_k, d, block_q, block_k, dtype, device="cpu", keep=0.4):
+    q, k, v = (
+        (torch.randn(1, n, 2, d) + 0.3).to(device, dtype).transpose(1, 2) for n in (n_q, n_k, n_k)
+    )
+    mask = torch.rand(1, 2, block_count(n_q, block_q), block_count(n_k, block_k)) < keep
+    return q, k, v, BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k)
+
+
+@pytest.mark.parametrize("case,kv_len", CASES, ids=str)
+def test_pooled(case, kv_len, device):
+    q, k, v, table = inputs(*case, device)
+    kv_len = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    out = pooled.pooled_attention(q, k, v, table, None, kv_len, True)
+    wide, same = references(pooled_reference.pooled_attention, q, k, v, table, None, kv_len, True)
+    assert_close("out", out[0], wide[0], same[0])
+    assert_close("lse", out[1], wide[1], same[1].float())
+
+
+def test_pooled_with_every_block_kept_is_exact(device):
+    q, k, v, table = inputs(65, 100, 64, 64, 32, HALF, device, keep=2)
+    exact = sparse.block_sparse_attention(q, k, v, table)
+    assert torch.equal(pooled.pooled_attention(q, k, v, table), exact)
+
+
+@pytest.mark.parametrize("gapr", [True, False])
+@pytest.mark.parametrize("case,kv_len", CASES, ids=str)
+def test_rectified(case, kv_len, gapr, device):
+    q, k, v, table = inputs(*case, device)
+    kv_len = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    out = rectified.rectified_attention(q, k, v, table, None, gapr, kv_len)
+    arguments = (q, k, v, table, None, gapr, kv_len)
+    assert_close("out", out, *references(rectified_reference.rectified_attention, *arguments))
+
+
+@pytest.mark.parametrize("gapr", [True, False])
+def test_rectified_rows_sum_to_one(gapr, device):
+    q, k, v, table = inputs(65, 300, 64, 64, 32, torch.float32, device)
+    mask = table.to_mask()
+    mask[..., 0] = True
+    table = BlockTable.from_mask(mask, 64, 32, 65, 300)
+    out = rectified.rectified_attention(q, k, torch.ones_like(v), table, gapr=gapr)
+    torch.testing.assert_close(out, torch.ones_like(out))

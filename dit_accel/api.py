@@ -17,7 +17,10 @@ from dit_accel.engine import Engine, LayerBook
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter
+from dit_accel.prune import TokenPruning
+from dit_accel.prune import resolve as pruning
 from dit_accel.schedule import Plan, Schedule
+from dit_accel.span import Span
 
 DEFAULT = "topk"
 _SLOTS = ("transformer", "transformer_2")
@@ -62,6 +65,7 @@ def accelerate(
     method: str | Path | Method | AccelConfig = DEFAULT,
     *,
     schedule: Schedule | None = None,
+    prune: TokenPruning | str | None = None,
     order: str | None = None,
     min_tokens: int | None = None,
     strict: bool | None = None,
@@ -71,12 +75,14 @@ def accelerate(
     Args:
         pipe: a diffusers pipeline with a `transformer` (and perhaps a `transformer_2`).
         method: name ("topk"), preset ("topk:fast"), preset file (.json), method object or config.
+        prune: token pruning, an object or a preset's name ("balanced").
         schedule, order, min_tokens, strict: replace the configuration's, see AccelConfig.
 
     An accelerated pipeline is re-configured. Raises TypeError for an object that is no such
     pipeline, ValueError for a bad option or an unknown model; the pipeline is then as before.
     """
-    config = resolve(method, schedule=schedule, order=order, min_tokens=min_tokens, strict=strict)
+    options = {"schedule": schedule, "order": order, "min_tokens": min_tokens, "strict": strict}
+    config = resolve(method, prune=pruning(prune), **options)
     transformers = _transformers(pipe)
     engine, patches = _prepare(pipe, config, transformers)
     handle = Handle(engine, patches)
@@ -104,8 +110,27 @@ def _prepare(
     for transformer, adapter, modules in zip(transformers, adapters, found, strict=True):
         first = len(engine.layers)
         engine.layers += [LayerBook(name, number) for number, name in enumerate(modules)]
-        patches.append(patch.Patch(transformer, adapter, engine, list(modules.values()), first))
+        span = _span(config, adapter, transformer, engine)
+        modules = list(modules.values())
+        patches.append(patch.Patch(transformer, adapter, engine, modules, first, span))
     return engine, patches
+
+
+def _span(
+    config: AccelConfig, adapter: Adapter, transformer: nn.Module, engine: Engine
+) -> Span | None:
+    """The token pruning of one transformer, or None; ValueError where it is not known how."""
+    if config.prune is None:
+        return None
+    if adapter.span is None:
+        raise ValueError(
+            f"{type(transformer).__name__} cannot run token pruning: "
+            "its adapter does not know its per-token arguments"
+        )
+    blocks = len(transformer.get_submodule(adapter.span.blocks))
+    span = Span(config.prune, adapter.span, engine.clock, blocks)
+    engine.spans.append(span)
+    return span
 
 
 def restore(pipe: Any) -> None:

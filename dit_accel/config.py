@@ -9,6 +9,7 @@ from typing import Any
 
 from dit_accel.methods import Method, find
 from dit_accel.order import ORDERS, Grid
+from dit_accel.prune import TokenPruning
 from dit_accel.schedule import Schedule
 
 
@@ -24,6 +25,7 @@ class AccelConfig:
         min_tokens: below this many tokens attention stays dense; None takes the device's measured
             crossover (see dit_accel.engine.CROSSOVER).
         strict: raise RuntimeError where a layer would fall back to dense unplanned.
+        prune: which tokens run through the middle of the model; None: all of them, always.
     """
 
     method: Method
@@ -32,12 +34,20 @@ class AccelConfig:
     tile: Grid = (1, 8, 8)
     min_tokens: int | None = None
     strict: bool = False
+    prune: TokenPruning | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise TypeError(f"method is a dit_accel method, not {type(self.method).__name__}")
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule is a dit_accel.Schedule, not {type(self.schedule).__name__}")
+        if self.prune is not None and not isinstance(self.prune, TokenPruning):
+            raise TypeError(f"prune is a dit_accel.TokenPruning, not {type(self.prune).__name__}")
+        if self.prune is not None and self.method.stateful:
+            raise ValueError(
+                f"{self.method.name} keeps a state of all tokens, so it cannot run on pruned ones; "
+                "take another method or prune=None"
+            )
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
         object.__setattr__(self, "tile", tuple(self.tile))
@@ -51,6 +61,7 @@ class AccelConfig:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         out["method"] = {"name": self.method.name, **asdict(self.method)}
         out["schedule"] = asdict(self.schedule)
+        out["prune"] = None if self.prune is None else asdict(self.prune)
         return json.loads(json.dumps(out))
 
     @classmethod
@@ -62,6 +73,8 @@ class AccelConfig:
         parts = {"method": _build(kind, method)}
         if "schedule" in data:
             parts["schedule"] = _build(Schedule, data.pop("schedule"))
+        if data.get("prune") is not None:
+            parts["prune"] = _build(TokenPruning, data.pop("prune"))
         return _build(cls, {**data, **parts})
 
     def save(self, path: str | Path) -> None:

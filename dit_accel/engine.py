@@ -21,6 +21,7 @@ from dit_accel.methods import Call
 from dit_accel.order import inverse, token_order
 from dit_accel.pipelines.base import Geometry
 from dit_accel.schedule import Plan
+from dit_accel.span import Span
 from dit_accel.table import BlockTable
 
 # Tokens below which dense attention is the faster one. cpu: `dit-accel bench --crossover` on two
@@ -51,6 +52,7 @@ class StepBook:
     sparse: int = 0
     dense: int = 0
     kept: float | torch.Tensor = 0.0
+    tokens: float = 1.0
 
 
 class Stopwatch:
@@ -101,15 +103,23 @@ class Engine:
     index: torch.Tensor | None = None
     back: torch.Tensor | None = None
     carried: bool = False
+    span: Span | None = None
+    spans: list[Span] = field(default_factory=list)
     generation_start: int = 0
     _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
     _forced: dict[tuple, dict[str, Any]] = field(default_factory=dict)
 
-    def begin(self, geometry: Geometry, device: torch.device, carried: bool = False) -> None:
+    def begin(
+        self,
+        geometry: Geometry,
+        device: torch.device,
+        carried: bool = False,
+        span: Span | None = None,
+    ) -> None:
         """A transformer forward starts: move the clock, drop stale state, choose the order.
 
         carried: the adapter can carry permuted tokens through the whole model; otherwise each
-        attention call permutes its own queries and keys.
+        attention call permutes its own queries and keys. span: this transformer's token pruning.
         """
         if self.clock.tick(geometry):
             self.state.clear()
@@ -117,12 +127,28 @@ class Engine:
             self.generation_start = len(self.forwards)
         self._keys.clear()
         self._order(geometry, device, carried and not geometry.fixed_order)
+        self.span = span
+        if span is not None:
+            span.begin(self.index)
         book = StepBook(self.clock.step, self.clock.passname, Stopwatch(device))
         self.forwards.append(book)
 
     def end(self) -> None:
         """The forward is over."""
         self.forwards[-1].watch.stop()
+        if self.span is not None:
+            self.forwards[-1].tokens = self.span.share
+            self.span.end()
+
+    @property
+    def _pruned(self) -> bool:
+        return self.span is not None and self.span.live is not None
+
+    @property
+    def geometry(self) -> Geometry:
+        """The tokens of the call at hand: a row of those that run where others are pruned."""
+        g = self.clock.geometry
+        return g._replace(grid=(1, 1, self.span.live)) if self._pruned else g
 
     def _order(self, geometry: Geometry, device: torch.device, carried: bool) -> None:
         lines = sum(n > 1 for n in geometry.grid) < 2  # a row of tokens has one order only
@@ -163,7 +189,7 @@ class Engine:
 
     def _obstacle(self, q: torch.Tensor, k: torch.Tensor) -> str:
         """Why this call must be dense, or ""."""
-        n, geometry = k.shape[1], self.clock.geometry
+        n, geometry = k.shape[1], self.geometry
         if geometry.dense:
             return geometry.dense
         fits = n >= geometry.n_visual if geometry.n_text is None else n == geometry.n_tokens
@@ -177,17 +203,17 @@ class Engine:
 
     def _parts(self, n: int) -> tuple[slice, slice]:
         """Where the visual and where the text tokens lie in a sequence of n."""
-        g = self.clock.geometry
+        g = self.geometry
         if g.text_first:
             return slice(n - g.n_visual, n), slice(0, n - g.n_visual)
         return slice(0, g.n_visual), slice(g.n_visual, n)
 
     def _read_keys(self, mask: torch.Tensor | None, n: int) -> Keys | str:
         """The keys behind this mask, read once per forward and mask, or why it is not served."""
-        same = mask is None or self.clock.geometry.same_mask
+        same = mask is None or self.geometry.same_mask
         name = (None if mask is None else mask.shape, n) if same else id(mask)
         if name not in self._keys:
-            order = None if self.carried else self.index
+            order = None if self.carried or self._pruned else self.index
             product = same and mask is not None and mask.ndim == 4 and mask.shape[2] == n
             found = keys.read(mask, n, self._parts(n)[0], order, product)
             # the mask is held so that its id stays its own; one read by shape needs no holding
@@ -213,10 +239,10 @@ class Engine:
         return Call(
             keep=action.keep,
             scale=scale,
-            grid=clock.geometry.grid,
+            grid=None if self._pruned else clock.geometry.grid,
             **self._text_blocks(k, keyed),
             text_first=keyed.text_first,
-            index=self.index,
+            index=None if self._pruned else self.index,
             kv_len=keyed.length,
             layer=self.layers[layer].number,
             layers=self.plan.sparse_layers(),
@@ -230,7 +256,7 @@ class Engine:
 
     def _text_blocks(self, k: torch.Tensor, keyed: Keys) -> dict[str, Any]:
         """The key blocks that hold text, which every query reads: Call.forced and n_forced."""
-        n, n_visual = k.shape[1], self.clock.geometry.n_visual
+        n, n_visual = k.shape[1], self.geometry.n_visual
         size = self.config.method.block_k
         if n == n_visual:
             return {}
@@ -253,11 +279,11 @@ class Engine:
         dense: Dense,
     ) -> torch.Tensor:
         """Visual queries by the method over all keys; text queries, if any, dense."""
-        if q.shape[1] == self.clock.geometry.n_visual:  # no text queries, whatever the keys are
+        if q.shape[1] == self.geometry.n_visual:  # no text queries, whatever the keys are
             visual, text = slice(0, q.shape[1]), slice(0, 0)
         else:
             visual, text = self._parts(q.shape[1])
-        permuted = self.index is not None and not self.carried
+        permuted = not (self.index is None or self.carried or self._pruned)
         queries = q[:, visual]
         queries = queries.index_select(1, self.index) if permuted else queries
         arranged = (queries, keyed.arrange(k), keyed.arrange(v))
@@ -282,7 +308,8 @@ class Engine:
     def state_bytes(self) -> int:
         """Bytes of the tensors that methods keep between steps."""
         tensors = (x for entry in self.state.values() for x in entry.values())
-        return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+        kept = sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))
+        return kept + sum(span.nbytes() for span in self.spans)
 
     def _book_dense(self, layer: int, reason: str, planned: bool) -> None:
         if not planned and self.config.strict:

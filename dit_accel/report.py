@@ -14,7 +14,8 @@ class Report:
 
     kept: share of query-key block pairs computed over all attention calls (a dense call counts 1).
     layers: name, sparse calls, dense calls, kept share. steps: one entry per transformer forward
-    of the last generation: step, pass, seconds, kept. fallbacks: reason → calls that ran dense, the
+    of the last generation: step, pass, seconds, kept, and the share of tokens that ran the pruned
+    span. fallbacks: reason → calls that ran dense, the
     scheduled ones included. unplanned: the part of them that no schedule asked for.
     """
 
@@ -51,7 +52,13 @@ def build(engine: Engine, model: str) -> Report:
     """Read the engine's books; on CUDA this is where the device is waited for."""
     layers = [_row(book, name=book.name) for book in engine.layers]
     steps = [
-        _row(book, step=book.step, passname=book.passname, seconds=book.watch.seconds)
+        _row(
+            book,
+            step=book.step,
+            passname=book.passname,
+            seconds=book.watch.seconds,
+            tokens=book.tokens,
+        )
         for book in engine.forwards[engine.generation_start :]
     ]
     calls = sum(row["sparse"] + row["dense"] for row in layers)

@@ -47,6 +47,21 @@ class Site(NamedTuple):
     text: bool = False
 
 
+class SpanSite(NamedTuple):
+    """What token pruning must know of a model's blocks.
+
+    blocks: name of the module list the forward loops over. hidden: the blocks' argument with the
+    visual tokens [B, N, C], which a block also returns. rows: per-token arguments as (name, dim,
+    rank): tensors of that rank are gathered along dim. probes: sub-modules of a block whose input
+    and output its transition is measured by.
+    """
+
+    blocks: str
+    hidden: str
+    rows: tuple[tuple[str, int, int], ...]
+    probes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One model family.
@@ -59,6 +74,7 @@ class Adapter:
         leave: where they go out; reordering scatters there. None: permuted tokens cannot pass
             through the model, each attention call permutes its own.
         processor: a processor class that stands in for the model's own one.
+        span: what token pruning needs; None refuses it for this model.
     """
 
     classes: tuple[str, ...]
@@ -67,6 +83,7 @@ class Adapter:
     enter: tuple[Site, ...] = ()
     leave: Site | None = None
     processor: type | None = None
+    span: SpanSite | None = None
 
     def attentions(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Name → attention module, in the order in which the layers run."""

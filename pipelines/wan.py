@@ -1,6 +1,6 @@
 """Wan 2.1 and 2.2 and what was made from them: visual tokens only, text through `attn2`."""
 
-from dit_accel.pipelines.base import Adapter, Geometry, Site
+from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 from dit_accel.pipelines.grids import grid_of, latents
 
 
@@ -24,6 +24,10 @@ ADAPTER = Adapter(
     geometry=_geometry,
     enter=(Site("rope", 1), Site("patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
+    # rotary_emb: cosines and sines [1, N, 1, D]; temb [B, N, 6, C] where timesteps are per token
+    span=SpanSite(
+        "blocks", "hidden_states", (("rotary_emb", 1, 4), ("temb", 1, 4)), ("attn1", "ffn")
+    ),
 )
 VACE = Adapter(
     classes=("WanVACETransformer3DModel",),

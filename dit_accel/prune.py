@@ -1,0 +1,106 @@
+"""Token pruning as span reuse: which blocks of tokens run through the model, and when.
+
+    probe    blocks before `first` see all tokens
+    select   the `keep` blocks of tokens with the highest score; the same for all guidance passes
+    span     h_S ← Block(h_S) for first ≤ block < last, each token with its own position
+    update   R_S ← h_out − h_in of the tokens that ran
+    restore  h_out = h_in + R of the tokens that did not
+    tail     the blocks from `last` on, the norm and the projection see all tokens
+
+This file is pure data; span.py runs it, prune_criteria.py scores tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, ClassVar
+
+from dit_accel.prune_criteria import CRITERIA
+
+RESTORES = ("reuse", "taylor")
+
+
+@dataclass(frozen=True)
+class TokenPruning:
+    """Run only part of the tokens through the span; the others reuse what the span did to them.
+
+    Args:
+        keep: share of the token blocks that run, in [0, 1]; 0 skips the span (First-Block-Cache),
+            1 prunes nothing.
+        refresh: all tokens run again every `refresh` steps.
+        start, end: steps at both ends that run all tokens: a share (float) or a number (int).
+        first, last: the span's block numbers, first ≤ block < last; negative ones count from the
+            model's end, None is its end.
+        criterion: what makes a token worth running; "random", "stratified" and "lru" are controls.
+        restore: "reuse" (R as it was) or "taylor" (R extrapolated from its last two values).
+        anchor_frames: latent frames at the start whose tokens always run (1 for image to video).
+        block: tokens in a block.
+        seed: of criterion="random".
+
+    Raises ValueError for a value outside its range.
+    """
+
+    keep: float = 0.5
+    refresh: int = 4
+    start: float | int = 0.15
+    end: float | int = 2
+    first: int = 1
+    last: int | None = -1
+    criterion: str = "drift"
+    restore: str = "reuse"
+    anchor_frames: int = 0
+    block: int = 64
+    seed: int = 0
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"keep": 0.7, "refresh": 3},
+        "balanced": {"keep": 0.5, "refresh": 4},
+        "fast": {"keep": 0.35, "refresh": 5},
+    }
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, bool) or not 0 <= self.keep <= 1:
+            raise ValueError(f"keep is the share of tokens that run, in [0, 1], not {self.keep}")
+        for name, low in (("refresh", 1), ("block", 1), ("anchor_frames", 0), ("first", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is a number ≥ {low}, not {getattr(self, name)}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
+                raise ValueError(f"{name} is a share in [0, 1] or a number ≥ 0, not {value!r}")
+        for name, values in (("criterion", tuple(CRITERIA)), ("restore", RESTORES)):
+            if getattr(self, name) not in values:
+                choice = ", ".join(values)
+                raise ValueError(f"{name} is one of {choice}, not {getattr(self, name)!r}")
+
+    def span(self, blocks: int) -> tuple[int, int]:
+        """(first, last) of a model with this many blocks; ValueError when nothing lies between."""
+        last = blocks if self.last is None else self.last + blocks * (self.last < 0)
+        if not 0 <= self.first < last <= blocks:
+            raise ValueError(
+                f"the pruned span from block {self.first} to {self.last} is empty or outside "
+                f"a model of {blocks} blocks"
+            )
+        return self.first, last
+
+    def prunes(self, step: int, steps: int | None) -> bool:
+        """Whether this step runs part of the tokens only (and not all of them)."""
+        known = steps or 0
+        first = ceil(self.start * known) if isinstance(self.start, float) else self.start
+        end = ceil(self.end * known) if isinstance(self.end, float) else self.end
+        if step < max(first, 1) or (steps is not None and step >= steps - end):
+            return False
+        return (step - max(first, 1) + 1) % self.refresh != 0 if self.refresh > 1 else False
+
+
+def resolve(prune: TokenPruning | str | None) -> TokenPruning | None:
+    """The pruning of an object, of a preset's name, or none."""
+    if prune is None or isinstance(prune, TokenPruning):
+        return prune
+    if not isinstance(prune, str):
+        raise TypeError(f"prune is a TokenPruning or a preset's name, not {type(prune).__name__}")
+    if prune not in TokenPruning.presets:
+        have = ", ".join(TokenPruning.presets)
+        raise ValueError(f"unknown pruning preset {prune!r}: choose one of {have}")
+    return TokenPruning(**TokenPruning.presets[prune])

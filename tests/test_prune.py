@@ -1,0 +1,252 @@
+"""Token pruning: its limits, its equations, what it costs and what it refuses."""
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from tiny import tiny_flux, tiny_wan
+
+import dit_accel
+from dit_accel import Dense, Rettention, Schedule, TokenPruning, TopK
+from dit_accel.config import AccelConfig
+from dit_accel.prune_criteria import CRITERIA, Facts, pick, transition_variation
+
+ALWAYS = {"start": 1, "end": 0, "refresh": 10**9}
+
+
+def run(pipe, steps=4, size=128, guidance=3.0, **more):
+    return pipe(
+        prompt="a rocket",
+        height=size,
+        width=size,
+        num_frames=9,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+        max_sequence_length=16,
+        **more,
+    )[0]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_wan(layers=4)
+
+
+@pytest.fixture(scope="module")
+def stock(pipe):
+    return run(pipe)
+
+
+def pruned(pipe, method=None, **options):
+    prune = TokenPruning(**{**ALWAYS, **options})
+    options = {"schedule": Schedule(warmup=0), "min_tokens": 0}
+    return dit_accel.accelerated(pipe, method or Dense(), prune=prune, **options)
+
+
+def test_all_tokens_is_bit_equal(pipe, stock):
+    with pruned(pipe, keep=1.0):
+        assert torch.equal(run(pipe), stock)
+    assert torch.equal(run(pipe), stock)
+    assert type(pipe.transformer.blocks) is torch.nn.ModuleList
+
+
+def test_a_refresh_at_each_step_is_bit_equal(pipe, stock):
+    with pruned(pipe, keep=0.5, refresh=1):
+        assert torch.equal(run(pipe), stock)
+
+
+def test_no_token_is_first_block_cache(pipe, stock):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    cached = run(pipe)
+    pipe.transformer.disable_cache()
+    assert not torch.equal(cached, stock)
+    with pruned(pipe, keep=0.0, first=1, last=None):
+        torch.testing.assert_close(run(pipe), cached, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_runs_close_to_dense(pipe, stock, criterion):
+    with pruned(pipe, keep=0.5, criterion=criterion, refresh=3) as handle:
+        out = run(pipe)
+        report = handle.report()
+    assert torch.isfinite(out).all() and not torch.equal(out, stock)
+    error = (out - stock).norm() / stock.norm()
+    assert error < 0.1, error
+    # 192 tokens are 3 blocks: half of them rounds up to 2
+    assert [round(3 * s["tokens"]) for s in report.steps] == [3, 3, 2, 2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("order", ["tile", "hilbert"])
+def test_pruning_in_another_token_order_equals_dense_when_all_run(pipe, stock, order):
+    prune = TokenPruning(keep=0.5, refresh=1)
+    with dit_accel.accelerated(pipe, Dense(), prune=prune, order=order):
+        torch.testing.assert_close(run(pipe), stock, rtol=1e-4, atol=1e-4)
+    prune = TokenPruning(keep=0.5, **ALWAYS)
+    with dit_accel.accelerated(pipe, Dense(), prune=prune, order=order):
+        assert (run(pipe) - stock).norm() / stock.norm() < 0.1
+
+
+def test_rope_rows_and_selection_are_those_of_the_kept_tokens(pipe):
+    """Each block of the span gets the full table's rows at the chosen tokens, in both passes."""
+    rows, tokens = [], []
+    block = pipe.transformer.blocks[1]
+
+    def spy(module, args, kwargs):
+        if kwargs:  # a pruned call; a full one passes the model's positional arguments on
+            rows.append(kwargs["rotary_emb"][0])
+            tokens.append(kwargs["hidden_states"].shape[1])
+
+    whole = []
+    hooks = [pipe.transformer.rope.register_forward_hook(lambda m, a, out: whole.append(out[0]))]
+    with pruned(pipe, keep=0.5, criterion="stratified") as handle:
+        hooks.append(block.register_forward_pre_hook(spy, with_kwargs=True))
+        run(pipe, steps=2)
+        index = handle._engine.spans[0]._chosen[2]
+    for hook in hooks:
+        hook.remove()
+    assert tokens == [128, 128]  # step 1, both passes
+    assert all(torch.equal(r, whole[-1][:, index]) for r in rows)
+
+
+def test_composes_with_sparse_attention(pipe, stock):
+    with pruned(pipe, TopK(keep=0.999), keep=0.5) as handle:
+        sparse = run(pipe)
+        assert not handle.report().unplanned
+    with pruned(pipe, Dense(), keep=0.5):
+        torch.testing.assert_close(run(pipe), sparse, rtol=1e-3, atol=1e-3)
+
+
+def test_taylor_restores_a_linear_change_better_than_reuse():
+    from dit_accel.clock import Clock
+    from dit_accel.pipelines.base import Geometry, SpanSite
+    from dit_accel.span import Span
+
+    def error(restore):
+        clock = Clock(type("Pipe", (), {})())
+        clock.geometry, clock.passname, clock.steps = Geometry((1, 1, 128)), "cond", None
+        options = {"keep": 0.5, "refresh": 3, "start": 1, "end": 0, "first": 0, "last": None}
+        prune = TokenPruning(restore=restore, criterion="lru", **options)
+        span = Span(prune, SpanSite("blocks", "x", ()), clock, 1)
+        x = torch.randn(1, 128, 4)
+
+        class Grow(torch.nn.Module):
+            def forward(self, x):
+                return x * (1 + 0.1 * clock.step)
+
+        for step in range(6):
+            clock.step = step
+            span.begin(None)
+            out = span.run(0, Grow(), (x,), {})
+            span.end()
+        return float((out - x * 1.5).norm())
+
+    assert error("taylor") < 0.2 * error("reuse")
+
+
+def test_memory_does_not_grow_and_is_reported(pipe):
+    with pruned(pipe, keep=0.5, restore="taylor") as handle:
+        run(pipe)
+        first = handle.report().state_bytes
+        run(pipe)
+        assert handle.report().state_bytes == first > 0
+        run(pipe, size=64)
+        assert handle.report().state_bytes < first
+
+
+def test_two_experts_and_a_new_size(pipe):
+    both = tiny_wan(layers=3, transformer_2=True, boundary_ratio=0.7)
+    stock = run(both)
+    with pruned(both, keep=0.5, refresh=2) as handle:
+        out = run(both)
+        assert (out - stock).norm() / stock.norm() < 0.2
+        run(both, size=64, guidance=1.0)
+        assert torch.equal(run(both), out) and handle.report().generations == 3
+
+
+def test_regional_compile_without_graph_breaks(pipe):
+    four = tiny_wan(layers=4)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with pruned(four, keep=0.5):
+        eager = run(four)
+        four.transformer.compile_repeated_blocks(fullgraph=True, backend=count)
+        torch.testing.assert_close(run(four), eager, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    assert 1 <= len(graphs) <= 2  # all tokens, and any number of them
+
+
+def test_first_frames_always_run(pipe):
+    with pruned(pipe, keep=0.3, anchor_frames=1, criterion="random") as handle:
+        run(pipe, steps=3)
+        index = handle._engine.spans[0]._chosen[2]
+    assert torch.equal(index[:64], torch.arange(64))
+
+
+def test_ttv_is_its_formula_and_finite_in_half_precision():
+    x, y = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    got = transition_variation(x, y)
+    for b in range(2):
+        cos = torch.stack([x[b, i] @ y[b, i] / (x[b, i].norm() * y[b, i].norm()) for i in range(5)])
+        weights = torch.exp(1 - cos) / torch.exp(1 - cos).sum()
+        want = weights * torch.stack([y[b, i].norm() / x[b, i].norm() for i in range(5)])
+        torch.testing.assert_close(got[b], want)
+    big = torch.randn(1, 40_000, 64).half() * 200
+    assert torch.isfinite(transition_variation(big, big.flip(1))).all()
+
+
+def test_pick_takes_whole_blocks_and_counts_the_short_one_truly():
+    scores = torch.zeros(150)
+    scores[128:] = 1.0  # the last block holds 22 tokens
+    scores[0:64] = 0.9
+    assert pick(scores, 1, 64).tolist() == list(range(128, 150))
+    assert pick(scores, 2, 64).tolist() == [*range(64), *range(128, 150)]
+    assert pick(scores, 0, 64).numel() == 0
+
+
+def test_stratified_rotates_over_all_blocks():
+    facts = [Facts(None, None, torch.zeros(640), step, 0, 64) for step in range(10)]
+    ran = torch.cat([pick(CRITERIA["stratified"](f), 2, 64) for f in facts])
+    assert ran.unique().numel() == 640
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": 1.5}, r"\[0, 1\]"),
+        ({"refresh": 0}, "refresh"),
+        ({"start": -1}, "start"),
+        ({"criterion": "beauty"}, "criterion is one of"),
+        ({"restore": "copy"}, "restore is one of"),
+    ],
+)
+def test_bad_values(options, words):
+    with pytest.raises(ValueError, match=words):
+        TokenPruning(**options)
+
+
+def test_what_cannot_be_pruned_is_refused_and_nothing_is_left(pipe, stock):
+    with pytest.raises(ValueError, match="per-token arguments"):
+        dit_accel.accelerate(tiny_flux(), "topk", prune="safe")
+    with pytest.raises(ValueError, match="a model of 4 blocks"):
+        dit_accel.accelerate(pipe, "topk", prune=TokenPruning(first=4))
+    with pytest.raises(ValueError, match="unknown pruning preset"):
+        dit_accel.accelerate(pipe, "topk", prune="wild")
+    with pytest.raises(ValueError, match="state of all tokens"):
+        AccelConfig(Rettention(), prune=TokenPruning())
+    assert torch.equal(run(pipe), stock)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pruned(pipe), pytest.raises(RuntimeError, match="step cache"):
+        run(pipe)
+    pipe.transformer.disable_cache()
+    assert torch.equal(run(pipe), stock)
+
+
+def test_configuration_round_trip():
+    config = AccelConfig(TopK(), prune=TokenPruning(keep=0.3, criterion="lru"))
+    assert AccelConfig.from_dict(config.to_dict()) == config

@@ -3,7 +3,8 @@
     python -m dit_accel.bench --op pooled_attention --shape wan1.3b-480p --keep 0.05 --out rows.json
 
 A row gives times, TFLOP/s of the kept work and the error; its ratio stands only if the error check
-passes. Dense and sparse rounds alternate, so that a busy machine slows both.
+passes. Dense and sparse rounds alternate, so that a busy machine slows both; --clock cpu counts the
+processor time of one thread, which other programs hardly disturb.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def run_bench(
     dtype: torch.dtype | None = None,
     block: int = 64,
     rounds: int = 5,
+    clock: str = "wall",
     echo: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
     """One row for each operator, shape and keep; stored as JSON with the machine if `out` is given.
@@ -84,6 +86,7 @@ def run_bench(
         keeps: shares of key blocks, in (0, 1].
         device: "cpu" or "cuda" (None: cuda if there is one).
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
+        clock: "wall", or "cpu" for processor time on the CPU (use one thread).
         echo: takes each row as a line of text when it is ready.
 
     Raises ValueError for an unknown name.
@@ -98,14 +101,14 @@ def run_bench(
     for shape in (SHAPES[name] for name in shapes):
         for keep in keeps:
             for op in op_names:
-                rows.append(_row(op, shape, keep, device, dtype, block, rounds))
+                rows.append(_row(op, shape, keep, device, dtype, block, rounds, clock))
                 echo(line(rows[-1]))
     if out:
         store(rows, out)
     return rows
 
 
-def crossover(device: str | None = None, *, rounds: int = 5) -> list[dict]:
+def crossover(device: str | None = None, *, rounds: int = 5, clock: str = "wall") -> list[dict]:
     """The shortest of some lengths from which block-sparse attention, map included, beats dense."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -116,7 +119,7 @@ def crossover(device: str | None = None, *, rounds: int = 5) -> list[dict]:
             ratios = {}
             for n in lengths:
                 shape = Shape(f"n={n}", 1, 4, n, head_dim)
-                row = _row("block_sparse_attention", shape, keep, device, dtype, 64, rounds)
+                row = _row(OPS[0], shape, keep, device, dtype, 64, rounds, clock)
                 ratios[n] = row["ratio"]
             slower = [n for n, ratio in ratios.items() if ratio is None or ratio <= 1]
             faster = [n for n in lengths if n > max(slower, default=0)]
@@ -139,6 +142,7 @@ def _row(
     dtype: torch.dtype,
     block: int,
     rounds: int,
+    clock: str,
 ) -> dict:
     # Strides are those that diffusers gives: [B, N, H, D] transposed.
     size = (shape.batch, shape.n, shape.heads, shape.head_dim)
@@ -159,7 +163,7 @@ def _row(
     if device == "cuda":
         extra, reasons = baselines.gpu(q, k, v, table)
         runs |= extra
-    times = _times(runs, rounds, device)
+    times = _times(runs, rounds, device, clock)
     density = table.density().item()
     work = 4 * density * shape.batch * shape.heads * shape.n**2 * shape.head_dim
     error, failure = _check(op, q, k, v, table, fn(q, k, v, table))
@@ -169,6 +173,8 @@ def _row(
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,
         "implementation": dispatch.select(op, q, block_q=block, block_k=block).name,
+        "clock": clock,
+        "threads": torch.get_num_threads(),
         "block": block,
         "keep": keep,
         "density": round(density, 4),
@@ -181,8 +187,11 @@ def _row(
     }
 
 
-def _times(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+def _times(
+    runs: dict[str, Callable[[], object]], rounds: int, device: str, clock: str
+) -> dict[str, float]:
     """Median milliseconds of each run; the runs take turns."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for run in runs.values():
         run()
     seen = {name: [] for name in runs}
@@ -190,11 +199,11 @@ def _times(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> d
         for name, run in runs.items():
             if device == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = now()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            seen[name].append(1e3 * (time.perf_counter() - start))
+            seen[name].append(1e3 * (now() - start))
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
@@ -280,11 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--block", type=int, default=64, choices=(64, 128))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--crossover", action="store_true", help="only the crossover lengths")
     parser.add_argument("--out", help="a JSON file to write")
     given = parser.parse_args(arguments)
+    if given.clock == "cpu":
+        torch.set_num_threads(1)
+    timing = {"rounds": given.rounds, "clock": given.clock}
     if given.crossover:
-        found = crossover(given.device, rounds=given.rounds)
+        found = crossover(given.device, **timing)
         for row in found:
             ratios = ", ".join(f"{n}: {ratio}" for n, ratio in row["ratios"].items())
             print(f"D={row['head_dim']} keep={row['keep']}: from {row['faster_from']} ({ratios})")
@@ -292,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store(found, given.out)
         return 0
     dtype = getattr(torch, given.dtype) if given.dtype else None
-    options = {"dtype": dtype, "block": given.block, "rounds": given.rounds, "echo": print}
+    options = {"dtype": dtype, "block": given.block, "echo": print, **timing}
     rows = run_bench(
         given.op or OPS, given.shape, given.keep or (0.1,), given.device, given.out, **options
     )

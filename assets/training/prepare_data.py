@@ -74,7 +74,8 @@ def encode(rgba: np.ndarray, path: Path) -> None:
     partial = path.with_suffix(".part")
     with av.open(partial, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=CODEC)
-        stream.width, stream.height, stream.pix_fmt = 2 * SIZE, SIZE, "yuv444p"
+        stream.height, stream.width = both.shape[1:3]
+        stream.pix_fmt = "yuv444p"
         stream.thread_count = 1
         for frame in both:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

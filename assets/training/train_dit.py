@@ -151,7 +151,7 @@ def train(
     max_steps: int | None = None,
     compile_parts: bool = True,
 ) -> Progress:
-    """Train for `minutes` on the latents of `out/vae`; save `out/dit` every minute and at the end."""
+    """Train for `minutes` on the latents of `out/vae`; save `out/dit` every minute and last."""
     device, progress = clips.rgba.device, Progress()
     on_gpu, opened = device.type == "cuda", time.monotonic()
     pairs = encode_pairs(load_vae(out / "vae", device), clips)

@@ -1,0 +1,62 @@
+"""The Triton linear branch against the naive one."""
+
+import pytest
+import torch
+
+from dit_accel.kernels.sparse_linear_attention import reference, triton
+from dit_accel.kernels.sparse_linear_attention.features import FEATURE_MAPS
+from dit_accel.table import BlockTable, block_count
+from dit_accel.testing import assert_close, references
+
+HALF = torch.float16
+CASES = [
+    ((1, 1, 64, 64, 64, torch.float32), None),
+    ((65, 200, 64, 64, 64, torch.float32), None),
+    ((65, 100, 80, 64, 32, HALF), None),
+    ((65, 150, 96, 64, 32, torch.float32), 100),
+    ((65, 300, 128, 128, 128, HALF), torch.tensor([200])),
+]
+
+
+def inputs(n_q, n_k, d, block_q, block_k, dtype, device="cpu", keep=0.4):
+    q, k, v = (
+        (torch.randn(1, n, 2, d) + 0.3).to(device, dtype).transpose(1, 2) for n in (n_q, n_k, n_k)
+    )
+    mask = torch.rand(1, 2, block_count(n_q, block_q), block_count(n_k, block_k)) < keep
+    table = BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k)
+    weight, bias = torch.randn(d, d, device=device) / d**0.5, torch.randn(d, device=device)
+    return q, k, v, table, weight, bias
+
+
+@pytest.mark.parametrize("mode", ["all", "rest"])
+@pytest.mark.parametrize("case,kv_len", CASES, ids=str)
+def test_forward(case, kv_len, mode: str, device: str):
+    q, k, v, table, weight, bias = inputs(*case, device)
+    kv_len = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    excluded = table if mode == "rest" else None
+    args = (q, k, v, table, weight, bias, "softmax", excluded, None, kv_len)
+    out = triton.sparse_linear_attention(*args)
+    assert_close("out", out, *references(reference.sparse_linear_attention, *args))
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_feature_maps(feature_map: str, device: str):
+    q, k, v, table, weight, _ = inputs(65, 100, 64, 64, 32, torch.float32, device)
+    args = (q, k, v, table, weight, None, feature_map, table)
+    out = triton.sparse_linear_attention(*args)
+    assert_close("out", out, *references(reference.sparse_linear_attention, *args))
+
+
+def test_a_row_that_excludes_everything_has_no_linear_part(device: str):
+    q, k, v, table, weight, _ = inputs(65, 100, 64, 64, 32, torch.float32, device, keep=2)
+    base = torch.randn_like(q)
+    assert torch.equal(triton.linear_branch(base, q, k, v, table, weight), base)
+
+
+def test_padding_is_never_read(device: str):
+    q, k, v, table, weight, _ = inputs(65, 100, 64, 64, 32, torch.float32, device)
+    base = torch.randn_like(q)
+    expected = reference.linear_branch(base, q, k, v, table, weight, kv_len=70)
+    k[:, :, 70:], v[:, :, 70:] = torch.nan, torch.nan
+    out = triton.linear_branch(base, q, k, v, table, weight, kv_len=70)
+    torch.testing.assert_close(out, expected)

@@ -1,0 +1,143 @@
+"""Relative error of each method's attention output against dense, on a model's own activations.
+
+    python benchmarks/attention_error.py --order raster tile
+
+A dense generation runs; at each attention call of the conditional pass every candidate is computed
+on the same q, k, v and compared: ‖O − O_dense‖ / ‖O_dense‖, mean over layers and steps. `kept` is
+the mean share of query-key block pairs that was computed, full steps of Re-ttention included.
+Untrained SLA is top-k exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dit_accel import Dense, Pooled, Rectified, Rettention, Schedule, TopK, accelerated
+from dit_accel.generate import Request, arguments
+from dit_accel.loading import EMBEDDED, load_pipeline
+from dit_accel.methods import Method
+
+KEEPS = (0.1, 0.2, 0.3, 0.5)
+EVERY = 6  # steps between two measurements; methods with a state need every step
+PROMPTS = ("snowman on a red background",)
+
+
+def candidates(keep: float) -> dict[str, Method]:
+    """The rows of the table at one keep."""
+    plain = {"mass": 0.0, "neighbours": None}
+    return {
+        "topk": TopK(keep),
+        "rectified, top-k only": Rectified(keep, gapr=False, **plain),
+        "rectified, top-k only, GAPR": Rectified(keep, **plain),
+        "rectified as published": Rectified(keep),
+        "pooled": Pooled(keep),
+        "window alone": Rettention(keep, residual="none", rescale=False, period=1000),
+    } | (remembering(keep) if keep in (0.1, 0.3) else {})
+
+
+def remembering(keep: float) -> dict[str, Method]:
+    """Rows with a state."""
+    return {
+        "re-ttention": Rettention(keep),
+        "re-ttention, pooled": Rettention(keep, residual="pooled"),
+        "ditfastattn": Rettention(keep, rescale=False),
+    }
+
+
+@dataclass(frozen=True)
+class Probe(Dense):
+    """Dense attention that also runs every candidate and books its error."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "keep", 0.999)  # 1 would never reach the method
+        object.__setattr__(self, "books", defaultdict(list))
+
+    def __call__(self, q, k, v, call):
+        dense = super().__call__(q, k, v, call)
+        if call.passname == "cond":
+            for keep in KEEPS:
+                for name, method in candidates(keep).items():
+                    if call.step % EVERY == 0 or (method.stateful and method.period < 1000):
+                        self.try_one(f"{keep}/{name}", method, dense, q, k, v, call)
+        call.note(None)
+        return dense
+
+    def try_one(self, key, method, dense, q, k, v, call):
+        kept = []
+        state = call.state.setdefault(key, {})
+        full = method.stateful and not state
+        mine = replace(call, keep=method.keep, state=state, refresh=False, note=kept.append)
+        out = method(q, k, v, mine)
+        if full and method.residual == "none":  # the window alone has no full step
+            kept.clear()
+            out = method(q, k, v, mine)
+        share = 1.0 if kept[0] is None else float(kept[0].density())
+        error = float((out - dense).norm() / dense.norm())
+        self.books[key].append((call.layer, call.step, share, error))
+
+
+def measure(pipe, defaults, order: str) -> dict[str, list]:
+    probe = Probe()
+    with accelerated(pipe, probe, schedule=Schedule(), order=order, min_tokens=0):
+        for prompt in PROMPTS:
+            values = arguments(pipe, defaults, Request(prompt, seed=11))
+            pipe(**values, output_type="latent")
+            print(f"{order}: {prompt}", file=sys.stderr)
+    return probe.books
+
+
+def summary(entries: list) -> dict:
+    """Means over everything, and by layer and by step."""
+
+    def mean(values) -> float:
+        values = list(values)
+        return round(sum(values) / len(values), 5)
+
+    out = {"kept": mean(e[2] for e in entries), "error": mean(e[3] for e in entries)}
+    for name, place in (("by_layer", 0), ("by_step", 1)):
+        groups = sorted({e[place] for e in entries})
+        out[name] = {g: mean(e[3] for e in entries if e[place] == g) for g in groups}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", help="folder or id; the embedded model when left out")
+    parser.add_argument("--order", nargs="+", default=["raster", "tile"])
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/cpu-attention-error.json")
+    )
+    options = parser.parse_args()
+    pipe, defaults = load_pipeline(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    rows = []
+    for order in options.order:
+        for key, entries in measure(pipe, defaults, order).items():
+            keep, _, name = key.partition("/")
+            rows.append({"order": order, "keep": float(keep), "method": name, **summary(entries)})
+    data = {
+        "command": " ".join(["python", *sys.argv]),
+        "model": options.model or EMBEDDED.name,
+        "machine": {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__},
+        "prompts": list(PROMPTS),
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(data, indent=1) + "\n")
+    for row in rows:
+        head = f"{row['order']:8}{row['keep']:5}  {row['method']:30}"
+        print(f"{head}{row['kept']:7.3f}{row['error']:8.4f}")
+
+
+if __name__ == "__main__":
+    main()

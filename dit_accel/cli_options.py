@@ -82,6 +82,8 @@ class Common:
             raise ValueError(f"fps lies from 1 to 240, not {self.fps:g}")
         try:
             picture = Image.open(self.image).convert("RGB") if self.image else None
+            if picture is not None:
+                picture.filename = str(self.image)  # lost by convert; the report names it
         except (OSError, UnidentifiedImageError):
             raise ValueError(f"{self.image} is not a picture that can be opened") from None
         return Request(

@@ -13,12 +13,15 @@ from typing import Any
 
 import diffusers
 import torch
+from PIL import Image
 
 from dit_accel import __version__, html, metrics, video
 from dit_accel.api import accelerated, restore
 from dit_accel.config import AccelConfig
 from dit_accel.generate import ProgressFn, Request, Result, arguments, generate, warm_up
 from dit_accel.loading import EMBEDDED, Defaults
+
+EMBEDDED_NAME = "the embedded model"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def compare(
         ran = handle.report().to_dict()
     progress("writing", 0, None)
     values = {k: v for k, v in values.items() if k != "generator"}
+    model = EMBEDDED_NAME if model == str(EMBEDDED) else model
     where = {"model": model, "pipeline": type(pipe).__name__, **_placement(pipe)}
     data = {
         "prompt": request.prompt,
@@ -166,14 +170,14 @@ def _cpu_name() -> str:
 def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], seed: int) -> str:
     """The Python lines that make the accelerated clip again."""
     kind = where["pipeline"]
-    embedded = where["model"] == str(EMBEDDED)
-    named = {name: _literal(value) for name, value in values.items()}
-    arguments = [f"    {named.pop('prompt')},", *(f"    {n}={v}," for n, v in named.items())]
+    embedded = where["model"] in (EMBEDDED_NAME, str(EMBEDDED))
+    arguments = [f"    {name}={_literal(value)}," for name, value in values.items()]
     name = "EMBEDDED" if embedded else _literal(where["model"])
     load = f"pipe = {kind}.from_pretrained({name}, torch_dtype=torch.{where['dtype']})"
     lines = [
         "import torch",
         f"from diffusers import {kind}",
+        *(["from diffusers.utils import load_image"] if "image" in values else []),
         "",
         "import dit_accel",
         *(["from dit_accel.loading import EMBEDDED"] if embedded else []),
@@ -190,7 +194,11 @@ def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], s
 
 
 def _literal(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Image.Image):
+        return f"load_image({_literal(str(getattr(value, 'filename', 'picture.png')))})"
+    return repr(value)
 
 
 def _shortest(config: AccelConfig) -> str:

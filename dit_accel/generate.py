@@ -137,7 +137,7 @@ def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]
     _check_sizes(pipe, asked)
     values = {n: v for n, v in vars(defaults).items() if v is not None and n in known}
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    return {**values, **asked, "prompt": request.prompt, "generator": generator}
+    return {"prompt": request.prompt, **values, **asked, "generator": generator}
 
 
 def _check_sizes(pipe: Any, asked: dict[str, Any]) -> None:

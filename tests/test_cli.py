@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import saved_tiny_wan
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+from tiny import saved_tiny_wan, tiny_wan
 
 from dit_accel import __version__, cli, video
 from dit_accel.cli_options import parse_size, parse_warmup
@@ -173,6 +175,21 @@ def test_compare_writes_and_prints(capsys, model, tmp_path, monkeypatch):
     assert "denoising loop" in out
     assert "report.html" in out
     assert f"{report['quality']['psnr_mean']:.1f} dB" in out
+
+
+def test_a_first_picture(capsys, tmp_path):
+    model = tmp_path / "i2v"
+    tiny_wan(kind=WanImageToVideoPipeline, in_channels=36).save_pretrained(model)
+    Image.new("RGB", (80, 60), "red").save("red.png")
+    run = ["compare", "a cat", "--model", str(model), "--size", "64x64", "--frames", "9"]
+    run += ["--steps", "2", "-o", "out", *SPARSE]
+    assert cli.run(run) == 2
+    assert "starts from a picture: give one with --image" in capsys.readouterr().err
+    assert cli.run([*run, "--image", "red.png"]) == 0
+    report = json.loads(Path("out", "report.json").read_text())
+    space = {}
+    exec(report["python"], space)
+    assert space["handle"].report().kept == report["kept"]
 
 
 def test_ctrl_c_leaves_nothing_half_written(model, tmp_path):

@@ -153,6 +153,14 @@ def test_the_recipe_makes_the_accelerated_clip(loaded, done):
     assert "schedule=dit_accel.Schedule(warmup=1)" in done.data["python"]
 
 
+def test_the_recipe_of_the_embedded_model_names_no_folder(loaded, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "EMBEDDED", folder)
+    config = AccelConfig(dit_accel.Dense())
+    done = compare.compare(*loaded, REQUEST, config, tmp_path, model=str(folder))
+    assert "WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)" in done.data["python"]
+    assert str(folder) not in (tmp_path / "report.json").read_text()
+
+
 def test_a_bad_request_writes_nothing(loaded, tmp_path):
     with pytest.raises(ValueError, match="multiple of 16"):
         compare.compare(*loaded, Request("x", height=40), SPARSE, tmp_path / "out")

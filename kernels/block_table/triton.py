@@ -199,7 +199,7 @@ def block_means(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Means of the valid tokens of each block, [B, H, M, D], M rounded up to `multiple`.
 
-    Blocks without a valid token are zero. With spread also the mean absolute deviation from it, float32 [B, H, M, D].
+    Blocks without a valid token are zero. With `spread` also the mean absolute deviations, float32.
     """
     batch, heads, n, d = x.shape
     m = -(-block_count(n, block) // multiple) * multiple

@@ -1,0 +1,324 @@
+"""One run on a lent GPU: correctness in bfloat16, times against dense attention, launch sweep.
+
+    python benchmarks/gpu_kernels.py --out results.json            about eight minutes on an H100
+    python benchmarks/gpu_kernels.py --out /tmp/x.json --dry-run   tiny shapes, interpreted
+
+Each case is written as it ends, with its error if it failed; no case starts after --budget seconds.
+A time is the median in milliseconds, and counts only beside the check of the same kernel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_accel.kernels.block_sparse_attention import reference
+from dit_accel.kernels.block_sparse_attention import triton as sparse
+from dit_accel.kernels.block_sparse_attention import triton_backward as backward
+from dit_accel.kernels.block_table import reference as table_reference
+from dit_accel.kernels.block_table import triton as tables
+from dit_accel.kernels.launch import Launch, capability_of, find, run
+from dit_accel.kernels.pooled_attention import reference as pooled_reference
+from dit_accel.kernels.pooled_attention import triton as pooled
+from dit_accel.kernels.rectified_attention import reference as rectified_reference
+from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.table import BlockTable, block_count
+from dit_accel.testing import WIDER, assert_close, references
+
+SHAPES = {"wan1.3b-480p": (1, 12, 32760, 128), "wan14b-720p": (1, 40, 75600, 128)}
+KEEPS = (0.05, 0.02, 0.1, 0.15, 0.25, 0.5)
+
+
+class Run:
+    """The cases of one run, written to `path` after each."""
+
+    def __init__(self, path: Path, budget: float, dry: bool) -> None:
+        self.path, self.budget, self.dry = path, budget, dry
+        self.start, self.cases = time.monotonic(), []
+        self.device = "cpu" if dry else "cuda"
+        self.dtype = torch.float16 if dry else torch.bfloat16
+
+    def case(self, name: str, fn: Callable[[], dict[str, Any]]) -> None:
+        """Run fn and record what it returns, or how it failed."""
+        began = time.monotonic()
+        line: dict[str, Any] = {"case": name}
+        if began - self.start > self.budget:
+            line["error"] = "not run: out of time"
+        else:
+            try:
+                line.update(fn())
+            except Exception as error:
+                traceback.print_exc(limit=3)
+                line["error"] = f"{type(error).__name__}: {str(error)[:600]}"
+            if not self.dry:
+                torch.cuda.empty_cache()
+        line["seconds"] = round(time.monotonic() - began, 2)
+        self.cases.append(line)
+        self.path.write_text(
+            json.dumps({"environment": environment(), "cases": self.cases}, indent=1)
+        )
+        print(json.dumps(line), flush=True)
+
+    def ms(self, fn: Callable[[], Any]) -> float:
+        """Median milliseconds."""
+        if self.dry:
+            began = time.perf_counter()
+            fn()
+            return 1e3 * (time.perf_counter() - began)
+        return triton.testing.do_bench(fn, warmup=30, rep=150, return_mode="median")
+
+    def tokens(self, batch: int, heads: int, n: int, d: int) -> Tensor:
+        """[B, H, N, D] as diffusers gives it."""
+        x = torch.randn(batch, n, heads, d, device=self.device, dtype=self.dtype)
+        return x.transpose(1, 2)
+
+
+def environment() -> dict[str, str]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (interpreter)"
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
+
+
+def roofs(r: Run) -> dict[str, Any]:
+    """TFLOP/s of a square product, TB/s of a copy."""
+    n = 64 if r.dry else 8192
+    a, b = (torch.randn(n, n, device=r.device, dtype=r.dtype) for _ in range(2))
+    big = torch.randn(n, n, 8, device=r.device)
+    to = torch.empty_like(big)
+    return {
+        "tflops": 2e-9 * n**3 / r.ms(lambda: a @ b),
+        "tb_per_s": 2e-9 * big.numel() * 4 / r.ms(lambda: to.copy_(big)),
+    }
+
+
+def random_table(
+    r: Run, q: Tensor, n_k: int, block_q: int, block_k: int, keep: float
+) -> BlockTable:
+    """The same number of random blocks in every row."""
+    rows, columns = block_count(q.shape[2], block_q), block_count(n_k, block_k)
+    scores = torch.rand(*q.shape[:2], rows, columns, device=r.device)
+    kept = scores.topk(max(1, round(keep * columns))).indices.sort(-1).values.int()
+    counts = torch.full(kept.shape[:3], kept.shape[3], dtype=torch.int32, device=r.device)
+    return BlockTable(kept, counts, block_q, block_k, q.shape[2], n_k)
+
+
+def check_forward(
+    r: Run, n_q: int, n_k: int, d: int, block_q: int, block_k: int, heads: int = 2
+) -> dict[str, Any]:
+    q, k, v = (r.tokens(1, heads, n, d) for n in (n_q, n_k, n_k))
+    table = random_table(r, q, n_k, block_q, block_k, 0.5)
+    errors = {}
+    for name, op, ref in (
+        ("sparse", sparse.block_sparse_attention, reference.block_sparse_attention),
+        ("pooled", pooled.pooled_attention, pooled_reference.pooled_attention),
+        ("rectified", rectified.rectified_attention, rectified_reference.rectified_attention),
+    ):
+        out, (wide, same) = op(q, k, v, table), references(ref, q, k, v, table)
+        assert_close(name, out, wide, same)
+        errors[name] = (out.float() - wide).norm().item() / wide.norm().item()
+    return {"relative_error": errors}
+
+
+def check_backward(r: Run, n: int, d: int, block: int) -> dict[str, Any]:
+    q, k, v, grad = (r.tokens(1, 2, n, d) for _ in range(4))
+    table = random_table(r, q, n, block, block, 0.5)
+    out, lse = sparse.block_sparse_attention(q, k, v, table, return_lse=True)
+    grads = sparse.backward(grad, None, q, k, v, out, lse, table)
+    expected = []
+    for dtype in (WIDER[q.dtype], q.dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        result = reference.block_sparse_attention(*leaves, table, dtype=dtype)
+        expected.append(torch.autograd.grad(result, leaves, grad.to(dtype)))
+    for name, *tensors in zip(("dq", "dk", "dv"), grads, *expected, strict=True):
+        assert_close(name, *tensors)
+    return {"checked": "dq dk dv"}
+
+
+def check_table(r: Run, n: int, d: int, keep: float) -> dict[str, Any]:
+    """The kernel's choice against the naive one: equal, or equal in score where they differ."""
+    q, k = r.tokens(1, 2, n, d), r.tokens(1, 2, n, d)
+    ours, naive = tables.block_table(q, k, keep), table_reference.block_table(q, k, keep)
+    assert torch.equal(ours.counts, naive.counts)
+    scores = tables.block_means(q, 64) @ tables.block_means(k, 64).mT
+    sums = [(t.to_mask() * scores).sum(-1) for t in (ours, naive)]
+    torch.testing.assert_close(*sums, atol=1e-4, rtol=1e-4)
+    return {"rows_that_differ": (ours.to_mask() != naive.to_mask()).any(-1).sum().item()}
+
+
+def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """Table, attention and whole operators at one density; TFLOP/s of the kept work."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    table = tables.block_table(q, k, keep, block_q, 64)
+    kept = 4e-9 * q.shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
+    parts = {
+        "table": lambda: tables.block_table(q, k, keep, block_q, 64),
+        "sparse": lambda: sparse.block_sparse_attention(q, k, v, table),
+        "pooled": lambda: pooled.pooled_attention(q, k, v, table),
+        "rectified": lambda: rectified.rectified_attention(q, k, v, table),
+    }
+    before = 0 if r.dry else torch.cuda.memory_allocated()
+    if not r.dry:
+        torch.cuda.reset_peak_memory_stats()
+    ms = {name: r.ms(fn) for name, fn in parts.items()}
+    peak = 0 if r.dry else torch.cuda.max_memory_allocated() - before
+    return {"ms": ms, "kept_tflops": kept / ms["sparse"], "extra_bytes": peak,
+            "inputs_bytes": 3 * q.numel() * q.element_size()}  # fmt: skip
+
+
+def dense_times(r: Run, shape: tuple[int, ...]) -> dict[str, Any]:
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+    ms = {}
+    for name, backend in ({"math": SDPBackend.MATH} if r.dry else backends).items():
+        with sdpa_kernel(backend):
+            ms[name] = r.ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    return {"ms": ms}
+
+
+def flex_time(r: Run, shape: tuple[int, ...], keep: float) -> dict[str, Any]:
+    """FlexAttention at the same table, 128 × 128 blocks, beside our kernel."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    n = shape[2] // 128 * 128
+    q, k, v = q[:, :, :n], k[:, :, :n], v[:, :, :n]
+    table = random_table(r, q, n, 128, 128, keep)
+    full = torch.zeros(*table.counts.shape, n // 128, dtype=torch.int32, device=r.device)
+    full[..., : table.indices.shape[-1]] = table.indices
+    none = torch.zeros_like(table.counts)
+    mask = BlockMask.from_kv_blocks(none, full, table.counts, full, BLOCK_SIZE=128)
+    compiled = flex_attention if r.dry else torch.compile(flex_attention)
+    out = compiled(q, k, v, block_mask=mask)
+    ours = sparse.block_sparse_attention(q, k, v, table)
+    torch.testing.assert_close(out.float(), ours.float(), atol=2e-2, rtol=2e-2)
+    ms = {"flex": r.ms(lambda: compiled(q, k, v, block_mask=mask))}
+    ms["ours"] = r.ms(lambda: sparse.block_sparse_attention(q, k, v, table))
+    return {"ms": ms}
+
+
+def sweep_forward(r: Run, shape: tuple[int, ...], block_q: int, block_k: int, row: Launch) -> dict:
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    table = random_table(r, q, shape[2], block_q, block_k, 0.05)
+    expected = sparse.block_sparse_attention(q, k, v, table)
+    out = torch.empty_like(q)
+    call = sparse.forward(q, k, v, out, None, table, row)
+    kernel = sparse._block_sparse_attention_fwd_kernel
+    run(kernel, *call)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    ms = r.ms(lambda: run(kernel, *call))
+    kept = 4e-9 * shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
+    return {"launch": str(row), "ms": ms, "kept_tflops": kept / ms}
+
+
+def backward_times(r: Run, shape: tuple[int, ...], block: int, tiles: dict[str, Launch]) -> dict:
+    """dq and dkdv one by one, for given launches, and the forward beside them."""
+    q, k, v, grad = (r.tokens(*shape) for _ in range(4))
+    table = random_table(r, q, shape[2], block, block, 0.05)
+    out, lse = sparse.block_sparse_attention(q, k, v, table, return_lse=True)
+    tensors = {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": torch.empty_like(lse)}
+    transposed = tables.transpose_table(table)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    common = (tensors, table, None, None)
+    dq_call = backward.dq_launch(*common, tiles["dq"], out, None, dq)
+    dkdv_call = backward.dkdv_launch(*common, tiles["dkdv"], transposed, dk, dv)
+    calls = {
+        "dq": (backward._block_sparse_attention_bwd_dq_kernel, *dq_call),
+        "dkdv": (backward._block_sparse_attention_bwd_dkdv_kernel, *dkdv_call),
+    }
+    ms = {name: r.ms(lambda call=call: run(*call)) for name, call in calls.items()}
+    ms["transpose"] = r.ms(lambda: tables.transpose_table(table))
+    ms["forward"] = r.ms(lambda: sparse.block_sparse_attention(q, k, v, table))
+    return {"ms": ms, "launches": {name: str(row) for name, row in tiles.items()}}
+
+
+def correctness(r: Run) -> None:
+    """Every head dimension and block size, short and ragged lengths, and one video's length."""
+    lengths = [(1, 1), (63, 65), (64, 64), (1000, 1000), (4096, 4100)]
+    kinds = [(d, 64, 64) for d in (64, 80, 96, 128)]
+    kinds += [(d, 128, block_k) for d in (64, 128) for block_k in (64, 128)]
+    if r.dry:
+        lengths, kinds = [(65, 63)], kinds[:1]
+    for kind, (n_q, n_k) in product(kinds, lengths):
+        name = f"check forward {n_q}x{n_k} d{kind[0]} blocks {kind[1]}x{kind[2]}"
+        r.case(name, lambda a=(n_q, n_k, *kind): check_forward(r, *a))
+    n = 70 if r.dry else 1000
+    for d, block, _ in [kind for kind in kinds if kind[2] == kind[1]]:
+        r.case(f"check backward d{d} block {block}", lambda a=(n, d, block): check_backward(r, *a))
+    n, d = (200, 64) if r.dry else (32760, 128)
+    r.case("check table", lambda: check_table(r, n, d, 0.1))
+    r.case(f"check forward {n}", lambda: check_forward(r, n, n, d, 64, 64, heads=1))
+
+
+def sweep(r: Run, shape: tuple[int, ...]) -> None:
+    """The forward kernel's tile, warps, stages and loads for three pairs of blocks."""
+    capability = capability_of(torch.empty(0, device=r.device))
+    loads = [(stages, True) for stages in (2, 3, 5)] + [(3, False)]
+    for bq, bk in [(64, 64)] if r.dry else [(128, 64), (64, 64), (128, 128)]:
+        row = find("forward", capability, shape[3], bq)
+        for tile, warps, (stages, tma) in product((64, 128), (4, 8), loads):
+            if tile > bk or (r.dry and (warps, stages) != (4, 3)):
+                continue
+            change = {"tile": tile, "warps": warps, "stages": stages, "descriptors": tma}
+            new = replace(row, **change, provenance="")
+            name = f"sweep forward {bq}x{bk} {change}"
+            r.case(name, lambda a=(bq, bk, new): sweep_forward(r, shape, *a))
+
+
+def sweep_backward(r: Run, shape: tuple[int, ...]) -> None:
+    capability = capability_of(torch.empty(0, device=r.device))
+    for block in (64,) if r.dry else (64, 128):
+        rows = {op: find(op, capability, shape[3], block) for op in ("dq", "dkdv")}
+        for tile, warps, stages in product((32, 64), (4, 8), (2,)):
+            if r.dry and (tile, warps, stages) != (64, 4, 2):
+                continue
+            change = {"tile": tile, "warps": warps, "stages": stages, "provenance": ""}
+            new = {op: replace(row, **change) for op, row in rows.items()}
+            name = f"sweep backward block {block} tile {tile} warps {warps} stages {stages}"
+            r.case(name, lambda a=(block, new): backward_times(r, shape, *a))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=450, help="seconds")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in the interpreter")
+    options = parser.parse_args()
+    r = Run(options.out, options.budget, options.dry_run)
+    torch.manual_seed(0)
+    shapes = {"tiny": (1, 2, 200, 64)} if r.dry else SHAPES
+    first = next(iter(shapes.values()))
+    r.case("roofs", lambda: roofs(r))
+    for name, shape in shapes.items():
+        r.case(f"dense {name}", lambda s=shape: dense_times(r, s))
+        for block_q in (64, 128):
+            r.case(
+                f"keep 0.05 {name} block_q {block_q}", lambda a=(shape, 0.05, block_q): times(r, *a)
+            )
+    correctness(r)
+    sweep(r, first)
+    r.case("flex keep 0.05", lambda: flex_time(r, first, 0.05))
+    sweep_backward(r, first)
+    for (name, shape), keep in product(shapes.items(), KEEPS[1:]):
+        r.case(f"keep {keep} {name}", lambda a=(shape, keep, 128): times(r, *a))
+    failed = [line["case"] for line in r.cases if "error" in line]
+    print(f"{len(r.cases)} cases, {len(failed)} failed: {failed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,16 +16,23 @@ TEXT = 20
 class Case:
     """One transformer class: its constructor arguments, the inputs of a forward, what to expect.
 
-    layers: attention modules to be patched. family: the models it stands for. mask: what the calls
-    see. note: what a user of this model should know. order: "" when tokens form no grid.
+    family: the models it stands for. axes: of its latents. grid: tokens (T, H, W); where latents
+    are packed ("N") one row is one token, elsewhere a token is 2 × 2 latent pixels of one frame.
+    layers: attention modules to be patched. mask: what the calls see. history: tokens in front of
+    the latents. mixes: blocks in front of the first patched one let visual tokens attend.
+    note: what a user of this model should know.
     """
 
     name: str
     family: str
     config: dict[str, Any]
     inputs: Callable[[], dict[str, Any]]
+    axes: str
+    grid: tuple[int, int, int]
     layers: int = 2
     mask: str = "none"
+    history: int = 0
+    mixes: bool = False
     note: str = ""
 
     def build(self) -> torch.nn.Module:
@@ -39,6 +46,14 @@ class Case:
     def arguments(self, seed: int = 0) -> dict[str, Any]:
         torch.manual_seed(seed)
         return {**self.inputs(), "return_dict": False}
+
+    def nudged(self, t: int, h: int, w: int, token: int) -> dict[str, Any]:
+        """`arguments` with the latents of one token of the first sample changed."""
+        arguments = self.arguments()
+        latents = arguments["x"][0] if "x" in arguments else arguments["hidden_states"]
+        where = {"B": 0, "T": t, "H": 2 * h, "W": 2 * w, "N": token}
+        latents[tuple(where.get(axis, slice(None)) for axis in self.axes)] += 1
+        return arguments
 
 
 class Pipe:

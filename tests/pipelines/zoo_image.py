@@ -1,29 +1,35 @@
 """Image transformers: 16 × 16 tokens, two heads of 64."""
 
+from functools import partial
+
+import torch
 from zoo import TEXT, Case, at, image_ids, padding, x
 
-DIT = dict(num_attention_heads=2, attention_head_dim=64, in_channels=4, num_layers=2)
-PACKED = dict(
-    patch_size=1,
-    in_channels=16,
-    num_layers=1,
-    num_single_layers=1,
-    attention_head_dim=64,
-    num_attention_heads=2,
-    joint_attention_dim=16,
-    axes_dims_rope=(16, 24, 24),
-)
-COG = dict(
-    patch_size=2,
-    in_channels=4,
-    out_channels=4,
-    num_layers=2,
-    attention_head_dim=64,
-    num_attention_heads=2,
-    text_embed_dim=16,
-    time_embed_dim=16,
-    condition_dim=4,
-)
+Image = partial(Case, axes="BCHW", grid=(1, 16, 16))
+Packed = partial(Case, axes="BNC", grid=(1, 16, 16))
+
+DIT = {"num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 4, "num_layers": 2}
+PACKED = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (16, 24, 24),
+}
+COG = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "text_embed_dim": 16,
+    "time_embed_dim": 16,
+    "condition_dim": 4,
+}
 
 
 def latents(batch=2, size=32, dim=16, **more):
@@ -47,7 +53,7 @@ def packed(axes=3, **more):
 
 
 def cogview(**more):
-    sizes = dict(original_size=at(32, 32), target_size=at(32, 32), crop_coords=at(0, 0))
+    sizes = {"original_size": at(32, 32), "target_size": at(32, 32), "crop_coords": at(0, 0)}
     return latents(**{name: pair.expand(2, 2) for name, pair in sizes.items()}, **more)
 
 
@@ -63,20 +69,20 @@ def qwen(**more):
 
 
 IMAGES = (
-    Case(
+    Packed(
         "FluxTransformer2DModel",
         "Flux.1, Kontext, Fill, Control",
         dict(PACKED, pooled_projection_dim=16),
         lambda: packed(pooled_projections=x(1, 16)),
     ),
-    Case(
+    Packed(
         "Flux2Transformer2DModel",
         "Flux.2",
         dict(PACKED, axes_dims_rope=(16, 16, 16, 16), timestep_guidance_channels=32),
         lambda: packed(axes=4, guidance=at(1.0)),
         note="with a key-value cache for reference images it stays dense, unbooked",
     ),
-    Case(
+    Packed(
         "ChromaTransformer2DModel",
         "Chroma",
         dict(
@@ -89,84 +95,84 @@ IMAGES = (
         mask="product of valid queries and valid keys",
         note="diffusers' own pipelines hand it an additive bias, which stays dense",
     ),
-    Case(
+    Packed(
         "BriaTransformer2DModel",
         "Bria 3.2",
         PACKED,
         packed,
     ),
-    Case(
+    Packed(
         "BriaFiboTransformer2DModel",
         "Bria Fibo",
         dict(PACKED, text_encoder_dim=16),
         lambda: packed(text_encoder_layers=[x(1, TEXT, 16), x(1, TEXT, 16)]),
     ),
-    Case("LongCatImageTransformer2DModel", "LongCat-Image", PACKED, packed),
-    Case("OvisImageTransformer2DModel", "Ovis-Image", PACKED, packed),
-    Case(
+    Packed("LongCatImageTransformer2DModel", "LongCat-Image", PACKED, packed),
+    Packed("OvisImageTransformer2DModel", "Ovis-Image", PACKED, packed),
+    Packed(
         "QwenImageTransformer2DModel",
         "Qwen-Image, Edit, Layered",
-        dict(
-            patch_size=2,
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=64,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            axes_dims_rope=(16, 24, 24),
-        ),
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (16, 24, 24),
+        },
         qwen,
         mask="key padding",
     ),
-    Case(
+    Packed(
         "NucleusMoEImageTransformer2DModel",
         "NucleusMoE-Image",
-        dict(
-            patch_size=2,
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=64,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            axes_dims_rope=(16, 24, 24),
-            moe_enabled=False,
-            capacity_factors=[1.0, 1.0],
-        ),
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (16, 24, 24),
+            "moe_enabled": False,
+            "capacity_factors": [1.0, 1.0],
+        },
         qwen,
         mask="key padding",
     ),
-    Case(
+    Packed(
         "Krea2Transformer2DModel",
         "Krea 2",
-        dict(
-            in_channels=16,
-            num_layers=2,
-            attention_head_dim=64,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            intermediate_size=32,
-            timestep_embed_dim=16,
-            text_hidden_dim=16,
-            num_text_layers=2,
-            text_num_attention_heads=1,
-            text_num_key_value_heads=1,
-            text_intermediate_size=16,
-            num_layerwise_text_blocks=1,
-            num_refiner_text_blocks=1,
-            axes_dims_rope=(16, 24, 24),
-        ),
-        lambda: dict(
-            hidden_states=x(1, 256, 16),
-            encoder_hidden_states=x(1, TEXT, 2, 16),
-            timestep=at(0.5),
-            position_ids=krea_ids(),
-            encoder_attention_mask=padding(12),
-        ),
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "timestep_embed_dim": 16,
+            "text_hidden_dim": 16,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 1,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (16, 24, 24),
+        },
+        lambda: {
+            "hidden_states": x(1, 256, 16),
+            "encoder_hidden_states": x(1, TEXT, 2, 16),
+            "timestep": at(0.5),
+            "position_ids": krea_ids(),
+            "encoder_attention_mask": padding(12),
+        },
         mask="key padding",
     ),
-    Case(
+    Image(
         "SD3Transformer2DModel",
         "Stable Diffusion 3 and 3.5",
         dict(
@@ -184,25 +190,25 @@ IMAGES = (
         lambda: latents(pooled_projections=x(2, 16)),
         layers=3,
     ),
-    Case(
+    Image(
         "AuraFlowTransformer2DModel",
         "AuraFlow",
-        dict(
-            sample_size=32,
-            patch_size=2,
-            in_channels=4,
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
-            attention_head_dim=64,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            caption_projection_dim=128,
-            out_channels=4,
-            pos_embed_max_size=256,
-        ),
+        {
+            "sample_size": 32,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "caption_projection_dim": 128,
+            "out_channels": 4,
+            "pos_embed_max_size": 256,
+        },
         latents,
     ),
-    Case(
+    Image(
         "HunyuanImageTransformer2DModel",
         "HunyuanImage 2.1",
         dict(
@@ -218,7 +224,7 @@ IMAGES = (
         lambda: latents(encoder_attention_mask=padding(12, 20)),
         mask="key padding",
     ),
-    Case(
+    Image(
         "HunyuanDiT2DModel",
         "HunyuanDiT",
         dict(
@@ -240,7 +246,7 @@ IMAGES = (
             image_rotary_emb=(x(256, 64), x(256, 64)),
         ),
     ),
-    Case(
+    Image(
         "PixArtTransformer2DModel",
         "PixArt-α and -Σ",
         dict(
@@ -254,27 +260,29 @@ IMAGES = (
         ),
         lambda: latents(encoder_attention_mask=padding(12, 20)),
     ),
-    Case(
+    Image(
         "DiTTransformer2DModel",
         "DiT",
         dict(DIT, sample_size=32, patch_size=2),
-        lambda: dict(
-            hidden_states=x(2, 4, 32, 32), timestep=at(500, 500), class_labels=at(1, 2).long()
-        ),
+        lambda: {
+            "hidden_states": x(2, 4, 32, 32),
+            "timestep": at(500, 500),
+            "class_labels": at(1, 2).long(),
+        },
     ),
-    Case(
+    Image(
         "CogView4Transformer2DModel",
         "CogView4",
         dict(COG, sample_size=32, pos_embed_max_size=32, rope_axes_dim=(32, 32)),
         cogview,
     ),
-    Case(
+    Image(
         "CogView3PlusTransformer2DModel",
         "CogView3+",
         dict(COG, sample_size=32, pos_embed_max_size=32),
         cogview,
     ),
-    Case(
+    Image(
         "GlmImageTransformer2DModel",
         "GLM-Image",
         dict(COG, prior_vq_quantizer_codebook_size=8),
@@ -284,118 +292,119 @@ IMAGES = (
             "prior_token_drop": at(0, 1).bool(),
         },
     ),
-    Case(
+    Image(
         "ErnieImageTransformer2DModel",
         "ERNIE-Image",
-        dict(
-            hidden_size=128,
-            num_attention_heads=2,
-            num_layers=2,
-            ffn_hidden_size=64,
-            in_channels=4,
-            out_channels=4,
-            patch_size=2,
-            text_in_dim=16,
-            rope_axes_dim=(16, 24, 24),
-        ),
-        lambda: dict(
-            hidden_states=x(2, 4, 32, 32),
-            timestep=at(500.0, 500.0),
-            text_bth=x(2, TEXT, 16),
-            text_lens=at(12, 20).long(),
-        ),
+        {
+            "hidden_size": 128,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "ffn_hidden_size": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "patch_size": 2,
+            "text_in_dim": 16,
+            "rope_axes_dim": (16, 24, 24),
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 32, 32),
+            "timestep": at(500.0, 500.0),
+            "text_bth": x(2, TEXT, 16),
+            "text_lens": at(12, 20).long(),
+        },
         mask="key padding",
     ),
-    Case(
+    Image(
         "PRXTransformer2DModel",
         "PRX",
-        dict(
-            in_channels=4,
-            patch_size=2,
-            context_in_dim=16,
-            hidden_size=128,
-            mlp_ratio=1.0,
-            num_heads=2,
-            depth=2,
-            axes_dim=[32, 32],
-        ),
+        {
+            "in_channels": 4,
+            "patch_size": 2,
+            "context_in_dim": 16,
+            "hidden_size": 128,
+            "mlp_ratio": 1.0,
+            "num_heads": 2,
+            "depth": 2,
+            "axes_dim": [32, 32],
+        },
         lambda: latents(attention_mask=padding(12, 20)),
         mask="key padding",
     ),
-    Case(
+    Image(
         "Lumina2Transformer2DModel",
         "Lumina Image 2.0",
-        dict(
-            sample_size=32,
-            patch_size=2,
-            in_channels=4,
-            hidden_size=128,
-            num_layers=2,
-            num_refiner_layers=1,
-            num_attention_heads=2,
-            num_kv_heads=1,
-            multiple_of=16,
-            axes_dim_rope=(16, 24, 24),
-            axes_lens=(64, 64, 64),
-            cap_feat_dim=16,
-        ),
+        {
+            "sample_size": 32,
+            "patch_size": 2,
+            "in_channels": 4,
+            "hidden_size": 128,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "axes_dim_rope": (16, 24, 24),
+            "axes_lens": (64, 64, 64),
+            "cap_feat_dim": 16,
+        },
         lambda: latents(encoder_attention_mask=padding(12, 12)),
+        mixes=True,
         note="a batch whose prompts differ in length stays dense",
     ),
-    Case(
+    Image(
         "HiDreamImageTransformer2DModel",
         "HiDream-I1",
-        dict(
-            patch_size=2,
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=64,
-            num_attention_heads=2,
-            caption_channels=[16, 16],
-            text_emb_dim=16,
-            num_routed_experts=2,
-            num_activated_experts=1,
-            axes_dims_rope=(16, 24, 24),
-            max_resolution=(32, 32),
-            llama_layers=[0, 1],
-            force_inference_output=True,
-        ),
-        lambda: dict(
-            hidden_states=x(2, 4, 32, 32),
-            timesteps=at(500.0, 500.0),
-            encoder_hidden_states_t5=x(2, TEXT, 16),
-            encoder_hidden_states_llama3=x(2, 2, TEXT, 16),
-            pooled_embeds=x(2, 16),
-        ),
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "caption_channels": [16, 16],
+            "text_emb_dim": 16,
+            "num_routed_experts": 2,
+            "num_activated_experts": 1,
+            "axes_dims_rope": (16, 24, 24),
+            "max_resolution": (32, 32),
+            "llama_layers": [0, 1],
+            "force_inference_output": True,
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 32, 32),
+            "timesteps": at(500.0, 500.0),
+            "encoder_hidden_states_t5": x(2, TEXT, 16),
+            "encoder_hidden_states_llama3": x(2, 2, TEXT, 16),
+            "pooled_embeds": x(2, 16),
+        },
         note="images that are no square are padded and keep raster order",
     ),
-    Case(
+    Image(
         "ZImageTransformer2DModel",
         "Z-Image",
-        dict(
-            in_channels=4,
-            dim=128,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=16,
-            axes_dims=[16, 24, 24],
-            axes_lens=[512, 64, 64],
-        ),
-        lambda: dict(
-            x=[x(4, 1, 32, 32), x(4, 1, 32, 32)],
-            t=at(0.5, 0.5),
-            cap_feats=[x(12, 16), x(40, 16)],
-        ),
+        {
+            "in_channels": 4,
+            "dim": 128,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 16,
+            "axes_dims": [16, 24, 24],
+            "axes_lens": [512, 64, 64],
+        },
+        lambda: {
+            "x": [x(4, 1, 32, 32), x(4, 1, 32, 32)],
+            "t": at(0.5, 0.5),
+            "cap_feats": [x(12, 16), x(40, 16)],
+        },
         mask="key padding",
+        axes="CTHW",
+        mixes=True,
         note="reference images and batches of several sizes stay dense",
     ),
 )
 
 
 def krea_ids():
-    import torch
-
     return torch.cat([torch.zeros(TEXT, 3), image_ids(16, 16)])

@@ -1,49 +1,53 @@
 """Video transformers: 3 × 8 × 8 tokens, two heads of 64."""
 
+from functools import partial
+
 import torch
 from zoo import TEXT, Case, at, padding, x
 
-WAN = dict(
-    patch_size=(1, 2, 2),
-    num_attention_heads=2,
-    attention_head_dim=64,
-    in_channels=16,
-    out_channels=16,
-    text_dim=32,
-    freq_dim=32,
-    ffn_dim=64,
-    num_layers=2,
-    cross_attn_norm=True,
-    qk_norm="rms_norm_across_heads",
-    rope_max_seq_len=64,
-)
-HUNYUAN = dict(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    attention_head_dim=64,
-    num_layers=1,
-    num_single_layers=1,
-    num_refiner_layers=1,
-    patch_size=2,
-    patch_size_t=1,
-    text_embed_dim=16,
-    rope_axes_dim=(16, 24, 24),
-)
-COG = dict(
-    num_attention_heads=2,
-    attention_head_dim=64,
-    in_channels=4,
-    out_channels=4,
-    time_embed_dim=16,
-    text_embed_dim=16,
-    num_layers=2,
-    sample_width=16,
-    sample_height=16,
-    sample_frames=9,
-    patch_size=2,
-    max_text_seq_length=TEXT,
-)
+Video = partial(Case, axes="BCTHW", grid=(3, 8, 8))
+
+WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 64,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 64,
+}
+HUNYUAN = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "patch_size_t": 1,
+    "text_embed_dim": 16,
+    "rope_axes_dim": (16, 24, 24),
+}
+COG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 16,
+    "text_embed_dim": 16,
+    "num_layers": 2,
+    "sample_width": 16,
+    "sample_height": 16,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "max_text_seq_length": TEXT,
+}
 
 
 def wan(**more):
@@ -76,9 +80,11 @@ def cog(**more):
 
 
 def framepack():
-    frames = dict(
-        indices_latents=[3, 4, 5], indices_latents_clean=[0, 12], indices_latents_history_2x=[1, 2]
-    )
+    frames = {
+        "indices_latents": [3, 4, 5],
+        "indices_latents_clean": [0, 12],
+        "indices_latents_history_2x": [1, 2],
+    }
     frames["indices_latents_history_4x"] = [6, 7, 8, 9]
     return dict(
         **hunyuan(12),
@@ -115,15 +121,15 @@ def ltx(**more):
 
 
 VIDEOS = (
-    Case("WanTransformer3DModel", "Wan 2.1 and 2.2, Lucy Edit", WAN, wan),
-    Case(
+    Video("WanTransformer3DModel", "Wan 2.1 and 2.2, Lucy Edit", WAN, wan),
+    Video(
         "WanVACETransformer3DModel",
         "Wan VACE",
         dict(WAN, vace_layers=[0], vace_in_channels=16),
         lambda: wan(control_hidden_states=x(1, 16, 3, 16, 16)),
         layers=3,
     ),
-    Case(
+    Video(
         "WanAnimateTransformer3DModel",
         "Wan Animate",
         dict(
@@ -146,15 +152,15 @@ VIDEOS = (
         ),
         note="face blocks attend frame by frame and stay dense",
     ),
-    Case("ChronoEditTransformer3DModel", "ChronoEdit", WAN, wan),
-    Case(
+    Video("ChronoEditTransformer3DModel", "ChronoEdit", WAN, wan),
+    Video(
         "SkyReelsV2Transformer3DModel",
         "SkyReels V2",
         WAN,
         wan,
         note="the block-causal mask of diffusion forcing makes it stay dense",
     ),
-    Case(
+    Video(
         "AnyFlowTransformer3DModel",
         "AnyFlow",
         {k: v for k, v in WAN.items() if k != "qk_norm"},
@@ -164,8 +170,9 @@ VIDEOS = (
             r_timestep=x(1, 3) + 400,
             timestep=x(1, 3) + 500,
         ),
+        axes="BTCHW",
     ),
-    Case(
+    Video(
         "HeliosTransformer3DModel",
         "Helios",
         dict(
@@ -180,14 +187,14 @@ VIDEOS = (
         ),
         note="every query reads the whole history",
     ),
-    Case(
+    Video(
         "HunyuanVideoTransformer3DModel",
         "HunyuanVideo, SkyReels I2V",
         dict(HUNYUAN, pooled_projection_dim=8),
         lambda: dict(hunyuan(12, 20), pooled_projections=x(2, 8), guidance=at(1000.0, 1000.0)),
         mask="key padding",
     ),
-    Case(
+    Video(
         "HunyuanVideoFramepackTransformer3DModel",
         "FramePack",
         dict(
@@ -198,220 +205,227 @@ VIDEOS = (
             has_clean_x_embedder=True,
         ),
         framepack,
+        grid=(1, 1, 340),
+        history=148,
         note="history and new frames in one row of tokens, so the order stays raster",
     ),
-    Case(
+    Video(
         "HunyuanVideo15Transformer3DModel",
         "HunyuanVideo 1.5",
-        dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=64,
-            num_layers=2,
-            num_refiner_layers=1,
-            patch_size=2,
-            text_embed_dim=16,
-            text_embed_2_dim=8,
-            image_embed_dim=8,
-            rope_axes_dim=(16, 24, 24),
-            use_meanflow=False,
-        ),
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "patch_size": 2,
+            "text_embed_dim": 16,
+            "text_embed_2_dim": 8,
+            "image_embed_dim": 8,
+            "rope_axes_dim": (16, 24, 24),
+            "use_meanflow": False,
+        },
         hunyuan15,
         mask="key padding, in place of diffusers' N × N mask",
         note="dense calls, too, are freed of the N × N mask",
     ),
-    Case(
+    Video(
         "MotifVideoTransformer3DModel",
         "Motif-Video",
         {k: v for k, v in HUNYUAN.items() if k not in ("num_refiner_layers",)},
         lambda: hunyuan(12, 20),
         mask="key padding",
     ),
-    Case("CogVideoXTransformer3DModel", "CogVideoX 1.0 and 1.5", COG, cog),
-    Case(
+    Video("CogVideoXTransformer3DModel", "CogVideoX 1.0 and 1.5", COG, cog, axes="BTCHW"),
+    Video(
         "ConsisIDTransformer3DModel",
         "ConsisID",
         dict(COG, cross_attn_dim_head=8, cross_attn_num_heads=2),
         cog,
+        axes="BTCHW",
     ),
-    Case(
+    Video(
         "LTXVideoTransformer3DModel",
         "LTX-Video",
-        dict(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=2,
-            attention_head_dim=64,
-            cross_attention_dim=128,
-            num_layers=2,
-            caption_channels=16,
-        ),
+        {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "cross_attention_dim": 128,
+            "num_layers": 2,
+            "caption_channels": 16,
+        },
         ltx,
+        axes="BNC",
     ),
-    Case(
+    Video(
         "LTX2VideoTransformer3DModel",
         "LTX-2",
-        dict(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=2,
-            attention_head_dim=64,
-            cross_attention_dim=128,
-            audio_in_channels=8,
-            audio_out_channels=8,
-            audio_num_attention_heads=2,
-            audio_attention_head_dim=8,
-            audio_cross_attention_dim=16,
-            num_layers=2,
-            caption_channels=16,
-        ),
+        {
+            "in_channels": 8,
+            "out_channels": 8,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "cross_attention_dim": 128,
+            "audio_in_channels": 8,
+            "audio_out_channels": 8,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 8,
+            "audio_cross_attention_dim": 16,
+            "num_layers": 2,
+            "caption_channels": 16,
+        },
         lambda: ltx(
             audio_hidden_states=x(2, 6, 8),
             audio_encoder_hidden_states=x(2, TEXT, 16),
             audio_encoder_attention_mask=padding(12, 20),
             audio_num_frames=6,
         ),
+        axes="BNC",
         note="audio and audio-video attention stay dense",
     ),
-    Case(
+    Video(
         "MochiTransformer3DModel",
         "Mochi 1",
-        dict(
-            patch_size=2,
-            num_attention_heads=2,
-            attention_head_dim=64,
-            num_layers=2,
-            pooled_projection_dim=16,
-            in_channels=4,
-            text_embed_dim=16,
-            time_embed_dim=16,
-            max_sequence_length=TEXT,
-        ),
-        lambda: dict(
-            hidden_states=x(2, 4, 3, 16, 16),
-            encoder_hidden_states=x(2, TEXT, 16),
-            timestep=at(500.0, 500.0),
-            encoder_attention_mask=padding(12, 20),
-        ),
+        {
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "num_layers": 2,
+            "pooled_projection_dim": 16,
+            "in_channels": 4,
+            "text_embed_dim": 16,
+            "time_embed_dim": 16,
+            "max_sequence_length": TEXT,
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 3, 16, 16),
+            "encoder_hidden_states": x(2, TEXT, 16),
+            "timestep": at(500.0, 500.0),
+            "encoder_attention_mask": padding(12, 20),
+        },
         note="one attention call per sample",
     ),
-    Case(
+    Video(
         "AllegroTransformer3DModel",
         "Allegro",
-        dict(
-            num_attention_heads=2,
-            attention_head_dim=48,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            cross_attention_dim=96,
-            sample_width=16,
-            sample_height=16,
-            sample_frames=3,
-            caption_channels=16,
-        ),
-        lambda: dict(
-            hidden_states=x(2, 4, 3, 16, 16),
-            encoder_hidden_states=x(2, 1, TEXT, 16),
-            timestep=at(500.0, 500.0),
-            encoder_attention_mask=padding(12, 20).long(),
-            image_rotary_emb=allegro_rope(),
-        ),
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 48,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 96,
+            "sample_width": 16,
+            "sample_height": 16,
+            "sample_frames": 3,
+            "caption_channels": 16,
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 3, 16, 16),
+            "encoder_hidden_states": x(2, 1, TEXT, 16),
+            "timestep": at(500.0, 500.0),
+            "encoder_attention_mask": padding(12, 20).long(),
+            "image_rotary_emb": allegro_rope(),
+        },
     ),
-    Case(
+    Video(
         "EasyAnimateTransformer3DModel",
         "EasyAnimate 5.1",
-        dict(
-            num_attention_heads=2,
-            attention_head_dim=64,
-            in_channels=4,
-            out_channels=4,
-            patch_size=2,
-            num_layers=2,
-            mmdit_layers=1,
-            time_embed_dim=16,
-            text_embed_dim=16,
-        ),
-        lambda: dict(
-            hidden_states=x(2, 4, 3, 16, 16),
-            timestep=at(500.0, 500.0),
-            encoder_hidden_states=x(2, TEXT, 16),
-        ),
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "patch_size": 2,
+            "num_layers": 2,
+            "mmdit_layers": 1,
+            "time_embed_dim": 16,
+            "text_embed_dim": 16,
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 3, 16, 16),
+            "timestep": at(500.0, 500.0),
+            "encoder_hidden_states": x(2, TEXT, 16),
+        },
     ),
-    Case(
+    Video(
         "CosmosTransformer3DModel",
         "Cosmos 1, 2 and 2.5",
-        dict(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=64,
-            num_layers=2,
-            text_embed_dim=32,
-            adaln_lora_dim=4,
-            max_size=(4, 32, 32),
-            patch_size=(1, 2, 2),
-            concat_padding_mask=False,
-        ),
-        lambda: dict(
-            hidden_states=x(1, 4, 3, 16, 16),
-            timestep=at(0.5),
-            encoder_hidden_states=x(1, TEXT, 32),
-        ),
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "num_layers": 2,
+            "text_embed_dim": 32,
+            "adaln_lora_dim": 4,
+            "max_size": (4, 32, 32),
+            "patch_size": (1, 2, 2),
+            "concat_padding_mask": False,
+        },
+        lambda: {
+            "hidden_states": x(1, 4, 3, 16, 16),
+            "timestep": at(0.5),
+            "encoder_hidden_states": x(1, TEXT, 32),
+        },
     ),
-    Case(
+    Video(
         "Kandinsky5Transformer3DModel",
         "Kandinsky 5",
-        dict(
-            in_visual_dim=4,
-            in_text_dim=16,
-            in_text_dim2=16,
-            time_dim=32,
-            out_visual_dim=4,
-            patch_size=(1, 2, 2),
-            model_dim=128,
-            ff_dim=64,
-            num_text_blocks=1,
-            num_visual_blocks=2,
-            axes_dims=(16, 24, 24),
-        ),
-        lambda: dict(
-            hidden_states=x(1, 3, 16, 16, 4),
-            encoder_hidden_states=x(1, TEXT, 16),
-            timestep=at(500.0),
-            pooled_projections=x(1, 16),
-            visual_rope_pos=[at(*range(n)).long() for n in (3, 8, 8)],
-            text_rope_pos=at(*range(TEXT)).long(),
-        ),
+        {
+            "in_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 16,
+            "time_dim": 32,
+            "out_visual_dim": 4,
+            "patch_size": (1, 2, 2),
+            "model_dim": 128,
+            "ff_dim": 64,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (16, 24, 24),
+        },
+        lambda: {
+            "hidden_states": x(1, 3, 16, 16, 4),
+            "encoder_hidden_states": x(1, TEXT, 16),
+            "timestep": at(500.0),
+            "pooled_projections": x(1, 16),
+            "visual_rope_pos": [at(*range(n)).long() for n in (3, 8, 8)],
+            "text_rope_pos": at(*range(TEXT)).long(),
+        },
+        axes="BTHWC",
         note="checkpoints that bring their own NABLA mask stay dense",
     ),
-    Case(
+    Video(
         "LatteTransformer3DModel",
         "Latte",
-        dict(
-            num_attention_heads=2,
-            attention_head_dim=64,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            cross_attention_dim=128,
-            attention_bias=True,
-            sample_size=24,
-            patch_size=2,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=1000,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
-            caption_channels=16,
-            video_length=2,
-        ),
-        lambda: dict(
-            hidden_states=x(1, 4, 2, 24, 24),
-            timestep=at(500.0),
-            encoder_hidden_states=x(1, TEXT, 16),
-        ),
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 2,
+            "cross_attention_dim": 128,
+            "attention_bias": True,
+            "sample_size": 24,
+            "patch_size": 2,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "caption_channels": 16,
+            "video_length": 2,
+        },
+        lambda: {
+            "hidden_states": x(1, 4, 2, 24, 24),
+            "timestep": at(500.0),
+            "encoder_hidden_states": x(1, TEXT, 16),
+        },
+        grid=(1, 12, 12),
         note="one frame at a time; its attention over time is short and stays dense",
     ),
 )

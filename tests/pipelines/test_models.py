@@ -1,0 +1,165 @@
+"""Every supported transformer: stock when dense, equal when all is kept, faster when it is not."""
+
+from __future__ import annotations
+
+import warnings
+from math import prod
+
+import pytest
+import torch
+from tables import REFUSED, graphs, known_pipelines, repeats
+from zoo import TEXT, Case, Pipe, forward, zoo
+
+import dit_accel
+from dit_accel import Dense, Schedule, TopK
+from dit_accel.pipelines import registry
+
+ZOO = zoo()
+ALL = TopK(keep=0.999)  # rounds up to every block, and runs the sparse operator
+NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(params=ZOO, scope="module")
+def model(request):
+    """(case, stock model, its output)."""
+    case = ZOO[request.param]
+    with torch.no_grad():
+        built = case.build()
+        return case, built, forward(built, case.arguments())
+
+
+def run(case: Case, built, method, **options):
+    with dit_accel.accelerated(Pipe(built), method, **{**NOW, **options}) as handle:
+        out = forward(built, case.arguments())
+        return out, handle.report()
+
+
+def processors(built):
+    return {n: m.processor for n, m in built.named_modules() if hasattr(m, "processor")}
+
+
+def test_dense_is_stock_and_restore_exact(model):
+    case, built, stock = model
+    before, keys = processors(built), set(built.__dict__)
+    out, report = run(case, built, Dense())
+    if case.mask.endswith("N × N mask"):  # a masked row less, another kernel: not bit for bit
+        torch.testing.assert_close(out, stock)
+    else:
+        assert torch.equal(out, stock)
+    assert report.kept == 1 and len(report.layers) == case.layers
+    assert torch.equal(forward(built, case.arguments()), stock)
+    assert processors(built) == before and set(built.__dict__) == keys
+    hooks = (m._forward_hooks or m._forward_pre_hooks for m in built.modules())
+    assert not any(hooks)
+
+
+def test_only_visual_and_joint_attention_is_touched(model):
+    case, built, _ = model
+    before = processors(built)
+    with dit_accel.accelerated(Pipe(built), TopK()) as handle:
+        named = {row["name"] for row in handle.report().layers}
+        changed = {n for n, processor in processors(built).items() if processor is not before[n]}
+    assert changed == named
+    assert not any(word in name for name in named for word in ("refiner", "audio", "cross"))
+
+
+@pytest.mark.parametrize("order", ["raster", "hilbert"])
+def test_every_block_kept_equals_dense(model, order):
+    case, built, stock = model
+    out, report = run(case, built, ALL, order=order)
+    assert report.kept == 1 and not report.fallbacks and report.implementations
+    torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4 * float(stock.abs().max()))
+
+
+@pytest.mark.parametrize("order", ["raster", "hilbert"])
+def test_sparse_runs_differ_stay_finite_and_fall_back_nowhere(model, order):
+    case, built, stock = model
+    out, report = run(case, built, TopK(keep=0.2), order=order)
+    assert torch.isfinite(out).all() and not torch.allclose(out, stock, rtol=1e-7, atol=1e-8)
+    assert not report.fallbacks and all(row["sparse"] and not row["dense"] for row in report.layers)
+    assert 0.2 <= report.kept < 0.7
+    again, _ = run(case, built, TopK(keep=0.2), order=order)
+    assert torch.equal(out, again)
+
+
+class Spy(TopK):
+    """TopK that shows what it was given in its first call."""
+
+    def __call__(self, q, k, v, call):
+        table = self.select(q, k, call)
+        self.__dict__.setdefault("seen", (k, call, table))
+        return super().__call__(q, k, v, call)
+
+
+def spy(case, built, arguments):
+    method = Spy(keep=0.3)
+    with dit_accel.accelerated(Pipe(built), method, **NOW):
+        forward(built, arguments)
+    return method.seen
+
+
+def test_visual_tokens_lie_where_the_adapter_says_and_text_is_always_read(model):
+    """One latent pixel is changed: one key changes, the one its grid position says."""
+    case, built, _ = model
+    k, call, table = spy(case, built, case.arguments())
+    assert call.grid == case.grid
+    n, n_visual = k.shape[2], prod(case.grid)
+    n_text = n - n_visual
+    first = n_text if call.text_first else 0
+    t, h, w = int(case.grid[0] > 1 or case.history > 0), 2, 5
+    height, width = (8, 8) if case.history else case.grid[1:]
+    token = (t * height + h) * width + w
+    other, _, _ = spy(case, built, case.nudged(t, h, w, token))
+    changed = (k != other).any(-1).any(1)[0].nonzero().flatten().tolist()
+    visual = list(range(first, first + n_visual))
+    assert changed == (visual if case.mixes else [first + case.history + token])
+    if n_text:
+        text = range(n_text) if call.text_first else range(n - n_text, n)
+        blocks = sorted({i // table.block_k for i in text})
+        valid = n if call.kv_len is None else int(torch.as_tensor(call.kv_len).min())
+        blocks = [i for i in blocks if i * table.block_k < valid]
+        assert table.to_mask()[..., blocks].all() and blocks
+
+
+@pytest.mark.parametrize(
+    "name", ["EasyAnimateTransformer3DModel", "SD3Transformer2DModel", "FluxTransformer2DModel"]
+)
+def test_passes_with_texts_of_different_length(name):
+    case = ZOO[name]
+    built = case.build()
+    short = case.arguments()
+    for key in ("encoder_hidden_states", "txt_ids"):
+        if key in short:
+            short[key] = short[key].narrow(-2, 0, TEXT // 2)
+    stock = [forward(built, arguments) for arguments in (case.arguments(), short)]
+    with dit_accel.accelerated(Pipe(built), ALL, **NOW) as handle:
+        for arguments, expected in zip((case.arguments(), short), stock, strict=True):
+            torch.testing.assert_close(forward(built, arguments), expected, rtol=1e-4, atol=1e-4)
+        assert not handle.report().fallbacks
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if repeats(n)])
+def test_regional_compile_makes_no_more_graphs_than_stock(name):
+    assert graphs(name, True) <= graphs(name, False)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_left_alone_say_why(name):
+    stranger = type(name, (torch.nn.Module,), {})()
+    with pytest.raises(ValueError, match=f"{name} is left as it is: .{{20}}"):
+        dit_accel.accelerate(Pipe(stranger))
+
+
+def test_the_zoo_is_the_registry():
+    assert sorted(ZOO) == registry.known() and len(ZOO) >= 45
+
+
+def test_most_pipelines_of_diffusers_are_served():
+    assert sum(map(len, known_pipelines().values())) >= 100

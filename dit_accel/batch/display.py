@@ -40,7 +40,8 @@ class Display:
         self._seen = manifest.ask("SELECT COALESCE(MAX(seq), 0) AS n FROM events")[0]["n"]
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._began, self._done_before = time.monotonic(), manifest.counts()["done"]
+        self._began: float | None = None  # the first job's start: loading is not the pace of work
+        self._done_before = manifest.counts()["done"]
 
     def __enter__(self) -> Display:
         if not self.json and self.console.is_terminal:
@@ -77,6 +78,8 @@ class Display:
             self._draw(counts, self.manifest.ask("SELECT * FROM workers ORDER BY owner"))
 
     def _show(self, event: sqlite3.Row, counts: dict[str, int]) -> None:
+        if event["kind"] == "started" and self._began is None:
+            self._began = event["time"]
         if self.json:
             print(json.dumps(_event(event, counts)), file=self.stream, flush=True)
         elif event["kind"] not in QUIET:
@@ -95,9 +98,9 @@ class Display:
         """How long the rest will take at the pace so far."""
         made = counts["done"] - self._done_before
         open_jobs = counts["waiting"] + counts["running"]
-        if not made or not open_jobs:
+        if made < 1 or not open_jobs or self._began is None:
             return ""
-        seconds = (time.monotonic() - self._began) / made * open_jobs
+        seconds = (time.time() - self._began) / made * open_jobs
         return f", about {_duration(seconds)} left"
 
     def _draw(self, counts: dict[str, int], workers: Sequence[sqlite3.Row]) -> None:

@@ -14,6 +14,7 @@ from dit_accel.batch.jobs import DENSE
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.summary import Summary, rows, summarize
 from dit_accel.html import seconds
+from dit_accel.metrics import IDENTICAL_DB
 
 PAGE = "index.html"
 
@@ -44,18 +45,27 @@ def page(summary: Summary, jobs: list[dict[str, Any]]) -> str:
 
 
 def _facts(summary: Summary) -> str:
-    parts = [f"{summary.done} clips"]
+    parts = [_count(summary.done, "clip")]
     parts += [f"{summary.failed} failed"] if summary.failed else []
-    parts += [f"{len(summary.refused)} lines refused"] if summary.refused else []
+    parts += [f"{_count(len(summary.refused), 'line')} refused"] if summary.refused else []
     parts += [f"{summary.waiting} not done yet"] if summary.waiting else []
     if summary.done:
         parts.append(f"{seconds(summary.seconds / summary.done)} a clip")
     if summary.drift:
         parts.append(
-            f"against dense {summary.drift['psnr']:.1f} dB on average over "
-            f"{summary.drift['clips']}, {summary.drift['psnr_worst']:.1f} dB at worst"
+            f"{_count(summary.drift['clips'], 'clip')} held against dense: "
+            f"{_decibels(summary.drift['psnr'])} on average, "
+            f"{_decibels(summary.drift['psnr_worst'])} at worst"
         )
     return ", ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _decibels(value: float) -> str:
+    return "identical" if value >= IDENTICAL_DB else f"{value:.1f} dB"
 
 
 def _card(job: dict[str, Any]) -> str:
@@ -67,24 +77,26 @@ def _card(job: dict[str, Any]) -> str:
     lines = [", ".join(facts)]
     if "drift" in report:
         link = f'<a href="{quote(report["dense_file"])}">dense</a>'
-        lines.append(f"{report['drift']['psnr']:.1f} dB against {link}")
+        lines.append(f"{_decibels(report['drift']['psnr'])}, held against {link}")
     if "after_out_of_memory" in report:
         lines.append(escape("after out of memory: " + ", ".join(report["after_out_of_memory"])))
     notes = "".join(f"<p>{line}</p>" for line in lines)
-    return f"<article>{_media(job['file'])}<h3>{escape(asked['prompt'])}</h3>{notes}</article>"
+    media, title = _media(job["file"], report["size"]), escape(asked["prompt"])
+    return f"<article>{media}<h3>{title}</h3>{notes}</article>"
 
 
 def _method(text: str) -> str:
     return escape(Path(text).stem if text.endswith(".json") else text or DENSE)
 
 
-def _media(file: str) -> str:
+def _media(file: str, size: list[int]) -> str:
+    """The clip or picture, its place kept until it is loaded; a click opens the file."""
+    name, shape = quote(file), f'style="aspect-ratio: {size[2]} / {size[1]}"'
     if file.endswith(".mp4"):
-        return (
-            f'<video data-src="{quote(file)}" muted loop playsinline controls preload="none">'
-            "</video>"
-        )
-    return f'<img src="{quote(file)}" loading="lazy" alt="">'
+        tag = f'<video data-src="{name}" {shape} muted loop playsinline preload="none"></video>'
+    else:
+        tag = f'<img src="{name}" {shape} loading="lazy" alt="">'
+    return f'<a href="{name}">{tag}</a>'
 
 
 def _troubles(summary: Summary) -> str:

@@ -102,7 +102,8 @@ class Writer:
                     break
 
     def _write(self, finished: Finished) -> None:
-        row, clip, report = finished.row, finished.clip, dict(finished.clip.report)
+        row, clip = finished.row, finished.clip
+        report = {**clip.report, "size": list(clip.frames.shape[:3])}
         if finished.dense is not None:
             report["drift"] = drift(finished.dense, clip)
             report["dense_file"] = self._save(f"{row.output}.dense", finished.dense.frames)

@@ -89,6 +89,24 @@ def test_the_command_is_killed_and_goes_on(model, tmp_path):
     assert len(events) == len({row["job"] for row in events}) == 20
 
 
+def test_processes_of_a_launcher_share_the_queue(model, tmp_path):
+    path = tmp_path / "jobs.jsonl"
+    path.write_text(json.dumps({**SMALL, "prompt": ["a cat", "a dog"], "seed": list(range(8))}))
+    out = tmp_path / "out"
+    command = [
+        # what `accelerate launch` runs for several GPUs; for CPUs it wants MPI
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("-m", "dit_accel.batch", str(path), "-o", str(out), "--model", str(model)),
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("16 of 16 jobs done") == 1
+    manifest = Manifest(out)
+    assert len(manifest.ask("SELECT DISTINCT owner FROM events WHERE kind = 'ready'")) == 2
+    done = manifest.ask("SELECT job FROM events WHERE kind = 'done'")
+    assert len(done) == len({row["job"] for row in done}) == 16
+
+
 def test_the_command_refuses_bad_lines_at_once(tmp_path):
     path = tmp_path / "jobs.jsonl"
     path.write_text('{"prompt": "a cat"}\n{"prompt": "a cat", "step": 3}\n')

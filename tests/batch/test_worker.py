@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from tiny import WORDS, tiny_wan
 
@@ -249,6 +250,19 @@ def test_jobs_the_model_cannot_take(pipe, tmp_path):
     words = ("height is a multiple of 16", "frames is a multiple of 4", "takes no image")
     for failure, expected in zip(summary.failures, words, strict=True):
         assert expected in failure["error"]
+
+
+def test_a_picture_to_start_from(tmp_path):
+    pipe = tiny_wan(kind=WanImageToVideoPipeline, in_channels=36)
+    for colour in ("red", "blue"):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{colour}.png")
+    pictures = [str(tmp_path / f"{colour}.png") for colour in ("red", "blue")]
+    jobs = [{"prompt": "a cat", "image": pictures}, {"prompt": "a dog"}]
+    summary = go(pipe, tmp_path / "out", jobs, Settings(batch=4, keep_going=True))
+    assert summary.done == 2
+    assert "starts from a picture" in summary.failures[0]["error"]
+    first, second = (video.read(tmp_path / "out" / name) for name in files(tmp_path / "out"))
+    assert not np.array_equal(first, second)
 
 
 def test_an_interrupted_run_holds_no_job(pipe, tmp_path):

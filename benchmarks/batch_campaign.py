@@ -1,0 +1,237 @@
+"""200 and more jobs under injected faults, and throughput against a naive loop.
+
+    python benchmarks/batch_campaign.py [--model FOLDER] [--out FOLDER] [--json FILE]
+
+Faults: workers killed with SIGKILL at random moments, the whole run killed and started again, a
+disk that fills up and is made larger (a small tmpfs, which takes root; "disk_filled" says whether
+it was had), lines that are no jobs, pictures that cannot be read, prompts whose output is not a
+number. Counted: jobs lost, done twice, left unexplained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel import video
+from dit_accel.batch import Settings, run
+from dit_accel.batch import owner as owners
+from dit_accel.batch.jobs import Job
+from dit_accel.batch.manifest import Manifest
+from dit_accel.batch.writer import RESERVE
+from dit_accel.compare import machine
+from dit_accel.generate import Request, generate
+from dit_accel.loading import load_pipeline
+
+SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
+WORDS = ("cat", "dog", "star", "rocket")
+SEEDS, POISON, KILLS = 54, "fish", 6
+DISK = RESERVE + 900 * 2**10  # room for somewhat more than half of the clips
+
+
+class Trouble(threading.Thread):
+    """Kills workers at random, the run itself once, and fills and frees the disk."""
+
+    def __init__(self, out: Path, kills: int, seed: int = 0) -> None:
+        super().__init__(daemon=True)
+        self.out, self.kills, self.chance = out, kills, random.Random(seed)
+        self.killed: list[str] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while len(self.killed) < self.kills and not self.over.wait(0.2):
+            if not (self.out / "manifest.sqlite").exists():
+                continue
+            rows = Manifest(self.out).ask("SELECT DISTINCT owner FROM jobs WHERE state = 'running'")
+            fresh = [row["owner"] for row in rows if row["owner"] not in self.killed]
+            if not fresh or self.over.wait(self.chance.uniform(0, 2)):
+                continue
+            owner = self.chance.choice(fresh)
+            try:
+                os.kill(owners.pid_of(owner), signal.SIGKILL)
+                self.killed.append(owner)
+            except ProcessLookupError:
+                continue
+
+
+def write_jobs(path: Path) -> dict[str, int]:
+    """A job file with good and bad lines; how many of each."""
+    lines = [json.dumps({"defaults": SMALL})]
+    for word in WORDS:
+        lines.append(json.dumps({"prompt": f"a {word} on red", "seed": list(range(SEEDS))}))
+    lines.append(json.dumps({"prompt": f"a {POISON}", "seed": [0, 1, 2]}))
+    lines.append('{"prompt": "a cat", "seed": 1')
+    lines.append(json.dumps({"prompt": "a cat", "stepz": 3}))
+    (path.parent / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    lines.append(json.dumps({"prompt": "a cat", "image": "broken.png"}))
+    lines.append(json.dumps({"prompt": "a dog on red", "seed": 0}))
+    path.write_text("\n".join(lines) + "\n")
+    return {"good": len(WORDS) * SEEDS, "not_numbers": 3, "refused": 4}
+
+
+def small_disk(out: Path) -> bool:
+    """A tmpfs of DISK bytes at `out`; False where mounting is not allowed."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(out)]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def campaign(model: Path, work: Path) -> dict[str, Any]:
+    """The whole campaign; the counts."""
+    out, jobs = work / "out", work / "jobs.jsonl"
+    expected = write_jobs(jobs)
+    limited = small_disk(out)
+    began = time.perf_counter()
+    trouble = Trouble(out, KILLS)
+    trouble.start()
+    command = [
+        *(sys.executable, "-m", "dit_accel.batch", str(jobs), "-o", str(out), "--keep-going"),
+        *("--model", str(model), "--workers", "2", "--retries", "1", "--wait-for-space", "2"),
+    ]
+    runs = []
+    try:
+        runs.append(_killed_half_way(command, out))
+        for _ in range(20):
+            ended = subprocess.run(command, capture_output=True, text=True)
+            runs.append({"code": ended.returncode, "said": ended.stderr.strip().splitlines()[-1:]})
+            if ended.returncode != 3:
+                break
+            if limited:  # "free some space", it said
+                subprocess.run(["mount", "-o", f"remount,size={4 * DISK}", str(out)], check=True)
+        trouble.over.set()
+        counts = _judge(out, jobs, expected, trouble)
+    finally:
+        if limited:
+            subprocess.run(["umount", str(out)], check=False)
+    seconds = round(time.perf_counter() - began, 1)
+    return {"disk_filled": limited, "runs": runs, "seconds": seconds, **counts}
+
+
+def _killed_half_way(command: list[str], out: Path) -> dict[str, Any]:
+    """The run itself dies of SIGKILL once a third of the jobs is done, its workers with it."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(0.2)
+        if len(list(out.glob("*.mp4"))) > len(WORDS) * SEEDS // 3:
+            process.kill()
+    time.sleep(3)  # its workers notice within two seconds
+    return {"code": process.wait(), "said": ["killed on purpose"]}
+
+
+def _judge(out: Path, jobs: Path, expected: dict[str, int], trouble: Trouble) -> dict[str, Any]:
+    manifest = Manifest(out)
+    rows = manifest.ask("SELECT * FROM jobs")
+    done = [row for row in rows if row["state"] == "done"]
+    failed = [row for row in rows if row["state"] == "failed"]
+    twice = manifest.ask(
+        "SELECT job FROM events WHERE kind = 'done' GROUP BY job HAVING COUNT(*) > 1"
+    )
+    refused = manifest.ask("SELECT * FROM refused")
+    unreadable = [row["file"] for row in done if not _plays(out / row["file"])]
+    kinds = manifest.ask("SELECT kind, COUNT(*) AS n FROM events GROUP BY kind")
+    return {
+        "jobs": len(rows),
+        "lines_refused": [f"line {row['line']}: {row['reason']}" for row in refused],
+        "done": len(done),
+        "failed": len(failed),
+        "failures": sorted({row["error"] for row in failed}),
+        "expected": expected,
+        "lost": expected["good"] - sum(not _poisoned(row) for row in done),
+        "done_twice": len(twice),
+        "unexplained": sum(not row["error"] for row in failed) + expected["refused"] - len(refused),
+        "clips_that_do_not_play": len(unreadable),
+        "half_written_files_left": len(list(out.glob(".*.part.*"))),
+        "workers_killed": len(trouble.killed),
+        "events": {row["kind"]: row["n"] for row in kinds},
+        "integrity": manifest.ask("PRAGMA integrity_check")[0][0],
+    }
+
+
+def _poisoned(row: Any) -> bool:
+    return POISON in json.loads(row["job"])["prompt"]
+
+
+def _plays(path: Path) -> bool:
+    try:
+        return len(video.read(path)) == SMALL["frames"]
+    except (OSError, ValueError):
+        return False
+
+
+def throughput(model: Path, work: Path, count: int = 24) -> dict[str, Any]:
+    """Clips a minute: a naive loop, this queue, and this queue with calls of four clips."""
+    pipe, defaults = load_pipeline(model, "cpu")
+    prompts = [f"a {WORDS[n % 2]} on red" for n in range(count)]
+    size = {k: v for k, v in SMALL.items() if k != "method"}
+    generate(pipe, defaults, Request("a cat", **size))
+    found = {}
+    began = time.perf_counter()
+    for seed, prompt in enumerate(prompts):
+        frames = generate(pipe, defaults, Request(prompt, seed=seed, **size)).frames
+        video.save(work / f"naive-{seed}.mp4", frames, defaults.fps)
+    found["naive loop"] = time.perf_counter() - began
+    jobs = [Job(prompt, seed=seed, **SMALL) for seed, prompt in enumerate(prompts)]
+    for name, batch in (("batch", 1), ("batch, four clips a call", 4)):
+        out = work / f"throughput-{batch}"
+        began = time.perf_counter()
+        summary = run(jobs, out, pipe=pipe, settings=Settings(batch=batch), show="none")
+        found[name] = time.perf_counter() - began
+        assert summary.ok, summary
+    return {name: round(60 * count / seconds, 1) for name, seconds in found.items()}
+
+
+def poisoned_copy(model: Path, folder: Path) -> Path:
+    """The model with an embedding for "fish" that is not a number: an output to be caught."""
+    pipe, _ = load_pipeline(model, "cpu")
+    ids = pipe.tokenizer(POISON, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight[ids] = float("nan")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_model(folder: Path) -> Path:
+    """The tiny random WanPipeline of the tests."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from tiny import saved_tiny_wan
+
+    return saved_tiny_wan(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="pipeline folder; default: a tiny random Wan")
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/batch.json")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="batch-campaign-"))
+    try:
+        model = options.model or tiny_model(work / "model")
+        found = {
+            "model": options.model.name if options.model else "tiny random Wan (tests/tiny.py)",
+            "clip": SMALL,
+            "machine": machine(load_pipeline(model, "cpu")[0]),
+            "clips_a_minute": throughput(model, work),
+            "campaign": campaign(poisoned_copy(model, work / "poisoned"), work),
+        }
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    options.json.parent.mkdir(exist_ok=True)
+    options.json.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -53,6 +53,11 @@ def test_the_embedded_model_ships_and_its_training_does_not(names):
     assert "dit_accel/cli.py" in names
 
 
+def test_pages_ship(names):
+    here = {p for kind in ("html", "css", "js") for p in (ROOT / "dit_accel").rglob(f"*.{kind}")}
+    assert {str(p.relative_to(ROOT)) for p in here} <= names and here
+
+
 def test_links_are_committed_as_links():
     for link in ("kernels", "pipelines", "assets"):
         assert (ROOT / "dit_accel" / link).is_symlink()

@@ -1,9 +1,10 @@
-"""PSNR and SSIM of each method's clips against dense ones of the same seed; control: fewer steps.
+"""How near each method's clips are to dense ones of the same seed; the control is fewer steps.
 
     python benchmarks/quality.py --seconds 230     again and again until it says that all is done
 
 Each finished clip is written to the results at once, so that a run can stop and go on. `kept` is
 the share of attention work done over the whole run; for fewer dense steps, steps over all steps.
+PSNR and SSIM are those of the pixels of the first `--decode` latent frames (a Wan model's).
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from dit_accel import Dense, Pooled, Rectified, Rettention, TopK, accelerated
-from dit_accel.generate import Request, generate
+from dit_accel.generate import Request, arguments
 from dit_accel.loading import EMBEDDED, load_pipeline
 from dit_accel.methods import Method
 from dit_accel.metrics import latent_error, quality
@@ -29,62 +32,86 @@ PROMPTS = (
     "ghost on a black background",
     "unicorn on a pink background",
 )
-KEEPS = (0.5, 0.2)
-STEPS = (21, 17, 13, 10, 8)
+SHARES = (1.0, 0.84, 0.68, 0.52, 0.4, 0.32)  # of the steps, for the control
 
 
 def methods(keep: float) -> dict[str, Method]:
     """The rows at one keep."""
+    plain = {"mass": 0.0, "neighbours": None}
     return {
-        "topk": TopK(keep),
         "pooled": Pooled(keep),
-        "rectified": Rectified(keep, gapr=False, mass=0, neighbours=None),
-        "rectified, GAPR": Rectified(keep, mass=0, neighbours=None),
+        "topk": TopK(keep),
         "re-ttention": Rettention(keep),
+        "rectified": Rectified(keep, gapr=False, **plain),
+        "rectified, GAPR": Rectified(keep, **plain),
         "re-ttention, pooled": Rettention(keep, residual="pooled"),
         "ditfastattn": Rettention(keep, rescale=False),
     }
 
 
-def plan(orders: list[str]) -> list[tuple[str, Method, int | None, str]]:
+def plan(orders: list[str], keeps: list[float], steps: int) -> list[tuple[str, Method, int, str]]:
     """(row, method, steps, order), the controls first."""
-    rows = [(f"dense, {n} steps", Dense(), n, "raster") for n in STEPS]
+    counts = (round(share * steps) for share in SHARES[1:])
+    rows = [(f"dense, {n} steps", Dense(), n, "raster") for n in counts]
     for order in orders:
-        for keep in KEEPS:
+        for keep in keeps:
             for name, method in methods(keep).items():
-                rows.append((f"{name} {keep} {order}", method, None, order))
+                rows.append((f"{name} {keep} {order}", method, steps, order))
     return rows
 
 
-def run(pipe, defaults, prompt, seed, method, steps, order):
-    request = Request(prompt, seed=seed, steps=steps)
+def run(pipe, defaults, prompt, seed, method, steps, order, kept_steps):
+    """Latents and the share of attention work, of that of a dense run of `kept_steps`."""
+    values = arguments(pipe, defaults, Request(prompt, seed=seed, steps=steps))
     with accelerated(pipe, method, order=order, min_tokens=0) as handle:
-        result = generate(pipe, defaults, request)
-        kept = handle.report().kept
-    all_steps = defaults.num_inference_steps
-    return result, kept * (steps or all_steps) / all_steps
+        latents = pipe(**values, output_type="latent").frames
+        return latents, handle.report().kept * steps / kept_steps
+
+
+def decode(pipe, latents: torch.Tensor, count: int | None) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] of the first `count` latent frames."""
+    config = pipe.vae.config
+    mean, std = (
+        torch.tensor(x).view(1, -1, 1, 1, 1) for x in (config.latents_mean, config.latents_std)
+    )
+    latents = latents[:, :, :count].float() * std + mean
+    with torch.no_grad():
+        pixels = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+    pixels = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
+    return pixels.round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def reference(pipe, defaults, prompt: str, seed: int, steps: int, work: Path) -> torch.Tensor:
+    """The dense latents, kept in `work` from one call of this script to the next."""
+    path = work / f"{prompt} {seed} {steps}.safetensors".replace(" ", "-")
+    if not path.exists():
+        latents, _ = run(pipe, defaults, prompt, seed, Dense(), steps, "raster", steps)
+        work.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": latents.contiguous()}, path)
+    return load_file(path)["latents"]
 
 
 def fill(data: dict, pipe, defaults, options) -> bool:
     """Add clips until the time is up; True when none is left."""
-    begin, rows = time.monotonic(), plan(options.order)
-    for prompt in PROMPTS:
+    steps = options.steps or defaults.num_inference_steps
+    begin, rows = time.monotonic(), plan(options.order, options.keep, steps)
+    for prompt in PROMPTS[: options.prompts]:
         for seed in options.seeds:
             done = data["clips"].setdefault(f"{prompt} #{seed}", {})
-            left = [row for row in rows if row[0] not in done]
-            if not left:
-                continue
-            reference, _ = run(pipe, defaults, prompt, seed, Dense(), None, "raster")
-            for name, method, steps, order in left:
+            dense = None
+            for name, method, count, order in (row for row in rows if row[0] not in done):
                 if time.monotonic() - begin > options.seconds:
                     return False
-                result, kept = run(pipe, defaults, prompt, seed, method, steps, order)
-                found = quality(reference.frames, result.frames)
+                if dense is None:
+                    dense = reference(pipe, defaults, prompt, seed, steps, options.work)
+                    frames = decode(pipe, dense, options.decode)
+                latents, kept = run(pipe, defaults, prompt, seed, method, count, order, steps)
+                found = quality(frames, decode(pipe, latents, options.decode))
                 done[name] = {
                     "kept": round(kept, 4),
                     "psnr": round(found.psnr_mean, 3),
                     "ssim": round(found.ssim_mean, 4),
-                    "latent_error": round(latent_error(reference.latents, result.latents), 4),
+                    "latent_error": round(latent_error(dense, latents), 4),
                 }
                 options.out.write_text(json.dumps(data, indent=1) + "\n")
     return True
@@ -110,6 +137,11 @@ def main() -> None:
     )
     parser.add_argument("--model", help="folder or id; the embedded model when left out")
     parser.add_argument("--order", nargs="+", default=["raster"])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.2])
+    parser.add_argument("--steps", type=int, help="the model's default when left out")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many")
+    parser.add_argument("--decode", type=int, help="latent frames to decode; all when left out")
+    parser.add_argument("--work", type=Path, default=Path("out/quality"), help="dense latents")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu-quality.json"))

@@ -20,7 +20,8 @@ from dit_accel.kernels.block_sparse_attention import triton as forward
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import triton as table_kernels
 from dit_accel.kernels.block_table.triton import select_launch
-from dit_accel.kernels.launch import LAUNCHES, Launch
+from dit_accel.kernels.launch import LAUNCHES, Launch, split_head_dim
+from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.table import BlockTable, block_count
 
@@ -65,12 +66,17 @@ def forward_case(
     return forward._block_sparse_attention_fwd_kernel, arguments
 
 
-def dq_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The dq kernel."""
+def dq_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The dq kernel; `extra` is "" or "pool"."""
     x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
     lse = empty(*_SHAPE)
     tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
-    _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x)
+    means = empty(*_SHAPE[:2], 640, head_dim, dtype=dtype)
+    pool = (means, means, empty(*_SHAPE[:2], kept.query_blocks, 640, dtype=torch.uint8))
+    pool = pool if extra == "pool" else None
+    _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x, pool)
     return backward._block_sparse_attention_bwd_dq_kernel, arguments
 
 
@@ -83,6 +89,21 @@ def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     transposed = (counts.long(), counts, empty(kept.indices.numel(), dtype=torch.int32))
     _, arguments, _ = backward.dkdv_launch(tensors, kept, None, None, launch, transposed, x, x)
     return backward._block_sparse_attention_bwd_dkdv_kernel, arguments
+
+
+def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the gradients of pooled keys and values."""
+    x, lse, (d0, d1) = tokens(head_dim, dtype), empty(*_SHAPE), split_head_dim(head_dim)
+    means, sums = empty(1, 12, 640, head_dim, dtype=dtype), empty(1, 1, 12, 640, head_dim)
+    return pooled._pooled_attention_bwd_dkdv_kernel, {
+        "q": x, "do": x, "pool_k": means, "pool_v": means, "lse": lse, "delta": lse, "kv_len": None,
+        "kept": empty(1, 12, 512, 640, dtype=torch.uint8), "dk": sums, "dv": sums,
+        "s_q": x.stride(),
+        "s_do": x.stride(), "n_q": _SHAPE[2], "n_k": _SHAPE[2], "n_pool": 640, "m_q": 512,
+        "m_part": 256,
+        "n_heads": 12, "scale2": 0.1, "BLOCK_Q": launch.block, "BLOCK_K": 64, "TILE": launch.tile,
+        "D0": d0, "D1": d1, "PRECISION": launch.precision,
+    }  # fmt: skip
 
 
 def means_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -143,6 +164,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "forward": forward_case,
     "dq": dq_case,
     "dkdv": dkdv_case,
+    "pool": pool_case,
     "means": means_case,
     "scores": scores_case,
     "select": select_case,
@@ -167,6 +189,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         place = f"@{row.capability}"
         if row.op in CASES and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {}
+        if row.op == "dq" and (not wanted or "dq+" + place in wanted):
+            yield row, row.head_dim, {"extra": "pool"}
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
             yield row, row.head_dim, {"extra": "rectify"}

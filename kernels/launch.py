@@ -72,7 +72,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("forward", 120, 128, 64, 32, 4, 2),
     Launch("forward", 120, 128, 128, 16, 8, 2),
     Launch("dq", 80, 128, 64, 64, 4, 2),
-    Launch("dq", 80, 128, 128, 32, 8, 2),
+    Launch("dq", 80, 128, 128, 16, 8, 2),
     Launch("dq", 90, 128, 64, 64, 4, 2),
     Launch("dq", 90, 128, 128, 64, 8, 2),
     Launch("dq", 120, 128, 64, 32, 4, 2),
@@ -83,14 +83,15 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("dkdv", 90, 128, 128, 32, 8, 2),
     Launch("dkdv", 120, 128, 64, 32, 8, 2),
     Launch("dkdv", 120, 128, 128, 16, 8, 2),
+    Launch("pool", 80, 128, 64, 32, 8, 2),
+    Launch("pool", 80, 128, 128, 16, 8, 1),
     Launch("means", 80, 128, 128, 16, 4, 1),
     Launch("scores", 80, 128, 128, 64, 8, 2, precision="tf32x3"),
     Launch("coefficients", 80, 128, 128, 32, 8, 1, precision="tf32x3"),
     Launch("rows", 80, 128, 128, 16, 4, 1),
     Launch("window", 80, 128, 128, 32, 8, 2),
     Launch("state", 80, 128, 128, 64, 8, 1, precision="tf32"),
-    Launch("branch", 80, 128, 128, 16, 8, 1, precision="tf32"),
-    Launch("branch", 90, 128, 128, 32, 8, 1, precision="tf32"),
+    Launch("branch", 80, 128, 128, 32, 8, 1, precision="tf32"),
 )
 
 

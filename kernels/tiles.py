@@ -82,6 +82,14 @@ def whole_blocks(p_idx, n_kept, n_valid, BLOCK: tl.constexpr, PADDED: tl.constex
     return n_kept - (last >= n_valid // BLOCK).to(tl.int32)
 
 
+@triton.jit
+def pool_bias(p_kept, o_m, n_valid, BLOCK: tl.constexpr):
+    """log2 of the valid tokens of blocks `o_m`; -inf for kept blocks and those without a token."""
+    b_size = (n_valid - o_m * BLOCK).to(tl.float32)
+    b_bias = tl.log2(tl.clamp(b_size, 1.0, BLOCK))
+    return tl.where((tl.load(p_kept + o_m) == 0) & (b_size > 0), b_bias, -float("inf"))
+
+
 def key_limits(k: Tensor, kv_len: int | Tensor | None) -> dict[str, Any]:
     """The kernel arguments that say how many keys are valid."""
     per_sample = isinstance(kv_len, Tensor)

@@ -31,6 +31,7 @@ from dit_accel.kernels.tiles import (
     key_limits,
     load_tile,
     log2_scale,
+    pool_bias,
     scores,
     tile_pointers,
     whole_blocks,
@@ -119,10 +120,7 @@ def _block_sparse_attention_fwd_kernel(
         p_v = tile_pointers(x_pv, D, 1, TILE_K, D0, 0)
         p_v1 = tile_pointers(x_pv, D, 1, TILE_K, D1, D0)
         for i in tl.range(0, tl.cdiv(n_valid, TILE_K * BLOCK_K), num_stages=STAGES):
-            b_size = n_valid - (i * TILE_K + o_k) * BLOCK_K
-            b_kept = tl.load(kept + i_row * n_pool + i * TILE_K + o_k)
-            b_bias = tl.log2(tl.clamp(b_size.to(tl.float32), 1.0, BLOCK_K))
-            b_bias = tl.where((b_kept == 0) & (b_size > 0), b_bias, -float("inf"))
+            b_bias = pool_bias(kept + i_row * n_pool, i * TILE_K + o_k, n_valid, BLOCK_K)
             b_k = load_tile(p_k, i * TILE_K * D, o_k, n_k, False)
             b_v = load_tile(p_v, i * TILE_K * D, o_k, n_k, False)
             b_k1 = load_tile(p_k1, i * TILE_K * D, o_k, n_k, False)

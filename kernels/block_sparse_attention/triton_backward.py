@@ -22,6 +22,7 @@ from dit_accel.kernels.tiles import (
     key_limits,
     load_tile,
     log2_scale,
+    pool_bias,
     scores,
     tile_pointers,
     whole_blocks,
@@ -30,14 +31,14 @@ from dit_accel.table import BlockTable
 
 
 @triton.jit
-def _load_lse(p_lse, o_q, n_q):
+def load_lse(p_lse, o_q, n_q):
     """LSE in log2 units; +inf for rows without a key, so that their probabilities are zero."""
     b_lse = tl.load(p_lse + o_q, mask=o_q < n_q, other=float("inf"))
     return tl.where(b_lse == -float("inf"), float("inf"), b_lse) * 1.4426950408889634
 
 
 @triton.jit
-def _dot_add(b_x, b_y, b_acc, PRECISION: tl.constexpr):
+def dot_add(b_x, b_y, b_acc, PRECISION: tl.constexpr):
     """acc + x·y, where y is a tile or None."""
     if b_y is not None:
         b_acc = tl.dot(b_x.to(b_y.dtype), b_y, b_acc, input_precision=PRECISION)
@@ -56,9 +57,10 @@ def _store(p_x, b_x, o_x, n):
         tl.store(p_x, b_x.to(p_x.dtype.element_ty), mask=o_x[:, None] < n)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k", "width"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_pool", "width"])
 def _block_sparse_attention_bwd_dq_kernel(
     q, k, v, o, do, lse, dlse, delta, dq, indices, counts, kv_len,
+    pool_k, pool_v, kept, n_pool,
     s_q, s_k, s_v, s_o, s_do, s_dq, n_q, n_k, width, scale2, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr,
@@ -97,7 +99,7 @@ def _block_sparse_attention_bwd_dq_kernel(
     if dlse is not None:
         b_delta -= tl.load(dlse + i_bh * n_q + o_q, mask=o_q < n_q, other=0.0)
     tl.store(delta + i_bh * n_q + o_q, b_delta, mask=o_q < n_q)
-    b_lse = _load_lse(lse + i_bh * n_q, o_q, n_q)
+    b_lse = load_lse(lse + i_bh * n_q, o_q, n_q)
     p_k = tile_pointers(x_k, s_k[2], s_k[3], TILE, D0, 0)
     p_k1 = tile_pointers(x_k, s_k[2], s_k[3], TILE, D1, D0)
     p_v = tile_pointers(x_v, s_v[2], s_v[3], TILE, D0, 0)
@@ -113,8 +115,8 @@ def _block_sparse_attention_bwd_dq_kernel(
         b_v1 = load_tile(p_v1, i_k * s_v[2], o_k, n_k, False)
         b_p = tl.exp2(scores(b_q, b_q1, b_k, b_k1, PRECISION) * scale2 - b_lse[:, None])
         b_ds = b_p * (scores(b_do, b_do1, b_v, b_v1, PRECISION) - b_delta[:, None])
-        b_dq = _dot_add(b_ds, b_k, b_dq, PRECISION)
-        b_dq1 = _dot_add(b_ds, b_k1, b_dq1, PRECISION)
+        b_dq = dot_add(b_ds, b_k, b_dq, PRECISION)
+        b_dq1 = dot_add(b_ds, b_k1, b_dq1, PRECISION)
 
     for i in tl.range(n_whole * SPLIT, n_kept * SPLIT, num_stages=1):
         i_k = tl.load(p_idx + i // SPLIT).to(tl.int64) * BLOCK_K + i % SPLIT * TILE
@@ -126,16 +128,35 @@ def _block_sparse_attention_bwd_dq_kernel(
         b_p = tl.exp2(scores(b_q, b_q1, b_k, b_k1, PRECISION) * scale2 - b_lse[:, None])
         b_p = tl.where(o_k[None, :] < n_left, b_p, 0.0)
         b_ds = b_p * (scores(b_do, b_do1, b_v, b_v1, PRECISION) - b_delta[:, None])
-        b_dq = _dot_add(b_ds, b_k, b_dq, PRECISION)
-        b_dq1 = _dot_add(b_ds, b_k1, b_dq1, PRECISION)
+        b_dq = dot_add(b_ds, b_k, b_dq, PRECISION)
+        b_dq1 = dot_add(b_ds, b_k1, b_dq1, PRECISION)
+
+    if pool_k is not None:
+        x_pk, x_pv = pool_k + i_bh * n_pool * (D0 + D1), pool_v + i_bh * n_pool * (D0 + D1)
+        p_k = tile_pointers(x_pk, D0 + D1, 1, TILE, D0, 0)
+        p_k1 = tile_pointers(x_pk, D0 + D1, 1, TILE, D1, D0)
+        p_v = tile_pointers(x_pv, D0 + D1, 1, TILE, D0, 0)
+        p_v1 = tile_pointers(x_pv, D0 + D1, 1, TILE, D1, D0)
+        for i in tl.range(0, tl.cdiv(n_valid, TILE * BLOCK_K), num_stages=STAGES):
+            b_bias = pool_bias(kept + i_row * n_pool, i * TILE + o_k, n_valid, BLOCK_K)
+            b_k = load_tile(p_k, i * TILE * (D0 + D1), o_k, n_k, False)
+            b_k1 = load_tile(p_k1, i * TILE * (D0 + D1), o_k, n_k, False)
+            b_v = load_tile(p_v, i * TILE * (D0 + D1), o_k, n_k, False)
+            b_v1 = load_tile(p_v1, i * TILE * (D0 + D1), o_k, n_k, False)
+            b_s = scores(b_q, b_q1, b_k, b_k1, PRECISION) * scale2 + b_bias[None, :]
+            b_p = tl.exp2(b_s - b_lse[:, None])
+            b_ds = b_p * (scores(b_do, b_do1, b_v, b_v1, PRECISION) - b_delta[:, None])
+            b_dq = dot_add(b_ds, b_k, b_dq, PRECISION)
+            b_dq1 = dot_add(b_ds, b_k1, b_dq1, PRECISION)
 
     _store(tile_pointers(x_dq, s_dq[2], s_dq[3], BLOCK_Q, D0, 0), b_dq * scale, o_q, n_q)
     _store(tile_pointers(x_dq, s_dq[2], s_dq[3], BLOCK_Q, D1, D0), b_dq1 * scale, o_q, n_q)
 
 
-@triton.jit(do_not_specialize=["n_q", "n_k"])
+@triton.jit(do_not_specialize=["n_q", "n_k", "n_max", "n_pool"])
 def _block_sparse_attention_bwd_dkdv_kernel(
     q, k, v, do, lse, delta, dk, dv, starts, counts, rows, kv_len,
+    pool_dk, pool_dv, n_pool,
     s_q, s_k, s_v, s_do, s_dk, s_dv, n_q, n_k, n_max, scale2, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr,
@@ -181,14 +202,14 @@ def _block_sparse_attention_bwd_dkdv_kernel(
         b_q1 = load_tile(p_q1, i_q * s_q[2], o_q, n_q, False)
         b_do = load_tile(p_do, i_q * s_do[2], o_q, n_q, False)
         b_do1 = load_tile(p_do1, i_q * s_do[2], o_q, n_q, False)
-        b_lse = _load_lse(lse + i_bh * n_q + i_q, o_q, TILE)
+        b_lse = load_lse(lse + i_bh * n_q + i_q, o_q, TILE)
         b_delta = tl.load(delta + i_bh * n_q + i_q + o_q)
         b_p = tl.exp2(scores(b_k, b_k1, b_q, b_q1, PRECISION) * scale2 - b_lse[None, :])
-        b_dv = _dot_add(b_p, b_do, b_dv, PRECISION)
-        b_dv1 = _dot_add(b_p, b_do1, b_dv1, PRECISION)
+        b_dv = dot_add(b_p, b_do, b_dv, PRECISION)
+        b_dv1 = dot_add(b_p, b_do1, b_dv1, PRECISION)
         b_ds = b_p * (scores(b_v, b_v1, b_do, b_do1, PRECISION) - b_delta[None, :])
-        b_dk = _dot_add(b_ds, b_q, b_dk, PRECISION)
-        b_dk1 = _dot_add(b_ds, b_q1, b_dk1, PRECISION)
+        b_dk = dot_add(b_ds, b_q, b_dk, PRECISION)
+        b_dk1 = dot_add(b_ds, b_q1, b_dk1, PRECISION)
 
     for i in tl.range(n_whole * SPLIT, n_rows * SPLIT, num_stages=1):
         i_q = tl.load(p_idx + i // SPLIT).to(tl.int64) * BLOCK_Q + i % SPLIT * TILE
@@ -197,14 +218,25 @@ def _block_sparse_attention_bwd_dkdv_kernel(
         b_q1 = load_tile(p_q1, i_q * s_q[2], o_q, n_left, True)
         b_do = load_tile(p_do, i_q * s_do[2], o_q, n_left, True)
         b_do1 = load_tile(p_do1, i_q * s_do[2], o_q, n_left, True)
-        b_lse = _load_lse(lse + i_bh * n_q + i_q, o_q, n_left)
+        b_lse = load_lse(lse + i_bh * n_q + i_q, o_q, n_left)
         b_delta = tl.load(delta + i_bh * n_q + i_q + o_q, mask=o_q < n_left, other=0.0)
         b_p = tl.exp2(scores(b_k, b_k1, b_q, b_q1, PRECISION) * scale2 - b_lse[None, :])
-        b_dv = _dot_add(b_p, b_do, b_dv, PRECISION)
-        b_dv1 = _dot_add(b_p, b_do1, b_dv1, PRECISION)
+        b_dv = dot_add(b_p, b_do, b_dv, PRECISION)
+        b_dv1 = dot_add(b_p, b_do1, b_dv1, PRECISION)
         b_ds = b_p * (scores(b_v, b_v1, b_do, b_do1, PRECISION) - b_delta[None, :])
-        b_dk = _dot_add(b_ds, b_q, b_dk, PRECISION)
-        b_dk1 = _dot_add(b_ds, b_q1, b_dk1, PRECISION)
+        b_dk = dot_add(b_ds, b_q, b_dk, PRECISION)
+        b_dk1 = dot_add(b_ds, b_q1, b_dk1, PRECISION)
+
+    if pool_dk is not None:
+        # a mean hands each of its tokens an equal share of its gradient
+        size = tl.clamp((n_valid - i_m * BLOCK_K).to(tl.float32), 1.0, BLOCK_K)
+        o_p = (i_bh * n_pool + i_m) * (D0 + D1) + tl.arange(0, D0)
+        b_dk += (tl.load(pool_dk + o_p) / size)[None, :]
+        b_dv += (tl.load(pool_dv + o_p) / size)[None, :]
+        if D1 > 0:
+            o_p1 = (i_bh * n_pool + i_m) * (D0 + D1) + D0 + tl.arange(0, D1)
+            b_dk1 += (tl.load(pool_dk + o_p1) / size)[None, :]
+            b_dv1 += (tl.load(pool_dv + o_p1) / size)[None, :]
 
     # a key beyond kv_len was read as zero, and its weights mean nothing
     m_k = (o_k < n_valid)[:, None]
@@ -270,13 +302,17 @@ def dq_launch(
     out: Tensor,
     grad_lse: Tensor | None,
     dq: Tensor,
+    pool: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
-    """Grid, arguments and launch of the dq kernel, which also writes δ."""
+    """Grid, arguments and launch of the dq kernel, which also writes δ; pool as in the forward."""
+    pool_k, pool_v, kept = pool or (None, None, None)
     arguments = {
         **_common(tensors, table, scale, kv_len, launch, min(launch.tile, table.block_k)),
         "o": out, "dlse": None if grad_lse is None else grad_lse.contiguous(), "dq": dq,
         "indices": table.indices.contiguous(), "counts": table.counts.contiguous(),
-        "s_o": out.stride(), "s_dq": dq.stride(), "width": table.indices.shape[-1],
+        "s_o": out.stride(), "s_dq": dq.stride(), "pool_k": pool_k, "pool_v": pool_v,
+        "kept": kept, "n_pool": 0 if kept is None else kept.shape[-1],
+        "width": table.indices.shape[-1],
     }  # fmt: skip
     return (table.query_blocks, *_heads(dq)), arguments, launch
 
@@ -290,13 +326,20 @@ def dkdv_launch(
     transposed: tuple[Tensor, Tensor, Tensor],
     dk: Tensor,
     dv: Tensor,
+    pool_grads: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
-    """Grid, arguments and launch of the dk and dv kernel."""
+    """Grid, arguments and launch of the dk and dv kernel.
+
+    pool_grads: gradients of the pooled keys (before the scale) and values, float32 [B, H, Mp, D].
+    """
+    pool_dk, pool_dv = pool_grads or (None, None)
     starts, counts, rows = transposed
     arguments = {
         **_common(tensors, table, scale, kv_len, launch, min(launch.tile, table.block_q)),
         "dk": dk, "dv": dv, "starts": starts, "counts": counts, "rows": rows,
         "s_dk": dk.stride(), "s_dv": dv.stride(), "n_max": dk.shape[2],
+        "pool_dk": pool_dk, "pool_dv": pool_dv,
+        "n_pool": 0 if pool_dk is None else pool_dk.shape[2],
     }  # fmt: skip
     arguments.pop("PADDED")
     return (table.key_blocks, *_heads(dk)), arguments, launch

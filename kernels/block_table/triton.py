@@ -22,7 +22,7 @@ _SCORE_BYTES = 2**25
 MEAN_TILE = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _block_mean_fwd_kernel(
     x, mean, spread, kv_len, s_x, n, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -131,7 +131,7 @@ def _kept_map_fwd_kernel(indices, counts, kept, width, m_pad, BLOCK: tl.constexp
         tl.store(kept + i_row * m_pad + b_i, tl.full([BLOCK], 1, tl.uint8), mask=m_i)
 
 
-@triton.jit(do_not_specialize=["m_q", "m_pad"])
+@triton.jit(do_not_specialize=["m_q", "m_k", "m_pad"])
 def _transpose_table_fwd_kernel(
     kept, starts, rows, m_q, m_k, m_pad, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
 ):  # fmt: skip

@@ -9,7 +9,7 @@ from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.table import BlockTable, block_count
-from dit_accel.testing import assert_close, references
+from dit_accel.testing import WIDER, assert_close, references
 
 HALF = torch.float16
 CASES = [
@@ -38,6 +38,24 @@ def test_pooled(case, kv_len, device):
     wide, same = references(pooled_reference.pooled_attention, q, k, v, table, None, kv_len, True)
     assert_close("out", out[0], wide[0], same[0])
     assert_close("lse", out[1], wide[1], same[1].float())
+
+
+@pytest.mark.parametrize("case,kv_len", CASES[2:4], ids=str)
+def test_pooled_backward(case, kv_len, device):
+    q, k, v, table = inputs(*case, device)
+    out, lse = pooled.pooled_attention(q, k, v, table, None, kv_len, True)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    grads = pooled.backward(grad_out, grad_lse, q, k, v, out, lse, table, None, kv_len)
+    expected = []
+    for dtype in (WIDER[q.dtype], q.dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        arguments = (*leaves, table, None, kv_len, True)
+        outs = pooled_reference.pooled_attention(*arguments, dtype=dtype)
+        loss = (outs[0] * grad_out.to(dtype)).sum()
+        loss = loss + (outs[1] * grad_lse.to(dtype)).where(outs[1].isfinite(), 0).sum()
+        expected.append(torch.autograd.grad(loss, leaves))
+    for name, *tensors in zip(("dq", "dk", "dv"), grads, *expected, strict=True):
+        assert_close(name, *tensors)
 
 
 def test_pooled_with_every_block_kept_is_exact(device):

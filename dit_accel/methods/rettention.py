@@ -21,6 +21,7 @@ from dit_accel.table import BlockTable, block_count
 
 _RESIDUALS = ("full", "fp8", "pooled", "none")
 _FP8 = torch.float8_e4m3fn
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,3 @@ class Rettention(Method):
                 f"{free / 2**20:.0f} MiB free; take residual='fp8' or 'pooled', or more "
                 "dense_layers"
             )
-
-
-_LOG = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from dit_accel.loading import load_pipeline
 
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
 WORDS = ("cat", "dog", "star", "rocket")
-SEEDS, POISON, KILLS = 54, "fish", 6
+SEEDS, POISON, KILLS = 54, "fish", 4
 DISK = RESERVE + 900 * 2**10  # room for somewhat more than half of the clips
 
 
@@ -55,7 +56,8 @@ class Trouble(threading.Thread):
         while len(self.killed) < self.kills and not self.over.wait(0.2):
             if not (self.out / "manifest.sqlite").exists():
                 continue
-            rows = Manifest(self.out).ask("SELECT DISTINCT owner FROM jobs WHERE state = 'running'")
+            with closing(Manifest(self.out)) as manifest:
+                rows = manifest.ask("SELECT DISTINCT owner FROM jobs WHERE state = 'running'")
             fresh = [row["owner"] for row in rows if row["owner"] not in self.killed]
             if not fresh or self.over.wait(self.chance.uniform(0, 2)):
                 continue
@@ -112,7 +114,9 @@ def campaign(model: Path, work: Path) -> dict[str, Any]:
             if limited:  # "free some space", it said
                 subprocess.run(["mount", "-o", f"remount,size={4 * DISK}", str(out)], check=True)
         trouble.over.set()
-        counts = _judge(out, jobs, expected, trouble)
+        trouble.join()
+        with closing(Manifest(out)) as manifest:
+            counts = _judge(manifest, expected, len(trouble.killed))
     finally:
         if limited:
             subprocess.run(["umount", str(out)], check=False)
@@ -131,8 +135,8 @@ def _killed_half_way(command: list[str], out: Path) -> dict[str, Any]:
     return {"code": process.wait(), "said": ["killed on purpose"]}
 
 
-def _judge(out: Path, jobs: Path, expected: dict[str, int], trouble: Trouble) -> dict[str, Any]:
-    manifest = Manifest(out)
+def _judge(manifest: Manifest, expected: dict[str, int], killed: int) -> dict[str, Any]:
+    out = manifest.folder
     rows = manifest.ask("SELECT * FROM jobs")
     done = [row for row in rows if row["state"] == "done"]
     failed = [row for row in rows if row["state"] == "failed"]
@@ -154,7 +158,7 @@ def _judge(out: Path, jobs: Path, expected: dict[str, int], trouble: Trouble) ->
         "unexplained": sum(not row["error"] for row in failed) + expected["refused"] - len(refused),
         "clips_that_do_not_play": len(unreadable),
         "half_written_files_left": len(list(out.glob(".*.part.*"))),
-        "workers_killed": len(trouble.killed),
+        "workers_killed": killed,
         "events": {row["kind"]: row["n"] for row in kinds},
         "integrity": manifest.ask("PRAGMA integrity_check")[0][0],
     }
@@ -216,6 +220,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="pipeline folder; default: a tiny random Wan")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/batch.json")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the small disk is unmounted too
     work = Path(tempfile.mkdtemp(prefix="batch-campaign-"))
     try:
         model = options.model or tiny_model(work / "model")

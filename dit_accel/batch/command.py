@@ -85,7 +85,14 @@ def batch(
             jobs,
             output,
             settings=Settings(
-                model, dtype, offload, at_once, retries, keep_going, timeout, wait_for_space
+                model=model,
+                dtype=dtype,
+                offload=offload,
+                batch=at_once,
+                retries=retries,
+                keep_going=keep_going,
+                timeout=timeout,
+                wait_for_space=wait_for_space,
             ),
             defaults={key: value for key, value in defaults.items() if value},
             workers=workers,

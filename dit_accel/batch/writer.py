@@ -114,8 +114,9 @@ class Writer:
         """Written beside and renamed by `video.save`; here also on the platter before it counts."""
         file = self.manifest.folder / f"{name}{'.mp4' if len(frames) > 1 else '.png'}"
         video.save(file, frames, self.fps)
-        for path in (file, file.parent):
-            _sync(path)
+        _sync(file)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _sync(file.parent)
         return file.name
 
     def _fail(self, finished: Finished, error: Exception) -> None:

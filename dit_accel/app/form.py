@@ -62,7 +62,7 @@ class Form:
 
     def _clip(self) -> list[Any]:
         limits, known = self.limits, _embedded()
-        with gr.Accordion("Clip and model", open=False):
+        with gr.Accordion("Clip and model", open=False, elem_id="clip"):
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
                 steps = _number("Steps", known.num_inference_steps, limits.steps)
@@ -135,6 +135,7 @@ def _number(label: str, value: int | None, most: int) -> gr.Number:
         minimum=1,
         maximum=most,
         placeholder="the model's",
+        elem_id=label.lower(),
         min_width=80,
     )
 

@@ -168,13 +168,7 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     started = go.click(begin, form.fields, [asked, *outputs], queue=False, **quiet)
     job = started.success(run, asked, outputs, concurrency_limit=1, **quiet)
-    job.failure(
-        lambda value: _still(stage.stopped(value, "not started"), None),
-        screen,
-        outputs,
-        queue=False,
-        **quiet,
-    )
+    job.failure(_refused, screen, outputs, queue=False, **quiet)
     stop.click(cancel, screen, outputs, queue=False, cancels=[job], **quiet)
     demo.unload(_leave(desk))
 
@@ -184,6 +178,12 @@ def _leave(desk: Desk):
         desk.cancel(request.session_hash)
 
     return leave
+
+
+def _refused(value: dict[str, Any]) -> list[Any]:
+    """The queue was full; a job that had begun has said itself why it ended."""
+    begun = value["left"].get("state") != stage.WAITING
+    return _still(gr.skip() if begun else stage.stopped(value, "the queue is full"), None)
 
 
 def _buttons(running: bool) -> tuple[Any, Any]:

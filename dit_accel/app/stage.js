@@ -86,7 +86,7 @@ function render() {
 }
 
 play.onclick = () => (playing() ? stop() : start());
-at.oninput = () => { stop(); seek((Number(at.value) + 0.5) / fps); };
+at.oninput = () => { const frame = Number(at.value); stop(); seek((frame + 0.5) / fps); };
 cut.oninput = () => stage.style.setProperty("--cut", cut.value + "%");
 for (const button of all(".views button")) button.onclick = () => view(button);
 for (const button of all(".speeds button"))

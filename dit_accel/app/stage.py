@@ -9,6 +9,7 @@ from dit_accel.app.studio import Progress, Run
 from dit_accel.app.views import seconds
 
 SIDES = ("left", "right")
+WAITING = "waiting for the machine"
 WORDS = {
     "encode": "reading the prompt",
     "denoise": "denoising",
@@ -17,7 +18,7 @@ WORDS = {
 }
 
 
-def waiting(ask: Ask, words: str = "waiting for the machine") -> dict[str, Any]:
+def waiting(ask: Ask, words: str = WAITING) -> dict[str, Any]:
     """Both sides before their turn."""
     value = {"width": ask.width or 1, "height": ask.height or 1, "frames": 1}
     for name, side in zip(SIDES, (ask.left, ask.right), strict=True):

@@ -54,9 +54,9 @@ def test_prompts_decide_the_background(pipe: WanPipeline) -> None:
     call.pop("fps")
     call |= {"num_frames": 1, "num_inference_steps": 6, "output_type": "pt"}
     corners = {}
-    for colour in ("red", "blue"):
+    for colour in ("yellow", "blue"):
         seed = torch.Generator().manual_seed(0)
         frame = pipe(f"rocket on a {colour} background", generator=seed, **call).frames[0, 0]
         corners[colour] = frame[:, :16, :16].mean((1, 2))
-    assert corners["red"][0] > corners["red"][2] + 0.2
+    assert corners["yellow"][0] > corners["yellow"][2] + 0.2
     assert corners["blue"][2] > corners["blue"][0] + 0.2

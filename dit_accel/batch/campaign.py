@@ -19,6 +19,7 @@ from dit_accel.batch.manifest import DiskFull, Manifest
 from dit_accel.batch.reading import Parsed, gather
 from dit_accel.batch.summary import Summary, summarize, write_results
 from dit_accel.batch.worker import Settings, Worker
+from dit_accel.batch.writer import FULL
 
 SHOW = ("auto", "json", "none")
 GALLERY_EVERY = 30.0
@@ -64,10 +65,9 @@ def run(
     _judge(parsed, settings)
     model = _name(pipe) if pipe is not None else loading.find_model(settings.model)
     devices = [] if pipe is not None else _devices(workers, gpus, device)
-    folder = _folder(out)
-    manifest = Manifest(folder)
+    manifest = _open(_folder(out))
     try:
-        with _ranks() as rank:
+        with _ranks() as rank, _space():
             if rank is None or rank == 0:
                 _bind(manifest, model)
                 problems = [(p.line, p.reason) for p in parsed.problems]
@@ -105,6 +105,20 @@ def _folder(out: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} cannot be made: {error.strerror}") from None
     return folder
+
+
+def _open(folder: Path) -> Manifest:
+    with _space():
+        return Manifest(folder)
+
+
+@contextmanager
+def _space() -> Iterator[None]:
+    """Before anything is generated, a full disk is the user's to mend."""
+    try:
+        yield
+    except DiskFull as error:
+        raise ValueError(f"{error.strerror}: free some and start again") from None
 
 
 def _bind(manifest: Manifest, model: str) -> None:
@@ -173,7 +187,10 @@ def _work(
         if pipe is None and rank is None:
             threads = _threads(devices)
             fleet = stack.enter_context(Fleet(manifest, devices, threads))
-            return _watch(manifest, fleet, display)
+            try:
+                return _watch(manifest, fleet, display)
+            except DiskFull:
+                return FULL
         if display is not None:
             stack.enter_context(_refreshing(display))
         if pipe is None:

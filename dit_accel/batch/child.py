@@ -7,7 +7,15 @@ import sys
 import torch
 
 from dit_accel.batch.manifest import Manifest
-from dit_accel.batch.worker import DISK_FULL, NO_MODEL, Settings, Worker
+from dit_accel.batch.worker import (
+    DEVICE_LOST,
+    DISK_FULL,
+    NO_MODEL,
+    DeviceLost,
+    Settings,
+    Worker,
+)
+from dit_accel.batch.writer import FULL
 from dit_accel.loading import load_pipeline
 
 
@@ -25,8 +33,11 @@ def main() -> None:
     except ValueError as error:
         manifest.set("stop", str(error))
         raise SystemExit(NO_MODEL) from None
-    stopped = Worker(manifest, pipe, defaults, settings, child=True).run()
-    if "disk is full" in stopped:
+    try:
+        stopped = Worker(manifest, pipe, defaults, settings, child=True).run()
+    except DeviceLost:
+        raise SystemExit(DEVICE_LOST) from None
+    if stopped == FULL:
         raise SystemExit(DISK_FULL)
 
 

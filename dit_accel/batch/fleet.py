@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from dit_accel.batch import owner as owners
-from dit_accel.batch.manifest import Manifest
+from dit_accel.batch.manifest import DiskFull, Manifest
 from dit_accel.batch.worker import DEVICE_LOST, DISK_FULL, NO_MODEL
+from dit_accel.batch.writer import FULL
 
 LOGS = "logs"
 FALSE_STARTS = 3
@@ -62,9 +64,10 @@ class Fleet:
             except subprocess.TimeoutExpired:
                 slot.process.kill()
                 slot.process.wait()
-            for owner in self._owners(slot.process.pid):
-                self.manifest.release(owner, "the run was stopped")
-                self.manifest.leave(owner)
+            with suppress(DiskFull):  # the next run sees that they are gone
+                for owner in self._owners(slot.process.pid):
+                    self.manifest.release(owner, "the run was stopped")
+                    self.manifest.leave(owner)
 
     def _start(self, slot: _Slot) -> None:
         with self._log(slot).open("ab") as log:
@@ -104,7 +107,7 @@ class Fleet:
         for owner in known:
             self.manifest.bury(owner, reason)
         if code == DISK_FULL:
-            self.stopped = "the disk is full: free some space and run the same command again"
+            self.stopped = FULL
         if code in (0, DISK_FULL, NO_MODEL):
             return
         self.manifest.note("worker", f"worker {slot.number}: {reason}")

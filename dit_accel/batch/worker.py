@@ -7,7 +7,6 @@ import os
 import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,7 @@ from dit_accel.batch import memory, render
 from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest, Row
-from dit_accel.batch.writer import Finished, Writer
+from dit_accel.batch.writer import FULL, Finished, Writer
 from dit_accel.generate import arguments
 from dit_accel.loading import Defaults
 
@@ -57,6 +56,10 @@ class Settings:
         return asdict(self)
 
 
+class DeviceLost(RuntimeError):
+    """CUDA failed in a way that only a new process gets over."""
+
+
 class Worker:
     """Serves the queue with one pipeline, until no job waits or runs elsewhere."""
 
@@ -72,29 +75,27 @@ class Worker:
     def run(self) -> str:
         """Work; the reason why it stopped before the end, or "".
 
-        However it ends, no job stays with this worker.
+        However it ends, no job stays with this worker. Raises DeviceLost.
         """
         try:
-            with ExitStack() as stack:
-                stack.enter_context(self.heart)
+            with self.heart:
                 self.manifest.note("ready", f"on {self.device}", self.owner)
                 if not self._check():
                     return self.manifest.get("stop")
-                reused = stack.enter_context(render.remembered_prompts(self.pipe))
-                s = self.settings
-                writer = Writer(
-                    self.manifest, self.owner, self.defaults.fps, s.retries, s.wait_for_space
-                )
-                self.writer = stack.enter_context(writer)
-                self._serve_all()
-                self._note_reuse(reused())
-            return self.writer.stopped
+                return self._work()
+        except DiskFull:  # a clip is waited for, see Writer; without the books nothing goes
+            return FULL
         finally:
             self._leave()
 
-    def _note_reuse(self, count: int) -> None:
-        if count and not self.writer.stopped:
-            self.manifest.note("prompts", f"{count} text encodings reused", self.owner)
+    def _work(self) -> str:
+        s = self.settings
+        writer = Writer(self.manifest, self.owner, self.defaults.fps, s.retries, s.wait_for_space)
+        with render.remembered_prompts(self.pipe) as reused, writer as self.writer:
+            self._serve_all()
+        if reused() and not writer.stopped:
+            self.manifest.note("prompts", f"{reused()} text encodings reused", self.owner)
+        return writer.stopped
 
     def _serve_all(self) -> None:
         while self.writer.await_space():
@@ -146,7 +147,7 @@ class Worker:
         elif memory.is_device_lost(error):
             for row in rows:
                 self.manifest.fail(row, self.owner, reason, self.settings.retries)
-            raise SystemExit(DEVICE_LOST)
+            raise DeviceLost(reason)
         elif isinstance(error, ValueError):  # a matter of the job, not of luck
             self._split(rows, _first_line(error), 0)
         else:
@@ -161,6 +162,8 @@ class Worker:
         except Exception as error:
             traceback.print_exc()
             return error.with_traceback(None)
+        finally:
+            self.heart.rest()
         for row, clip in zip(rows, clips, strict=True):
             if clip.error:
                 self.manifest.fail(row, self.owner, clip.error, self.settings.retries)
@@ -239,11 +242,13 @@ class Heart(threading.Thread):
         """A job begins; it is called `title`."""
         self._title, self._age = title, 0
 
+    def rest(self) -> None:
+        """No job is running: `timeout` does not count."""
+        self._title = ""
+
     def say(self, phase: str, done: int, total: int | None) -> None:
         """What the worker is doing; the next beat carries it."""
         self._phase = (f"{self._title}: {phase}" if self._title else phase, done, total)
-        if phase == "idle":
-            self._title, self._phase = "", ("idle", 0, None)
 
     def run(self) -> None:
         while not self.over.wait(BEAT):

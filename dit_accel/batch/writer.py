@@ -20,6 +20,7 @@ from dit_accel import metrics, video
 from dit_accel.batch.manifest import DiskFull, Manifest, Row
 from dit_accel.batch.render import Clip
 
+FULL = "the disk is full: free some space and run the same command again"
 RESERVE = 8 * 2**20  # bytes that stay free: the manifest must be able to say that the disk is full
 POLL = 1.0
 
@@ -76,7 +77,7 @@ class Writer:
                 self._tell(f"less than {needed >> 20} MiB free in {self.manifest.folder}: waiting")
                 told = True
             if time.monotonic() >= until:
-                self.stopped = f"the disk is full: less than {needed >> 20} MiB are free"
+                self.stopped = FULL
             time.sleep(min(POLL, self.wait_for_space))
         return not self.stopped
 
@@ -124,7 +125,7 @@ class Writer:
         try:
             self.manifest.fail(finished.row, self.owner, reason, self.retries)
         except DiskFull:
-            self.stopped = "the disk is full"
+            self.stopped = FULL
 
 
 def drift(dense: Clip, clip: Clip) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import dit_accel
 from dit_accel import video
 from dit_accel.batch import Settings, run
 from dit_accel.batch.jobs import Job
-from dit_accel.batch.manifest import Manifest
+from dit_accel.batch.manifest import DiskFull, Manifest
 from dit_accel.batch.render import remembered_prompts, render
+from dit_accel.batch.worker import DeviceLost
 from dit_accel.generate import Request, generate
 from dit_accel.loading import Defaults
 
@@ -250,6 +251,35 @@ def test_jobs_the_model_cannot_take(pipe, tmp_path):
     words = ("height is a multiple of 16", "frames is a multiple of 4", "takes no image")
     for failure, expected in zip(summary.failures, words, strict=True):
         assert expected in failure["error"]
+
+
+def test_a_lost_device_ends_the_worker_and_keeps_what_was_made(pipe, tmp_path):
+    calls = []
+
+    def lose(module, inputs):
+        calls.append(1)
+        if len(calls) > 4:  # one clip: two steps, two passes
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    handle = pipe.transformer.register_forward_pre_hook(lose)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        go(pipe, tmp_path, [{"prompt": ["a cat", "a dog"]}], Settings(retries=1))
+    handle.remove()
+    assert Manifest(tmp_path).counts() == {"waiting": 1, "running": 0, "done": 1, "failed": 0}
+    assert go(pipe, tmp_path, [{"prompt": ["a cat", "a dog"]}]).ok
+
+
+def test_no_space_for_the_manifest_is_told_before_anything_runs(pipe, tmp_path):
+    manifest = Manifest(tmp_path)
+    jobs = [{"prompt": "a cat", "seed": list(range(200))}]
+
+    def planless(self, *args, **kwargs):
+        raise DiskFull(errno.ENOSPC, f"no space left for {self.path}")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no space left"):
+        patch.setattr(Manifest, "plan", planless)
+        go(pipe, tmp_path, jobs)
+    assert manifest.counts()["done"] == 0
 
 
 def test_a_picture_to_start_from(tmp_path):

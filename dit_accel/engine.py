@@ -99,7 +99,7 @@ class Engine:
     reasons: dict[str, int] = field(default_factory=dict)
     unplanned: set[str] = field(default_factory=set)
     implementations: dict[str, int] = field(default_factory=dict)
-    state: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
+    state: dict[tuple[str, tuple[int, int]], dict[str, Any]] = field(default_factory=dict)
     index: torch.Tensor | None = None
     back: torch.Tensor | None = None
     carried: bool = False
@@ -108,6 +108,7 @@ class Engine:
     generation_start: int = 0
     _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
     _forced: dict[tuple, dict[str, Any]] = field(default_factory=dict)
+    _calls: dict[int, int] = field(default_factory=dict)
 
     def begin(
         self,
@@ -126,6 +127,7 @@ class Engine:
             self._forced.clear()
             self.generation_start = len(self.forwards)
         self._keys.clear()
+        self._calls.clear()
         self._order(geometry, device, carried and not geometry.fixed_order)
         self.span = span
         if span is not None:
@@ -229,6 +231,8 @@ class Engine:
         scale: float | None,
     ) -> Call:
         clock = self.clock
+        number = self._calls.get(layer, 0)  # some models call once per sample of the batch
+        self._calls[layer] = number + 1
 
         def note(table: BlockTable | None) -> None:
             kept = 1.0 if table is None else table.density()
@@ -250,7 +254,7 @@ class Engine:
             steps=clock.steps,
             passname=clock.passname,
             refresh=action.refresh,
-            state=self.state.setdefault((clock.passname, layer), {}),
+            state=self.state.setdefault((clock.passname, (layer, number)), {}),
             note=note,
         )
 

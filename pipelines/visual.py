@@ -1,17 +1,22 @@
 """Families whose self-attention sees visual tokens only; text comes in by cross-attention."""
 
-from dit_accel.pipelines.base import Adapter, Geometry
+from dataclasses import replace
+
+from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
 from dit_accel.pipelines.grids import grid_of, latents
 
 ADAPTER = Adapter(
     classes=(
         "AllegroTransformer3DModel",
         "CosmosTransformer3DModel",
-        "DiTTransformer2DModel",
-        "PixArtTransformer2DModel",
     ),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents(),
+)
+DIT = replace(
+    ADAPTER,
+    classes=("DiTTransformer2DModel", "PixArtTransformer2DModel"),
+    span=SpanSite("transformer_blocks", "hidden_states", rows=(), probes=("attn1", "ff")),
 )
 HUNYUAN_DIT = Adapter(
     classes=("HunyuanDiT2DModel",),

@@ -1,5 +1,7 @@
 """Wan 2.1 and 2.2 and what was made from them: visual tokens only, text through `attn2`."""
 
+from dataclasses import replace
+
 from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 from dit_accel.pipelines.grids import grid_of, latents
 
@@ -18,7 +20,6 @@ ADAPTER = Adapter(
     classes=(
         "WanTransformer3DModel",
         "ChronoEditTransformer3DModel",
-        "SkyReelsV2Transformer3DModel",
     ),
     attention=("blocks.*.attn1",),
     geometry=_geometry,
@@ -27,6 +28,19 @@ ADAPTER = Adapter(
     # rotary_emb: cosines and sines [1, N, 1, D]; temb [B, N, 6, C] where timesteps are per token
     span=SpanSite(
         "blocks", "hidden_states", (("rotary_emb", 1, 4), ("temb", 1, 4)), ("attn1", "ffn")
+    ),
+)
+# diffusion forcing: modulation [B, 6, N, C] per token, and a block-causal mask over all tokens
+SKYREELS = replace(
+    ADAPTER,
+    classes=("SkyReelsV2Transformer3DModel",),
+    span=ADAPTER.span._replace(
+        rows=(
+            ("rotary_emb", 1, 4),
+            ("temb", 2, 4),
+            ("attention_mask", 2, 4),
+            ("attention_mask", 3, 4),
+        )
     ),
 )
 VACE = Adapter(

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 from zoo import Case, Pipe, forward, zoo
 
 import dit_accel
-from dit_accel import Schedule, TopK
+from dit_accel import Schedule, TokenPruning, TopK
+from dit_accel.config import resolve
 from dit_accel.pipelines import registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -66,26 +68,50 @@ def known_pipelines() -> dict[str, list[str]]:
 
 
 def row(case: Case) -> tuple[str, ...]:
-    """Model, class, sparse attention, token order, regional compile, mask, pipelines, notes."""
+    """The cells of HEAD: what was observed, and why not where it was not."""
     model = case.build()
     with dit_accel.accelerated(Pipe(model), TopK(keep=0.3), order="hilbert", **NOW) as handle:
         forward(model, case.arguments())
-        report, engine = handle.report(), handle._engine
+        engine = handle._engine
         if engine.index is None:
-            order = "raster: its tokens form no grid"
+            order = "raster: no grid"
         else:
             order = "through the model" if engine.carried else "at each call"
-    sparse = "yes" if not report.fallbacks else "; ".join(report.fallbacks)
-    if not repeats(case.name):
-        compiled = "no: diffusers names no repeated block"
-    else:
+    compiled = "no: no repeated block"
+    if repeats(case.name):
         n = graphs(case.name, True)
         compiled = f"{n} graph" + "s" * (n > 1)
-    pipelines = str(len(known_pipelines()[case.name]))
-    return (case.family, f"`{case.name}`", sparse, order, compiled, case.mask, pipelines, case.note)
+    return (
+        case.family,
+        *(served(case, model, method) for method in METHODS),
+        pruned(case, model, engine.clock.geometry.n_text == 0),
+        order,
+        compiled,
+        case.mask,
+        case.note,
+    )
 
 
-HEAD = ("model", "class", "sparse", "token order", "regional compile", "mask", "pipelines", "notes")
+def served(case: Case, model: torch.nn.Module, name: str, **more) -> str:
+    """Whether a run of three steps goes sparse from end to end: yes, or why not."""
+    pipe, method = Pipe(model, steps=3), replace(resolve(name).method, keep=0.3)
+    with dit_accel.accelerated(pipe, method, order="hilbert", **NOW, **more) as handle:
+        out = pipe.steps(case.arguments)
+        reasons = list(handle.report().fallbacks)
+    assert all(x.isfinite().all() for x in out)
+    return "; ".join(reasons) or "yes"
+
+
+def pruned(case: Case, model: torch.nn.Module, visual: bool) -> str:
+    """The same with half of the tokens pruned."""
+    if registry.find(model).span is None:
+        return "no: adapter names no span" if visual else "no: text in the blocks"
+    half = TokenPruning(keep=0.5, start=1, end=0, first=1, last=None)
+    return served(case, model, "topk", prune=half)
+
+
+METHODS = tuple(name for name in dit_accel.methods() if name != "dense")
+HEAD = ("model", *METHODS, "pruning", "token order", "regional compile", "mask", "notes")
 
 
 def render() -> str:
@@ -94,14 +120,19 @@ def render() -> str:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = [row(case) for case in cases.values()]
-    served = known_pipelines()
+    pipelines = known_pipelines()
     lines = [START, ""]
-    lines += [f"{len(cases)} transformer classes, {sum(map(len, served.values()))} pipelines.", ""]
+    lines += [
+        f"{len(cases)} transformer classes, {sum(map(len, pipelines.values()))} pipelines.",
+        "",
+    ]
     lines += [_line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows), ""]
     lines += ["Left as they are:", ""]
     lines += [f"- `{name}`: {why}." for name, why in sorted(REFUSED.items())]
-    lines += ["", "Pipelines, by transformer:", ""]
-    lines += [f"- `{name}`: {', '.join(names)}" for name, names in served.items() if names]
+    lines += ["", "Pipelines, by model and transformer:", ""]
+    lines += [
+        f"- {case.family}, `{name}`: {', '.join(pipelines[name])}" for name, case in cases.items()
+    ]
     return "\n".join([*lines, "", END])
 
 

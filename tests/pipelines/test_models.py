@@ -11,7 +11,7 @@ from tables import REFUSED, graphs, known_pipelines, repeats
 from zoo import TEXT, Case, Pipe, forward, zoo
 
 import dit_accel
-from dit_accel import Dense, Schedule, TopK
+from dit_accel import Dense, Rettention, Schedule, TopK
 from dit_accel.pipelines import registry
 
 ZOO = zoo()
@@ -143,6 +143,21 @@ def test_passes_with_texts_of_different_length(name):
         for arguments, expected in zip((case.arguments(), short), stock, strict=True):
             torch.testing.assert_close(forward(built, arguments), expected, rtol=1e-4, atol=1e-4)
         assert not handle.report().fallbacks
+
+
+def test_samples_that_are_attended_one_by_one_keep_their_own_state():
+    case = ZOO["MochiTransformer3DModel"]
+    built, method = case.build(), Rettention(keep=0.3)
+
+    def alone():
+        return {k: v[1:] if torch.is_tensor(v) else v for k, v in case.arguments().items()}
+
+    outputs = []
+    for arguments in (case.arguments, alone):
+        pipe = Pipe(built, steps=3)
+        with dit_accel.accelerated(pipe, method, **NOW):
+            outputs.append(pipe.steps(arguments)[-1][-1])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if repeats(n)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -59,9 +60,18 @@ class Case:
 class Pipe:
     """As much of a pipeline as `accelerate` looks at."""
 
-    def __init__(self, transformer: torch.nn.Module) -> None:
+    def __init__(self, transformer: torch.nn.Module, steps: int = 0) -> None:
         self.transformer = transformer
-        self.scheduler = None
+        clock = SimpleNamespace(step_index=0, begin_index=None, timesteps=torch.arange(steps))
+        self.scheduler = clock if steps else None
+
+    def steps(self, arguments: Callable[[], dict[str, Any]]) -> list[torch.Tensor]:
+        """The transformer's output at each step of a run."""
+        out = []
+        for step in range(len(self.scheduler.timesteps)):
+            self.scheduler.step_index = step
+            out.append(forward(self.transformer, arguments()))
+        return out
 
 
 def forward(model: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor:

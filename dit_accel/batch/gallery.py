@@ -30,7 +30,9 @@ def write_gallery(manifest: Manifest) -> Path:
 
 def page(summary: Summary, jobs: list[dict[str, Any]]) -> str:
     """The page's HTML."""
-    template = Template(resources.files("dit_accel.batch").joinpath("gallery.html").read_text())
+    template = Template(
+        resources.files("dit_accel.batch").joinpath("gallery.html").read_text("utf-8")
+    )
     done = [job for job in jobs if job["state"] == "done"]
     name = Path(summary.folder).absolute().name
     search = '<input type="search" placeholder="Filter" aria-label="Filter the clips">'

@@ -91,7 +91,17 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("rows", 80, 128, 128, 16, 4, 1),
     Launch("window", 80, 128, 128, 32, 8, 2),
     Launch("state", 80, 128, 128, 64, 8, 1, precision="tf32"),
-    Launch("branch", 80, 128, 128, 32, 8, 1, precision="tf32"),
+    Launch(
+        "branch",
+        80,
+        128,
+        128,
+        32,
+        8,
+        1,
+        precision="tf32",
+        provenance="not measured; with excluded blocks it spills 760 bytes on sm_80, none on sm_90",
+    ),
 )
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from dit_accel import metrics, video
 from dit_accel.app.studio import Pair, Run
-from dit_accel.compare import machine, recipe
+from dit_accel.compare import EMBEDDED_NAME, machine, placement, recipe
 from dit_accel.config import AccelConfig
-from dit_accel.loading import EMBEDDED
 from dit_accel.methods.dense import Dense
 
 RECORD = "comparison.json"
@@ -40,7 +39,6 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
         "size": list(left.result.frames.shape[:3]),
         "steps": len(left.result.times.steps),
         **where,
-        "model": pair.ask.model,
         "machine": machine(pair.pipe),
         "quality": near,
         "left": _side(left, where, pair, folder),
@@ -63,13 +61,8 @@ def _labels(pair: Pair) -> tuple[str, str]:
 
 
 def _where(pair: Pair) -> dict[str, str]:
-    transformer = getattr(pair.pipe, "transformer", None) or pair.pipe.transformer_2
-    return {
-        "model": str(EMBEDDED) if pair.ask.model is None else pair.ask.model,
-        "pipeline": type(pair.pipe).__name__,
-        "device": str(pair.pipe._execution_device),
-        "dtype": str(transformer.dtype).removeprefix("torch."),
-    }
+    model = EMBEDDED_NAME if pair.ask.model is None else pair.ask.model
+    return {"model": model, "pipeline": type(pair.pipe).__name__, **placement(pair.pipe)}
 
 
 def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str, Any]:

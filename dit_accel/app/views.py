@@ -183,11 +183,10 @@ def _fine_print(data: dict[str, Any]) -> str:
     machine = data["machine"]
     device = machine["gpu"] or f"{machine['threads']} threads of {machine['cpu']}"
     moving = f", {count} frames at {data['fps']:g} fps" if count > 1 else ""
-    model = data["model"] or "the embedded model"
     return escape(
-        f"{width} × {height}{moving}, {data['steps']} steps, seed {data['seed']}, {model} in "
-        f"{data['dtype']} on {device}. Both sides start from the same noise; each was timed once, "
-        "the time of the previews left out."
+        f"{width} × {height}{moving}, {data['steps']} steps, seed {data['seed']}, "
+        f"{data['model']} in {data['dtype']} on {device}. Both sides start from the same noise; "
+        "each was timed once, the time of the previews left out."
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 HEAD_DIMS = (64, 80, 96, 128)
 BLOCKS = (16, 32, 64, 128)
-_AOT = "not measured: largest tile without a spill in the ahead-of-time report"
+_AOT = "not measured: no spill in the ahead-of-time report"
 
 
 @dataclass(frozen=True)

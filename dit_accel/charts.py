@@ -17,8 +17,8 @@ def lines(
     `axis` and `unit` name the values shown under the pointer.
     """
     values = [v for line in series.values() for v in line]
-    ticks = _ticks(0.0 if from_zero else min(values), max(values))
-    low, high = ticks[0], ticks[-1]
+    marks = ticks(0.0 if from_zero else min(values), max(values))
+    low, high = marks[0], marks[-1]
     count = max(len(line) for line in series.values())
 
     def x(index: float) -> float:
@@ -27,7 +27,7 @@ def lines(
     def y(value: float) -> float:
         return TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = [_grid(y(t), f"{t:g}") for t in ticks]
+    parts = [_grid(y(t), f"{t:g}") for t in marks]
     parts += [_number(x(i), i + 1) for i in _labelled(count)]
     for name, line in series.items():
         points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(line))
@@ -70,7 +70,7 @@ def _labelled(count: int) -> list[int]:
     return list(range(0, count, stride))
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers that enclose [low, high], three to six of them."""
     span = max(high - low, abs(high) * 0.02, 1e-9)
     power = 10.0 ** math.floor(math.log10(span / 3))

@@ -17,7 +17,10 @@ from rich.markup import escape
 
 from dit_accel import __version__
 from dit_accel.batch.command import batch
+from dit_accel.cli_doctor import doctor
+from dit_accel.cli_evaluate import evaluate
 from dit_accel.cli_options import BadInput, Common, checked, with_common
+from dit_accel.cli_tune import tune
 
 OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # Typer carries its own copy of click in some versions: its usage error is reached through it.
@@ -96,6 +99,9 @@ def compare(
 
 
 app.command()(batch)
+app.command()(evaluate)
+app.command()(tune)
+app.command()(doctor)
 
 
 @app.command()
@@ -125,6 +131,15 @@ def page(rest: Rest = None) -> None:
     from dit_accel.app.launch import main as serve
 
     raise typer.Exit(serve(rest or []))
+
+
+@app.command("finetune", **_OWN_OPTIONS)
+def train(rest: Rest = None) -> None:
+    """Train SLA so that sparse attention gives what dense attention gives."""
+    from dit_accel.finetune.command import main as finetune
+
+    with checked():
+        raise typer.Exit(finetune(rest or []))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -34,7 +34,7 @@ def run_generate(common: Common, output: Path | None) -> None:
         if output is not None:
             video.check_target(output, moving=output.suffix.lower() not in video.IMAGE)
     with Progress() as progress:
-        pipe, defaults = _load(common, request, config, progress)
+        pipe, defaults = load(common, request, config, progress)
         with checked():
             handle = api.accelerate(pipe, config)
         result = generate(pipe, defaults, request, progress)
@@ -65,7 +65,7 @@ def run_compare(common: Common, output: Path | None) -> None:
     from dit_accel.compare import compare
 
     with Progress() as progress:
-        pipe, defaults = _load(common, request, config, progress)
+        pipe, defaults = load(common, request, config, progress)
         with checked():
             api.accelerate(pipe, config).restore()
         done = compare(
@@ -99,7 +99,7 @@ def slug(request: Request) -> str:
     return "-".join(words)[:60].strip("-") + (f"-{request.seed}" if request.seed else "")
 
 
-def _load(
+def load(
     common: Common, request: Request, config: AccelConfig, progress: Progress
 ) -> tuple[Any, Defaults]:
     """The pipeline, once everything that can be refused without it has been."""

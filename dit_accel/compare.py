@@ -60,7 +60,7 @@ def compare(
     progress("writing", 0, None)
     values = {k: v for k, v in values.items() if k != "generator"}
     model = EMBEDDED_NAME if model == str(EMBEDDED) else model
-    where = {"model": model, "pipeline": type(pipe).__name__, **_placement(pipe)}
+    where = {"model": model, "pipeline": type(pipe).__name__, **placement(pipe)}
     data = {
         "prompt": request.prompt,
         "seed": request.seed,
@@ -136,7 +136,8 @@ def _write(folder: Path, data: dict[str, Any], dense: Result, fast: Result) -> d
     return files
 
 
-def _placement(pipe: Any) -> dict[str, str]:
+def placement(pipe: Any) -> dict[str, str]:
+    """Device and dtype of a pipeline, as text."""
     transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
     dtype = str(transformer.dtype).removeprefix("torch.")
     return {"device": str(pipe._execution_device), "dtype": dtype}
@@ -144,7 +145,7 @@ def _placement(pipe: Any) -> dict[str, str]:
 
 def machine(pipe: Any) -> dict[str, Any]:
     """What the figures were taken on."""
-    device = torch.device(_placement(pipe)["device"])
+    device = torch.device(placement(pipe)["device"])
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -1,0 +1,152 @@
+"""The options of `dit-accel evaluate`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dit_accel.cli_options import Common, checked
+
+_WHAT, _HOW, _WHERE = "What to measure", "How to accelerate", "Where to run"
+
+
+def option(text: str, panel: str, *names: str) -> Any:
+    """A typer option as the other commands have them."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+def evaluate(
+    output: Annotated[Path, option("Folder of the results.", _WHAT, "--output", "-o")],
+    rows: Annotated[
+        str | None,
+        option("Comma-separated: steps, prune, methods, presets, preset files. \\[all]", _WHAT),
+    ] = None,
+    keeps: Annotated[str, option("Shares kept by the methods.", _WHAT)] = "0.05,0.1,0.2,0.3,0.5",
+    prompts: Annotated[Path | None, option("Text file, a prompt a line.", _WHAT)] = None,
+    seeds: Annotated[str, option("Comma-separated. \\[0]", _WHAT)] = "0",
+    limit: Annotated[int | None, option("At most so many new cells now.", _WHAT)] = None,
+    steps: Annotated[int | None, option("Denoising steps.", _WHAT)] = None,
+    size: Annotated[str | None, option("WIDTHxHEIGHT in pixels.", _WHAT)] = None,
+    frames: Annotated[int | None, option("Frames of a clip.", _WHAT)] = None,
+    guidance: Annotated[float | None, option("Classifier-free guidance scale.", _WHAT)] = None,
+    warmup: Annotated[
+        str | None, option("Dense steps at the start: a share or a number. \\[0.15]", _HOW)
+    ] = None,
+    order: Annotated[str | None, option("Token order: raster, tile or hilbert.", _HOW)] = None,
+    min_tokens: Annotated[int | None, option("Attend densely below this many.", _HOW)] = None,
+    sla_weights: Annotated[Path | None, option("Learned weights: adds the row sla.", _HOW)] = None,
+    model: Annotated[str | None, option("Folder or Hugging Face id.", _WHERE)] = None,
+    device: Annotated[str | None, option("cpu, cuda, cuda:1, mps.", _WHERE)] = None,
+    dtype: Annotated[str | None, option("bf16, fp16, fp32.", _WHERE)] = None,
+    offload: Annotated[
+        bool, option("Keep only the running part on the GPU.", _WHERE, "--offload")
+    ] = False,
+) -> None:
+    """Compare configurations over prompts and seeds: closeness to dense, kept work, time.
+
+    dit-accel evaluate -o out/eval --seeds 0,1
+
+    dit-accel evaluate -o out/quick --rows steps,pooled,fast.json --keeps 0.2 --limit 8
+
+    Run it again with the same folder to go on; what is measured is not measured again.
+    """
+    from dit_accel.evaluate import rows as table
+
+    common = Common(
+        prompt="-",
+        steps=steps,
+        size=size,
+        frames=frames,
+        guidance=guidance,
+        warmup=warmup,
+        order=order,
+        min_tokens=min_tokens,
+        model=model,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+    )
+    names = [name.strip() for name in rows.split(",") if name.strip()] if rows else table.DEFAULT
+    if sla_weights is not None and "sla" not in names:
+        names = [*names, "sla"]
+    with checked():
+        _run(
+            common,
+            output,
+            names,
+            numbers(keeps, float, "keeps"),
+            prompts,
+            numbers(seeds, int, "seeds"),
+            limit,
+            None if sla_weights is None else str(sla_weights),
+        )
+
+
+def _run(
+    common: Common,
+    output: Path,
+    names: list[str],
+    keeps: list[float],
+    prompts: Path | None,
+    seeds: list[int],
+    limit: int | None,
+    sla_weights: str | None,
+) -> None:
+    from rich.console import Console
+
+    from dit_accel.evaluate import evaluate, read_prompts
+    from dit_accel.evaluate.rows import rows
+    from dit_accel.evaluate.tables import markdown
+    from dit_accel.loading import EMBEDDED
+    from dit_accel.progress import Progress
+
+    texts = read_prompts(prompts or EMBEDDED.parent / "prompts.txt")
+    rows(names, keeps, 2, common.config(), sla_weights)  # refused before the model is loaded
+    with Progress() as progress:
+        study = open_study(common, texts[0], output, progress)
+        data = evaluate(
+            study,
+            rows(names, keeps, study.steps, common.config(), sla_weights),
+            texts,
+            seeds,
+            limit=limit,
+            command=shlex.join(["dit-accel", *sys.argv[1:]]),
+            progress=progress,
+            note=lambda line: progress.console.print(line, markup=False, highlight=False),
+        )
+    screen = Console(highlight=False, soft_wrap=True)
+    screen.print(markdown(data["rows"]), markup=False)
+    if data["missing"]:
+        screen.print(f"{data['missing']} cells are left: run the same command again")
+    screen.print(f"{output}/  table.md, results.json, quality-work.svg, quality-time.svg")
+
+
+def open_study(common: Common, prompt: str, output: Path, progress: Any) -> Any:
+    """The pipeline of these options, and what is known of it in the folder `output`."""
+    from dataclasses import replace
+
+    from dit_accel import cli_run
+    from dit_accel.compare import EMBEDDED_NAME
+    from dit_accel.evaluate import Study
+
+    if output.is_file():
+        raise ValueError(f"{output} is a file: give the name of a folder")
+    common = replace(common, prompt=prompt)
+    request = common.request()
+    pipe, defaults = cli_run.load(common, request, common.config(), progress)
+    return Study(pipe, defaults, request, output, common.model or EMBEDDED_NAME)
+
+
+def numbers(text: str, kind: type, name: str) -> list[Any]:
+    """ "0.1,0.2" as numbers; ValueError names the option."""
+    try:
+        found = [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found:
+        raise ValueError(f"{name} is a comma-separated list of numbers, not {text!r}")
+    return found

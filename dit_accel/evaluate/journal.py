@@ -1,0 +1,57 @@
+"""A file of finished work, one JSON line each, that survives being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Lines by key; the first line is the setting that all others were measured in.
+
+    Raises ValueError when the file was written in another setting, or is no such file.
+    """
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self.path = path
+        self.lines: dict[str, dict[str, Any]] = {}
+        setting = json.loads(json.dumps(setting, default=str))
+        if not path.exists() or not path.stat().st_size:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._append({"setting": setting})
+            return
+        head, *lines = self._read()
+        known = head.get("setting")
+        if known is None:
+            raise ValueError(f"{path} is no journal of dit-accel: choose another --output")
+        changed = [key for key in {**known, **setting} if known.get(key) != setting.get(key)]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{path} was measured with {key} = {known.get(key)!r}, not {setting.get(key)!r}: "
+                "choose another --output"
+            )
+        self.lines = {line["key"]: line for line in lines}
+
+    def add(self, key: str, line: dict[str, Any]) -> dict[str, Any]:
+        """Write a finished piece of work, and give it back."""
+        line = {"key": key, **line}
+        self._append(line)
+        self.lines[key] = line
+        return line
+
+    def _read(self) -> list[dict[str, Any]]:
+        """All whole lines; the rest of one that was cut off is removed."""
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            self.path.write_bytes(whole)
+        try:
+            return [json.loads(line) for line in whole.splitlines()] or [{}]
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged: {error}; choose another --output") from None
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,244 @@
+"""evaluate: rows, cells that agree with a run by hand, resuming, tables, plots, the command."""
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+from tiny import saved_tiny_wan, tiny_wan
+from torch.utils.flop_counter import FlopCounterMode
+
+import dit_accel
+from dit_accel import cli, metrics
+from dit_accel.config import AccelConfig
+from dit_accel.evaluate import Study, evaluate, read_prompts
+from dit_accel.evaluate.journal import Journal
+from dit_accel.evaluate.plots import Point, scatter
+from dit_accel.evaluate.rows import DEFAULT, Row, rows
+from dit_accel.evaluate.tables import markdown, summary
+from dit_accel.generate import Request, generate
+from dit_accel.loading import EMBEDDED, Defaults, load_pipeline
+from dit_accel.probe import attention_share
+from dit_accel.prune_criteria import CRITERIA
+
+GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
+TEMPLATE = AccelConfig(dit_accel.TopK(), dit_accel.Schedule(warmup=1), min_tokens=0)
+BASE = Request("-")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved_tiny_wan(tmp_path_factory.mktemp("wan"), GENERATION, layers=3)
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return load_pipeline(model, device="cpu")
+
+
+def test_the_default_rows_are_the_methods_and_their_controls():
+    found = rows(DEFAULT, (0.1, 0.5), 25, TEMPLATE)
+    names = [row.name for row in found]
+    assert len(set(names)) == len(names)
+    assert [row.steps for row in found if row.family == "fewer steps"] == [20, 16, 12, 10, 8]
+    assert {f"pruning 50%, {c}" for c in CRITERIA} < set(names)
+    by_name = {row.name: row.config.method for row in found}
+    assert by_name["rectified 10%"] == dit_accel.Rectified(0.1, gapr=False)
+    assert by_name["ditfastattn 50%"] == dit_accel.Rettention(0.5, rescale=False)
+    assert all(row.config.schedule == TEMPLATE.schedule for row in found if not row.steps)
+    assert len({row.digest for row in found}) == len(found)
+
+
+def test_presets_and_files_are_rows_too(tmp_path):
+    path = tmp_path / "mine.json"
+    AccelConfig(dit_accel.Pooled(0.3), order="tile").save(path)
+    found = rows(["topk:fast", str(path)], (), 25, TEMPLATE)
+    assert found[0].config.method == dit_accel.TopK(0.1)
+    assert found[1].config.order == "tile"
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [(["magic"], "unknown method 'magic'"), (["sla"], "needs --sla-weights"), ([], "no rows")],
+)
+def test_rows_that_are_none(names, says):
+    with pytest.raises(ValueError, match=says):
+        rows(names, (0.5,), 25, TEMPLATE)
+
+
+def test_attention_share_is_counted(loaded):
+    pipe, defaults = loaded
+    share = attention_share(pipe, defaults, BASE)
+    n, inner = 2 * 6 * 6, 128
+    attended = 3 * 4 * n * n * inner  # three layers, QKᵀ and PV, two FLOPs each
+    caught = {}
+
+    def keep(module, args, kwargs):
+        caught.update(kwargs)
+
+    hook = pipe.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    generate(pipe, defaults, replace(BASE, steps=1))
+    hook.remove()
+    with FlopCounterMode(display=False) as counter:
+        pipe.transformer(**caught)
+    counts = counter.get_flop_counts()["Global"]
+    other = sum(v for op, v in counts.items() if "attention" not in str(op))
+    assert share == pytest.approx(attended / (attended + other), rel=1e-6)
+    assert not pipe.transformer._forward_hooks
+
+
+def test_a_cell_is_what_a_run_by_hand_gives(loaded, tmp_path):
+    pipe, defaults = loaded
+    study = Study(pipe, defaults, BASE, tmp_path)
+    row = Row("topk 40%", "topk", replace(TEMPLATE, method=dit_accel.TopK(0.4)))
+    cell = study.cell(row, "a cat", 3)
+    request = Request("a cat", seed=3)
+    dense = generate(pipe, defaults, request)
+    with dit_accel.accelerated(pipe, row.config) as handle:
+        made = generate(pipe, defaults, request)
+        kept = handle.report().kept
+    near = metrics.quality(dense.frames, made.frames)
+    assert cell["psnr"] == near.psnr_mean < metrics.IDENTICAL_DB
+    assert cell["ssim"] == near.ssim_mean
+    assert cell["latent_error"] == metrics.latent_error(dense.latents, made.latents)
+    assert cell["attention_kept"] == pytest.approx(kept)
+    assert cell["work_kept"] == pytest.approx(1 - study.share * (1 - kept))
+    assert cell["flicker"] == list(near.flicker)
+
+
+def test_controls_count_all_their_work(loaded, tmp_path):
+    study = Study(*loaded, BASE, tmp_path)
+    dense = replace(TEMPLATE, method=dit_accel.Dense())
+    fewer = study.cell(Row("2 steps", "fewer steps", dense, 2), "a cat", 0)
+    assert fewer["work_kept"] == fewer["attention_kept"] == 0.5
+    same = study.cell(Row("4 steps", "fewer steps", dense), "a cat", 0)
+    assert (same["psnr"], same["latent_error"], same["work_kept"]) == (100.0, 0.0, 1.0)
+    prune = dit_accel.TokenPruning(keep=0.3, refresh=4, start=1, end=0, block=8)
+    pruned = study.cell(Row("pruned", "p", replace(dense, prune=prune)), "a cat", 0)
+    # steps 1 to 3 run 3 of 9 blocks of tokens (0.3 rounded up) through one layer of three
+    t = 3 / 9
+    attention, rest = 1 - (1 - t**2) / 3, 1 - (1 - t) / 3
+    mean = study.share * attention + (1 - study.share) * rest
+    assert pruned["work_kept"] == pytest.approx((1 + 3 * mean) / 4)
+
+
+def test_an_evaluation_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
+    pipe, defaults = loaded
+    table = rows(["steps", "pooled"], (0.5,), 4, TEMPLATE)
+    study = Study(pipe, defaults, BASE, tmp_path)
+    first = evaluate(study, table, ["a cat", "a dog"], [0], limit=2)
+    assert (len(first["cells"]), first["missing"]) == (2, 2 * len(table) - 2)
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"key": "torn')  # killed while writing
+    asked = []
+    real = Study._measure
+    monkeypatch.setattr(Study, "_measure", lambda self, *a: asked.append(a[0]) or real(self, *a))
+    study = Study(pipe, defaults, BASE, tmp_path)
+    notes = []
+    done = evaluate(study, table, ["a cat", "a dog"], [0], note=notes.append)
+    assert done["missing"] == 0
+    assert len(asked) == len(notes) == 2 * len(table) - 2
+    assert done["cells"][:2] == first["cells"]
+    again = evaluate(Study(pipe, defaults, BASE, tmp_path), table, ["a cat", "a dog"], [0])
+    assert again["cells"] == done["cells"]
+    assert len(asked) == 2 * len(table) - 2
+    assert len(list((tmp_path / "dense").iterdir())) == 2
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == done["rows"]
+    assert [row["cells"] for row in done["rows"]] == [2] * len(table)
+    for name in ("quality-work.svg", "quality-time.svg"):
+        dots = ET.parse(tmp_path / name).findall(".//{*}circle/{*}title")
+        assert len(dots) == len(table)
+
+
+def test_another_setting_is_refused(loaded, tmp_path):
+    Study(*loaded, BASE, tmp_path)
+    with pytest.raises(ValueError, match="choose another --output"):
+        Study(*loaded, replace(BASE, steps=3), tmp_path)
+    (tmp_path / "cells.jsonl").write_text("hello\n")
+    with pytest.raises(ValueError, match="is damaged"):
+        Study(*loaded, BASE, tmp_path)
+    (tmp_path / "cells.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="no journal"):
+        Study(*loaded, BASE, tmp_path)
+
+
+def test_a_refused_row_is_named_and_the_others_go_on(tmp_path):
+    pipe = tiny_wan(layers=2)
+    defaults = Defaults(**{**GENERATION, "num_inference_steps": 2})
+    study = Study(pipe, defaults, BASE, tmp_path)
+    late = replace(TEMPLATE, schedule=dit_accel.Schedule(warmup=9))
+    table = [Row("late", "topk", late), Row("dense", "dense", AccelConfig(dit_accel.Dense()))]
+    data = evaluate(study, table, ["a cat"], [0])
+    assert "9 dense warm-up steps" in data["rows"][0]["error"]
+    assert data["rows"][1]["psnr"] == 100
+    text = markdown(data["rows"])
+    assert "late: refused" in text
+    assert text.count("\n| ") == 2
+    assert not hasattr(pipe.transformer, "_dit_accel")
+
+
+def test_means_and_spread():
+    cell = {"row": "r", "family": "f", "attention_kept": 0.5, "work_kept": 0.5, "ssim": 1.0}
+    cell |= {"seconds": 1.0, "dense_seconds": 2.0, "speedup": 2.0, "state_bytes": 0}
+    cell |= {"unplanned": {}}
+    one = {**cell, "psnr": 20.0, "flicker": [2.0, 3.0]}
+    two = {**cell, "psnr": 30.0, "flicker": [0.0, 3.0]}
+    (row,) = summary([one, two, {"row": "r", "family": "f", "error": "no"}])
+    assert (row["psnr"], row["cells"], row["flicker"]) == (25.0, 2, 1.5)
+    assert row["psnr_sd"] == pytest.approx(50**0.5)
+    assert "latent_error" not in row
+    assert "25.00 ± 7.07" in markdown([row])
+
+
+def test_a_plot_escapes_and_places():
+    points = [Point("a<b", "n&m", 10.0, 20.0), Point("a<b", "far", 50.0, 40.0)]
+    root = ET.fromstring(scatter(points, "x", "y", 100.0))
+    near, far = (dot for dot in root.iter("{http://www.w3.org/2000/svg}circle") if len(dot))
+    assert float(near.get("cx")) < float(far.get("cx"))
+    assert float(near.get("cy")) > float(far.get("cy"))
+    assert near[0].text.startswith("n&m: 10")
+
+
+def test_a_journal_keeps_whole_lines_only(tmp_path):
+    path = tmp_path / "deep" / "j.jsonl"
+    Journal(path, {"a": 1}).add("k", {"v": 2})
+    path.write_bytes(path.read_bytes() + b'{"key"')
+    journal = Journal(path, {"a": 1})
+    assert journal.lines == {"k": {"key": "k", "v": 2}}
+    journal.add("l", {"v": 3})
+    assert list(Journal(path, {"a": 1}).lines) == ["k", "l"]
+
+
+def test_the_two_prompt_lists_have_nothing_in_common():
+    report = read_prompts(EMBEDDED.parent / "prompts.txt")
+    tuning = read_prompts(EMBEDDED.parent / "prompts-tuning.txt")
+    assert len(tuning) >= 8
+    assert not set(report) & set(tuning)
+
+
+def test_the_command(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a cat\n\na cat\n")
+    where = ["--model", str(model), "--device", "cpu", "--min-tokens", "0"]
+    what = ["--rows", "steps,topk", "--keeps", "0.5", "--prompts", str(prompts), "--limit", "2"]
+    out = tmp_path / "out"
+    assert cli.run(["evaluate", "-o", str(out), *what, *where]) == 0
+    assert "cells are left" in capsys.readouterr().out
+    assert (out / "table.md").read_text().startswith("| row |")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--rows", "magic"], "unknown method 'magic'"),
+        (["--keeps", "a,b"], "keeps is a comma-separated list"),
+        (["--keeps", "2"], "lies in (0, 1], not 2"),
+        (["--seeds", ""], "seeds is a comma-separated list"),
+        (["--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--sla-weights", "none.safetensors"], "there is no weights file"),
+    ],
+)
+def test_bad_input(arguments, says, tmp_path, capsys):
+    assert cli.run(["evaluate", "-o", str(tmp_path / "out"), *arguments]) == 2
+    assert says in capsys.readouterr().err

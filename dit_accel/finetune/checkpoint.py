@@ -1,0 +1,135 @@
+"""Checkpoints that a run resumes from exactly, and the files of the result. Never pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel.finetune.config import Settings
+from dit_accel.finetune.student import Student, inference_config
+from dit_accel.video import atomic
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+
+
+@dataclass
+class Training:
+    """Everything that changes from step to step; names → tensors.
+
+    The draws of a step are seeded by its number, so no random state has to be kept.
+    """
+
+    live: dict[str, Tensor]
+    average: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: Any = None
+    step: int = 0
+
+    def save(self, out: Path, settings: Settings) -> None:
+        """Write checkpoint-<step>; older ones go once it is whole."""
+        from safetensors.torch import save_file
+
+        tensors = {f"live.{name}": p for name, p in self.live.items()}
+        tensors |= {f"average.{name}": x for name, x in self.average.items()}
+        for name, moments in zip(self.live, self._moments(), strict=True):
+            tensors |= {f"adam.{name}.{part}": x for part, x in moments.items()}
+        final = out / f"checkpoint-{self.step:08d}"
+        part = out / f".{final.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({n: x.detach().cpu().contiguous() for n, x in tensors.items()}, part / TENSORS)
+        scaler = self.scaler.state_dict() if self.scaler is not None else None
+        state = {"step": self.step, "scaler": scaler, "settings": settings.to_dict()}
+        (part / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(part, final)
+        for old in checkpoints(out)[:-1]:
+            shutil.rmtree(old)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Continue from this checkpoint; ValueError when it is of another model."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / TENSORS)
+        moments: list[dict[str, Tensor]] = []
+        for name, p in self.live.items():
+            stored = tensors.get(f"live.{name}")
+            if stored is None or stored.shape != p.shape:
+                raise ValueError(f"{folder} is of another model: it holds no {name} of this shape")
+            p.copy_(stored)
+            self.average[name].copy_(tensors[f"average.{name}"])
+            prefix = f"adam.{name}."
+            own = (n for n in tensors if n.startswith(prefix))
+            moments.append({n.removeprefix(prefix): tensors[n] for n in own})
+        groups = self.optimizer.state_dict()["param_groups"]
+        adam = {i: m for i, m in enumerate(moments) if m}
+        self.optimizer.load_state_dict({"state": adam, "param_groups": groups})
+        state = read_state(folder)
+        if self.scaler is not None and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def _moments(self) -> list[dict[str, Tensor]]:
+        """AdamW's tensors of each parameter, in the order of `live`; empty before a step."""
+        return [dict(self.optimizer.state.get(p, {})) for p in self.live.values()]
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints in `out`, oldest first."""
+    return sorted(p for p in out.glob("checkpoint-*") if (p / STATE).is_file())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """step, scaler and settings of a checkpoint; ValueError when they cannot be read."""
+    try:
+        return json.loads((folder / STATE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} is no checkpoint that can be read ({error})") from None
+
+
+def save_result(out: Path, pipe: Any, student: Student, settings: Settings) -> list[Path]:
+    """Write what the student holds now; the files and folders that were written.
+
+    sla.safetensors for SLA(weights=…), preset.json for `--method`, and beside them transformer/
+    (diffusers format) after full training or lora/ after LoRA training.
+    """
+    weights, preset = out / "sla.safetensors", out / "preset.json"
+    frozen = {name: x.detach() for name, x in student.tensors().items()}
+    with atomic(weights) as temporary:
+        settings.method.with_weights(frozen).save(temporary)
+    method = replace(settings.method, weights=str(weights.absolute()))
+    with atomic(preset) as temporary:
+        inference_config(method, settings).save(temporary)
+    written = [weights, preset]
+    if settings.train == "full":
+        written.append(_folder(out / "transformer", student.transformer.save_pretrained))
+    elif settings.train == "lora":
+        from peft import get_peft_model_state_dict
+
+        layers = get_peft_model_state_dict(student.transformer)
+        written.append(
+            _folder(
+                out / "lora",
+                lambda where: pipe.save_lora_weights(where, transformer_lora_layers=layers),
+            )
+        )
+    return written
+
+
+def _folder(final: Path, write: Any) -> Path:
+    """`write(folder)`, and only then take the place of what stood at `final`."""
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(str(part))
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(part, final)
+    return final

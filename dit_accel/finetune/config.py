@@ -1,0 +1,148 @@
+"""What a fine-tuning run is: validated once, stored in every checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dit_accel.methods.sla import SLA
+from dit_accel.order import ORDERS
+
+TRAIN = ("projection", "lora", "full")
+OBJECTIVES = ("teacher", "diffusion")
+PRECISIONS = ("no", "bf16", "fp16")
+_RATES = {"projection": 0.0, "lora": 1e-4, "full": 1e-5}
+# What a resumed run may change: none of it alters the steps that were already made.
+_FREE = ("out", "steps", "save_every", "validate_every", "log_every", "clips", "warmup", "device")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One fine-tuning run.
+
+    Args:
+        out: folder of the result, its checkpoints and its log.
+        data: folder of `prepare`, or "self": latents of the model's own samples.
+        model: folder or Hugging Face id; None is the embedded model.
+        method: the SLA to train; its `weights`, if given, are where training starts.
+        train: "projection" (the SLA tensors alone), "lora" (and adapters), "full" (all weights).
+        objective: "teacher" (MSE to the dense model's velocity) or "diffusion" (MSE to noise − x0).
+        prompts: text file, one prompt a line, for data="self"; None takes the package's.
+        samples: clips that the model makes for data="self".
+        size, frames: (width, height) in pixels, frames of a clip; None takes the model's.
+        steps, batch, accumulate: optimizer steps; clips in a batch; batches in a step.
+        lr, lr_projection: AdamW rates of weights or LoRA (None: 1e-5 or 1e-4) and of projections.
+        lr_warmup: steps of linear warm-up.
+        weight_decay, clip: of AdamW; largest gradient norm.
+        ema: decay of the averaged weights that are saved; 0 saves the last ones.
+        drop_prompt: share of batches that see the negative prompt.
+        rank: of the LoRA.
+        precision: "no", "bf16" or "fp16": accelerate's mixed precision.
+        checkpointing: recompute activations in the backward pass, to save memory.
+        order: token order, as AccelConfig's.
+        warmup: dense share of a validation clip's steps; training itself is sparse at every step.
+        clips: validation prompts, the first of `prompts`; 0 makes no clips.
+        save_every, validate_every, log_every: steps between checkpoints, validations, log lines.
+
+    Raises ValueError for a value outside its range.
+    """
+
+    out: str
+    data: str = "self"
+    model: str | None = None
+    method: SLA = field(default_factory=SLA)
+    train: str = "projection"
+    objective: str = "teacher"
+    prompts: str | None = None
+    samples: int = 64
+    size: tuple[int, int] | None = None
+    frames: int | None = None
+    steps: int = 2000
+    batch: int = 1
+    accumulate: int = 1
+    lr: float | None = None
+    lr_projection: float = 1e-3
+    lr_warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    drop_prompt: float = 0.1
+    rank: int = 16
+    precision: str = "no"
+    checkpointing: bool = False
+    order: str = "raster"
+    warmup: float = 0.15
+    seed: int = 0
+    clips: int = 2
+    save_every: int = 500
+    validate_every: int = 500
+    log_every: int = 10
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, SLA):
+            raise TypeError(f"finetune trains an SLA, not {type(self.method).__name__}")
+        for name, values in (
+            ("train", TRAIN),
+            ("objective", OBJECTIVES),
+            ("precision", PRECISIONS),
+            ("order", ORDERS),
+        ):
+            if getattr(self, name) not in values:
+                given = getattr(self, name)
+                raise ValueError(f"{name} is one of {', '.join(values)}, not {given!r}")
+        whole = ("samples", "steps", "batch", "accumulate", "rank")
+        for name in (*whole, "save_every", "validate_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a number ≥ 1, not {getattr(self, name)}")
+        for name in ("lr_warmup", "weight_decay", "clips", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is a number ≥ 0, not {getattr(self, name)}")
+        for name in ("lr_projection", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is a number > 0, not {getattr(self, name)}")
+        for name in ("ema", "drop_prompt", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} lies in [0, 1), not {getattr(self, name)}")
+        if self.method.keep >= 1:
+            raise ValueError("keep = 1 is dense attention: there is nothing to train")
+        if self.method.linear is None and self.train == "projection":
+            raise ValueError(
+                "linear=None has no projection to train: take train='full' or another linear mode"
+            )
+        if self.lr is None:
+            object.__setattr__(self, "lr", _RATES[self.train])
+        if self.train != "projection" and not self.lr > 0:
+            raise ValueError(f"lr is a number > 0, not {self.lr}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def check_resumes(self, stored: dict[str, Any]) -> None:
+        """ValueError naming what differs from the run that is to be continued."""
+        mine = self.to_dict()
+        wrong = [
+            f"{name}={stored.get(name)!r}"
+            for name in mine
+            if name not in _FREE and mine[name] != stored.get(name)
+        ]
+        if wrong:
+            raise ValueError(
+                f"the run in {self.out} was started with {', '.join(wrong)}: "
+                "give the same, or choose another output folder"
+            )
+
+
+def read_prompts(path: str | None, number: int | None = None) -> list[str]:
+    """The lines of a prompt file (None: the package's own); ValueError when it has none."""
+    file = Path(path) if path else Path(__file__).parents[1] / "assets" / "prompts.txt"
+    if not file.is_file():
+        raise ValueError(f"there is no prompt file {file}")
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise ValueError(f"{file} holds no prompt: write one a line")
+    return found[:number]

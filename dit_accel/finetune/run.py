@@ -1,0 +1,220 @@
+"""A whole run, from settings to files: everything that can be refused is refused first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_accel import video
+from dit_accel.finetune import prepare
+from dit_accel.finetune.average import Average
+from dit_accel.finetune.checkpoint import Training, checkpoints, read_state, save_result
+from dit_accel.finetune.config import Settings, read_prompts
+from dit_accel.finetune.data import LatentData
+from dit_accel.finetune.loop import Log, Trainer, draw_seed, parameter_groups, trained
+from dit_accel.finetune.student import Teacher, build
+from dit_accel.finetune.validate import DRAWS, Clips, velocity_error
+from dit_accel.generate import Request, arguments
+from dit_accel.loading import Defaults, find_model, load_pipeline
+
+ProgressFn = Callable[[str, int, int | None], None]
+_DTYPE = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """files: what was written; velocity_error: to the dense model, before and after."""
+
+    files: list[Path]
+    velocity_error: tuple[float, float]
+    steps: int
+
+
+def finetune(
+    settings: Settings, resume: bool = False, progress: ProgressFn = lambda *state: None
+) -> Result:
+    """Train SLA as `settings` say and write the result to settings.out (arXiv 2509.24006).
+
+    Raises ValueError, before training, for what cannot work; RuntimeError when training diverges.
+    """
+    out = video.check_folder(settings.out)
+    start = _start(out, settings, resume)
+    prompts = read_prompts(settings.prompts)
+    find_model(settings.model)
+    accelerator = _accelerator(settings)
+    first = accelerator.is_main_process
+    show = progress if first else lambda *state: None
+    pipe, defaults = _load(settings, accelerator, show)
+    folder = _data(settings, accelerator, pipe, defaults, prompts, show)
+    data = LatentData(folder, type(pipe.transformer).__name__)
+    trainer = _trainer(settings, accelerator, pipe, data)
+    clips = None
+    if first and settings.clips:
+        chosen = prompts[: settings.clips]
+        with accelerator.autocast(), trainer.teacher.dense():
+            clips = Clips.make(pipe, defaults, chosen, out / "validation", show)
+    if start is not None:
+        trainer.training.load(start)
+    books = _Books(trainer, clips, Log(out / "log.jsonl", trainer.training.step) if first else None)
+    if first and not trainer.training.step:
+        books.log(step=0, settings=settings.to_dict(), clips=len(data))
+        books.validate()
+    trainer.run(books.log, show, books.validate, lambda: books.save(out))
+    accelerator.wait_for_everyone()
+    files = []
+    if first:
+        with trainer.average.in_place():
+            files = save_result(out, pipe, trainer.student, settings)
+    return Result(files, books.errors(), trainer.training.step)
+
+
+def prepare_data(settings: Settings, clips: str, progress: ProgressFn = lambda *state: None) -> int:
+    """Encode the clips of a captioned folder into settings.data; how many there are."""
+    if settings.data == "self":
+        raise ValueError("--prepare writes to a folder: name it with --data")
+    folder = video.check_folder(settings.data)
+    sources = prepare.read_captions(Path(clips))
+    pipe, defaults = _load(settings, _accelerator(settings), progress)
+    prepare.encode_clips(pipe, defaults, Path(clips), folder, progress)
+    prepare.finish(pipe, defaults, [caption for caption, _ in sources], folder)
+    return len(sources)
+
+
+def _start(out: Path, settings: Settings, resume: bool) -> Path | None:
+    """The checkpoint to go on from; ValueError when it does not suit what is asked."""
+    found = checkpoints(out)
+    if not resume:
+        if found:
+            raise ValueError(
+                f"{out} holds a run: --resume goes on with it, or choose another folder"
+            )
+        return None
+    if not found:
+        raise ValueError(f"{out} holds no checkpoint to resume from: leave --resume out")
+    settings.check_resumes(read_state(found[-1])["settings"])
+    return found[-1]
+
+
+def _accelerator(settings: Settings) -> Any:
+    from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # data are made one process apart
+    accelerator = Accelerator(
+        mixed_precision=settings.precision,
+        cpu=settings.device == "cpu",
+        kwargs_handlers=[patient],
+    )
+    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in plain:
+        raise ValueError(
+            f"fine-tuning runs on one device or data-parallel, not {accelerator.distributed_type}"
+        )
+    return accelerator
+
+
+def _load(settings: Settings, accelerator: Any, progress: ProgressFn) -> tuple[Any, Defaults]:
+    progress("loading", 0, None)
+    device = settings.device or str(accelerator.device)
+    pipe, defaults = load_pipeline(settings.model, device, _DTYPE[settings.precision])
+    if settings.train == "lora" and not hasattr(pipe, "save_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} has no LoRA format: train projection or full")
+    given = dict(zip(("width", "height"), settings.size or (), strict=False))
+    given |= {"num_frames": settings.frames} if settings.frames else {}
+    for part in (pipe.vae, *(getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))):
+        if part is not None:
+            part.requires_grad_(False)
+    width, height = settings.size or (None, None)
+    arguments(pipe, defaults, Request("any", width=width, height=height, frames=settings.frames))
+    return pipe, replace(defaults, **given)
+
+
+def _data(
+    settings: Settings,
+    accelerator: Any,
+    pipe: Any,
+    defaults: Defaults,
+    prompts: list[str],
+    progress: ProgressFn,
+) -> Path:
+    """The folder of latents; with data="self", made here by all processes together."""
+    if settings.data != "self":
+        return Path(settings.data)
+    folder = Path(settings.out) / "data"
+    part = (accelerator.process_index, accelerator.num_processes)
+    number, seed = settings.samples, settings.seed
+    with accelerator.autocast():
+        prepare.own_samples(pipe, defaults, prompts, number, seed, folder, progress, part)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        prepare.finish(pipe, defaults, [prompts[i % len(prompts)] for i in range(number)], folder)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _trainer(settings: Settings, accelerator: Any, pipe: Any, data: LatentData) -> Trainer:
+    """Student, teacher, optimizer and books; what the model refuses is refused here."""
+    sample = data.draw(1, draw_seed(settings, 0), 0.0)
+    sample = sample.to(accelerator.device, pipe.transformer.dtype)
+    teacher = Teacher(pipe.transformer, settings.train)
+    with accelerator.autocast():
+        student = build(pipe.transformer, settings, sample)
+    teacher.model.eval()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(student, settings), weight_decay=settings.weight_decay
+    )
+    live = trained(student, optimizer)
+    wrapped, prepared = accelerator.prepare(student, optimizer)
+    average = Average(live, settings.ema)
+    values = average.values if settings.ema else live
+    training = Training(live, values, optimizer, accelerator.scaler)
+    average.values = values
+    return Trainer(
+        settings, accelerator, student, wrapped, teacher, data, prepared, training, average
+    )
+
+
+class _Books:
+    """The log, the validations and the checkpoints of the first process; nothing on the others."""
+
+    def __init__(self, trainer: Trainer, clips: Clips | None, log: Log | None) -> None:
+        self.trainer, self.clips, self._log = trainer, clips, log
+        self.found: list[float] = []
+
+    def log(self, **values: Any) -> None:
+        if self._log is not None:
+            self._log(**values)
+
+    def validate(self) -> None:
+        """Log how close the averaged weights are to the dense model."""
+        if self._log is None:
+            return
+        t = self.trainer
+        with self._averaged():
+            batches = t.validation_batches(DRAWS)
+            self.found.append(velocity_error(t.student, t.teacher, batches, t.settings))
+            near = self.clips.compare(t.student, t.settings, t.training.step) if self.clips else []
+        self.log(step=t.training.step, velocity_error=self.found[-1], clips=near)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        with self.trainer.average.in_place(), self.trainer.accelerator.autocast():
+            yield
+
+    def save(self, out: Path) -> None:
+        if self._log is not None:
+            self.trainer.training.save(out, self.trainer.settings)
+
+    def errors(self) -> tuple[float, float]:
+        """The first and the last velocity error that the log holds."""
+        if self._log is None or not self.found:
+            return (float("nan"), float("nan"))
+        lines = (json.loads(line) for line in self._log.path.read_text().splitlines())
+        every = [line["velocity_error"] for line in lines if "velocity_error" in line]
+        return every[0], every[-1]

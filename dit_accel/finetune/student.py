@@ -1,0 +1,182 @@
+"""What is trained: the transformer's weights or adapters, and SLA's tensors, under one module."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel import api
+from dit_accel.config import AccelConfig
+from dit_accel.finetune.config import Settings
+from dit_accel.finetune.data import Batch
+from dit_accel.methods.base import Call
+from dit_accel.methods.sla import SLA
+from dit_accel.methods.topk import TopK
+from dit_accel.pipelines import registry
+from dit_accel.schedule import Schedule
+
+GATE = 4.0  # α = sigmoid(4) = 0.98: training starts next to plain top-k, where gradients still flow
+
+
+class Student(nn.Module):
+    """A transformer and the SLA tensors of its sparse layers.
+
+    It is called like the transformer; `accelerate` takes it for a pipeline, one with no scheduler,
+    so that every step is as sparse as the first.
+    """
+
+    def __init__(self, transformer: nn.Module, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.transformer = transformer
+        # a parameter's name may hold no dot
+        self.learned = nn.ParameterDict({n.replace(".", "-"): x for n, x in tensors.items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The SLA tensors by the names that SLA.with_weights takes."""
+        return {name.replace("-", "."): x for name, x in self.learned.items()}
+
+    def forward(self, noisy: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
+        """Velocity like `noisy`."""
+        return self.transformer(
+            hidden_states=noisy, timestep=time, **conditions, return_dict=False
+        )[0]
+
+
+@dataclass(frozen=True)
+class _Probe(TopK):
+    """Top-k that notes the head dimension of every layer it serves."""
+
+    seen: dict[int, int] = field(default_factory=dict)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        self.seen[call.layer] = q.shape[3]
+        return super().__call__(q, k, v, call)
+
+
+def head_dims(transformer: nn.Module, batch: Batch, settings: Settings) -> dict[int, int]:
+    """Head dimension of each layer that runs sparse on this batch, from one forward.
+
+    Raises ValueError, naming the reason, for a model that cannot run sparse on these data.
+    """
+    method = _Probe(settings.method.keep, settings.method.block_q, settings.method.block_k)
+    student = Student(transformer, {})
+    try:
+        with torch.no_grad(), api.accelerated(student, _training(method, settings)):
+            student(batch.noisy.to(transformer.dtype), batch.time, batch.conditions)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"the model cannot run sparse on these data: {reason}") from error
+    return method.seen
+
+
+def initial(method: SLA, dims: dict[int, int], device: torch.device) -> dict[str, nn.Parameter]:
+    """SLA's tensors to train, fp32: those of `method.weights`, else zero (a gate: next to 1).
+
+    Raises ValueError for weights of another head dimension or of layers that the model lacks.
+    """
+    start = {
+        f"layers.{layer}.{part}": x.float()
+        for layer, parts in method._learned.items()
+        for part, x in parts.items()
+    }
+    fresh: dict[str, Tensor] = {}
+    for layer, size in dims.items() if method.linear else ():
+        if method.combine == "gate":
+            fresh[f"layers.{layer}.gate"] = torch.tensor([GATE])
+            continue
+        fresh[f"layers.{layer}.weight"] = torch.zeros(size, size)
+        fresh[f"layers.{layer}.bias"] = torch.zeros(size)
+    for name, x in start.items():
+        if name not in fresh:
+            raise ValueError(f"{method.weights} holds {name}, which this model has no use for")
+        if x.shape != fresh[name].shape:
+            raise ValueError(
+                f"{name} of {method.weights} is {list(x.shape)}, but this model's head_dim makes "
+                f"it {list(fresh[name].shape)}"
+            )
+    return {n: nn.Parameter(start.get(n, x).to(device)) for n, x in fresh.items()}
+
+
+def build(transformer: nn.Module, settings: Settings, batch: Batch) -> Student:
+    """Freeze the transformer but for what is trained, and give it its SLA tensors."""
+    dims = head_dims(transformer, batch, settings)
+    tensors = initial(settings.method, dims, batch.latents.device)
+    transformer.requires_grad_(False)
+    if settings.train == "full":
+        transformer.float().requires_grad_(True)
+    elif settings.train == "lora":
+        add_lora(transformer, settings.rank)
+    if settings.checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return Student(transformer, tensors)
+
+
+def add_lora(transformer: nn.Module, rank: int) -> None:
+    """Adapters on every linear layer of the attention modules that run sparse, fp32."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("training a LoRA needs peft: pip install peft") from None
+    targets = [
+        f"{name}.{part}" if part else name
+        for name, module in registry.find(transformer).attentions(transformer).items()
+        for part, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    # the adapter's second matrix starts at zero: the model is the teacher still
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    for p in transformer.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
+class Teacher:
+    """The dense model: the student's own weights where these stay frozen, otherwise a copy."""
+
+    def __init__(self, transformer: nn.Module, train: str) -> None:
+        copied = train == "full"
+        self.model = copy.deepcopy(transformer).requires_grad_(False) if copied else transformer
+        self.adapted = train == "lora"
+
+    @torch.no_grad()
+    def velocity(self, batch: Batch) -> Tensor:
+        """fp32, like batch.latents."""
+        with self.dense():
+            noisy = batch.noisy.to(self.model.dtype)
+            return self.model(
+                hidden_states=noisy, timestep=batch.time, **batch.conditions, return_dict=False
+            )[0].float()
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """Adapters are off inside this block."""
+        if self.adapted:
+            self.model.disable_adapters()
+        try:
+            yield
+        finally:
+            if self.adapted:
+                self.model.enable_adapters()
+
+
+def training_config(student: Student, settings: Settings) -> AccelConfig:
+    """Sparse at every step and on any number of tokens; a layer that cannot is an error."""
+    return _training(settings.method.with_weights(student.tensors()), settings)
+
+
+def _training(method: Any, settings: Settings) -> AccelConfig:
+    return AccelConfig(method, Schedule(warmup=0), order=settings.order, min_tokens=0, strict=True)
+
+
+def inference_config(method: SLA, settings: Settings) -> AccelConfig:
+    """What a generation with the result runs."""
+    schedule = Schedule(warmup=settings.warmup)
+    return AccelConfig(method, schedule, order=settings.order, min_tokens=0)

@@ -1,0 +1,87 @@
+"""How close the student is: velocity error at fixed draws, and clips against the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_accel import api, video
+from dit_accel.finetune.config import Settings
+from dit_accel.finetune.data import Batch
+from dit_accel.finetune.student import Student, Teacher, inference_config, training_config
+from dit_accel.generate import Request, generate
+from dit_accel.loading import Defaults
+from dit_accel.metrics import quality
+
+DRAWS = 8
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ in fp32."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@torch.no_grad()
+def velocity_error(
+    student: Student, teacher: Teacher, batches: list[Batch], settings: Settings
+) -> float:
+    """Mean relative error of the sparse velocity to the dense one, at the same x_t."""
+    errors = []
+    for batch in batches:
+        expected = teacher.velocity(batch)
+        with api.accelerated(student, training_config(student, settings)):
+            found = student(batch.noisy.to(student.transformer.dtype), batch.time, batch.conditions)
+        errors.append(relative_error(found, expected))
+    return float(np.mean(errors))
+
+
+@dataclass
+class Clips:
+    """The dense model's clips of the validation prompts, and the comparison with them."""
+
+    pipe: Any
+    defaults: Defaults
+    prompts: list[str]
+    folder: Path
+    dense: list[np.ndarray]
+
+    @classmethod
+    def make(
+        cls,
+        pipe: Any,
+        defaults: Defaults,
+        prompts: list[str],
+        folder: Path,
+        progress: Callable[[str, int, int | None], None],
+    ) -> Clips:
+        """Generate the dense clips, before anything is trained."""
+        clips = cls(pipe, defaults, prompts, folder, [])
+        for number in range(len(prompts)):
+            progress("dense validation clips", number, len(prompts))
+            clips.dense.append(clips._generate(number, "dense"))
+        return clips
+
+    def compare(self, student: Student, settings: Settings, step: int) -> list[dict[str, float]]:
+        """PSNR and SSIM of the student's clips, from the same seeds, to the dense ones."""
+        method = settings.method.with_weights(
+            {name: x.detach() for name, x in student.tensors().items()}
+        )
+        found = []
+        with api.accelerated(self.pipe, inference_config(method, settings)):
+            for number, reference in enumerate(self.dense):
+                near = quality(reference, self._generate(number, f"step-{step:06d}"))
+                found.append({"psnr": near.psnr_mean, "ssim": near.ssim_mean})
+        return found
+
+    def _generate(self, number: int, label: str) -> np.ndarray:
+        request = Request(self.prompts[number], seed=number)
+        frames = generate(self.pipe, self.defaults, request).frames
+        suffix = "mp4" if len(frames) > 1 else "png"
+        video.save(self.folder / f"{label}-{number}.{suffix}", frames, self.defaults.fps)
+        return frames

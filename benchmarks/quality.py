@@ -95,6 +95,10 @@ def fill(data: dict, pipe, defaults, options) -> bool:
     """Add clips until the time is up; True when none is left."""
     steps = options.steps or defaults.num_inference_steps
     begin, rows = time.monotonic(), plan(options.order, options.keep, steps)
+    if options.rows:
+        rows = sorted(
+            (r for r in rows if r[0] in options.rows), key=lambda r: options.rows.index(r[0])
+        )
     for prompt in PROMPTS[: options.prompts]:
         for seed in options.seeds:
             done = data["clips"].setdefault(f"{prompt} #{seed}", {})
@@ -142,6 +146,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many")
     parser.add_argument("--decode", type=int, help="latent frames to decode; all when left out")
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="dense latents")
+    parser.add_argument("--rows", nargs="+", help="only these, in this order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu-quality.json"))

@@ -51,19 +51,21 @@ class Clips:
     fps: int
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device, limit: int | None = None) -> Clips:
-        """Decode the archive that prepare_data.py wrote; ValueError when it is not one."""
+    def load(
+        cls, folder: Path, device: str | torch.device, limit: int | None = None, stride: int = 1
+    ) -> Clips:
+        """Decode every `stride`-th frame of the archive; ValueError when it is not one."""
         manifest_file = folder / "captions.json"
         if not manifest_file.exists():
             raise ValueError(f"Expected {manifest_file}, found none; run prepare_data.py first.")
         manifest = json.loads(manifest_file.read_text())
         entries = manifest["clips"][:limit]
-        size, frames = manifest["size"], manifest["frames"]
+        size, frames = manifest["size"], len(range(0, manifest["frames"], stride))
         rgba = torch.empty(len(entries), frames, size, size, 4, dtype=torch.uint8, device=device)
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda e: split(_decode(folder / e["file"])), entries)
             for number, clip in enumerate(decoded):
-                rgba[number] = clip[:frames].to(device)
+                rgba[number] = clip[::stride][:frames].to(device)
         names = list(manifest["colours"])
         return cls(
             rgba,

@@ -63,9 +63,9 @@ def decibels(a: Tensor, b: Tensor) -> float:
 class References:
     """The real clip of every (emoji, colour), small, to find the nearest to a generation."""
 
-    def __init__(self, clips: Clips, frames: int, stride: int) -> None:
-        self.clips, self.stop, self.stride = clips, (frames - 1) * stride + 1, stride
-        rgba = clips.rgba[:, : self.stop : stride]
+    def __init__(self, clips: Clips, frames: int) -> None:
+        self.clips, self.frames = clips, frames
+        rgba = clips.rgba[:, :frames]
         small = [functional.avg_pool2d(r.permute(0, 3, 1, 2).float(), 8) for r in rgba]
         self.small = torch.stack(small)
 
@@ -73,7 +73,7 @@ class References:
         """The clip asked for, [T, H, W, 3] uint8."""
         number = self.clips.names.index(name)
         background = torch.tensor([self.clips.colours[colour]]).float()
-        rgba = self.clips.rgba[number : number + 1, : self.stop : self.stride].cpu()
+        rgba = self.clips.rgba[number : number + 1, : self.frames].cpu()
         frames = (composite(rgba, background)[0] + 1) * 127.5
         return frames.round().byte().permute(1, 2, 3, 0)
 
@@ -175,14 +175,15 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    clips, facts = Clips.load(args.data, args.device), args.model / "training.json"
+    facts = args.model / "training.json"
     known = json.loads(facts.read_text()) if facts.exists() else {}
+    clips = Clips.load(args.data, args.device, stride=known.get("frame_stride", 1))
     clips = replace(clips, colours=known.get("colours", clips.colours))
     generator = Generator(args.model, args.out, args.device, args.frames)
-    stride, frames = known.get("frame_stride", 1), generator.call["num_frames"]
-    references = References(clips, frames, stride)
+    frames = generator.call["num_frames"]
+    references = References(clips, frames)
     report = {"model": str(args.model), "frames": frames}
-    whole = References(clips, (clips.rgba.shape[1] - 1) // stride + 1, stride)
+    whole = References(clips, clips.rgba.shape[1])
     report["autoencoder"] = autoencoder(generator.pipe, whole, args.vae_clips)
     sets = choose_prompts(clips, args.limit)
     if args.prompts:

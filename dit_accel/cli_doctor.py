@@ -9,6 +9,8 @@ from dit_accel.cli_evaluate import option
 from dit_accel.cli_options import Common, checked, parse_size
 
 _WHAT, _WHERE = "What to examine", "Where to run"
+PROMPT = "rocket on a blue background"
+STEPS = 50  # of a model that is known by its configuration only
 
 
 def doctor(
@@ -41,7 +43,7 @@ def doctor(
     from dit_accel.progress import Progress
 
     common = Common(
-        "-",
+        PROMPT,
         steps=steps,
         size=size,
         frames=frames,
@@ -58,9 +60,6 @@ def doctor(
         print(json.dumps(found.to_dict(), indent=1))
     else:
         _print(found)
-
-
-STEPS = 50  # of a model that is known by its configuration only
 
 
 def _patient(common: Common, config_only: bool, progress: Any) -> tuple[Any, int]:
@@ -94,11 +93,12 @@ def _print(found: Any) -> None:
     from rich.table import Table
 
     screen = Console(highlight=False)
-    grid = " × ".join(map(str, found.grid))
     screen.print(f"[bold]{found.model}[/bold] on {found.device}, {found.dtype}")
-    timed = "" if found.measured_tokens == found.tokens else f", timed on {found.measured_tokens}"
+    grid = " × ".join(map(str, found.grid))
+    if found.measured_tokens != found.tokens:
+        grid = f"timed on {found.measured_tokens}"
     shape = f"{found.layers} layers, {found.heads} heads of {found.head_dim}"
-    screen.print(f"{found.tokens} visual tokens ({grid}{timed}), {shape}")
+    screen.print(f"{found.tokens} visual tokens ({grid}), {shape}")
     screen.print(
         f"one forward {found.forward_seconds:.3g} s, of it attention {found.attention_share:.0%}: "
         f"at most {found.bound:.2f}× if attention took no time"

@@ -187,7 +187,9 @@ def _obstacles(
     if geometry.fixed_order:
         notes.append(f"tokens are reordered in each attention call: {geometry.fixed_order}")
     if patient.scale > 1:
-        notes.append("timed on fewer tokens than asked; attention scaled with the square of them")
+        notes.append(
+            "timed on fewer tokens; attention is scaled with their square, the rest in proportion"
+        )
     return reasons, notes
 
 

@@ -16,7 +16,7 @@ from dit_accel.pipelines import registry
 from dit_accel.sketch import Size, family_of, latent_size, sketch
 
 # Tokens that a processor is timed on at most; a GPU runs what is asked.
-MOST = {"cpu": 4096}
+MOST = {"cpu": 2048}
 
 
 class Enough(Exception):
@@ -60,8 +60,8 @@ class Patient:
 
     def scaled(self, whole: float, hollow: float) -> tuple[float, float]:
         """Seconds of a block, and without its attention core, at the asked number of tokens."""
-        rest = hollow * self.scale
-        return rest + (whole - hollow) * self.scale**2, rest
+        rest = min(whole, hollow) * self.scale
+        return rest + max(0.0, whole - hollow) * self.scale**2, rest
 
 
 def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Patient:

@@ -10,6 +10,8 @@ import weakref
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dit_accel.pipelines.base import Geometry
 
 
@@ -36,9 +38,12 @@ class Clock:
         finally:
             self._context = None
 
-    def tick(self, geometry: Geometry) -> bool:
-        """Move to the forward that starts now; True when it opens a new generation or shape."""
-        step, self.steps = self._read()
+    def tick(self, geometry: Geometry, timestep: Any = None) -> bool:
+        """Move to the forward that starts now; True when it opens a new generation or shape.
+
+        timestep: what the transformer is given; read only if the scheduler does not count steps.
+        """
+        step, self.steps = self._read(timestep)
         name = self._context[0] if self._context else None
         timesteps = getattr(self._scheduler(), "timesteps", None)
         grid = self.geometry.grid if self.geometry else None
@@ -57,7 +62,7 @@ class Clock:
         """The scheduler the pipeline has now: users exchange it between generations."""
         return getattr(self._pipe(), "scheduler", None)
 
-    def _read(self) -> tuple[int, int | None]:
+    def _read(self, timestep: Any) -> tuple[int, int | None]:
         """(step, number of steps) from the cache context, else from the scheduler."""
         fields = self._context[1] if self._context else {}
         scheduler = self._scheduler()
@@ -69,4 +74,12 @@ class Clock:
         if fields.get("step_index") is not None:
             return int(fields["step_index"]), fields.get("num_inference_steps") or steps
         index = getattr(scheduler, "step_index", None)
+        if timesteps is not None and timestep is not None and not hasattr(scheduler, "step_index"):
+            index = _nearest(timesteps, timestep)  # DDIM, DDPM, CogVideoX: a device synchronisation
         return (0 if index is None else max(0, index - begin)), steps
+
+
+def _nearest(timesteps: torch.Tensor, timestep: torch.Tensor | float) -> int:
+    """The step of a run of `timesteps` whose forward was given `timestep` (one per sample)."""
+    now = torch.as_tensor(timestep, dtype=torch.float32).flatten()[0].to(timesteps.device)
+    return int((timesteps - now).abs().argmin())

@@ -116,13 +116,14 @@ class Engine:
         device: torch.device,
         carried: bool = False,
         span: Span | None = None,
+        timestep: Any = None,
     ) -> None:
         """A transformer forward starts: move the clock, drop stale state, choose the order.
 
         carried: the adapter can carry permuted tokens through the whole model; otherwise each
         attention call permutes its own queries and keys. span: this transformer's token pruning.
         """
-        if self.clock.tick(geometry):
+        if self.clock.tick(geometry, timestep):
             self.state.clear()
             self._forced.clear()
             self.generation_start = len(self.forwards)

@@ -93,7 +93,7 @@ class Patch:
             if self.span is not None:
                 _check_prunable(module, shared)
             carried = self.adapter.leave is not None and not shared
-            self.engine.begin(geometry, device, carried, self.span)
+            self.engine.begin(geometry, device, carried, self.span, bound.get("timestep"))
 
         @torch.compiler.disable
         def after(module: nn.Module, args: tuple, output: Any) -> None:

@@ -15,17 +15,20 @@ import json
 import platform
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dit_accel import Dense, Pooled, Rectified, Rettention, Schedule, TopK, accelerated
+from dit_accel import Pooled, Rectified, Rettention, Schedule, TopK, accelerated
 from dit_accel.generate import Request, arguments
 from dit_accel.loading import EMBEDDED, load_pipeline
-from dit_accel.methods import Method
+from dit_accel.methods import Call, Method
+from dit_accel.probe import Probe
 
 KEEPS = (0.1, 0.2, 0.3, 0.5)
+NEVER = 1000  # steps: a window alone has no full step after the first
 EVERY = 8  # steps between two measurements; methods with a state need every step
 PROMPTS = ("snowman on a red background",)
 
@@ -39,7 +42,7 @@ def candidates(keep: float) -> dict[str, Method]:
         "rectified, top-k only, GAPR": Rectified(keep, **plain),
         "rectified as published": Rectified(keep),
         "pooled": Pooled(keep),
-        "window alone": Rettention(keep, residual="none", rescale=False, period=1000),
+        "window alone": Rettention(keep, residual="none", rescale=False, period=NEVER),
     } | (remembering(keep) if keep == 0.2 else {})
 
 
@@ -52,46 +55,40 @@ def remembering(keep: float) -> dict[str, Method]:
     }
 
 
-@dataclass(frozen=True)
-class Probe(Dense):
-    """Dense attention that also runs every candidate and books its error."""
+class Books:
+    """Runs the candidates on what a layer was given and notes (layer, step, kept, error)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "keep", 0.999)  # 1 would never reach the method
-        object.__setattr__(self, "books", defaultdict(list))
+    def __init__(self) -> None:
+        self.entries: dict[str, list] = defaultdict(list)
 
-    def __call__(self, q, k, v, call):
-        dense = super().__call__(q, k, v, call)
+    def see(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: Call) -> None:
         for keep in KEEPS:
             for name, method in candidates(keep).items():
-                if call.step % EVERY == 0 or (method.stateful and method.period < 1000):
-                    self.try_one(f"{keep}/{name}", method, dense, q, k, v, call)
-        call.note(None)
-        return dense
+                if call.step % EVERY == 0 or (method.stateful and method.period < NEVER):
+                    self.note(f"{keep}/{name}", method, q, k, v, dense, call)
 
-    def try_one(self, key, method, dense, q, k, v, call):
-        kept = []
-        state = call.state.setdefault(key, {})
-        full = method.stateful and not state
+    def note(
+        self, key: str, method: Method, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: Call
+    ) -> None:
+        kept, state = [], call.state.setdefault(key, {})
+        alone = method.stateful and method.period == NEVER and not state
         mine = replace(call, keep=method.keep, state=state, refresh=False, note=kept.append)
         out = method(q, k, v, mine)
-        if full and method.residual == "none":  # the window alone has no full step
-            kept.clear()
+        if alone:  # its only full step says nothing about the window
             out = method(q, k, v, mine)
-        share = 1.0 if kept[0] is None else float(kept[0].density())
+        share = 1.0 if kept[-1] is None else float(kept[-1].density())
         error = float((out - dense).norm() / dense.norm())
-        self.books[key].append((call.layer, call.step, share, error))
+        self.entries[key].append((call.layer, call.step, share, error))
 
 
 def measure(pipe, defaults, order: str) -> dict[str, list]:
-    probe = Probe()
-    with accelerated(pipe, probe, schedule=Schedule(), order=order, min_tokens=0):
+    books = Books()
+    with accelerated(pipe, Probe(see=books.see), schedule=Schedule(), order=order, min_tokens=0):
         for prompt in PROMPTS:
             values = arguments(pipe, defaults, Request(prompt, seed=11, guidance=1.0))
             pipe(**values, output_type="latent")
             print(f"{order}: {prompt}", file=sys.stderr)
-    return probe.books
+    return books.entries
 
 
 def summary(entries: list) -> dict:

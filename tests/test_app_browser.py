@@ -90,8 +90,9 @@ class Page:
         )
 
     def generate(self, steps: int = 4) -> None:
-        self.fill("#steps input", str(steps))
-        self.until(f"return document.querySelector('#steps input').value == '{steps}'")
+        wanted = {"steps": steps, "width": 128, "height": 128, "frames": 9}
+        for name, value in wanted.items():
+            self.fill(f"#{name} input", str(value))
         time.sleep(0.5)  # the page sends a changed number on its own time
         self.click("#go")
 

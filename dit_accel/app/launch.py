@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -89,6 +90,7 @@ def _serve(options: argparse.Namespace, bounds: Limits) -> int:
 
         examples.make(studio, options.make_examples)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="dit-accel-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder, "gradio"))
         from dit_accel.app import server

@@ -134,6 +134,8 @@ class Studio:
         """True the first time this side runs at this size: it then pays for set-up."""
         key = (side, ask.width, ask.height, ask.frames)
         known = key in self._warm
+        if len(self._warm) >= 256:
+            self._warm.clear()
         self._warm.add(key)
         return not known
 

@@ -112,7 +112,7 @@ def examine(
             if name == "":
                 geometry, reasons = handle._engine.clock.geometry, handle.report().unplanned
     progress("timing a layer", 1, 1)
-    if reasons:
+    if reasons and not hollow.seen:
         best |= dict.fromkeys(set(best) - {"", "dense"}, next(iter(reasons)))
     dense, bare = best.pop("dense"), best.pop("")
     layers = [

@@ -196,7 +196,7 @@ def _obstacles(
 def recommend(found: Diagnosis) -> str:
     """One piece of advice, in plain words."""
     share = f"attention takes {found.attention_share:.0%} of a layer's time"
-    if found.obstacles:
+    if found.obstacles and not any(o.predicted for o in found.outlook):
         return f"Leave it dense: {found.obstacles[0]}."
     fewer = "try fewer steps first; dit-accel evaluate shows what they cost"
     if found.bound < WORTH:

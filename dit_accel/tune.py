@@ -136,7 +136,7 @@ def tune(
     methods: Sequence[str] = METHODS,
     warmups: Sequence[float] = WARMUPS,
     keeps: Sequence[float] = KEEPS,
-    trials: int = 16,
+    trials: int = 24,
     command: str = "",
     progress: ProgressFn = lambda phase, done, total: None,
     note: Callable[[str], None] = lambda line: None,

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny import saved_tiny_wan, tiny_wan
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -242,3 +243,15 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
 def test_bad_input(arguments, says, tmp_path, capsys):
     assert cli.run(["evaluate", "-o", str(tmp_path / "out"), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_learned_weights_are_part_of_a_row(tmp_path):
+    path = str(tmp_path / "sla.safetensors")
+    digests = set()
+    for value in (1.0, 2.0):
+        learned = {"layers.0.weight": torch.full((64, 64), value)}
+        dit_accel.SLA().with_weights(learned).save(path)
+        (row,) = rows(["sla"], (0.5,), 4, TEMPLATE, sla_weights=path)
+        digests.add(row.digest)
+    assert row.config.method == dit_accel.SLA(0.5, weights=path)
+    assert len(digests) == 2

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dit_accel.config import AccelConfig, resolve
 from dit_accel.methods import Method, find
@@ -42,9 +43,11 @@ class Row:
 
     @property
     def digest(self) -> str:
-        """Same configuration and steps, same digest."""
-        text = json.dumps([self.config.to_dict(), self.steps], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Same configuration, learned weights and steps, same digest."""
+        text = json.dumps([self.config.to_dict(), self.steps], sort_keys=True).encode()
+        weights = getattr(self.config.method, "weights", None)
+        learned = Path(weights).read_bytes() if weights else b""
+        return hashlib.sha256(text + learned).hexdigest()[:12]
 
 
 def rows(

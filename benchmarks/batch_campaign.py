@@ -1,6 +1,6 @@
 """200 and more jobs under injected faults, and throughput against a naive loop.
 
-    python benchmarks/batch_campaign.py [--model FOLDER] [--out FOLDER] [--json FILE]
+    python benchmarks/batch_campaign.py [--model FOLDER] [--json FILE]
 
 Faults: workers killed with SIGKILL at random moments, the whole run killed and started again, a
 disk that fills up and is made larger (a small tmpfs, which takes root; "disk_filled" says whether

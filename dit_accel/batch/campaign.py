@@ -57,10 +57,7 @@ def run(
     every process works off the one queue.
     """
     settings = settings or Settings()
-    if show not in SHOW:
-        raise ValueError(f"show is one of {', '.join(SHOW)}, not {show!r}")
-    if check_every < 0:
-        raise ValueError(f"check_every is the distance between checked jobs, not {check_every}")
+    _check(show, check_every)
     parsed = gather(jobs, defaults)
     _judge(parsed, settings)
     model = _name(pipe) if pipe is not None else loading.find_model(settings.model)
@@ -80,6 +77,13 @@ def run(
         return summarize(manifest, stopped) if rank else _finish(manifest, stopped)
     finally:
         manifest.close()
+
+
+def _check(show: str, check_every: int) -> None:
+    if show not in SHOW:
+        raise ValueError(f"show is one of {', '.join(SHOW)}, not {show!r}")
+    if check_every < 0:
+        raise ValueError(f"check_every is the distance between checked jobs, not {check_every}")
 
 
 def _judge(parsed: Parsed, settings: Settings) -> None:

@@ -211,8 +211,9 @@ def recommend(found: Diagnosis) -> str:
         )
     near = [o for o in found.outlook if o.predicted and o.predicted > 0.9 * best.predicted]
     pick = next((o for o in near if o.method == "pooled"), best)
+    low = f", with --min-tokens {found.tokens}" if found.tokens < (found.crossover or 0) else ""
     return (
-        f"Take {pick.method} at keep {pick.keep:g}: {share}, and a whole run should be "
+        f"Take {pick.method} at keep {pick.keep:g}{low}: {share}, and a whole run should be "
         f"{pick.predicted:.2f}× as fast; let dit-accel tune find the keep that is close enough."
     )
 

@@ -94,7 +94,9 @@ def test_arithmetic(loaded, given_times):
     assert by_name["topk"].predicted == pytest.approx(1 / (0.2 + 0.8 * 0.55))
     assert by_name["rettention"].why == "its state needs more memory"
     assert by_name["rettention"].predicted is None
-    assert found.recommendation.startswith("Take pooled at keep 0.25: attention takes 60%")
+    advice = "Take pooled at keep 0.25, with --min-tokens 72: attention takes 60%"  # crossover: 512
+    assert found.recommendation.startswith(advice)
+    assert "--min-tokens" not in recommend(replace(found, tokens=5000))
     assert json.loads(json.dumps(found.to_dict()))["bound"] == found.bound
 
 

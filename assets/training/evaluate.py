@@ -147,14 +147,14 @@ def autoencoder(pipe: WanPipeline, references: References, count: int) -> dict[s
             "psnr_worst": min(values)}  # fmt: skip
 
 
-def grid(clips: list[Tensor], file: Path, side: int = 160) -> None:
-    """The middle frames, four in a row, as a palette-reduced PNG."""
+def grid(clips: list[Tensor], file: Path, side: int = 144) -> None:
+    """The middle frames, four in a row, as a PNG."""
     tiles = [Image.fromarray(c[len(c) // 2].numpy()).resize((side, side), 1) for c in clips]
     sheet = Image.new("RGB", (4 * side, (len(tiles) + 3) // 4 * side), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % 4 * side, number // 4 * side))
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(256).save(file, optimize=True)
+    sheet.save(file, optimize=True)
 
 
 def arguments() -> argparse.Namespace:

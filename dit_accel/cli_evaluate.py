@@ -116,7 +116,9 @@ def _run(
             limit=limit,
             command=shlex.join(["dit-accel", *sys.argv[1:]]),
             progress=progress,
-            note=lambda line: progress.console.print(line, markup=False, highlight=False),
+            note=lambda line: progress.console.print(
+                line, markup=False, highlight=False, soft_wrap=True
+            ),
         )
     screen = Console(highlight=False, soft_wrap=True)
     screen.print(markdown(data["rows"]), markup=False)

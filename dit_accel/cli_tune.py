@@ -118,7 +118,9 @@ def _run(
             **search,
             command=shlex.join(["dit-accel", *sys.argv[1:]]),
             progress=progress,
-            note=lambda line: progress.console.print(line, markup=False, highlight=False),
+            note=lambda line: progress.console.print(
+                line, markup=False, highlight=False, soft_wrap=True
+            ),
         )
 
 

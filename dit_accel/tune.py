@@ -158,12 +158,6 @@ def tune(
         for warmup in warmups:
             search.bisect(replace(config, schedule=Schedule(warmup=warmup)), felt[name])
     progress("trying configurations", trials, trials)
-    best, unseen = search.best, None
-    if best is not None:
-        progress("prompts it did not see", 0, None)
-        unseen = score(study, best.row, held_out, seeds)
-        with video.atomic(study.folder / "preset.json") as temporary:
-            best.row.config.save(temporary)
     data = {
         "command": command,
         "setting": study.setting,
@@ -171,14 +165,26 @@ def tune(
         "prompts": list(prompts),
         "held_out": list(held_out),
         "seeds": list(seeds),
-        "chosen": best and best.to_dict(),
-        "on_held_out": unseen and unseen.to_dict(),
+        **_chosen(search, held_out),
         "frontier": [trial.to_dict() for trial in frontier(search.trials)],
         "trials": [trial.to_dict() for trial in search.trials],
         "sensitivity": {name: found.to_dict() for name, found in felt.items()},
     }
     _write(study, data)
     return data
+
+
+def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, Any]:
+    """The best trial, tried on the held-out prompts and written as a preset; None if there is no
+    such trial."""
+    best, study = search.best, search.study
+    if best is None:
+        return {"chosen": None, "on_held_out": None}
+    search.progress("prompts it did not see", 0, None)
+    unseen = score(study, best.row, held_out, search.seeds)
+    with video.atomic(study.folder / "preset.json") as temporary:
+        best.row.config.save(temporary)
+    return {"chosen": best.to_dict(), "on_held_out": unseen.to_dict()}
 
 
 def score(study: Study, row: Row, prompts: Sequence[str], seeds: Sequence[int]) -> Trial:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,9 +103,16 @@ def image_ids(height: int, width: int, axes: int = 3) -> torch.Tensor:
     return ids.view(-1, axes)
 
 
+Video = partial(Case, axes="BCTHW", grid=(3, 8, 8))
+Image = partial(Case, axes="BCHW", grid=(1, 16, 16))
+Packed = partial(Case, axes="BNC", grid=(1, 16, 16))
+
+
 def zoo() -> dict[str, Case]:
     """Class name → case."""
     from zoo_image import IMAGES
+    from zoo_packed import PACKS
     from zoo_video import VIDEOS
+    from zoo_wan import WANS
 
-    return {case.name: case for case in (*VIDEOS, *IMAGES)}
+    return {case.name: case for case in (*WANS, *VIDEOS, *PACKS, *IMAGES)}

@@ -1,26 +1,8 @@
 """Video transformers: 3 × 8 × 8 tokens, two heads of 64."""
 
-from functools import partial
-
 import torch
-from zoo import TEXT, Case, at, padding, x
+from zoo import TEXT, Video, at, padding, x
 
-Video = partial(Case, axes="BCTHW", grid=(3, 8, 8))
-
-WAN = {
-    "patch_size": (1, 2, 2),
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 64,
-    "num_layers": 2,
-    "cross_attn_norm": True,
-    "qk_norm": "rms_norm_across_heads",
-    "rope_max_seq_len": 64,
-}
 HUNYUAN = {
     "in_channels": 4,
     "out_channels": 4,
@@ -48,15 +30,6 @@ COG = {
     "patch_size": 2,
     "max_text_seq_length": TEXT,
 }
-
-
-def wan(**more):
-    return dict(
-        hidden_states=x(1, 16, 3, 16, 16),
-        timestep=at(500.0),
-        encoder_hidden_states=x(1, TEXT, 32),
-        **more,
-    )
 
 
 def hunyuan(*lengths, channels=4, **more):
@@ -121,72 +94,6 @@ def ltx(**more):
 
 
 VIDEOS = (
-    Video("WanTransformer3DModel", "Wan 2.1 and 2.2, Lucy Edit", WAN, wan),
-    Video(
-        "WanVACETransformer3DModel",
-        "Wan VACE",
-        dict(WAN, vace_layers=[0], vace_in_channels=16),
-        lambda: wan(control_hidden_states=x(1, 16, 3, 16, 16)),
-        layers=3,
-    ),
-    Video(
-        "WanAnimateTransformer3DModel",
-        "Wan Animate",
-        dict(
-            WAN,
-            in_channels=36,
-            latent_channels=16,
-            image_dim=None,
-            motion_encoder_size=16,
-            motion_style_dim=8,
-            motion_dim=4,
-            motion_encoder_dim=16,
-            motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16},
-            face_encoder_hidden_dim=16,
-            face_encoder_num_heads=2,
-            inject_face_latents_blocks=2,
-        ),
-        lambda: dict(
-            wan(pose_hidden_states=x(1, 16, 2, 16, 16), face_pixel_values=x(1, 3, 5, 16, 16)),
-            hidden_states=x(1, 36, 3, 16, 16),
-        ),
-        note="face blocks attend frame by frame and stay dense",
-    ),
-    Video("ChronoEditTransformer3DModel", "ChronoEdit", WAN, wan),
-    Video(
-        "SkyReelsV2Transformer3DModel",
-        "SkyReels V2",
-        WAN,
-        wan,
-        note="the block-causal mask of diffusion forcing makes it stay dense",
-    ),
-    Video(
-        "AnyFlowTransformer3DModel",
-        "AnyFlow",
-        {k: v for k, v in WAN.items() if k != "qk_norm"},
-        lambda: dict(
-            wan(),
-            hidden_states=x(1, 3, 16, 16, 16),
-            r_timestep=x(1, 3) + 400,
-            timestep=x(1, 3) + 500,
-        ),
-        axes="BTCHW",
-    ),
-    Video(
-        "HeliosTransformer3DModel",
-        "Helios",
-        dict(
-            {k: v for k, v in WAN.items() if k != "rope_max_seq_len"},
-            rope_dim=(16, 24, 24),
-        ),
-        lambda: dict(
-            wan(),
-            indices_hidden_states=at(4, 5, 6)[None],
-            indices_latents_history_short=at(2, 3)[None],
-            latents_history_short=x(1, 16, 2, 16, 16),
-        ),
-        note="every query reads the whole history",
-    ),
     Video(
         "HunyuanVideoTransformer3DModel",
         "HunyuanVideo, SkyReels I2V",
@@ -224,7 +131,6 @@ VIDEOS = (
             "text_embed_2_dim": 8,
             "image_embed_dim": 8,
             "rope_axes_dim": (16, 24, 24),
-            "use_meanflow": False,
         },
         hunyuan15,
         mask="key padding, in place of diffusers' N × N mask",
@@ -290,7 +196,6 @@ VIDEOS = (
         "MochiTransformer3DModel",
         "Mochi 1",
         {
-            "patch_size": 2,
             "num_attention_heads": 2,
             "attention_head_dim": 64,
             "num_layers": 2,
@@ -363,7 +268,6 @@ VIDEOS = (
             "text_embed_dim": 32,
             "adaln_lora_dim": 4,
             "max_size": (4, 32, 32),
-            "patch_size": (1, 2, 2),
             "concat_padding_mask": False,
         },
         lambda: {
@@ -381,7 +285,6 @@ VIDEOS = (
             "in_text_dim2": 16,
             "time_dim": 32,
             "out_visual_dim": 4,
-            "patch_size": (1, 2, 2),
             "model_dim": 128,
             "ff_dim": 64,
             "num_text_blocks": 1,
@@ -409,7 +312,6 @@ VIDEOS = (
             "out_channels": 4,
             "num_layers": 2,
             "cross_attention_dim": 128,
-            "attention_bias": True,
             "sample_size": 24,
             "patch_size": 2,
             "activation_fn": "gelu-approximate",

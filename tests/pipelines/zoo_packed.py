@@ -1,0 +1,148 @@
+"""Image transformers on packed tokens: 16 × 16 of them, two heads of 64."""
+
+import torch
+from zoo import TEXT, Packed, at, image_ids, padding, x
+
+PACKED = {
+    "patch_size": 1,
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (16, 24, 24),
+}
+
+
+def packed(axes=3, **more):
+    return dict(
+        hidden_states=x(1, 256, 16),
+        encoder_hidden_states=x(1, TEXT, 16),
+        timestep=at(0.5),
+        img_ids=image_ids(16, 16, axes),
+        txt_ids=x(TEXT, axes) * 0,
+        **more,
+    )
+
+
+def qwen(**more):
+    return dict(
+        hidden_states=x(2, 256, 16),
+        encoder_hidden_states=x(2, TEXT, 16),
+        encoder_hidden_states_mask=padding(12, 20),
+        timestep=at(0.5, 0.5),
+        img_shapes=[[(1, 16, 16)]] * 2,
+        **more,
+    )
+
+
+def krea_ids():
+    return torch.cat([torch.zeros(TEXT, 3), image_ids(16, 16)])
+
+
+PACKS = (
+    Packed(
+        "FluxTransformer2DModel",
+        "Flux.1, Kontext, Fill, Control",
+        dict(PACKED, pooled_projection_dim=16),
+        lambda: packed(pooled_projections=x(1, 16)),
+    ),
+    Packed(
+        "Flux2Transformer2DModel",
+        "Flux.2",
+        dict(PACKED, axes_dims_rope=(16, 16, 16, 16), timestep_guidance_channels=32),
+        lambda: packed(axes=4, guidance=at(1.0)),
+        note="with a key-value cache for reference images it stays dense, unbooked",
+    ),
+    Packed(
+        "ChromaTransformer2DModel",
+        "Chroma",
+        dict(
+            PACKED,
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        lambda: packed(attention_mask=padding(12 + 256, of=256 + TEXT).roll(8, 1)),
+        mask="product of valid queries and valid keys",
+        note="diffusers' own pipelines hand it an additive bias, which stays dense",
+    ),
+    Packed(
+        "BriaTransformer2DModel",
+        "Bria 3.2",
+        PACKED,
+        packed,
+    ),
+    Packed(
+        "BriaFiboTransformer2DModel",
+        "Bria Fibo",
+        dict(PACKED, text_encoder_dim=16),
+        lambda: packed(text_encoder_layers=[x(1, TEXT, 16), x(1, TEXT, 16)]),
+    ),
+    Packed("LongCatImageTransformer2DModel", "LongCat-Image", PACKED, packed),
+    Packed("OvisImageTransformer2DModel", "Ovis-Image", PACKED, packed),
+    Packed(
+        "QwenImageTransformer2DModel",
+        "Qwen-Image, Edit, Layered",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (16, 24, 24),
+        },
+        qwen,
+        mask="key padding",
+    ),
+    Packed(
+        "NucleusMoEImageTransformer2DModel",
+        "NucleusMoE-Image",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": (16, 24, 24),
+            "moe_enabled": False,
+            "capacity_factors": [1.0, 1.0],
+        },
+        qwen,
+        mask="key padding",
+    ),
+    Packed(
+        "Krea2Transformer2DModel",
+        "Krea 2",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 32,
+            "timestep_embed_dim": 16,
+            "text_hidden_dim": 16,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 1,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (16, 24, 24),
+        },
+        lambda: {
+            "hidden_states": x(1, 256, 16),
+            "encoder_hidden_states": x(1, TEXT, 2, 16),
+            "timestep": at(0.5),
+            "position_ids": krea_ids(),
+            "encoder_attention_mask": padding(12),
+        },
+        mask="key padding",
+    ),
+)

@@ -65,7 +65,8 @@ class Training:
             if stored is None or stored.shape != p.shape:
                 raise ValueError(f"{folder} is of another model: it holds no {name} of this shape")
             p.copy_(stored)
-            self.average[name].copy_(tensors[f"average.{name}"])
+            if name in self.average:
+                self.average[name].copy_(tensors[f"average.{name}"])
             prefix = f"adam.{name}."
             own = (n for n in tensors if n.startswith(prefix))
             moments.append({n.removeprefix(prefix): tensors[n] for n in own})

@@ -88,11 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is None and options.prepare is None:
         words.error("the following arguments are required: -o/--out")
     asked = settings(options)
+    import diffusers
+    import transformers
     from rich.console import Console
 
     from dit_accel.finetune.run import finetune, prepare_data
     from dit_accel.progress import Progress
 
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False, soft_wrap=True)
     if options.prepare is not None:
         with Progress() as progress:

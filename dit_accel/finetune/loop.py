@@ -116,8 +116,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.training.step = done + 1
-        if self.settings.ema:
-            self.average.update(self.training.step)
+        self.average.update(self.training.step)
         return total, torch.as_tensor(norm)
 
     def _backward(self, batch: Batch) -> Tensor:
@@ -144,7 +143,8 @@ class Trainer:
             loss, norm = self.step()
             sums, since, done = sums + loss, since + 1, self.training.step
             progress("training", done, s.steps)
-            if done % s.log_every == 0 or done == s.steps:
+            saving = done % s.save_every == 0 or done == s.steps
+            if saving or done % s.log_every == 0:
                 mean = float(self.accelerator.reduce(sums, "mean")) / since
                 if not math.isfinite(mean):
                     raise RuntimeError(
@@ -157,7 +157,7 @@ class Trainer:
                 sums, since = 0.0, 0
             if done % s.validate_every == 0 or done == s.steps:
                 on_validate()
-            if done % s.save_every == 0 or done == s.steps:
+            if saving:
                 on_save()
             if since == 0:
                 began = time.perf_counter()

@@ -172,9 +172,7 @@ def _trainer(settings: Settings, accelerator: Any, pipe: Any, data: LatentData) 
     live = trained(student, optimizer)
     wrapped, prepared = accelerator.prepare(student, optimizer)
     average = Average(live, settings.ema)
-    values = average.values if settings.ema else live
-    training = Training(live, values, optimizer, accelerator.scaler)
-    average.values = values
+    training = Training(live, average.values, optimizer, accelerator.scaler)
     return Trainer(
         settings, accelerator, student, wrapped, teacher, data, prepared, training, average
     )

@@ -19,7 +19,7 @@ from dit_accel.generate import Request, generate
 from dit_accel.loading import Defaults
 from dit_accel.metrics import quality
 
-DRAWS = 8
+DRAWS = 4
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,184 @@
+"""Whole runs: training helps, a resumed run is the same run, results load, bad input is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
+
+import dit_accel
+from dit_accel import SLA, cli
+from dit_accel.finetune import Settings, finetune
+from dit_accel.finetune.checkpoint import checkpoints
+from dit_accel.finetune.data import LatentData
+from dit_accel.finetune.student import Student, Teacher
+from dit_accel.finetune.validate import velocity_error
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def settings(model, prompts, tmp_path_factory):
+    return Settings(
+        out=str(tmp_path_factory.mktemp("run") / "out"),
+        model=model,
+        prompts=prompts,
+        samples=2,
+        method=SLA(keep=0.3),
+        steps=STEPS,
+        lr_projection=1e-2,
+        lr_warmup=4,
+        ema=0.8,
+        save_every=STEPS // 2,
+        validate_every=STEPS,
+        log_every=4,
+        clips=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def done(settings):
+    return finetune(settings)
+
+
+def lines(out):
+    with open(f"{out}/log.jsonl") as log:
+        return [json.loads(line) for line in log]
+
+
+def test_training_brings_the_sparse_velocity_nearer_to_the_dense_one(settings, done):
+    losses = [line["loss"] for line in lines(settings.out) if "loss" in line]
+    assert len(losses) == 6 and losses[-1] + losses[-2] < 0.93 * (losses[0] + losses[1])
+    before, after = done.velocity_error
+    assert done.steps == STEPS and after < 0.95 * before
+    validations = [line for line in lines(settings.out) if "velocity_error" in line]
+    assert [line["step"] for line in validations] == [0, STEPS]
+    assert all(line["clips"][0]["psnr"] > 5 for line in validations)
+    assert {p.name for p in done.files} == {"sla.safetensors", "preset.json"}
+
+
+def test_the_result_loads_into_sla_and_is_what_was_measured(settings, done):
+    pipe = WanPipeline.from_pretrained(settings.model)
+    data = LatentData(f"{settings.out}/data", "WanTransformer3DModel")
+    batches = [data.draw(1, seed, 0.0) for seed in range(100, 104)]
+    teacher, errors = Teacher(pipe.transformer, "projection"), {}
+    for weights in (None, f"{settings.out}/sla.safetensors"):
+        method = SLA(keep=0.3, weights=weights)
+        tensors = {f"layers.{i}.{x}": t for i, p in method._learned.items() for x, t in p.items()}
+        assert set(tensors) == set(load_file(weights) if weights else ())
+        student = Student(pipe.transformer, {n: torch.nn.Parameter(x) for n, x in tensors.items()})
+        errors[weights] = velocity_error(student, teacher, batches, replace(settings))
+    untrained, trained = errors.values()
+    assert trained < 0.97 * untrained
+    with dit_accel.accelerated(pipe, f"{settings.out}/preset.json") as handle:
+        pipe(
+            "a cat",
+            height=128,
+            width=128,
+            num_frames=9,
+            num_inference_steps=2,
+            max_sequence_length=16,
+        )
+        assert any("linear" in name for name in handle.report().implementations)
+
+
+def test_a_resumed_run_is_the_same_run(settings, done, tmp_path):
+    half = replace(settings, out=str(tmp_path / "out"), steps=STEPS // 2, clips=0)
+    finetune(half)
+    assert [p.name for p in checkpoints(tmp_path / "out")] == [f"checkpoint-{STEPS // 2:08d}"]
+    with pytest.raises(ValueError, match="holds a run: --resume goes on with it"):
+        finetune(half)
+    with pytest.raises(ValueError, match="was started with seed=0"):
+        finetune(replace(half, seed=1), resume=True)
+    finetune(replace(half, steps=STEPS), resume=True)
+    for name in ("sla.safetensors", f"checkpoint-{STEPS:08d}/tensors.safetensors"):
+        one, two = (load_file(f"{out}/{name}") for out in (settings.out, half.out))
+        assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one), name
+    one, two = (
+        [(x["step"], x["loss"]) for x in lines(out) if "loss" in x]
+        for out in (settings.out, half.out)
+    )
+    assert one == two
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_trained_weights_are_written_in_diffusers_format(settings, done, tmp_path, train):
+    data = f"{settings.out}/data"
+    asked = replace(
+        settings,
+        out=str(tmp_path),
+        data=data,
+        train=train,
+        lr=1e-3,
+        steps=2,
+        clips=0,
+        ema=0.0,
+        objective="diffusion",
+        accumulate=2,
+        rank=2,
+    )
+    finetune(asked)
+    before = WanPipeline.from_pretrained(settings.model)
+    if train == "full":
+        tuned = WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    else:
+        pipe = WanPipeline.from_pretrained(settings.model)
+        pipe.load_lora_weights(tmp_path / "lora")
+        tuned = pipe.transformer
+    batch = LatentData(data, "WanTransformer3DModel").draw(1, 5, 0.0)
+    with torch.no_grad():
+        a, b = (
+            m(batch.noisy, batch.time, **batch.conditions)[0] for m in (before.transformer, tuned)
+        )
+    assert not torch.equal(a, b) and (a - b).norm() < 0.5 * a.norm()
+    stored = load_file(tmp_path / "checkpoint-00000002" / "tensors.safetensors")
+    assert any("attn1.to_q" in name for name in stored)
+    SLA(keep=0.3, weights=str(tmp_path / "sla.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "nowhere"], "nowhere holds no prepared data: make it with --prepare"),
+        (["--keep", "2"], "keep is the share of key blocks"),
+        (["--keep", "1"], "keep = 1 is dense attention"),
+        (["--linear", "none"], "linear=None has no projection to train"),
+        (["--combine", "sum"], "combine is one of 'project', 'gate'"),
+        (["--weights", "other.safetensors", "--linear", "rest"], "was trained with linear='all'"),
+        (["--weights", "other.safetensors"], "but this model's head_dim makes it [64, 64]"),
+        (["--prompts", "nowhere.txt"], "there is no prompt file nowhere.txt"),
+        (["--model", "nowhere/at all"], "cannot load 'nowhere/at all'"),
+        (["--size", "100x100"], "height is a multiple of 16 for this model"),
+        (["--steps", "0"], "steps is a number ≥ 1, not 0"),
+        (["--resume"], "holds no checkpoint to resume from"),
+        (["-o", "file"], "file is a file: a folder was expected"),
+        (["--prepare", "nowhere", "--data", "cache"], "there is no folder of clips nowhere"),
+        (
+            ["--prepare", "nowhere", "--data", "self"],
+            "--prepare writes to a folder: name it with --data",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence_before_training(
+    settings, done, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    SLA().with_weights({"layers.0.weight": torch.ones(32, 32)}).save("other.safetensors")
+    common = ["--model", settings.model, "--data", f"{settings.out}/data", "--prompts"]
+    common += [settings.prompts, "--device", "cpu", "-o", "out", "--keep", "0.3"]
+    assert cli.run(["finetune", *common, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ") and error.count("error:") == 1
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_the_command_trains(settings, done, tmp_path, capsys):
+    options = ["--model", settings.model, "--data", f"{settings.out}/data", "--steps", "1"]
+    options += ["--keep", "0.3", "--clips", "0", "--device", "cpu", "-o", str(tmp_path / "o")]
+    assert cli.run(["finetune", *options]) == 0
+    assert "1 steps: velocity error to the dense model" in capsys.readouterr().out
+    assert SLA(weights=str(tmp_path / "o" / "sla.safetensors")).linear == "all"

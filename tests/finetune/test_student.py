@@ -1,0 +1,72 @@
+"""Gradients through an accelerated transformer, and what is trained."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dit_accel import SLA, api
+from dit_accel.finetune.config import Settings
+from dit_accel.finetune.student import GATE, Teacher, build, training_config
+
+
+def gradients(pipe, batch, **options):
+    """Name → gradient of one teacher-MSE step, and the teacher's velocity."""
+    settings = Settings(out=".", **{"method": SLA(keep=0.3), **options})
+    teacher = Teacher(pipe.transformer, settings.train)
+    student = build(pipe.transformer, settings, batch)
+    target = teacher.velocity(batch)
+    with api.accelerated(student, training_config(student, settings)) as handle:
+        found = student(batch.noisy, batch.time, batch.conditions)
+        F.mse_loss(found, target).backward()
+    report = handle.report()
+    assert report.kept == pytest.approx(1 / 3) and not report.fallbacks
+    return {n: p.grad for n, p in student.named_parameters() if p.requires_grad}, target
+
+
+def test_a_zero_projection_has_a_gradient_in_every_layer(pipe, batch):
+    found, _ = gradients(pipe, batch)
+    assert set(found) == {f"learned.layers-{i}-{x}" for i in (0, 1) for x in ("weight", "bias")}
+    assert all(g.isfinite().all() and g.any() for g in found.values())
+
+
+def test_checkpointing_changes_no_gradient(pipe, batch):
+    plain, _ = gradients(pipe, batch)
+    again, _ = gradients(pipe, batch, checkpointing=True)
+    assert plain.keys() == again.keys()
+    for name, g in plain.items():
+        torch.testing.assert_close(again[name], g, msg=name)
+
+
+def test_the_gate_starts_near_top_k_and_has_a_gradient(pipe, batch):
+    found, _ = gradients(pipe, batch, method=SLA(keep=0.3, combine="gate"))
+    assert len(found) == 2 and all(g.any() for g in found.values())
+    assert 0.95 < torch.tensor(GATE).sigmoid() < 1
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_the_teacher_is_the_model_as_it_was(pipe, batch, train):
+    with torch.no_grad():
+        stock = pipe.transformer(batch.noisy, batch.time, **batch.conditions)[0]
+    found, target = gradients(pipe, batch, train=train, rank=2)
+    assert torch.equal(target, stock)
+    touched = [n for n, g in found.items() if g is not None and g.any()]
+    assert any("attn1.to_q" in n for n in touched) and any("learned" in n for n in touched)
+    assert all("lora" in n or "learned" in n for n in found) == (train == "lora")
+
+
+def test_weights_to_start_from_must_fit(pipe, batch, tmp_path):
+    path = tmp_path / "sla.safetensors"
+    SLA().with_weights({"layers.0.weight": torch.ones(32, 32)}).save(path)
+    settings = Settings(out=".", method=SLA(keep=0.3, weights=str(path)))
+    with pytest.raises(ValueError, match=r"is \[32, 32\], but this model's head_dim makes it"):
+        build(pipe.transformer, settings, batch)
+    SLA().with_weights({"layers.7.weight": torch.ones(64, 64)}).save(path)
+    settings = Settings(out=".", method=SLA(keep=0.3, weights=str(path)))
+    with pytest.raises(ValueError, match="layers.7.weight, which this model has no use for"):
+        build(pipe.transformer, settings, batch)
+
+
+def test_latents_of_another_model_are_refused(pipe, batch):
+    batch.conditions["encoder_hidden_states"] = torch.randn(1, 16, 8)
+    with pytest.raises(ValueError, match="cannot run sparse on these data: mat1 and mat2"):
+        build(pipe.transformer, Settings(out=".", method=SLA(keep=0.3)), batch)

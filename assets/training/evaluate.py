@@ -185,9 +185,10 @@ def main() -> None:
     report = {"model": str(args.model), "frames": frames}
     whole = References(clips, clips.rgba.shape[1])
     report["autoencoder"] = autoencoder(generator.pipe, whole, args.vae_clips)
-    sets = choose_prompts(clips, args.limit)
     if args.prompts:
         sets = {"given": args.prompts.read_text().splitlines()[: args.limit]}
+    else:
+        sets = choose_prompts(clips, args.limit)
     for kind, prompts in sets.items():
         report[kind] = measure(prompts, generator, references)
     if args.grid:

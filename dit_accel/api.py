@@ -104,6 +104,8 @@ def _prepare(
     """Everything that can be refused is refused here, before the pipeline is touched."""
     adapters = [registry.find(t) for t in transformers]
     found = [_attentions(a, t) for a, t in zip(adapters, transformers, strict=True)]
+    for modules in found:
+        config.method.check(_head_dim(next(iter(modules.values()))), len(modules))
     plan = Plan(config.schedule, config.method.keep, len(found[0]))
     engine = Engine(config, plan, Clock(pipe))
     patches = []
@@ -195,6 +197,13 @@ def _transformers(pipe: Any) -> list[nn.Module]:
             f"{type(pipe).__name__} has {kind}"
         )
     return found
+
+
+def _head_dim(module: nn.Module) -> int | None:
+    """Channels of one head, where the attention module's query projection tells."""
+    out = getattr(getattr(module, "to_q", None), "out_features", None)
+    heads = getattr(module, "heads", None)
+    return out // heads if out and heads else None
 
 
 def _attentions(adapter: Adapter, transformer: nn.Module) -> dict[str, nn.Module]:

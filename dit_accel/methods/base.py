@@ -85,6 +85,12 @@ class Method:
             if getattr(self, name) not in (64, 128):
                 raise ValueError(f"{name} is 64 or 128 tokens, not {getattr(self, name)}")
 
+    def check(self, head_dim: int | None, layers: int) -> None:
+        """Refuse (ValueError) a model this method cannot serve, before anything is patched.
+
+        head_dim: None when the model does not tell. layers: attention layers of one transformer.
+        """
+
     def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """The block table of this call: forced blocks and the `keep` best by mean score."""
         table = ops.block_table(

@@ -95,6 +95,21 @@ class SLA(Method):
         form = {name: getattr(self, name) for name in _FORM}
         save_file(tensors, path, {"dit_accel.sla": json.dumps(form)})
 
+    def check(self, head_dim: int | None, layers: int) -> None:
+        """The weights must be of this model's head_dim and of layers that it has."""
+        for layer, parts in self._learned.items():
+            if layer >= layers:
+                raise ValueError(
+                    f"SLA's weights name layer {layer}, but this model has {layers} attention "
+                    "layers; load the weights that were trained for it"
+                )
+            size = parts["weight"].shape[0] if "weight" in parts else head_dim
+            if head_dim is not None and size != head_dim:
+                raise ValueError(
+                    f"SLA's weights of layer {layer} are for head_dim {size}, but this model has "
+                    f"{head_dim}; load the weights that were trained for it"
+                )
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         table = self.select(q, k, call)
         options = {"scale": call.scale, "kv_len": call.kv_len}

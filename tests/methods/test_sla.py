@@ -128,3 +128,12 @@ def test_trained_weights_run_in_a_pipeline(tmp_path):
         assert any("linear" in name for name in handle.report().implementations)
     assert out.isfinite().all() and not torch.equal(out, plain)
     assert dit_accel.methods()["sla"].finetuning
+
+
+def test_weights_of_another_model_are_refused_before_generation():
+    pipe = tiny_wan()
+    with pytest.raises(ValueError, match="are for head_dim 32, but this model has 64"):
+        dit_accel.accelerate(pipe, SLA().with_weights(learned(32)))
+    with pytest.raises(ValueError, match="name layer 2, but this model has 2"):
+        dit_accel.accelerate(pipe, SLA().with_weights(learned(64, layers=3)))
+    assert "_dit_accel" not in pipe.transformer.__dict__

@@ -317,6 +317,16 @@ def test_the_clean_clip_is_read_off_two_steps():
     assert torch.allclose(drawing._clean(1, now), clean, atol=1e-5)
 
 
+def test_colours_are_learnt_from_what_was_decoded():
+    latents = torch.randn(1, 16, 3, 8, 6)
+    mixing = torch.randn(3, 16) * 0.05
+    true = torch.einsum("kc,chw->hwk", mixing, latents[0, :, 0]) + 0.5
+    frame = (true.clamp(0, 1) * 255).round().byte().numpy().repeat(8, 0).repeat(8, 1)
+    colours = preview.fit_colours(latents, frame, ratio=8 / 6)
+    drawn = preview.linear(latents[0, :, 0], colours)
+    assert np.abs(drawn.astype(int) - (true.clamp(0, 1) * 255).numpy()).mean() < 8
+
+
 def test_previews_of_packed_latents_have_the_clips_shape():
     plane = preview._plane(torch.randn(1, 6 * 12, 16), ratio=0.5)
     assert plane.shape == (16, 6, 12)
@@ -377,7 +387,7 @@ def test_the_page_calls_nobody_else(address):
 
 def test_stored_examples_are_whole_and_small():
     stored = examples.stored()
-    assert set(stored) == set(examples.PAIRS)
+    assert stored and set(stored) <= set(examples.PAIRS)
     for name, record in stored.items():
         folder = examples.FOLDER / name
         files = [record["both"], *(record[s]["clip"] for s in stage.SIDES)]

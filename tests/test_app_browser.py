@@ -156,7 +156,7 @@ def test_generate_play_wipe_and_difference(page):
         status = page.js(
             f"return fetch({json.dumps(link)}).then(r => r.status)",
         )
-        assert status == 200
+        assert status in (200, 206)  # a clip the player has may come in part
     assert page.outside() == set()
     severe = [e for e in page.driver.get_log("browser") if e["level"] == "SEVERE"]
     assert severe == []

@@ -15,7 +15,7 @@ from dit_accel.app.studio import Pair, Studio
 
 FOLDER = Path(__file__).parents[1] / "assets" / "examples"
 PAIRS = {
-    "rocket": ("rocket on a blue background", Side("topk:balanced", keep=0.25)),
+    "rocket": ("rocket on a blue background", Side("topk:safe", keep=0.5)),
     "octopus": ("octopus on a white background", Side("pooled:fast", keep=0.1)),
     "unicorn": ("unicorn on a pink background", Side("rectified:fast", keep=0.1)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Iterator
 from importlib import resources
@@ -161,15 +162,19 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
                 traceback.print_exc()
             yield _still(stage.stopped(value, "failed"), error)
 
-    def cancel(value: dict[str, Any], request: gr.Request) -> list[Any]:
+    def cancel(request: gr.Request) -> None:
         desk.cancel(request.session_hash)
+        time.sleep(0.3)  # progress on its way to the page arrives before `settle` reads the stage
+
+    def settle(value: dict[str, Any]) -> list[Any]:
         return _still(stage.stopped(value, "cancelled"), None)
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     started = go.click(begin, form.fields, [asked, *outputs], queue=False, **quiet)
     job = started.success(run, asked, outputs, concurrency_limit=1, **quiet)
     job.failure(_refused, screen, outputs, queue=False, **quiet)
-    stop.click(cancel, screen, outputs, queue=False, cancels=[job], **quiet)
+    stopping = stop.click(cancel, queue=False, cancels=[job], **quiet)
+    stopping.then(settle, screen, outputs, queue=False, **quiet)
     demo.unload(_leave(desk))
 
 

@@ -15,34 +15,38 @@ BUDGET = 0.1
 
 
 class Preview:
-    """Draws what the latents promise, within `BUDGET` of the time that has passed.
+    """Draws the first frame of what the latents promise.
 
-    The clean clip is estimated from two neighbouring steps of a flow model. Its first frame goes
-    through the decoder where that is cheap and the latents' statistics are in the decoder's config;
-    elsewhere the three principal channels stand for red, green and blue.
+    The clean clip is estimated from two neighbouring steps of a flow model. It goes through the
+    decoder as long as that takes `BUDGET` of the time that has passed; in between a linear map from
+    latent channels to colours, fitted to what was decoded before, draws it in no time. A model
+    that has decoded nothing yet shows its three principal channels.
     """
 
-    def __init__(self, pipe: Any, ratio: float) -> None:
-        self.pipe, self.ratio = pipe, ratio
+    def __init__(self, pipe: Any, ratio: float, colours: torch.Tensor | None = None) -> None:
+        self.pipe, self.ratio, self.colours = pipe, ratio, colours
         self.before: torch.Tensor | None = None
         self.began = time.perf_counter()
         self.spent = self.cost = 0.0
 
     def draw(self, step: int, latents: torch.Tensor | None) -> str | None:
-        """A data: URI, or None when there is nothing to show or no time to draw it."""
+        """A data: URI, or None for a pipeline that shows no latents."""
         if latents is None:
             return None
         clean = self._clean(step, latents)
         self.before = latents
-        began = time.perf_counter()
-        if self.spent + self.cost > BUDGET * (began - self.began) and step > 2:
-            return None
-        picture = self._decoded(clean) if step > 1 else None
+        picture = self._decoded(clean) if step > 1 and self._affordable() else None
+        if picture is not None and self.colours is None:
+            self.colours = fit_colours(clean, picture, self.ratio)
         if picture is None:
-            picture = principal(_plane(clean, self.ratio))
-        self.cost = time.perf_counter() - began
-        self.spent += self.cost
+            plane = _plane(clean, self.ratio)
+            picture = principal(plane) if self.colours is None else linear(plane, self.colours)
         return data_uri(picture)
+
+    def _affordable(self) -> bool:
+        if not self.cost:
+            return self.colours is None  # the first decoding tells what one costs
+        return self.spent + self.cost <= BUDGET * (time.perf_counter() - self.began)
 
     def _clean(self, step: int, latents: torch.Tensor) -> torch.Tensor:
         """x₀ = x − σ·dx/dσ, the slope taken from the step before."""
@@ -60,10 +64,14 @@ class Preview:
         mean, std = (_statistics(vae, name) for name in ("latents_mean", "latents_std"))
         if latents.ndim != 5 or mean is None or std is None or vae.device != latents.device:
             return None
+        began = time.perf_counter()
         mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1).to(latents) for x in (mean, std))
         with torch.no_grad():
             frame = vae.decode((latents[:1, :, :1] * std + mean).to(vae.dtype)).sample
-        return _pixels(frame[0, :, 0].float() / 2 + 0.5)
+        picture = _pixels(frame[0, :, 0].float() / 2 + 0.5)
+        self.cost = time.perf_counter() - began
+        self.spent += self.cost
+        return picture
 
 
 def _statistics(vae: Any, name: str) -> Any:
@@ -73,7 +81,7 @@ def _statistics(vae: Any, name: str) -> Any:
 def _plane(latents: torch.Tensor, ratio: float) -> torch.Tensor:
     """One latent picture [C, h, w] of [B, C, T, h, w], [B, C, h, w] or packed [B, N, C]."""
     if latents.ndim == 5:
-        return latents[0, :, latents.shape[2] // 2]
+        return latents[0, :, 0]
     if latents.ndim == 4:
         return latents[0]
     count = latents.shape[1]
@@ -92,6 +100,27 @@ def principal(plane: torch.Tensor) -> np.ndarray:
     colours = torch.nn.functional.pad(colours, (0, 0, 0, 0, 0, 3 - len(colours)))
     scale = colours.flatten(1).abs().amax(1).clamp(min=1e-6)
     return _pixels(colours / scale[:, None, None] / 2 + 0.5)
+
+
+def fit_colours(latents: torch.Tensor, frame: np.ndarray, ratio: float) -> torch.Tensor:
+    """The map [C + 1, 3] from a latent frame to the colours of `frame`, uint8 [H, W, 3]."""
+    plane = _plane(latents, ratio).detach().float().cpu()
+    small = Image.fromarray(frame).resize(plane.shape[:0:-1], Image.Resampling.BOX)
+    target = torch.from_numpy(np.array(small)).float().div(255).flatten(0, 1)
+    x = _with_ones(plane)
+    ridge = 1e-3 * len(x) * torch.eye(x.shape[1])
+    return torch.linalg.solve(x.T @ x + ridge, x.T @ target)
+
+
+def linear(plane: torch.Tensor, colours: torch.Tensor) -> np.ndarray:
+    """[C, h, w] through a map of `fit_colours`, as uint8 [h, w, 3]."""
+    flat = _with_ones(plane.detach().float().cpu()) @ colours
+    return _pixels(flat.T.reshape(3, *plane.shape[1:]))
+
+
+def _with_ones(plane: torch.Tensor) -> torch.Tensor:
+    flat = plane.flatten(1).T
+    return torch.cat([flat, torch.ones(len(flat), 1)], dim=1)
 
 
 def _pixels(picture: torch.Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ import torch
 from dit_accel.api import accelerated, restore
 from dit_accel.app.ask import Ask, Side
 from dit_accel.app.ledger import Ledger
-from dit_accel.app.preview import Preview
+from dit_accel.app.preview import Preview, fit_colours
 from dit_accel.app.stop import check, stoppable
 from dit_accel.generate import Request, Result, arguments, generate, warm_up
 from dit_accel.loading import Defaults, load_pipeline
@@ -67,6 +67,7 @@ class Studio:
     load: Loader = load_pipeline
     _name: str | None = field(default=None, init=False)
     _loaded: tuple[Any, Defaults] | None = field(default=None, init=False)
+    _colours: torch.Tensor | None = field(default=None, init=False)
     _warm: set[tuple] = field(default_factory=set, init=False)
     _lock: Any = field(default_factory=Lock, init=False)
 
@@ -113,17 +114,24 @@ class Studio:
         values = arguments(pipe, defaults, request)
         runs = {}
         for name, side in (("left", ask.left), ("right", ask.right)):
-            runs[name] = _Recorder(name, side, put, cancel).run(
-                pipe, defaults, request, self._cold(ask, side)
-            )
+            recorder = _Recorder(name, side, put, cancel, self._colours)
+            runs[name] = recorder.run(pipe, defaults, request, self._cold(ask, side))
             put(runs[name])
+            self._learn(runs[name].result)
         return Pair(ask, pipe, defaults, values, **runs)
+
+    def _learn(self, result: Result) -> None:
+        """Keep the colours of this model's latents for the previews to come."""
+        if result.latents is not None and self._colours is None:
+            height, width = result.frames.shape[1:3]
+            self._colours = fit_colours(result.latents, result.frames[0], height / width)
 
     def _model(self, name: str | None, put: Callable[[Any], None]) -> tuple[Any, Defaults]:
         if self._loaded is None or name != self._name:
             put(Progress("", "loading the model"))
             self._loaded = None  # before the next one is read, so that two never share the memory
             self._warm.clear()
+            self._colours = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -148,6 +156,8 @@ class _Recorder:
     side: Side
     put: Callable[[Any], None]
     cancel: Event
+    colours: torch.Tensor | None = None
+    total: int | None = None
 
     def run(self, pipe: Any, defaults: Defaults, request: Request, cold: bool) -> Run:
         restore(pipe)
@@ -157,7 +167,8 @@ class _Recorder:
             if cold:
                 self._warm_up(pipe, defaults, request, config)
             handle = stack.enter_context(accelerated(pipe, config)) if config else None
-            preview = Preview(pipe, (request.height or 1) / (request.width or 1))
+            ratio = (request.height or 1) / (request.width or 1)
+            preview = Preview(pipe, ratio, self.colours)
 
             def on_step(done: int, latents: torch.Tensor | None) -> None:
                 if handle:
@@ -175,8 +186,6 @@ class _Recorder:
                 now = replace(config, schedule=replace(config.schedule, warmup=0))
                 stack.enter_context(accelerated(pipe, now))
             warm_up(pipe, defaults, request)
-
-    total: int | None = None
 
     def tell(
         self, phase: str, done: int = 0, total: int | None = None, preview: str | None = None

@@ -15,8 +15,8 @@ from dit_accel.config import AccelConfig
 from dit_accel.evaluate import Study, evaluate, read_prompts
 from dit_accel.evaluate.journal import Journal
 from dit_accel.evaluate.plots import Point, scatter
-from dit_accel.evaluate.rows import DEFAULT, Row, rows
-from dit_accel.evaluate.tables import markdown, summary
+from dit_accel.evaluate.rows import DEFAULT, PRUNING, Row, rows
+from dit_accel.evaluate.tables import markdown, summary, write
 from dit_accel.generate import Request, generate
 from dit_accel.loading import EMBEDDED, Defaults, load_pipeline
 from dit_accel.probe import attention_share
@@ -198,6 +198,33 @@ def test_a_plot_escapes_and_places():
     assert float(near.get("cx")) < float(far.get("cx"))
     assert float(near.get("cy")) > float(far.get("cy"))
     assert near[0].text.startswith("n&m: 10")
+
+
+def test_criteria_and_identical_clips_are_no_lines(tmp_path):
+    common = {"work_kept": 0.5, "seconds": 1.0, "dense_seconds": 2.0, "attention_kept": 0.5}
+    common |= {
+        "cells": 1,
+        "psnr_sd": 0.0,
+        "ssim": 1.0,
+        "speedup": 2.0,
+        "flicker": None,
+        "unplanned": [],
+    }
+    table = [
+        {**common, "row": name, "family": family, "psnr": psnr}
+        for name, family, psnr in (
+            ("drift", PRUNING, 20.0),
+            ("lru", PRUNING, 21.0),
+            ("topk", "topk", 22.0),
+            ("dense", "dense", metrics.IDENTICAL_DB),
+        )
+    ]
+    write(tmp_path, {"rows": table})
+    root = ET.parse(tmp_path / "quality-time.svg").getroot()
+    assert len(root.findall("{*}polyline")) == 1
+    assert len([dot for dot in root.findall("{*}circle") if len(dot)]) == 3
+    write(tmp_path / "all", {"rows": table[3:]})
+    assert not (tmp_path / "all" / "quality-time.svg").exists()
 
 
 def test_a_journal_keeps_whole_lines_only(tmp_path):

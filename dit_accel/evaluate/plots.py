@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dit_accel.charts import ticks
 
 WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 52, 190, 16, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 190, 30, 44
 # Paul Tol's "bright" colours: told apart by colour-blind readers, on white and on black.
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999", "#ee8833")
 _STYLE = (
@@ -51,9 +51,9 @@ def scatter(
     for t in across:
         parts.append(_text(x(t), TOP + height + 18, t, "middle"))
     parts.append(_rule(x(mark), x(mark), TOP, TOP + height, "mark"))
-    parts.append(_text(x(mark) - 4, TOP + 10, "dense", "end"))
+    parts.append(_text(x(mark), TOP - 8, "dense", "middle"))
     parts.append(_text(LEFT + width / 2, HEIGHT - 6, x_label, "middle"))
-    parts.append(_text(LEFT - 40, TOP - 4, y_label, "start"))
+    parts.append(_text(LEFT - 40, 14, y_label, "start"))
     families = list(dict.fromkeys(p.family for p in points))
     for number, family in enumerate(families):
         colour = COLOURS[number % len(COLOURS)]

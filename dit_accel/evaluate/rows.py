@@ -17,6 +17,7 @@ from dit_accel.schedule import Schedule
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)
 FEWER = (0.8, 0.66, 0.5, 0.4, 0.3)
 PRUNED = 0.5
+PRUNING = "token pruning"  # the family of its rows, which are criteria at one keep: no line
 _METHODS: dict[str, Callable[[float], Method]] = {
     "topk": lambda keep: find("topk")(keep),
     "pooled": lambda keep: find("pooled")(keep),
@@ -91,7 +92,7 @@ def _pruned(template: AccelConfig) -> list[Row]:
     return [
         Row(
             f"pruning {PRUNED:.0%}, {criterion}",
-            "token pruning",
+            PRUNING,
             replace(dense, prune=TokenPruning(keep=PRUNED, criterion=criterion)),
         )
         for criterion in CRITERIA

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from dit_accel import video
+from dit_accel import metrics, video
 from dit_accel.evaluate.plots import Point, scatter
+from dit_accel.evaluate.rows import PRUNING
 
 _MEANS = (
     "attention_kept",
@@ -75,8 +76,8 @@ def _line(values: Sequence[str]) -> str:
 
 
 def write(folder: Path, data: dict[str, Any]) -> None:
-    """table.md, results.json and both plots, each replaced whole."""
-    good = [row for row in data["rows"] if "error" not in row]
+    """table.md, results.json and both plots, each replaced whole; identical clips are not drawn."""
+    good = [r for r in data["rows"] if "error" not in r and r["psnr"] < metrics.IDENTICAL_DB]
     files = {
         "results.json": json.dumps(data, indent=1, default=str) + "\n",
         "table.md": markdown(data["rows"]),
@@ -86,8 +87,10 @@ def write(folder: Path, data: dict[str, Any]) -> None:
         time = [Point(r["family"], r["row"], r["seconds"], r["psnr"]) for r in good]
         dense = fmean(r["dense_seconds"] for r in good)
         quality = "PSNR to dense (dB)"
-        files["quality-work.svg"] = scatter(work, "work kept (% of FLOPs)", quality, 100)
-        files["quality-time.svg"] = scatter(time, "denoising loop (s)", quality, dense)
+        files["quality-work.svg"] = scatter(
+            work, "work kept (% of FLOPs)", quality, 100, (PRUNING,)
+        )
+        files["quality-time.svg"] = scatter(time, "denoising loop (s)", quality, dense, (PRUNING,))
     for name, text in files.items():
         with video.atomic(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ _HOME = {
     "pooled": ("pooled", "Pooled"),
     "rectified": ("rectified", "Rectified"),
     "rettention": ("rettention", "Rettention"),
+    "shared": ("shared", "SharedResidual"),
     "sla": ("sla", "SLA"),
 }
 

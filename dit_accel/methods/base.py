@@ -92,8 +92,14 @@ class Method:
         """
 
     def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
-        """The block table of this call: forced blocks and the `keep` best by mean score."""
-        table = ops.block_table(
+        """The block table of this call, noted for the report."""
+        table = self.best(q, k, call)
+        call.note(table)
+        return table
+
+    def best(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
+        """Forced blocks and the `keep` best by mean score."""
+        return ops.block_table(
             q,
             k,
             call.keep,
@@ -103,8 +109,6 @@ class Method:
             kv_len=call.kv_len,
             max_forced=call.n_forced,
         )
-        call.note(table)
-        return table
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

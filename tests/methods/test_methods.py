@@ -7,7 +7,7 @@ from tiny import tiny_flux, tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
-from dit_accel import SLA, Pooled, Rectified, Rettention, TopK
+from dit_accel import SLA, Pooled, Rectified, Rettention, SharedResidual, TopK
 from dit_accel.methods import Call
 
 METHODS = {
@@ -15,6 +15,7 @@ METHODS = {
     "pooled": Pooled,
     "rectified": Rectified,
     "rettention": Rettention,
+    "shared": SharedResidual,
     "sla": SLA,
 }
 
@@ -77,7 +78,7 @@ def test_pooled_is_nearer_to_dense_than_dropping():
         (SLA, {"skip": 1.0}, "skip is a share"),
         (SLA, {"weights": "nowhere.safetensors"}, "no weights file nowhere"),
         (Rettention, {"residual": "half"}, "residual is one of"),
-        (Rettention, {"window": "round"}, "window one of"),
+        (Rettention, {"window": "round"}, "window is one of"),
         (Rettention, {"period": 0}, "period is a number"),
     ],
 )

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
 from dit_accel import Rettention, Schedule
-from dit_accel.methods import Call, rettention
+from dit_accel.methods import Call, remembering
 
 GRID = (3, 10, 10)
 
@@ -98,7 +98,7 @@ def test_it_says_the_bytes_and_refuses_what_does_not_fit(monkeypatch, caplog):
     each = Rettention().state_bytes((1, 2, 192, 64), torch.float32)
     lines = [f"{each * 3 / 2**20:.1f} MiB for pass {name!r}" for name in ("cond", "uncond")]
     assert [line.split("keeps ")[1] for line in caplog.messages if "keeps" in line] == lines
-    monkeypatch.setattr(rettention, "free_bytes", lambda device: 3 * each - 1)
+    monkeypatch.setattr(remembering, "free_bytes", lambda device: 3 * each - 1)
     with on(pipe, Rettention()), pytest.raises(RuntimeError, match="MiB free; take residual"):
         run(pipe)
 

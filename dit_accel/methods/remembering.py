@@ -1,0 +1,125 @@
+"""Methods that remember a full step: O = r·O_partial + R, R what O_partial missed then."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.kernels.block_table.torch import block_means
+from dit_accel.memory import free_bytes
+from dit_accel.methods.base import Call, Method
+from dit_accel.table import BlockTable, block_count
+
+_RESIDUALS = ("full", "fp8", "pooled", "none")
+_FP8 = torch.float8_e4m3fn
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Remembering(Method):
+    """A full step runs dense and keeps R; the partial steps after it add R to what they compute.
+
+    Args:
+        period: a full step comes at the latest this many steps after the last one; a schedule's
+            `refresh` can ask for more.
+        residual: how R is kept: "full" (the model's dtype), "fp8" (a scale per row), "pooled" (one
+            mean per query block) or "none" (not at all).
+
+    Raises ValueError for a value outside its range; RuntimeError, before it allocates, when the
+    state of a guidance pass does not fit in the memory that is free.
+    """
+
+    period: int = 5
+    residual: str = "full"
+
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.period < 1:
+            raise ValueError(f"period is a number of steps ≥ 1, not {self.period}")
+        if self.residual not in _RESIDUALS:
+            raise ValueError(f"residual is one of {', '.join(_RESIDUALS)}, not {self.residual!r}")
+
+    def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+        """Bytes kept for one layer in one guidance pass.
+
+        shape: of q, (B, H, N, D), without text tokens. dtype: of the attention's tensors.
+        """
+        batch, heads, n, d = shape
+        rows, item = batch * heads * n, torch.finfo(dtype).bits // 8
+        kept = {
+            "full": rows * d * item,
+            "fp8": rows * (d + 4),
+            "pooled": batch * heads * block_count(n, self.block_q) * d * item,
+            "none": 0,
+        }
+        return kept[self.residual]
+
+    def full(
+        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """The dense output, and r · O_partial in float32."""
+        raise TypeError(f"{type(self).__name__} defines no full step")
+
+    def partial(self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call) -> Tensor:
+        """r · O_partial, float32."""
+        raise TypeError(f"{type(self).__name__} defines no partial step")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        state = call.state
+        known = state.get("shape") == (q.shape, q.dtype)
+        if not known:
+            self._announce(q, call)
+        if not known or call.refresh or call.step - state["step"] >= self.period:
+            call.note(None)
+            for name in ("residual", "scale", "table"):  # the old go before the new come
+                state.pop(name, None)
+            table = self.select(q, k, call)
+            state.update(step=call.step, shape=(q.shape, q.dtype))
+            full, part = self.full(q, k, v, table, call)
+            self._keep(full.float() - part, q.dtype, state)
+            return full
+        table = self.select(q, k, call)
+        call.note(table)
+        out = self.partial(q, k, v, table, call)
+        missing = self._missing(state, q.shape[2])
+        return (out if missing is None else out + missing).to(q.dtype)
+
+    def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any]) -> None:
+        if self.residual == "full":
+            state["residual"] = missing.to(dtype)
+        if self.residual == "pooled":
+            state["residual"] = block_means(missing, self.block_q).to(dtype)
+        if self.residual == "fp8":
+            top = missing.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            state["scale"] = top / torch.finfo(_FP8).max
+            state["residual"] = (missing / state["scale"]).to(_FP8)
+
+    def _missing(self, state: dict[str, Any], n: int) -> Tensor | None:
+        missing = state.get("residual")
+        if self.residual == "fp8":
+            return missing.float() * state["scale"]
+        if self.residual == "pooled":
+            return missing.repeat_interleave(self.block_q, 2)[:, :, :n]
+        return missing
+
+    def _announce(self, q: Tensor, call: Call) -> None:
+        """Say the bytes of a pass once, and refuse before allocating when they do not fit."""
+        each = self.state_bytes(q.shape, q.dtype)
+        if call.layer == call.layers[0]:
+            total = each * len(call.layers) / 2**20
+            _LOG.info("%s keeps %.1f MiB for pass %r", self.name, total, call.passname)
+        left = each * sum(layer >= call.layer for layer in call.layers)
+        free = free_bytes(q.device)
+        if free is not None and left > free:
+            raise RuntimeError(
+                f"the state of {self.name} needs {left / 2**20:.0f} MiB for the layers from "
+                f"{call.layer} on in pass {call.passname!r}, but {q.device} has "
+                f"{free / 2**20:.0f} MiB free; take residual='fp8' or 'pooled', or more "
+                "dense_layers"
+            )

@@ -1,0 +1,51 @@
+"""Shared residual: pooled attention, completed by what an earlier full step found it to miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from dit_accel import ops
+from dit_accel.methods.base import Call
+from dit_accel.methods.dense import Dense
+from dit_accel.methods.remembering import Remembering
+from dit_accel.table import BlockTable
+
+
+@dataclass(frozen=True)
+class SharedResidual(Remembering):
+    """O = O_pooled + R with R = O_dense − O_pooled of the last full step.
+
+    Residual sharing is DiTFastAttn's (arXiv 2406.08552), there over a fixed window; here over
+    pooled attention, whose blocks are chosen anew at each full step and which drops nothing.
+    `period`, `residual` and what is raised are Remembering's.
+    """
+
+    keep: float = 0.2
+
+    name: ClassVar[str] = "shared"
+    description: ClassVar[str] = "pooled attention, completed by an earlier full step's residual"
+    paper: ClassVar[str] = "arXiv 2406.08552 (residual sharing)"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "safe": {"keep": 0.3, "period": 3},
+        "balanced": {"keep": 0.2, "period": 5},
+        "fast": {"keep": 0.1, "period": 8},
+    }
+
+    def full(
+        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """Dense attention, and pooled beside it."""
+        return Dense()(q, k, v, call), self.partial(q, k, v, table, call)
+
+    def partial(self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call) -> Tensor:
+        """O_pooled."""
+        return ops.pooled_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len).float()
+
+    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
+        """The best blocks of the last full step: R is what these missed."""
+        if "table" not in call.state:
+            call.state["table"] = self.best(q, k, call)
+        return call.state["table"]

@@ -1,0 +1,48 @@
+"""The shared residual: exact at the full step, closer than its parts after it."""
+
+import pytest
+import torch
+from runs import on, run
+from tiny import tiny_wan
+from torch.nn.functional import scaled_dot_product_attention
+
+from dit_accel import Pooled, Rettention, Schedule, SharedResidual
+from dit_accel.methods import Call
+
+
+def drifting(step: int):
+    """q, k, v that change a little from step to step."""
+    generator = torch.Generator().manual_seed(1)
+    start, change = (torch.randn(3, 1, 2, 300, 64, generator=generator) for _ in range(2))
+    return list(start + 0.05 * step * change)
+
+
+def call(state: dict, step: int) -> Call:
+    return Call(keep=0.3, grid=(3, 10, 10), state=state, step=step)
+
+
+def test_at_the_caching_step_the_partial_formula_is_the_dense_output():
+    method, state, (q, k, v) = SharedResidual(), {}, drifting(0)
+    full = method(q, k, v, call(state, 0))
+    torch.testing.assert_close(full, scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(method(q, k, v, call(state, 1)), full)
+
+
+def test_it_beats_pooled_alone_and_the_window_with_its_residual():
+    error = {}
+    for method in (SharedResidual(keep=0.3), Pooled(keep=0.3), Rettention(keep=0.3, rescale=False)):
+        state = {}
+        for step in range(3):
+            q, k, v = drifting(step)
+            out = method(q, k, v, call(state, step))
+        error[method.name] = (out - scaled_dot_product_attention(q, k, v)).norm().item()
+    assert error["shared"] < error["rettention"] < error["pooled"]
+
+
+@pytest.mark.parametrize("residual", ["full", "fp8", "pooled", "none"])
+def test_the_bytes_announced_are_the_bytes_kept(residual: str):
+    method = SharedResidual(residual=residual)
+    with on(tiny_wan(), method, schedule=Schedule(warmup=1)) as handle:
+        run(handle._patches[0].engine.clock._pipe())
+        measured = handle.report().state_bytes
+    assert measured == method.state_bytes((1, 2, 192, 64), torch.float32) * 2 * 2

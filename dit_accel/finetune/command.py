@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--validate-every", type=int, help="steps between validations [500]")
     run.add_argument("--log-every", type=int, help="steps between lines of log.jsonl [10]")
     run.add_argument("--clips", type=int, help="validation clips [2]")
+    run.add_argument("--validation", help="text file of their prompts [those of --prompts]")
     run.add_argument("--warmup", type=float, help="dense share of their steps [0.15]")
     return words
 

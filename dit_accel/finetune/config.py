@@ -15,7 +15,8 @@ OBJECTIVES = ("teacher", "diffusion")
 PRECISIONS = ("no", "bf16", "fp16")
 _RATES = {"projection": 0.0, "lora": 1e-4, "full": 1e-5}
 # What a resumed run may change: none of it alters the steps that were already made.
-_FREE = ("out", "steps", "save_every", "validate_every", "log_every", "clips", "warmup", "device")
+_FREE = ("out", "steps", "save_every", "validate_every", "log_every", "clips", "validation")
+_FREE += ("warmup", "device")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Settings:
         checkpointing: recompute activations in the backward pass, to save memory.
         order: token order, as AccelConfig's.
         warmup: dense share of a validation clip's steps; training itself is sparse at every step.
-        clips: validation prompts, the first of `prompts`; 0 makes no clips.
+        clips: validation clips, of the first prompts in the text file `validation` (None: those of
+            `prompts`); 0 makes none.
         save_every, validate_every, log_every: steps between checkpoints, validations, log lines.
 
     Raises ValueError for a value outside its range.
@@ -76,6 +78,7 @@ class Settings:
     warmup: float = 0.15
     seed: int = 0
     clips: int = 2
+    validation: str | None = None
     save_every: int = 500
     validate_every: int = 500
     log_every: int = 10

@@ -35,15 +35,24 @@ def own_samples(
     folder: Path,
     progress: ProgressFn,
     part: tuple[int, int] = (0, 1),
+    batch: int = 1,
 ) -> None:
-    """Latents that the dense model makes from `prompts` in turn, each from a seed of its own."""
+    """Latents that the dense model makes from `prompts` in turn, each from a seed of its own.
+
+    `batch` of them are made in one call of the pipeline.
+    """
     sources = [(prompts[i % len(prompts)], seed + i) for i in range(number)]
 
-    def make(caption: str, start: int) -> Tensor:
-        call = arguments(pipe, defaults, Request(caption, seed=start))
-        return pipe(**call, output_type="latent")[0]
+    def make(some: list[Source]) -> list[Tensor]:
+        call = arguments(pipe, defaults, Request(some[0][0]))
+        call["prompt"] = [caption for caption, _ in some]
+        call["generator"] = [torch.Generator("cpu").manual_seed(start) for _, start in some]
+        if call.get("negative_prompt") is not None:
+            call["negative_prompt"] = [call["negative_prompt"]] * len(some)
+        return list(pipe(**call, output_type="latent")[0].split(1))
 
-    _write(pipe, defaults, sources, make, folder, "making the model's samples", progress, part)
+    phase = "making the model's samples"
+    _write(pipe, defaults, sources, make, folder, phase, progress, part, batch)
 
 
 @torch.no_grad()
@@ -59,8 +68,8 @@ def encode_clips(
     sources = read_captions(clips)
     options = _sizes(pipe, defaults)
 
-    def make(caption: str, file: Path) -> Tensor:
-        return encode(pipe, load_clip(file, *options, defaults.fps))
+    def make(some: list[Source]) -> list[Tensor]:
+        return [encode(pipe, load_clip(file, *options, defaults.fps)) for _, file in some]
 
     _write(pipe, defaults, sources, make, folder, "encoding clips", progress, part)
 
@@ -69,13 +78,14 @@ def _write(
     pipe: Any,
     defaults: Defaults,
     sources: list[Source],
-    make: Callable[[str, Any], Tensor],
+    make: Callable[[list[Source]], list[Tensor]],
     folder: Path,
     phase: str,
     progress: ProgressFn,
     part: tuple[int, int],
+    batch: int = 1,
 ) -> None:
-    """Write the shards of this process (`part` = number, how many); the first writes the index.
+    """Write the shards of this process (`part` = its number, how many there are).
 
     A shard that stands from an earlier run with the same sources is kept.
     """
@@ -87,14 +97,12 @@ def _write(
         if number % part[1] != part[0] or data.shard_label(path) == label:
             continue
         (folder / data.INDEX).unlink(missing_ok=True)
-        latents, conditions = [], []
-        for place, (caption, origin) in enumerate(shard):
+        conditions = [record(pipe, defaults, caption) for caption, _ in shard]
+        latents: list[Tensor] = []
+        for place in range(0, len(shard), batch):
             progress(phase, number * SHARD + place, len(sources))
-            known = record(pipe, defaults, caption)
-            made = make(caption, origin)
-            _check_latents(pipe, made, known)
-            latents.append(made)
-            conditions.append(known)
+            latents += make(shard[place : place + batch])
+            _check_latents(pipe, latents[-1], conditions[-1])
         data.save_shard(path, latents, conditions, label)
 
 

@@ -47,6 +47,7 @@ def finetune(
     out = video.check_folder(settings.out)
     start = _start(out, settings, resume)
     prompts = read_prompts(settings.prompts)
+    shown = read_prompts(settings.validation, settings.clips) if settings.validation else prompts
     find_model(settings.model)
     accelerator = _accelerator(settings)
     first = accelerator.is_main_process
@@ -57,14 +58,14 @@ def finetune(
     trainer = _trainer(settings, accelerator, pipe, data)
     clips = None
     if first and settings.clips:
-        chosen = prompts[: settings.clips]
         with accelerator.autocast(), trainer.teacher.dense():
-            clips = Clips.make(pipe, defaults, chosen, out / "validation", show)
+            clips = Clips.make(pipe, defaults, shown[: settings.clips], out / "validation", show)
     if start is not None:
         trainer.training.load(start)
     books = _Books(trainer, clips, Log(out / "log.jsonl", trainer.training.step) if first else None)
     if first and not trainer.training.step:
-        books.log(step=0, settings=settings.to_dict(), clips=len(data))
+        about = {"clips": len(data), "processes": accelerator.num_processes}
+        books.log(step=0, settings=settings.to_dict(), **about)
         books.validate()
     trainer.run(books.log, show, books.validate, lambda: books.save(out))
     accelerator.wait_for_everyone()
@@ -150,7 +151,9 @@ def _data(
     part = (accelerator.process_index, accelerator.num_processes)
     number, seed = settings.samples, settings.seed
     with accelerator.autocast():
-        prepare.own_samples(pipe, defaults, prompts, number, seed, folder, progress, part)
+        prepare.own_samples(
+            pipe, defaults, prompts, number, seed, folder, progress, part, settings.batch
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         prepare.finish(pipe, defaults, [prompts[i % len(prompts)] for i in range(number)], folder)

@@ -13,6 +13,7 @@ from dit_accel.finetune import data, prepare
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.record import record
 from dit_accel.finetune.run import prepare_data
+from dit_accel.generate import Request, arguments
 from dit_accel.loading import Defaults
 
 SMALL = Defaults(64, 64, 9, 4, 3.0, "dog", 16, 8)
@@ -40,6 +41,18 @@ def test_models_that_cannot_be_served_are_refused():
         record(pipe, SMALL, "a cat")
     with pytest.raises(ValueError, match="has two transformers"):
         record(tiny_wan(transformer_2=True, boundary_ratio=0.5), SMALL, "a cat")
+
+
+def test_own_samples_are_the_clips_of_the_pipeline(tmp_path):
+    pipe, names = tiny_wan(), ["a rocket", "a cat"]
+    prepare.own_samples(pipe, SMALL, names, 3, 7, tmp_path, lambda *state: None, batch=2)
+    prepare.finish(pipe, SMALL, ["a rocket", "a cat", "a rocket"], tmp_path)
+    found = data.LatentData(tmp_path, "WanTransformer3DModel")
+    assert [x["caption"] for x in found.index["samples"]] == ["a rocket", "a cat", "a rocket"]
+    for number, prompt in enumerate(["a rocket", "a cat", "a rocket"]):
+        call = arguments(pipe, SMALL, Request(prompt, seed=7 + number))
+        expected = pipe(**call, output_type="latent")[0]
+        torch.testing.assert_close(found._tensor(number, "latents"), expected)
 
 
 @pytest.fixture

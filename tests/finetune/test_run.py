@@ -35,6 +35,7 @@ def settings(model, prompts, tmp_path_factory):
         validate_every=STEPS,
         log_every=4,
         clips=1,
+        validation=prompts,
         device="cpu",
     )
 

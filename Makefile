@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= rocket on a blue background
 
-.PHONY: demo app test lint bench clean
+.PHONY: demo app test test-slow test-browser lint bench clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,13 @@ app: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-browser: $(BIN)/.installed
+	$(BIN)/pip install -q "selenium>=4"
+	$(BIN)/python -m pytest -m browser tests/test_app_browser.py
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -40,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument("--block-k", type=int, help="64 or 128 [64]")
     method.add_argument("--order", choices=ORDERS, help="token order [raster]")
     method.add_argument("--weights", help="SLA weights to start from (.safetensors)")
+    _add_training(words)
+    return words
+
+
+def _add_training(words: argparse.ArgumentParser) -> None:
     train = words.add_argument_group("training")
     train.add_argument("--train", choices=TRAIN, help="what is trained [projection]")
     train.add_argument("--objective", choices=OBJECTIVES, help="velocity to match [teacher]")
@@ -58,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     run = words.add_argument_group("run")
     run.add_argument("--precision", choices=PRECISIONS, help="mixed precision [no]")
     run.add_argument("--checkpointing", action="store_const", const=True, help="save memory")
-    run.add_argument("--device", help="cpu, cuda, mps [a GPU if any]")
+    run.add_argument("--device", help="cpu [a GPU if any]")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--save-every", type=int, help="steps between checkpoints [500]")
     run.add_argument("--validate-every", type=int, help="steps between validations [500]")
@@ -66,7 +71,6 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--clips", type=int, help="validation clips [2]")
     run.add_argument("--validation", help="text file of their prompts [those of --prompts]")
     run.add_argument("--warmup", type=float, help="dense share of their steps [0.15]")
-    return words
 
 
 def settings(options: argparse.Namespace) -> Settings:

@@ -43,6 +43,7 @@ class Settings:
         precision: "no", "bf16" or "fp16": accelerate's mixed precision.
         checkpointing: recompute activations in the backward pass, to save memory.
         order: token order, as AccelConfig's.
+        device: "cpu"; None takes what accelerate finds.
         warmup: dense share of a validation clip's steps; training itself is sparse at every step.
         clips: validation clips, of the first prompts in the text file `validation` (None: those of
             `prompts`); 0 makes none.
@@ -109,6 +110,10 @@ class Settings:
         for name in ("ema", "drop_prompt", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} lies in [0, 1), not {getattr(self, name)}")
+        if self.device not in (None, "cpu"):
+            raise ValueError(
+                f"device is cpu or left out, not {self.device!r}: CUDA_VISIBLE_DEVICES picks a GPU"
+            )
         if self.method.keep >= 1:
             raise ValueError("keep = 1 is dense attention: there is nothing to train")
         if self.method.linear is None and self.train == "projection":

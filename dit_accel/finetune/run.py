@@ -122,8 +122,8 @@ def _accelerator(settings: Settings) -> Any:
 
 def _load(settings: Settings, accelerator: Any, progress: ProgressFn) -> tuple[Any, Defaults]:
     progress("loading", 0, None)
-    device = settings.device or str(accelerator.device)
-    pipe, defaults = load_pipeline(settings.model, device, _DTYPE[settings.precision])
+    device, dtype = str(accelerator.device), _DTYPE[settings.precision]
+    pipe, defaults = load_pipeline(settings.model, device, dtype)
     if settings.train == "lora" and not hasattr(pipe, "save_lora_weights"):
         raise ValueError(f"{type(pipe).__name__} has no LoRA format: train projection or full")
     given = dict(zip(("width", "height"), settings.size or (), strict=False))

@@ -153,6 +153,7 @@ def test_trained_weights_are_written_in_diffusers_format(settings, done, tmp_pat
         (["--prompts", "nowhere.txt"], "there is no prompt file nowhere.txt"),
         (["--model", "nowhere/at all"], "cannot load 'nowhere/at all'"),
         (["--size", "100x100"], "height is a multiple of 16 for this model"),
+        (["--device", "cuda:1"], "CUDA_VISIBLE_DEVICES picks a GPU"),
         (["--steps", "0"], "steps is a number ≥ 1, not 0"),
         (["--resume"], "holds no checkpoint to resume from"),
         (["-o", "file"], "file is a file: a folder was expected"),

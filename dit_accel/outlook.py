@@ -10,8 +10,8 @@ import torch
 from dit_accel.config import named
 from dit_accel.engine import CROSSOVER
 from dit_accel.memory import free_bytes
-from dit_accel.methods import Method
-from dit_accel.methods.rettention import Rettention
+from dit_accel.methods import Method, infos
+from dit_accel.methods.remembering import Remembering
 from dit_accel.patient import Patient
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Geometry
@@ -153,7 +153,7 @@ def dense_steps(method: Method, steps: int) -> int:
     """Steps of a run that are dense in the usual schedule, a state's full steps included."""
     plan = Plan(Schedule(), 0.5, 1)
     dense = [plan.action(step, steps, 0).keep is None for step in range(steps)]
-    if isinstance(method, Rettention):
+    if isinstance(method, Remembering):
         return sum(dense) + -(-(steps - sum(dense)) // method.period)
     return sum(dense)
 
@@ -163,8 +163,10 @@ def state_bytes(
 ) -> dict[str, int]:
     """Bytes that a run keeps between steps. shape: of q, (B, H, N, D)."""
     batch, heads, n, d = shape
+    keeping = [m for m in map(named, infos()) if isinstance(m, Remembering)]
     out = {
-        f"rettention, residual={kind!r}": Rettention(residual=kind).state_bytes(shape, dtype)
+        f"{m.name}, residual={kind!r}": replace(m, residual=kind).state_bytes(shape, dtype)
+        for m in keeping
         for kind in ("full", "fp8", "pooled")
     }
     out = {name: each * layers * passes for name, each in out.items()}

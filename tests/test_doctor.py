@@ -9,6 +9,7 @@ from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
 import dit_accel
 from dit_accel import cli, doctor, outlook, patient
+from dit_accel.config import named
 from dit_accel.generate import Request, generate
 from dit_accel.loading import Defaults, load_pipeline
 from dit_accel.outlook import dense_steps, recommend, state_bytes
@@ -74,7 +75,7 @@ def given_times(monkeypatch):
         name = config.method.name
         if name == "rettention":
             raise RuntimeError("its state needs more memory\nmuch more")
-        time = 0.4 if isinstance(config.method, doctor.Hollow) else seconds[name]
+        time = 0.4 if isinstance(config.method, doctor.Hollow) else seconds.get(name, 3.0)
         return dict.fromkeys(found, time), handle
 
     monkeypatch.setattr(doctor, "_run", run)
@@ -157,10 +158,11 @@ def test_bytes_are_those_of_a_run(loaded):
     said = state_bytes((1, 2, 72, 64), FP32, layers=3, passes=2)
     request = replace(REQUEST, steps=3, guidance=5.0)
     now = {"schedule": dit_accel.Schedule(warmup=0), "min_tokens": 0}
-    for kind in ("full", "fp8", "pooled"):
-        with dit_accel.accelerated(pipe, dit_accel.Rettention(residual=kind), **now) as handle:
+    for name, residual in (("rettention", "full"), ("rettention", "fp8"), ("shared", "pooled")):
+        method = replace(named(name), residual=residual)
+        with dit_accel.accelerated(pipe, method, **now) as handle:
             generate(pipe, defaults, request)
-            assert handle.report().state_bytes == said[f"rettention, residual={kind!r}"]
+            assert handle.report().state_bytes == said[f"{name}, residual={residual!r}"]
     assert patient.from_pipeline(pipe, defaults, request).passes == 2
     assert patient.from_pipeline(pipe, defaults, replace(request, guidance=1.0)).passes == 1
 

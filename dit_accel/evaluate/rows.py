@@ -24,6 +24,7 @@ _METHODS: dict[str, Callable[[float], Method]] = {
     "rectified": lambda keep: find("rectified")(keep, gapr=False),
     "rectified-gapr": lambda keep: find("rectified")(keep),
     "rettention": lambda keep: find("rettention")(keep),
+    "shared": lambda keep: find("shared")(keep),
     "ditfastattn": lambda keep: find("rettention")(keep, rescale=False),
 }
 DEFAULT = ("steps", *_METHODS, "prune")

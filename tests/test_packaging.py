@@ -1,4 +1,4 @@
-"""The wheel holds the package, its kernels, its adapters and the embedded model, and nothing else."""
+"""The wheel holds the package with its rooms and the embedded model, and nothing else."""
 
 import subprocess
 import sys

@@ -243,7 +243,7 @@ def test_a_picture_gets_a_page_without_player(tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0313), (17.2, 17.9), (100.0, 100.0), (0, 190)])
 def test_chart_ticks_enclose_the_values(low, high):
-    ticks = charts._ticks(low, high)
+    ticks = charts.ticks(low, high)
     assert ticks[0] <= low <= high <= ticks[-1]
     assert 2 <= len(ticks) <= 6
     drawn = charts.lines({"fast": [low, high]}, "frame", "dB")

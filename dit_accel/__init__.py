@@ -1,7 +1,7 @@
 """dit_accel makes diffusers' video and image transformers fast with one line.
 
     import dit_accel
-    handle = dit_accel.accelerate(pipe, "topk")
+    handle = dit_accel.accelerate(pipe)
 
 Nothing heavy is imported here: names resolve on first use.
 """

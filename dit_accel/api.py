@@ -12,7 +12,7 @@ from torch import nn
 
 from dit_accel import patch, report
 from dit_accel.clock import Clock
-from dit_accel.config import AccelConfig, resolve
+from dit_accel.config import DEFAULT, AccelConfig, resolve
 from dit_accel.engine import Engine, LayerBook
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
@@ -22,7 +22,6 @@ from dit_accel.prune import resolve as pruning
 from dit_accel.schedule import Plan, Schedule
 from dit_accel.span import Span
 
-DEFAULT = "topk"
 _SLOTS = ("transformer", "transformer_2")
 
 
@@ -159,7 +158,7 @@ def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    method: str | Method = DEFAULT,
+    method: str | Method = "pooled",
     grid: tuple[int, int, int] | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:

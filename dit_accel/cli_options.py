@@ -100,10 +100,9 @@ class Common:
 
     def config(self) -> AccelConfig:
         """The acceleration asked for; ValueError for an unknown method or a bad option."""
-        from dit_accel import api
-        from dit_accel.config import resolve
+        from dit_accel.config import DEFAULT, resolve
 
-        name = self.method if self.method is not None else api.DEFAULT
+        name = self.method if self.method is not None else DEFAULT
         config = resolve(name, order=self.order, min_tokens=self.min_tokens)
         if self.keep is not None:
             config = replace(config, method=replace(config.method, keep=self.keep))

@@ -12,6 +12,8 @@ from dit_accel.order import ORDERS, Grid
 from dit_accel.prune import TokenPruning
 from dit_accel.schedule import Schedule
 
+DEFAULT = "shared"  # the method nearest to dense at equal kept work, see docs/methods/README.md
+
 
 @dataclass(frozen=True)
 class AccelConfig:
@@ -68,8 +70,8 @@ class AccelConfig:
     def from_dict(cls, data: dict[str, Any]) -> AccelConfig:
         """Inverse of `to_dict`; ValueError names an unknown key."""
         data = dict(data)
-        method = dict(data.pop("method", {"name": "topk"}))
-        kind = find(method.pop("name", "topk"))
+        method = dict(data.pop("method", {}))
+        kind = find(method.pop("name", DEFAULT))
         parts = {"method": _build(kind, method)}
         if "schedule" in data:
             parts["schedule"] = _build(Schedule, data.pop("schedule"))

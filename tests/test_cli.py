@@ -149,7 +149,7 @@ def test_generate_names_the_file_after_the_prompt(capsys, model, tmp_path):
     assert video.read(tmp_path / "a-cat-red-3.mp4").shape == (9, 64, 64, 3)
     out, err = capsys.readouterr()
     assert "64×64, 9 frames" in out
-    assert "topk" in out
+    assert "shared" in out
     assert "denoise: " in err
     assert "the words 'cat,', 'red!'" not in err
 

@@ -78,7 +78,7 @@ class Ask:
 
     prompt: str
     left: Side = Side()
-    right: Side = Side("topk")
+    right: Side = Side("shared")
     model: str | None = None
     seed: int = 0
     steps: int | None = None

@@ -33,7 +33,7 @@ class Form:
     def settings(self) -> None:
         """Both sides, the clip and the model."""
         self.left = self._side("left", "dense", "dense")
-        self.right = self._side("right", "topk", "balanced")
+        self.right = self._side("right", "shared", "balanced")
         self.rest = self._clip()
         self.fields += [*self.left, *self.right, *self.rest]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from dit_accel.config import AccelConfig, resolve
+from dit_accel.config import DEFAULT, AccelConfig, resolve
 from dit_accel.generate import Request
 
 DENSE = "dense"
@@ -45,7 +45,7 @@ class Job:
     frames: int | None = None
     guidance: float | None = None
     image: str | None = None
-    method: str = "topk"
+    method: str = DEFAULT
     name: str | None = None
 
     def __post_init__(self) -> None:

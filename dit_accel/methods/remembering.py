@@ -120,6 +120,6 @@ class Remembering(Method):
             raise RuntimeError(
                 f"the state of {self.name} needs {left / 2**20:.0f} MiB for the layers from "
                 f"{call.layer} on in pass {call.passname!r}, but {q.device} has "
-                f"{free / 2**20:.0f} MiB free; take residual='fp8' or 'pooled', or more "
-                "dense_layers"
+                f"{free / 2**20:.0f} MiB free; take residual='fp8', more dense_layers, "
+                "or method='pooled', which keeps nothing"
             )

@@ -91,7 +91,7 @@ def test_csv_types_lists_and_complaints(tmp_path):
     assert [(j.prompt, j.seed, j.guidance, j.method) for _, j in parsed.jobs] == [
         ("cat, red", 1, 3.5, "dense"),
         ("cat, red", 2, 3.5, "dense"),
-        ("fish", 4, None, "topk"),
+        ("fish", 4, None, "shared"),
     ]
     assert [str(p) for p in parsed.problems] == [
         "line 3: seed is a whole number, not 'x'",

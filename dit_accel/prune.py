@@ -13,10 +13,10 @@ This file is pure data; span.py runs it, prune_criteria.py scores tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, ClassVar
 
 from dit_accel.prune_criteria import CRITERIA
+from dit_accel.schedule import check_share, count_steps
 
 RESTORES = ("reuse", "taylor")
 
@@ -66,9 +66,7 @@ class TokenPruning:
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is a number ≥ {low}, not {getattr(self, name)}")
         for name in ("start", "end"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(f"{name} is a share in [0, 1] or a number ≥ 0, not {value!r}")
+            check_share(name, getattr(self, name))
         for name, values in (("criterion", tuple(CRITERIA)), ("restore", RESTORES)):
             if getattr(self, name) not in values:
                 choice = ", ".join(values)
@@ -86,12 +84,11 @@ class TokenPruning:
 
     def prunes(self, step: int, steps: int | None) -> bool:
         """Whether this step runs part of the tokens only (and not all of them)."""
-        known = steps or 0
-        first = ceil(self.start * known) if isinstance(self.start, float) else self.start
-        end = ceil(self.end * known) if isinstance(self.end, float) else self.end
-        if step < max(first, 1) or (steps is not None and step >= steps - end):
+        first = max(count_steps(self.start, steps or 0), 1)
+        end = count_steps(self.end, steps or 0)
+        if step < first or (steps is not None and step >= steps - end):
             return False
-        return (step - max(first, 1) + 1) % self.refresh != 0 if self.refresh > 1 else False
+        return (step - first + 1) % self.refresh != 0
 
 
 def resolve(prune: TokenPruning | str | None) -> TokenPruning | None:

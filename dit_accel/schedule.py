@@ -15,6 +15,17 @@ class Action(NamedTuple):
     refresh: bool = False
 
 
+def check_share(name: str, value: float | int) -> None:
+    """ValueError unless `value` is a share of the steps (float) or a number of them (int)."""
+    if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
+        raise ValueError(f"{name} is a share of the steps in [0, 1] or a number ≥ 0, not {value!r}")
+
+
+def count_steps(value: float | int, steps: int) -> int:
+    """How many of `steps` a share or a number stands for; a share is rounded up."""
+    return ceil(value * steps) if isinstance(value, float) else value
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Which steps and layers stay dense, and how much the others keep.
@@ -40,11 +51,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "cooldown"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
-                raise ValueError(
-                    f"{name} is a share of the steps in [0, 1] or a number ≥ 0, not {value!r}"
-                )
+            check_share(name, getattr(self, name))
         object.__setattr__(self, "dense_layers", tuple(int(i) for i in self.dense_layers))
         pairs = tuple((int(i), float(keep)) for i, keep in self.layer_keep)
         object.__setattr__(self, "layer_keep", pairs)
@@ -53,10 +60,6 @@ class Schedule:
                 raise ValueError(f"layer_keep of layer {layer} lies in (0, 1], not {keep}")
         if self.refresh is not None and self.refresh < 1:
             raise ValueError(f"refresh is a number of steps ≥ 1 or None, not {self.refresh}")
-
-
-def _count(value: float | int, steps: int) -> int:
-    return ceil(value * steps) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Plan:
         """Dense or sparse for `layer` at `step` of `steps`; None steps (unknown) ignores shares."""
         s = self.schedule
         known = steps if steps is not None else 0
-        first = _count(s.warmup, known)
+        first = count_steps(s.warmup, known)
         if steps is not None and isinstance(s.warmup, int) and s.warmup >= steps:
             raise ValueError(
                 f"the schedule asks for {s.warmup} dense warm-up steps in a run of {steps}: "
@@ -87,7 +90,7 @@ class Plan:
             )
         if step < first:
             return Action(None, "warm-up step")
-        if steps is not None and step >= steps - _count(s.cooldown, steps):
+        if steps is not None and step >= steps - count_steps(s.cooldown, steps):
             return Action(None, "cool-down step")
         if layer in self._layers(s.dense_layers):
             return Action(None, "dense layer")

@@ -1,10 +1,12 @@
 """One run on a lent GPU: correctness in bfloat16, times against dense attention, launch sweep.
 
-    python benchmarks/gpu_kernels.py --out results.json            about eight minutes on an H100
+    python benchmarks/gpu_kernels.py --out results.json            minutes on an H100
     python benchmarks/gpu_kernels.py --out /tmp/x.json --dry-run   tiny shapes, interpreted
 
-Each case is written as it ends, with its error if it failed; no case starts after --budget seconds.
-A time is the median in milliseconds, and counts only beside the check of the same kernel.
+First --workers processes share all cases: they check, and compile what will be timed. Then the
+times are taken, alone on the GPU. Each case is written as it ends, with its error if it failed; no
+case starts after --budget seconds. A time is the median in milliseconds, and counts only beside the
+check of the same kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 import traceback
@@ -39,6 +43,10 @@ from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
 from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
+from dit_accel.kernels.sparse_linear_attention import triton as linear
+from dit_accel.kernels.window_attention import reference as window_reference
+from dit_accel.kernels.window_attention import triton as window
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import WIDER, assert_close, references
 
@@ -49,8 +57,8 @@ KEEPS = (0.05, 0.02, 0.1, 0.15, 0.25, 0.5)
 class Run:
     """The cases of one run, written to `path` after each."""
 
-    def __init__(self, path: Path, budget: float, dry: bool) -> None:
-        self.path, self.budget, self.dry = path, budget, dry
+    def __init__(self, path: Path, budget: float, dry: bool, once: bool = False) -> None:
+        self.path, self.budget, self.dry, self.once = path, budget, dry, once
         self.start, self.cases = time.monotonic(), []
         self.device = "cpu" if dry else "cuda"
         self.dtype = torch.float16 if dry else torch.bfloat16
@@ -70,15 +78,19 @@ class Run:
             if not self.dry:
                 torch.cuda.empty_cache()
         line["seconds"] = round(time.monotonic() - began, 2)
+        self.add(line)
+        if not self.once:
+            print(json.dumps(line), flush=True)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Record a case and write the file."""
         self.cases.append(line)
-        self.path.write_text(
-            json.dumps({"environment": environment(), "cases": self.cases}, indent=1)
-        )
-        print(json.dumps(line), flush=True)
+        record = {"environment": environment(), "command": shlex.join(sys.argv)}
+        self.path.write_text(json.dumps({**record, "cases": self.cases}, indent=1))
 
     def ms(self, fn: Callable[[], Any]) -> float:
         """Median milliseconds."""
-        if self.dry:
+        if self.dry or self.once:
             began = time.perf_counter()
             fn()
             return 1e3 * (time.perf_counter() - began)
@@ -247,28 +259,109 @@ def backward_times(r: Run, shape: tuple[int, ...], block: int, tiles: dict[str, 
     return {"ms": ms, "launches": {name: str(row) for name, row in tiles.items()}}
 
 
-def correctness(r: Run) -> None:
+def check_linear(r: Run, n: int, d: int, excluded: bool) -> dict[str, Any]:
+    q, k, v = (r.tokens(1, 2, n, d) for _ in range(3))
+    table = random_table(r, q, n, 64, 64, 0.5)
+    weight = torch.randn(d, d, device=r.device) / d**0.5
+    options = {"excluded": table if excluded else None}
+    out = linear.sparse_linear_attention(q, k, v, table, weight, **options)
+    ref = linear_reference.sparse_linear_attention
+    wide, same = references(ref, q, k, v, table, weight, **options)
+    assert_close("sparse_linear", out, wide, same)
+    return {"relative_error": ((out.float() - wide).norm() / wide.norm()).item()}
+
+
+def check_window(r: Run, n: int, d: int, block_q: int) -> dict[str, Any]:
+    q, k, v = (r.tokens(1, 2, n, d) for _ in range(3))
+    table = random_table(r, q, n, block_q, 64, 0.5)
+    outs = window.window_attention(q, k, v, table)
+    wide, same = references(window_reference.window_attention, q, k, v, table)
+    for name, *tensors in zip(("full", "window"), outs, wide, same, strict=False):
+        assert_close(name, *tensors)
+    return {"checked": "full window"}
+
+
+def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """The parts of the table."""
+    q, k = r.tokens(*shape), r.tokens(*shape)
+    table = tables.block_table(q, k, keep, block_q, 64)
+    ms = {
+        "mean q": r.ms(lambda: tables.block_means(q, block_q)),
+        "mean k": r.ms(lambda: tables.block_means(k, 64)),
+        "kept map": r.ms(lambda: tables.kept_map(table, 64)),
+        "transpose": r.ms(lambda: tables.transpose_table(table)),
+        "all": r.ms(lambda: tables.block_table(q, k, keep, block_q, 64)),
+    }
+    return {"ms": ms}
+
+
+def other_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """The linear branch with and without excluded blocks, and a full step of Re-ttention."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    table = tables.block_table(q, k, keep, block_q, 64)
+    weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
+    ms = {
+        "sparse_linear all": r.ms(lambda: linear.sparse_linear_attention(q, k, v, table, weight)),
+        "sparse_linear rest": r.ms(
+            lambda: linear.sparse_linear_attention(q, k, v, table, weight, excluded=table)
+        ),
+    }
+    if shape[2] < 40000:
+        ms["window full step"] = r.ms(lambda: window.window_attention(q, k, v, table))
+    return {"ms": ms}
+
+
+def scaling(r: Run, n: int, keep: float) -> dict[str, Any]:
+    """Whole operators and dense attention at one length, 12 heads of 128."""
+    q, k, v = (r.tokens(1, 12, n, 128) for _ in range(3))
+
+    def whole() -> Tensor:
+        return sparse.block_sparse_attention(q, k, v, tables.block_table(q, k, keep, 128, 64))
+
+    ms = {"sparse": r.ms(whole)}
+    if not r.dry and n <= 65536:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            ms["cudnn"] = r.ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    return {"ms": ms, "n": n, "keep": keep}
+
+
+Plan = list[tuple[str, Callable[[], dict[str, Any]]]]
+
+
+def checks(r: Run) -> Plan:
     """Every head dimension and block size, short and ragged lengths, and one video's length."""
     lengths = [(1, 1), (63, 65), (64, 64), (1000, 1000), (4096, 4100)]
     kinds = [(d, 64, 64) for d in (64, 80, 96, 128)]
     kinds += [(d, 128, block_k) for d in (64, 128) for block_k in (64, 128)]
     if r.dry:
         lengths, kinds = [(65, 63)], kinds[:1]
-    for kind, (n_q, n_k) in product(kinds, lengths):
-        name = f"check forward {n_q}x{n_k} d{kind[0]} blocks {kind[1]}x{kind[2]}"
-        r.case(name, lambda a=(n_q, n_k, *kind): check_forward(r, *a))
-    n = 70 if r.dry else 1000
-    for d, block, _ in [kind for kind in kinds if kind[2] == kind[1]]:
-        r.case(f"check backward d{d} block {block}", lambda a=(n, d, block): check_backward(r, *a))
+    plan: Plan = []
     n, d = (200, 64) if r.dry else (32760, 128)
-    r.case("check table", lambda: check_table(r, n, d, 0.1))
-    r.case(f"check forward {n}", lambda: check_forward(r, n, n, d, 64, 64, heads=1))
+    plan.append(("check table", lambda: check_table(r, n, d, 0.1)))
+    plan.append((f"check forward {n}", lambda: check_forward(r, n, n, d, 64, 64, heads=1)))
+    for kind in kinds:
+        for n_q, n_k in lengths:
+            name = f"check forward {n_q}x{n_k} d{kind[0]} blocks {kind[1]}x{kind[2]}"
+            plan.append((name, lambda a=(n_q, n_k, *kind): check_forward(r, *a)))
+    few = 70 if r.dry else 1000
+    for d_, block, _ in [kind for kind in kinds if kind[2] == kind[1]]:
+        name = f"check backward d{d_} block {block}"
+        plan.append((name, lambda a=(few, d_, block): check_backward(r, *a)))
+    for d_ in sorted({kind[0] for kind in kinds}):
+        for flag in (False, True):
+            name = f"check linear d{d_} excluded {flag}"
+            plan.append((name, lambda a=(few, d_, flag): check_linear(r, *a)))
+        for block in (64, 128):
+            name = f"check window d{d_} block {block}"
+            plan.append((name, lambda a=(few, d_, block): check_window(r, *a)))
+    return plan
 
 
-def sweep(r: Run, shape: tuple[int, ...]) -> None:
+def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
     """The forward kernel's tile, warps, stages and loads for three pairs of blocks."""
     capability = capability_of(torch.empty(0, device=r.device))
-    loads = [(stages, True) for stages in (2, 3, 5)] + [(3, False)]
+    loads = [(stages, True) for stages in (2, 3, 4)] + [(3, False)]
+    plan: Plan = []
     for bq, bk in [(64, 64)] if r.dry else [(128, 64), (64, 64), (128, 128)]:
         row = find("forward", capability, shape[3], bq)
         for tile, warps, (stages, tma) in product((64, 128), (4, 8), loads):
@@ -277,11 +370,13 @@ def sweep(r: Run, shape: tuple[int, ...]) -> None:
             change = {"tile": tile, "warps": warps, "stages": stages, "descriptors": tma}
             new = replace(row, **change, provenance="")
             name = f"sweep forward {bq}x{bk} {change}"
-            r.case(name, lambda a=(bq, bk, new): sweep_forward(r, shape, *a))
+            plan.append((name, lambda a=(bq, bk, new): sweep_forward(r, shape, *a)))
+    return plan
 
 
-def sweep_backward(r: Run, shape: tuple[int, ...]) -> None:
+def sweep_backward(r: Run, shape: tuple[int, ...]) -> Plan:
     capability = capability_of(torch.empty(0, device=r.device))
+    plan: Plan = []
     for block in (64,) if r.dry else (64, 128):
         rows = {op: find(op, capability, shape[3], block) for op in ("dq", "dkdv")}
         for tile, warps, stages in product((32, 64), (4, 8), (2,)):
@@ -290,32 +385,73 @@ def sweep_backward(r: Run, shape: tuple[int, ...]) -> None:
             change = {"tile": tile, "warps": warps, "stages": stages, "provenance": ""}
             new = {op: replace(row, **change) for op, row in rows.items()}
             name = f"sweep backward block {block} tile {tile} warps {warps} stages {stages}"
-            r.case(name, lambda a=(block, new): backward_times(r, shape, *a))
+            plan.append((name, lambda a=(block, new): backward_times(r, shape, *a)))
+    return plan
+
+
+def timings(r: Run) -> Plan:
+    """What is timed, the most telling first."""
+    shapes = {"tiny": (1, 2, 200, 64)} if r.dry else SHAPES
+    first = next(iter(shapes.values()))
+    plan: Plan = [("roofs", lambda: roofs(r))]
+    for name, shape in shapes.items():
+        plan.append((f"dense {name}", lambda s=shape: dense_times(r, s)))
+        for block_q in (64, 128):
+            label = f"{name} keep 0.05 block_q {block_q}"
+            plan.append((f"times {label}", lambda a=(shape, 0.05, block_q): times(r, *a)))
+            plan.append((f"map {label}", lambda a=(shape, 0.05, block_q): map_times(r, *a)))
+            plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
+    plan += sweep(r, first)
+    plan.append(("flex keep 0.05", lambda: flex_time(r, first, 0.05)))
+    plan += sweep_backward(r, first)
+    for n in (200,) if r.dry else (1024, 2048, 4096, 8192, 16384, 65536, 131072):
+        plan.append((f"scaling {n} keep 0.1", lambda n=n: scaling(r, n, 0.1)))
+    for (name, shape), keep in product(shapes.items(), KEEPS[1:]):
+        plan.append((f"times {name} keep {keep}", lambda a=(shape, keep, 128): times(r, *a)))
+    return plan
+
+
+def prepass(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All cases once, shared by processes; the results of the checks."""
+    paths = [options.out.with_suffix(f".{i}.part") for i in range(options.workers)]
+    shared = [sys.executable, __file__, *(["--dry-run"] if options.dry_run else [])]
+    children = [
+        subprocess.Popen([*shared, "--out", str(path), "--shard", f"{i}/{options.workers}"])
+        for i, path in enumerate(paths)
+    ]
+    for child in children:
+        child.wait()
+    lines = []
+    for path in filter(Path.exists, paths):
+        lines += json.loads(path.read_text())["cases"]
+        path.unlink()
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--budget", type=float, default=450, help="seconds")
+    parser.add_argument("--budget", type=float, default=450, help="seconds for the times")
+    parser.add_argument("--workers", type=int, default=12, help="processes that check and compile")
+    parser.add_argument("--part", choices=["all", "checks", "times"], default="all")
+    parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in the interpreter")
     options = parser.parse_args()
-    r = Run(options.out, options.budget, options.dry_run)
     torch.manual_seed(0)
-    shapes = {"tiny": (1, 2, 200, 64)} if r.dry else SHAPES
-    first = next(iter(shapes.values()))
-    r.case("roofs", lambda: roofs(r))
-    for name, shape in shapes.items():
-        r.case(f"dense {name}", lambda s=shape: dense_times(r, s))
-        for block_q in (64, 128):
-            r.case(
-                f"keep 0.05 {name} block_q {block_q}", lambda a=(shape, 0.05, block_q): times(r, *a)
-            )
-    correctness(r)
-    sweep(r, first)
-    r.case("flex keep 0.05", lambda: flex_time(r, first, 0.05))
-    sweep_backward(r, first)
-    for (name, shape), keep in product(shapes.items(), KEEPS[1:]):
-        r.case(f"keep {keep} {name}", lambda a=(shape, keep, 128): times(r, *a))
+    r = Run(options.out, options.budget, options.dry_run, once=options.shard is not None)
+    if options.shard:
+        part, parts = map(int, options.shard.split("/"))
+        for name, fn in (checks(r) + timings(r))[part::parts]:
+            r.case(name, fn)
+        return
+    if options.part != "times":
+        for line in prepass(options):
+            if line["case"].startswith("check") or "error" in line:
+                r.add(line)
+        print(f"checked and compiled after {time.monotonic() - r.start:.0f} s", flush=True)
+    if options.part != "checks":
+        for name, fn in timings(r):
+            r.case(name, fn)
     failed = [line["case"] for line in r.cases if "error" in line]
     print(f"{len(r.cases)} cases, {len(failed)} failed: {failed}")
 

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
 def _decode(path: Path) -> np.ndarray:
-    """[T, H, 2W, 3] uint8 of one clip, with PyAV where installed, else with OpenCV."""
-    try:
-        import av
-    except ImportError:
-        return _decode_opencv(path)
-    with av.open(str(path)) as container:
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-
-
-def _decode_opencv(path: Path) -> np.ndarray:
-    import cv2
-
-    video, frames = cv2.VideoCapture(str(path)), []
-    while (read := video.read())[0]:
-        frames.append(cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB))
-    if not frames:
-        raise RuntimeError(f"Expected a clip in {path}, OpenCV decoded no frame; install PyAV.")
+    """[T, H, 2W, 3] uint8 of one clip."""
+    with Image.open(path) as image:
+        frames = []
+        for number in range(image.n_frames):
+            image.seek(number)
+            frames.append(np.asarray(image.convert("RGB")))
     return np.stack(frames)
 
 
@@ -62,10 +52,10 @@ class Clips:
         entries = manifest["clips"][:limit]
         size, frames = manifest["size"], len(range(0, manifest["frames"], stride))
         rgba = torch.empty(len(entries), frames, size, size, 4, dtype=torch.uint8, device=device)
-        with ThreadPoolExecutor() as pool:
-            decoded = pool.map(lambda e: split(_decode(folder / e["file"])), entries)
+        with ProcessPoolExecutor() as pool:
+            decoded = pool.map(_decode, [folder / entry["file"] for entry in entries])
             for number, clip in enumerate(decoded):
-                rgba[number] = clip[::stride][:frames].to(device)
+                rgba[number] = split(clip[::stride][:frames]).to(device)
         names = list(manifest["colours"])
         return cls(
             rgba,

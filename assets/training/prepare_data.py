@@ -1,10 +1,11 @@
-"""Make the training archive: webp animations from npm → one small h264 clip each + captions.json.
+"""Make the training archive: webp animations from npm → one small AVIF clip each + captions.json.
 
     python assets/training/prepare_data.py --out data/emoji  # downloads 730 MB
     python assets/training/prepare_data.py --out data/emoji --source unpacked/package/assets
 
 A clip is 512×256: left the colours multiplied by alpha, right the alpha, so that
 `left + (1 − alpha) · background` composites it and coding errors add nothing but themselves.
+AV1 takes the room of h264 at 1.5 dB more, and Pillow alone reads it.
 Animations loop; one shorter than 65 frames is wrapped around. Clips already there are kept.
 """
 
@@ -14,9 +15,9 @@ import argparse
 import json
 import subprocess
 import tarfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import av
 import numpy as np
 from emoji import EMOJI_DATA
 from emoji_set import COLOURS, code_points, held_out, is_chosen
@@ -24,7 +25,7 @@ from PIL import Image
 
 PACKAGES = [f"@lobehub/fluent-emoji-anim-{i}" for i in range(1, 5)]
 FRAMES, SIZE, FPS = 65, 256, 24
-CODEC = {"preset": "fast", "crf": "23"}
+CODEC = {"quality": 60, "speed": 6, "subsampling": "4:4:4", "max_threads": 1}
 
 
 def download(folder: Path) -> Path:
@@ -67,20 +68,21 @@ def read(path: Path) -> np.ndarray:
 
 
 def encode(rgba: np.ndarray, path: Path) -> None:
-    """Write the pair (colour·alpha | alpha) as h264, 4:4:4; the file appears only when complete."""
+    """Write the pair (colour·alpha | alpha), 4:4:4; the file appears only when complete."""
     alpha = rgba[..., 3:].astype(np.uint16)
     colour = ((rgba[..., :3] * alpha + 127) // 255).astype(np.uint8)
     both = np.concatenate([colour, rgba[..., 3:].repeat(3, axis=-1)], axis=2)
+    first, *rest = (Image.fromarray(frame) for frame in both)
     partial = path.with_suffix(".part")
-    with av.open(partial, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=CODEC)
-        stream.height, stream.width = both.shape[1:3]
-        stream.pix_fmt = "yuv444p"
-        stream.thread_count = 1
-        for frame in both:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+    first.save(partial, "AVIF", save_all=True, append_images=rest, duration=1000 // FPS, **CODEC)
     partial.rename(path)
+
+
+def convert(source: Path, path: Path) -> None:
+    """One animation, unless its clip is there already."""
+    if not path.exists():
+        encode(read(source), path)
+        print(f"{path.name} {path.stat().st_size} bytes", flush=True)
 
 
 def main() -> None:
@@ -91,18 +93,16 @@ def main() -> None:
     args = parser.parse_args()
     chosen = choose(args.source or download(args.out.parent / "npm"))[: args.limit]
     args.out.mkdir(parents=True, exist_ok=True)
-    clips = []
-    for number, (path, name, frames) in enumerate(chosen, 1):
-        file = args.out / f"{path.stem}.mp4"
-        if not file.exists():
-            encode(read(path), file)
-            print(f"{number}/{len(chosen)} {name} {file.stat().st_size} bytes", flush=True)
-        clips.append(
-            {"file": file.name, "name": name, "frames": frames, "held_out": held_out(name)}
-        )
+    files = [args.out / f"{path.stem}.avif" for path, _, _ in chosen]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(convert, (path for path, _, _ in chosen), files))
+    clips = [
+        {"file": file.name, "name": name, "frames": frames, "held_out": held_out(name)}
+        for file, (_, name, frames) in zip(files, chosen, strict=True)
+    ]
     manifest = {"fps": FPS, "frames": FRAMES, "size": SIZE, "colours": COLOURS, "clips": clips}
     (args.out / "captions.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False))
-    total = sum(f.stat().st_size for f in args.out.glob("*.mp4"))
+    total = sum(f.stat().st_size for f in args.out.glob("*.avif"))
     print(f"{len(clips)} clips, {total / 1e6:.1f} MB in {args.out}")
 
 

@@ -78,7 +78,9 @@ def tokenize(names: list[str], pairs: list[str]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def encode_pairs(vae: AutoencoderKLWan, clips: Clips, batch: int = 6) -> Pairs:
+def encode_pairs(
+    vae: AutoencoderKLWan, clips: Clips, act: whole_clip.Activation, batch: int = 6
+) -> Pairs:
     """Whole-clip latents of every trained pair, normalised per channel, in bfloat16 on a GPU."""
     pairs, colours = clips.trained_pairs(), list(clips.colours)
     device, on_gpu = clips.rgba.device, clips.rgba.is_cuda
@@ -89,7 +91,7 @@ def encode_pairs(vae: AutoencoderKLWan, clips: Clips, batch: int = 6) -> Pairs:
         emoji, colour = zip(*pairs[start : start + batch], strict=True)
         video = composite(clips.rgba[list(emoji)], palette[list(colour)])
         with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            moments = whole_clip.encode(vae, video).float()
+            moments = whole_clip.encode(vae, video, act).float()
         latents = (moments.chunk(2, dim=1)[0] - mean) / std
         parts.append(latents.to(torch.bfloat16 if on_gpu else torch.float32))
     prompts = [caption(clips.names[n], colours[c]) for n, c in pairs]
@@ -154,7 +156,9 @@ def train(
     """Train for `minutes` on the latents of `out/vae`; save `out/dit` every minute and last."""
     device, progress = clips.rgba.device, Progress()
     on_gpu, opened = device.type == "cuda", time.monotonic()
-    pairs = encode_pairs(load_vae(out / "vae", device), clips)
+    act = whole_clip.norm_silu
+    act = torch.compile(act, dynamic=True) if compile_parts else act
+    pairs = encode_pairs(load_vae(out / "vae", device), clips, act)
     print(f"{len(pairs.latents)} pairs encoded in {time.monotonic() - opened:.0f} s", flush=True)
     flow = Flow(sizes, len(build_tokenizer(clips.names)), device)
     average = Average(flow.parts, decay=0.999)

@@ -27,7 +27,7 @@ from run_state import (
 from torch import Tensor
 
 # (frames, pixels, clips in a batch): equal work; most steps are crops, all lengths occur
-CROPS = [(17, 128, 32), (33, 128, 16), (65, 128, 8), (1, 256, 96)]
+CROPS = [(17, 128, 32), (33, 128, 16), (65, 128, 8)]
 WHOLE = [(17, 256, 8), (33, 256, 4), (65, 256, 2)]
 
 
@@ -94,7 +94,7 @@ def whole_psnr(vae: AutoencoderKLWan, clips: Clips, count: int = 16) -> float:
 def _pick(clips: Clips, share: float, step: int) -> tuple[int, int, int]:
     frames, side = clips.rgba.shape[1], clips.rgba.shape[2]
     shapes = WHOLE if share > 0.6 and step % 2 else CROPS
-    t, p, b = shapes[random.choices(range(len(shapes)), [4, 2, 2, 1][: len(shapes)])[0]]
+    t, p, b = shapes[random.choices(range(len(shapes)), [4, 2, 2])[0]]
     return (min(t, frames), min(p, side), b if clips.rgba.is_cuda else 2)
 
 

@@ -26,8 +26,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rgba = np.zeros((FRAMES, SIDE, SIDE, 4), np.uint8)
         for t in range(FRAMES):
             rgba[t, 8:24, 4 + t : 18 + t] = (*np.eye(3, dtype=np.uint8)[number] * 200, 255)
-        encode(rgba, folder / f"{number}.mp4")
-        entries.append({"file": f"{number}.mp4", "name": name, "held_out": held_out(name)})
+        encode(rgba, folder / f"{number}.avif")
+        entries.append({"file": f"{number}.avif", "name": name, "held_out": held_out(name)})
     manifest = {"fps": 24, "frames": FRAMES, "size": SIDE, "colours": COLOURS, "clips": entries}
     (folder / "captions.json").write_text(json.dumps(manifest))
     return folder

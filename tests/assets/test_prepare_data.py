@@ -33,9 +33,9 @@ def test_coded_clip_keeps_colour_and_alpha(tmp_path: Path) -> None:
 
     rgba = np.zeros((5, 64, 64, 4), np.uint8)
     rgba[:, 16:48, 16:48] = (200, 100, 50, 128)
-    encode(rgba, tmp_path / "a.mp4")
-    again = split(_decode(tmp_path / "a.mp4")).numpy().astype(int)
+    encode(rgba, tmp_path / "a.avif")
+    again = split(_decode(tmp_path / "a.avif")).numpy().astype(int)
     expected = rgba.astype(int)
     expected[..., :3] = expected[..., :3] * expected[..., 3:] // 255
     assert np.abs(again - expected).mean() < 1.5
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.mp4"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.avif"]

@@ -128,7 +128,7 @@ def _span(
             f"{type(transformer).__name__} cannot run token pruning: "
             "its adapter does not know its per-token arguments"
         )
-    blocks = len(transformer.get_submodule(adapter.span.blocks))
+    blocks = sum(len(found) for found in adapter.span.lists(transformer))
     span = Span(config.prune, adapter.span, engine.clock, blocks)
     engine.spans.append(span)
     return span

@@ -149,9 +149,14 @@ class Engine:
 
     @property
     def geometry(self) -> Geometry:
-        """The tokens of the call at hand: a row of those that run where others are pruned."""
+        """The keys of the call at hand: a row of those that are seen where tokens are pruned."""
         g = self.clock.geometry
-        return g._replace(grid=(1, 1, self.span.live)) if self._pruned else g
+        return g._replace(grid=(1, 1, self.span.visual_keys)) if self._pruned else g
+
+    @property
+    def _queries(self) -> int:
+        """The visual queries of the call at hand."""
+        return self.span.live if self._pruned else self.geometry.n_visual
 
     def _order(self, geometry: Geometry, device: torch.device, carried: bool) -> None:
         lines = sum(n > 1 for n in geometry.grid) < 2  # a row of tokens has one order only
@@ -174,6 +179,10 @@ class Engine:
         """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them."""
         if not self.forwards:  # a module called outside of its transformer's forward
             return dense(q, k, v, mask)
+        number = self._calls.get(layer, 0)  # some models call once per sample of the batch
+        self._calls[layer] = number + 1
+        if self.span is not None:
+            k, v, mask = self.span.keys((layer, number), k, v, mask)
         action = self.plan.action(self.clock.step, self.clock.steps, self.layers[layer].number)
         planned = action.keep is None
         reason = action.reason if planned else self._obstacle(q, k)
@@ -183,7 +192,7 @@ class Engine:
             self._book_dense(layer, reason, planned)
             return dense(q, k, v, mask)
         q, k, v = (x.to(v.dtype) for x in (q, k, v))  # some norms hand fp32 q, k with bf16 v
-        call = self._call(layer, action, k, keyed, scale)
+        call = self._call(layer, number, action, k, keyed, scale)
         with dispatch.recording() as used:
             out = self._joint(q, k, v, mask, call, keyed, dense)
         for name in used:
@@ -196,7 +205,7 @@ class Engine:
         if geometry.dense:
             return geometry.dense
         fits = n >= geometry.n_visual if geometry.n_text is None else n == geometry.n_tokens
-        if q.shape[1] not in (n, geometry.n_visual) or not fits:
+        if q.shape[1] - self._queries not in (0, n - geometry.n_visual) or not fits:
             return f"{q.shape[1]} × {n} tokens where the model's geometry says {geometry.n_tokens}"
         least = self.config.min_tokens
         least = CROSSOVER.get(q.device.type, 0) if least is None else least
@@ -204,12 +213,11 @@ class Engine:
             return f"{n} tokens are fewer than the crossover of {least}"
         return ""
 
-    def _parts(self, n: int) -> tuple[slice, slice]:
+    def _parts(self, n: int, n_visual: int) -> tuple[slice, slice]:
         """Where the visual and where the text tokens lie in a sequence of n."""
-        g = self.geometry
-        if g.text_first:
-            return slice(n - g.n_visual, n), slice(0, n - g.n_visual)
-        return slice(0, g.n_visual), slice(g.n_visual, n)
+        if self.geometry.text_first:
+            return slice(n - n_visual, n), slice(0, n - n_visual)
+        return slice(0, n_visual), slice(n_visual, n)
 
     def _read_keys(self, mask: torch.Tensor | None, n: int) -> Keys | str:
         """The keys behind this mask, read once per forward and mask, or why it is not served."""
@@ -218,7 +226,8 @@ class Engine:
         if name not in self._keys:
             order = None if self.carried or self._pruned else self.index
             product = same and mask is not None and mask.ndim == 4 and mask.shape[2] == n
-            found = keys.read(mask, n, self._parts(n)[0], order, product)
+            visual, _ = self._parts(n, self.geometry.n_visual)
+            found = keys.read(mask, n, visual, order, product)
             # the mask is held so that its id stays its own; one read by shape needs no holding
             self._keys[name] = (None if same else mask, found)
         return self._keys[name][1]
@@ -226,14 +235,13 @@ class Engine:
     def _call(
         self,
         layer: int,
+        number: int,
         action: Any,
         k: torch.Tensor,
         keyed: Keys,
         scale: float | None,
     ) -> Call:
         clock = self.clock
-        number = self._calls.get(layer, 0)  # some models call once per sample of the batch
-        self._calls[layer] = number + 1
 
         def note(table: BlockTable | None) -> None:
             kept = 1.0 if table is None else table.density()
@@ -284,10 +292,7 @@ class Engine:
         dense: Dense,
     ) -> torch.Tensor:
         """Visual queries by the method over all keys; text queries, if any, dense."""
-        if q.shape[1] == self.geometry.n_visual:  # no text queries, whatever the keys are
-            visual, text = slice(0, q.shape[1]), slice(0, 0)
-        else:
-            visual, text = self._parts(q.shape[1])
+        visual, text = self._parts(q.shape[1], self._queries)  # perhaps no text queries at all
         permuted = not (self.index is None or self.carried or self._pruned)
         queries = q[:, visual]
         queries = queries.index_select(1, self.index) if permuted else queries

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dit_accel import parallel, seam
+from dit_accel import parallel, seam, step_cache
 from dit_accel.engine import Engine
 from dit_accel.pipelines.base import Adapter, Site
 from dit_accel.span import Span, blocks_class
@@ -91,7 +91,7 @@ class Patch:
             device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
             shared = any(parallel.config_of(layer.processor) for layer in self.layers)
             if self.span is not None:
-                _check_prunable(module, shared)
+                self._check_prunable(bound, shared)
             carried = self.adapter.leave is not None and not shared
             self.engine.begin(geometry, device, carried, self.span, bound.get("timestep"))
 
@@ -102,22 +102,35 @@ class Patch:
         self._keep(self.transformer.register_forward_pre_hook(before, with_kwargs=True))
         self._keep(self.transformer.register_forward_hook(after))
 
+    def _check_prunable(self, args: dict[str, Any], shared: bool) -> None:
+        """RuntimeError for a forward whose tokens cannot be pruned."""
+        span, refuses = self.span, self.adapter.span.refuses
+        why = "its tokens are shared between devices (context parallelism)" if shared else ""
+        why = why or step_cache.obstacle(self.transformer, span.first, span.last, span.blocks)
+        why = why or (refuses(self.transformer, args) if refuses else "")
+        if why:
+            name = type(self.transformer).__name__
+            raise RuntimeError(f"{name} cannot run token pruning: {why}")
+
     def _hook_span(self) -> None:
         if self.span is None:
             return
         site, span = self.adapter.span, self.span
-        blocks = self.transformer.get_submodule(site.blocks)
-        original = type(blocks)
-        blocks.__class__ = blocks_class(original)
-        blocks.__dict__["_accel_span"] = span
-        self.undo.append(lambda: (blocks.__dict__.pop("_accel_span"), _set_class(blocks, original)))
+        lists, first = site.lists(self.transformer), 0
+        for blocks in lists:
+            original = type(blocks)
+            blocks.__class__ = blocks_class(original)
+            blocks.__dict__["_accel_span"] = (span, first)
+            self.undo.append(functools.partial(_give_list_back, blocks, original))
+            first += len(blocks)
         if "ttv" in span.prune.criterion:
-            for number in range(span.first):
+            for block in [block for blocks in lists for block in blocks][: span.first]:
                 for name in site.probes:
-                    probe = blocks[number].get_submodule(name)
-                    self._keep(probe.register_forward_hook(span.watch_transition))
+                    probe = block.get_submodule(name)
+                    hook = probe.register_forward_hook(span.watch_transition, with_kwargs=True)
+                    self._keep(hook)
         if span.prune.criterion in ("velocity", "cfg"):
-            leave = self.transformer.get_submodule(self.adapter.leave.module)
+            leave = self.transformer.get_submodule(site.leave)
             self._keep(leave.register_forward_hook(span.watch_output))
 
     def _hook_order(self) -> None:
@@ -150,15 +163,6 @@ class Patch:
 
     def _keep(self, handle: Any) -> None:
         self.undo.append(handle.remove)
-
-
-def _check_prunable(transformer: nn.Module, shared: bool) -> None:
-    """RuntimeError for a forward whose tokens cannot be pruned."""
-    why = "its tokens are shared between devices (context parallelism)" if shared else ""
-    if getattr(transformer, "is_cache_enabled", False):
-        why = "a step cache is enabled, which keeps residuals of all tokens; disable one of the two"
-    if why:
-        raise RuntimeError(f"{type(transformer).__name__} cannot run token pruning: {why}")
 
 
 def obstacle(module: nn.Module) -> str:
@@ -285,6 +289,11 @@ def _gather(output: Any, site: Site, index: torch.Tensor) -> Any:
 
 def _set_class(obj: Any, kind: type) -> None:
     obj.__class__ = kind
+
+
+def _give_list_back(blocks: nn.ModuleList, original: type) -> None:
+    del blocks.__dict__["_accel_span"]
+    blocks.__class__ = original
 
 
 def _give_back(module: nn.Module, new: Any, old: Any) -> None:

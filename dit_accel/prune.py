@@ -15,10 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from dit_accel.prune_context import CONTEXTS
 from dit_accel.prune_criteria import CRITERIA
+from dit_accel.prune_restore import RESTORES
 from dit_accel.schedule import check_share, count_steps
-
-RESTORES = ("reuse", "taylor")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,12 @@ class TokenPruning:
         first, last: the span's block numbers, first ≤ block < last; negative ones count from the
             model's end, None is its end.
         criterion: what makes a token worth running; "random", "stratified" and "lru" are controls.
-        restore: "reuse" (R as it was) or "taylor" (R extrapolated from its last two values).
+        threshold: with criterion="drift": only blocks that drifted at least so much since they ran
+            last run, at most `keep` of all; None: always `keep` of all.
+        restore: "reuse" (R as it was), "taylor" (extrapolated from its last two values), "blend"
+            (moved as its neighbours' that ran) or "copy" (of the most similar token that ran).
+        context: what tokens that run see of the others: "drop" (nothing), "pooled" (each block's
+            mean key and value of earlier) or "stale" (all their keys and values of earlier).
         anchor_frames: latent frames at the start whose tokens always run (1 for image to video).
         block: tokens in a block.
         seed: of criterion="random".
@@ -48,7 +53,9 @@ class TokenPruning:
     first: int = 1
     last: int | None = -1
     criterion: str = "drift"
+    threshold: float | None = None
     restore: str = "reuse"
+    context: str = "drop"
     anchor_frames: int = 0
     block: int = 64
     seed: int = 0
@@ -67,10 +74,16 @@ class TokenPruning:
                 raise ValueError(f"{name} is a number ≥ {low}, not {getattr(self, name)}")
         for name in ("start", "end"):
             check_share(name, getattr(self, name))
-        for name, values in (("criterion", tuple(CRITERIA)), ("restore", RESTORES)):
+        names = {"criterion": CRITERIA, "restore": RESTORES, "context": CONTEXTS}
+        for name, values in names.items():
             if getattr(self, name) not in values:
                 choice = ", ".join(values)
                 raise ValueError(f"{name} is one of {choice}, not {getattr(self, name)!r}")
+        if self.threshold is not None and (self.threshold < 0 or self.criterion != "drift"):
+            raise ValueError(
+                "threshold is a relative change ≥ 0 with criterion='drift', not "
+                f"{self.threshold} with {self.criterion!r}"
+            )
 
     def span(self, blocks: int) -> tuple[int, int]:
         """(first, last) of a model with this many blocks; ValueError when nothing lies between."""
@@ -82,13 +95,15 @@ class TokenPruning:
             )
         return self.first, last
 
-    def prunes(self, step: int, steps: int | None) -> bool:
-        """Whether this step runs part of the tokens only (and not all of them)."""
+    def prunes(self, step: int, steps: int | None, full: int) -> bool:
+        """Whether this step runs part of the tokens only; `full`: the step that ran all last."""
         first = max(count_steps(self.start, steps or 0), 1)
         end = count_steps(self.end, steps or 0)
         if step < first or (steps is not None and step >= steps - end):
             return False
-        return (step - first + 1) % self.refresh != 0
+        if self.keep == 1 and self.threshold is None:
+            return False
+        return step - full < self.refresh
 
 
 def resolve(prune: TokenPruning | str | None) -> TokenPruning | None:

@@ -23,6 +23,7 @@ class Facts:
     the step each token ran last. seen: int64 [N], that step. step, seed, block: numbers.
     transition: [B, N] summed Token Transition Variation of the probe blocks, or None.
     output: pass name → [B, N, P] the model's output tokens at the previous step.
+    tokens: [B, N, C], as they enter the span.
     """
 
     probe: Tensor
@@ -33,6 +34,7 @@ class Facts:
     block: int
     transition: Tensor | None = None
     output: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
 
 def drift(facts: Facts) -> Tensor:
@@ -67,6 +69,12 @@ def guidance(facts: Facts) -> Tensor | None:
     return (passes[0].float() - passes[1].float()).norm(dim=-1).mean(0)
 
 
+def similarity(facts: Facts) -> Tensor:
+    """1 − cos(token, mean of all tokens): what is unlike the rest cannot be taken from it."""
+    x = facts.tokens.float()
+    return (1 - F.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1)).mean(0)
+
+
 def chance(facts: Facts) -> Tensor:
     """Control: new at each step, the same in each pass."""
     generator = torch.Generator().manual_seed(facts.seed * 100_003 + facts.step)
@@ -98,6 +106,7 @@ CRITERIA: dict[str, Callable[[Facts], Tensor | None]] = {
     "ttv*drift": ttv_drift,
     "velocity": velocity,
     "cfg": guidance,
+    "similarity": similarity,
     "random": chance,
     "stratified": stratified,
     "lru": lru,
@@ -118,10 +127,17 @@ def transition_variation(x: Tensor, y: Tensor) -> Tensor:
     return turn * y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)
 
 
-def pick(scores: Tensor, count: int, block: int, always: Tensor | None = None) -> Tensor:
+def pick(
+    scores: Tensor,
+    count: int,
+    block: int,
+    always: Tensor | None = None,
+    threshold: float | None = None,
+) -> Tensor:
     """int64 tokens of the `count` blocks with the highest mean score, in ascending order.
 
-    always: bool [N], tokens whose blocks are taken first.
+    always: bool [N], tokens whose blocks are taken first. threshold: of the others only those with
+    at least this mean; counting them waits for the device.
     """
     n = scores.numel()
     blocks = -(-n // block)
@@ -133,6 +149,8 @@ def pick(scores: Tensor, count: int, block: int, always: Tensor | None = None) -
         held = F.pad(always, (0, blocks * block - n)).view(blocks, block).any(1)
         means = means.masked_fill(held, torch.inf)
         count = max(count, int(held.sum()))
+    if threshold is not None:
+        count = min(count, int((means >= threshold).sum()))
     best = means.topk(count).indices.sort().values
     tokens = (best[:, None] * block + torch.arange(block, device=scores.device)).flatten()
     return tokens[tokens < n]

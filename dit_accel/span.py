@@ -1,6 +1,6 @@
 """Token pruning at work: what happens before, between and after a transformer's blocks.
 
-The model's own forward loops over its list of blocks; while a forward runs, the list hands out
+The model's own forward loops over its lists of blocks; while a forward runs, a list hands out
 each block wrapped in `Span.run`, outside of whatever the block is compiled to.
 """
 
@@ -14,36 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel import step_cache
 from dit_accel.clock import Clock
 from dit_accel.pipelines.base import SpanSite
 from dit_accel.prune import TokenPruning
+from dit_accel.prune_context import Context
 from dit_accel.prune_criteria import CRITERIA, Facts, pick, transition_variation
+from dit_accel.prune_restore import RESTORES, Memory, Past
 from dit_accel.table import block_count, kept_blocks
-
-
-@dataclass
-class Memory:
-    """One guidance pass between steps: R, its rate of change, and what the probe saw.
-
-    residual: [B, N, C] R. rate: [B, N, C] change of R per step, or None. seen: int64 [N], the step
-    at which each token ran last. reference: [B, N, C], the probe's residual at that step.
-    """
-
-    residual: Tensor
-    seen: Tensor
-    reference: Tensor
-    rate: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        found = (self.residual, self.seen, self.reference, self.rate)
-        return [x for x in found if x is not None]
 
 
 @dataclass
 class Span:
     """The pruned blocks of one transformer.
 
-    blocks: how many the model has. `live` is the number of tokens that run just now, None for all.
+    blocks: how many the model has, in all its lists. `live` is the number of visual tokens that run
+    just now, None for all; `inside`: a block of the span runs; `share`: of this forward's tokens,
+    those that run the span.
     """
 
     prune: TokenPruning
@@ -52,151 +39,232 @@ class Span:
     blocks: int
     memory: dict[str, Memory] = field(default_factory=dict)
     output: dict[str, Tensor] = field(default_factory=dict)
+    context: Context | None = None
     transition: Tensor | None = None
     live: int | None = None
-    anchored: Tensor | None = None
+    inside: bool = False
     running: bool = False
     share: float = 1.0
     generation: int = -1
-    _chosen: tuple[int, int, Tensor] | None = None
+    _order: Tensor | None = None
+    _cached: bool = False
+    _chosen: tuple[int, int, Tensor | None] | None = None
     _index: Tensor | None = None
-    _enter: Tensor | None = None
+    _start: Tensor | None = None
+    _entered: tuple[Tensor, Tensor | None] | None = None
     _probe: Tensor | None = None
     _rows: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first, self.last = self.prune.span(self.blocks)
+        if self.prune.context != "drop":
+            self.context = Context(self.prune.context, self.prune.block)
 
-    def begin(self, index: Tensor | None) -> None:
-        """A forward starts. index: the order of the tokens, for the anchored frames."""
+    def begin(self, order: Tensor | None) -> None:
+        """A forward starts. order: the grid cells of the tokens where they come permuted."""
         if self.clock.generation != self.generation:
             self.generation = self.clock.generation
             self.memory.clear()
             self.output.clear()
             self._chosen = None
-        self.running, self.share = True, 1.0
+            if self.context:
+                self.context.memory.clear()
+        if self.context:
+            self.context.begin()
+        self._order = order
+        self.running, self.share, self._cached = True, 1.0, False
         self.transition = self.live = self._index = None
         self._rows.clear()
-        self.anchored = self._anchors(index)
 
     def end(self) -> None:
-        self.running, self.live, self._enter, self._probe = False, None, None, None
-
-    def _anchors(self, index: Tensor | None) -> Tensor | None:
-        grid, frames = self.clock.geometry.grid, self.prune.anchor_frames
-        if not frames:
-            return None
-        token = torch.arange(grid[0] * grid[1] * grid[2])
-        token = token if index is None else index.cpu()
-        return token < frames * grid[1] * grid[2]
+        self.running = self.inside = False
+        self.live = self._start = self._entered = self._probe = None
+        self._rows.clear()
 
     def run(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Block `number` of the model on all tokens, on the chosen ones, or not at all."""
-        bound = _signature(type(block).forward).bind(block, *args, **kwargs).arguments
-        bound.pop("self")
-        tokens = bound[self.site.hidden]
+        bound = _signature(type(block).forward).bind(block, *args, **kwargs)
+        tokens = bound.arguments[self.site.hidden]
+        text = bound.arguments.get(self.site.text)
         if number == 0:
-            self._enter = tokens
-        if number == self.first:
-            self._probe = tokens - self._enter
-            self._enter = tokens
-            self._index = self._select(tokens)
-        inside = self.first <= number < self.last
-        if self._index is None or not inside:
+            self._start = tokens
+        if number == self.first and not self._cached:
+            self._enter(tokens, text)
+        self.inside = self.first <= number < self.last and not self._cached
+        if self._index is None or not self.inside:
             out = block(*args, **kwargs)
         elif self._index.numel() == 0:
-            out = tokens
+            out = self.site.join(tokens, text)
         else:
             if number == self.first:
-                bound[self.site.hidden] = tokens[:, self._index]
+                bound.arguments[self.site.hidden] = tokens[:, self._index]
                 self.live = self._index.numel()
-            out = block(**self._gathered(bound))
-        if number == self.last - 1:
-            out = self._leave(out)
+            self._gather(bound.arguments, 0 if text is None else text.shape[1])
+            out = block(*bound.args[1:], **bound.kwargs)
+        if number == 0:
+            self._cached = step_cache.skips(block)
+        if number == self.last - 1 and self.inside:
+            out = self._leave(*self.site.split(out))
+        self.inside = False
         return out
 
-    def _gathered(self, bound: dict[str, Any]) -> dict[str, Any]:
+    def _enter(self, tokens: Tensor, text: Tensor | None) -> None:
+        """The span's start: what the probe did, and who runs."""
+        self._probe = tokens - self._start
+        self._entered = (tokens, text)
+        self._index = self._select(tokens)
+
+    def _gather(self, arguments: dict[str, Any], n_text: int) -> None:
         """The block's arguments with per-token rows of the chosen tokens only."""
         for name, dim, rank in self.site.rows:
-            value = bound.get(name)
-            if value is not None:
-                bound[name] = self._take(value, dim, rank)
-        return bound
+            if arguments.get(name) is not None:
+                arguments[name] = self._take(arguments[name], dim, rank, n_text)
 
-    def _take(self, value: Any, dim: int, rank: int) -> Any:
-        """`value` or the tensors in it that have `rank` dimensions, gathered along `dim`; once."""
+    def _take(self, value: Any, dim: int, rank: int, n_text: int) -> Any:
+        """`value` or the tensors in it that have `rank` dimensions, gathered along `dim`; once.
+
+        Rows of text beside the visual ones stay; a single row, for all tokens, stays too.
+        """
         if id(value) not in self._rows:
             if isinstance(value, (tuple, list)):
-                taken = type(value)(self._take(x, dim, rank) for x in value)
+                taken = type(value)(self._take(x, dim, rank, n_text) for x in value)
+            elif value.ndim != rank or value.shape[dim] == 1:
+                taken = value
             else:
-                taken = value.index_select(dim, self._index) if value.ndim == rank else value
+                taken = value.index_select(dim, self._at(value.shape[dim], n_text))
             self._rows[id(value)] = (value, taken)  # the value is held, so its id stays its own
         return self._rows[id(value)][1]
+
+    def _at(self, rows: int, n_text: int) -> Tensor:
+        """int64: which of an argument's rows are those of the chosen tokens and of the text."""
+        n, index = self._entered[0].shape[1], self._index
+        if rows == n:
+            return index
+        if rows != n + n_text:
+            raise RuntimeError(
+                f"a block's argument has {rows} rows where the model has {n} visual and {n_text} "
+                "text tokens: the adapter's span does not fit this forward"
+            )
+        text = torch.arange(n_text, device=index.device)
+        if self.clock.geometry.text_first:
+            return torch.cat([text, index + n_text])
+        return torch.cat([index, text + n])
 
     def _select(self, tokens: Tensor) -> Tensor | None:
         """The tokens that run, None for all; the first pass of a step decides for the others."""
         clock, n = self.clock, tokens.shape[1]
         known = self.memory.get(clock.passname)
-        stale = known is None or known.residual.shape != tokens.shape
-        count = kept_blocks(self.prune.keep, block_count(n, self.prune.block))
-        count = count if self.prune.keep else 0
-        if stale or self.prune.keep == 1 or not self.prune.prunes(clock.step, clock.steps):
+        if known is None or known.residual.shape != tokens.shape:
             return None
         if self._chosen is None or self._chosen[:2] != (clock.step, n):
-            past = (known.reference, known.seen)
-            chance = (clock.step, self.prune.seed, self.prune.block)
-            facts = Facts(self._probe, *past, *chance, self.transition, self.output)
-            scores = CRITERIA[self.prune.criterion](facts)
-            if scores is None:
-                return None
-            always = None if self.anchored is None else self.anchored.to(tokens.device)
-            self._chosen = (clock.step, n, pick(scores, count, self.prune.block, always))
-        self.share = self._chosen[2].numel() / n
-        return self._chosen[2]
+            self._chosen = (clock.step, n, self._choose(known, n))
+        index = self._chosen[2]
+        self.share = 1.0 if index is None else index.numel() / n
+        return index
 
-    def _leave(self, out: Tensor) -> Tensor:
+    def _choose(self, known: Memory, n: int) -> Tensor | None:
+        prune, clock = self.prune, self.clock
+        if not prune.prunes(clock.step, clock.steps, known.full):
+            return None
+        facts = Facts(
+            self._probe,
+            known.reference,
+            known.seen,
+            clock.step,
+            prune.seed,
+            prune.block,
+            self.transition,
+            self.output,
+            self._entered[0],
+        )
+        scores = CRITERIA[prune.criterion](facts)
+        if scores is None:
+            return None
+        count = kept_blocks(prune.keep, block_count(n, prune.block)) if prune.keep else 0
+        return pick(scores, count, prune.block, self._anchors(n), prune.threshold)
+
+    def _anchors(self, n: int) -> Tensor | None:
+        """bool [N]: the tokens of the frames that always run."""
+        if not self.prune.anchor_frames:
+            return None
+        _, h, w = self.clock.geometry.grid
+        device = self._entered[0].device
+        cell = torch.arange(n, device=device) if self._order is None else self._order.to(device)
+        return cell < self.prune.anchor_frames * h * w
+
+    def _leave(self, out: Tensor, text: Tensor | None) -> Any:
         """The span's end: update R where tokens ran, restore the others from it."""
-        clock, index, enter = self.clock, self._index, self._enter
+        index, (entered, text_before) = self._index, self._entered
         self.live = None
+        known = self.memory.get(self.clock.passname)
         if index is None:
-            index = torch.arange(out.shape[1], device=out.device)
-            full = out
+            self._update(None, out - entered, text if text is None else text - text_before)
+            return self.site.join(out, text)
+        if index.numel() == 0:
+            text = None if known.text is None else text_before + known.text
+            fresh = out[:, index]
         else:
-            known = self.memory[clock.passname]
-            full = enter + self._expected(known)
-            if index.numel():
-                full[:, index] = out
-        self._update(index, full, enter)
-        return full
+            fresh = out - entered[:, index]
+        past = Past(known, self.clock.step, index, fresh, entered, self._grid(), self._order)
+        full = entered + RESTORES[self.prune.restore](past)
+        if index.numel():
+            full[:, index] = out
+            self._update(index, fresh, None if text is None else text - text_before)
+        return self.site.join(full, text)
 
-    def _expected(self, known: Memory) -> Tensor:
-        """R of each token now: as it was, or extrapolated by its rate."""
-        if self.prune.restore == "reuse" or known.rate is None:
-            return known.residual
-        age = (self.clock.step - known.seen).to(known.residual.dtype)
-        return known.residual + age[:, None] * known.rate
+    def _grid(self) -> tuple[int, int, int]:
+        """Where the tokens lie; a row when the model carries others than the grid's."""
+        n, geometry = self._entered[0].shape[1], self.clock.geometry
+        return geometry.grid if geometry.n_visual == n else (1, 1, n)
 
-    def _update(self, index: Tensor, full: Tensor, enter: Tensor) -> None:
+    def _update(self, index: Tensor | None, fresh: Tensor, text: Tensor | None) -> None:
+        """Remember R of the tokens that ran, None for all; and of the text."""
         step, name = self.clock.step, self.clock.passname
         known = self.memory.get(name)
-        if known is None or known.residual.shape != full.shape:
-            seen = torch.full((full.shape[1],), step, device=full.device)
-            self.memory[name] = Memory(full - enter, seen, self._probe)
+        if index is None and (known is None or known.residual.shape != fresh.shape):
+            seen = torch.full((fresh.shape[1],), step, device=fresh.device)
+            self.memory[name] = Memory(fresh, seen, self._probe, step, text=text)
             return
-        new = full[:, index] - enter[:, index]
+        if index is None:
+            known.full = step
+            index = torch.arange(fresh.shape[1], device=fresh.device)
         if self.prune.restore == "taylor":
-            age = (step - known.seen[index]).clamp(min=1).to(new.dtype)
+            age = (step - known.seen[index]).clamp(min=1).to(fresh.dtype)
             if known.rate is None:
                 known.rate = torch.zeros_like(known.residual)
-            known.rate[:, index] = (new - known.residual[:, index]) / age[:, None]
-        known.residual[:, index] = new
+            known.rate[:, index] = (fresh - known.residual[:, index]) / age[:, None]
+        known.residual[:, index] = fresh
         known.reference[:, index] = self._probe[:, index]
         known.seen[index] = step
+        known.text = text
 
-    def watch_transition(self, module: nn.Module, args: tuple, output: Tensor) -> None:
-        """Forward hook of a probe module."""
+    def keys(
+        self, name: Any, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values [B, n, H, D] of an attention call of the span, and their mask, with those
+        of pruned tokens as the context has them. name: tells the call from others of its forward.
+        """
+        if self.context is None or not self.inside:
+            return k, v, mask
+        n, name = self._entered[0].shape[1], (self.clock.passname, name)
+        first = (k.shape[1] - (self.live or n)) * self.clock.geometry.text_first
+        visual = slice(first, first + (self.live or n))
+        if self.live is None:
+            self.context.remember(name, k[:, visual], v[:, visual])
+            return k, v, mask
+        whole = self.context.complete(name, k, v, visual, self._index, n)
+        return *whole, self.context.mask(mask, visual, n)
+
+    @property
+    def visual_keys(self) -> int | None:
+        """How many visual tokens the keys of a call stand for while tokens are pruned."""
+        return self.live if self.context is None or self.live is None else self._chosen[1]
+
+    def watch_transition(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Forward hook of a probe module; of joint attention the visual part is first."""
         if self.running:
-            found = transition_variation(args[0], output)
+            x = args[0] if args else kwargs["hidden_states"]
+            found = transition_variation(x, output[0] if isinstance(output, tuple) else output)
             self.transition = found if self.transition is None else self.transition + found
 
     def watch_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -207,7 +275,8 @@ class Span:
     def nbytes(self) -> int:
         """Bytes kept between steps."""
         kept = [x for memory in self.memory.values() for x in memory.tensors()]
-        return sum(x.nbytes for x in (*kept, *self.output.values()))
+        keys = 0 if self.context is None else self.context.nbytes()
+        return keys + sum(x.nbytes for x in (*kept, *self.output.values()))
 
 
 @functools.cache
@@ -220,11 +289,11 @@ def blocks_class(kind: type) -> type:
 
     class SpanList(kind):
         def __iter__(self):
-            span = self.__dict__["_accel_span"]
+            span, first = self.__dict__["_accel_span"]
             inner = super().__iter__()
             if not span.running:
                 return inner
-            return (_wrapped(span, n, block) for n, block in enumerate(inner))
+            return (_wrapped(span, n, block) for n, block in enumerate(inner, first))
 
     SpanList.__name__ = kind.__name__
     return SpanList

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Geometry(NamedTuple):
@@ -50,16 +50,48 @@ class Site(NamedTuple):
 class SpanSite(NamedTuple):
     """What token pruning must know of a model's blocks.
 
-    blocks: name of the module list the forward loops over. hidden: the blocks' argument with the
-    visual tokens [B, N, C], which a block also returns. rows: per-token arguments as (name, dim,
-    rank): tensors of that rank are gathered along dim. probes: sub-modules of a block whose input
-    and output its transition is measured by.
+    blocks: names of the module lists the forward loops over, one after the other. hidden: the
+    blocks' argument with the visual tokens [B, N, C], which a block also returns. rows: per-token
+    arguments as (name, dim, rank): tensors of that rank are gathered along dim; where they have
+    rows for text too, those stay. probes: sub-modules of a block whose input and output its
+    transition is measured by. text: the argument with the text tokens [B, T, C], returned beside
+    the visual ones; "": blocks return the visual tokens alone. visual: where they stand in that
+    pair. leave: the projection whose output is the model's. refuses: (transformer, forward
+    arguments by name) → why this forward cannot be pruned, or "".
     """
 
-    blocks: str
+    blocks: tuple[str, ...]
     hidden: str
-    rows: tuple[tuple[str, int, int], ...]
+    rows: tuple[tuple[str, int, int], ...] = ()
     probes: tuple[str, ...] = ()
+    text: str = ""
+    visual: int = 0
+    leave: str = "proj_out"
+    refuses: Callable[[nn.Module, dict[str, Any]], str] | None = None
+
+    def lists(self, transformer: nn.Module) -> list[nn.ModuleList]:
+        """The module lists themselves."""
+        return [transformer.get_submodule(name) for name in self.blocks]
+
+    def split(self, out: Any) -> tuple[Tensor, Tensor | None]:
+        """(visual, text) tokens of what a block returned."""
+        return (out[self.visual], out[1 - self.visual]) if self.text else (out, None)
+
+    def join(self, visual: Tensor, text: Tensor | None) -> Any:
+        """What a block returns."""
+        if not self.text:
+            return visual
+        return (text, visual) if self.visual else (visual, text)
+
+
+def unless_given(*names: str) -> Callable[[nn.Module, dict[str, Any]], str]:
+    """A `refuses` for forward arguments with rows of all tokens that are added between blocks."""
+
+    def refuses(transformer: nn.Module, args: dict[str, Any]) -> str:
+        given = [name for name in names if args.get(name) is not None]
+        return f"{given[0]} acts between blocks, on all tokens" if given else ""
+
+    return refuses
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """CogVideoX, ConsisID, CogView: text first in one joint sequence, attention by plain SDPA."""
 
+from dataclasses import replace
 from math import ceil
 
-from dit_accel.pipelines.base import Adapter, Geometry
+from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
 from dit_accel.pipelines.grids import latents, patch_size
 
 
@@ -13,10 +14,23 @@ def _geometry(transformer, args) -> Geometry:
     return Geometry((ceil(t / p_t), h // p, w // p), None, True)
 
 
-ADAPTER = Adapter(
-    classes=("CogVideoXTransformer3DModel", "ConsisIDTransformer3DModel"),
+# ConsisID adds face features between its blocks, so its tokens cannot be pruned
+CONSISID = Adapter(
+    classes=("ConsisIDTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=_geometry,
+)
+# image_rotary_emb: cosines and sines [N, D]
+ADAPTER = replace(
+    CONSISID,
+    classes=("CogVideoXTransformer3DModel",),
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        (("image_rotary_emb", 0, 2),),
+        ("attn1", "ff"),
+        text="encoder_hidden_states",
+    ),
 )
 COGVIEW = Adapter(
     classes=(

@@ -1,6 +1,6 @@
 """Flux.1 (also Kontext, Fill, Control): text first in one joint sequence."""
 
-from dit_accel.pipelines.base import Adapter, Geometry, Site
+from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite, unless_given
 from dit_accel.pipelines.grids import grid_of_ids
 
 
@@ -17,4 +17,14 @@ ADAPTER = Adapter(
     geometry=_geometry,
     enter=(Site("x_embedder", 1), Site("pos_embed", 0, text=True)),
     leave=Site("proj_out", 1),
+    # image_rotary_emb: cosines and sines [text + N, D]
+    span=SpanSite(
+        ("transformer_blocks", "single_transformer_blocks"),
+        "hidden_states",
+        (("image_rotary_emb", 0, 2),),
+        ("attn", "ff"),
+        text="encoder_hidden_states",
+        visual=1,
+        refuses=unless_given("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
 )

@@ -5,15 +5,19 @@ The attention mask hides the padded text keys; the token refiner of the text sta
 
 from math import ceil, prod
 
-from dit_accel.pipelines.base import Adapter, Geometry, Site
+from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 from dit_accel.pipelines.grids import grid_of, latents
 
 _ATTENTION = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
 
-def _geometry(transformer, args) -> Geometry:
+def _own_modulation(transformer, args) -> str:
     replaces = getattr(transformer.config, "image_condition_type", None) == "token_replace"
-    reason = "the first frame has its own modulation" if replaces else ""
+    return "the first frame has its own modulation" if replaces else ""
+
+
+def _geometry(transformer, args) -> Geometry:
+    reason = _own_modulation(transformer, args)
     return Geometry(grid_of(transformer, args["hidden_states"]), None, fixed_order=reason)
 
 
@@ -42,6 +46,15 @@ ADAPTER = Adapter(
     geometry=_geometry,
     enter=(Site("rope", 0), Site("x_embedder", 1)),
     leave=Site("proj_out", 1),
+    # freqs_cis, image_rotary_emb: cosines and sines [N, D]; attention_mask [B, 1, 1, N + text]
+    span=SpanSite(
+        ("transformer_blocks", "single_transformer_blocks"),
+        "hidden_states",
+        (("freqs_cis", 0, 2), ("image_rotary_emb", 0, 2), ("attention_mask", 3, 4)),
+        ("attn", "ff"),
+        text="encoder_hidden_states",
+        refuses=_own_modulation,
+    ),
 )
 FRAMEPACK = Adapter(
     classes=("HunyuanVideoFramepackTransformer3DModel",),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 
-from dit_accel.pipelines.base import Adapter, Site
+from dit_accel.pipelines.base import Adapter, Site, SpanSite
 from dit_accel.pipelines.grids import latents
 
 
@@ -64,4 +64,12 @@ ADAPTER = Adapter(
     enter=(Site("rope", 0), Site("x_embedder", 1)),
     leave=Site("proj_out", 1),
     processor=KeyPadding,
+    # freqs_cis: cosines and sines [N, D]
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        (("freqs_cis", 0, 2),),
+        ("attn", "ff"),
+        text="encoder_hidden_states",
+    ),
 )

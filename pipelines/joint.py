@@ -1,6 +1,6 @@
 """Families with one joint sequence of text and image latents [B, C, (T,) H, W]."""
 
-from dit_accel.pipelines.base import Adapter, Geometry
+from dit_accel.pipelines.base import Adapter, Geometry, SpanSite, unless_given
 from dit_accel.pipelines.grids import latents
 
 EASYANIMATE = Adapter(
@@ -13,6 +13,14 @@ SD3 = Adapter(
     classes=("SD3Transformer2DModel",),
     attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
     geometry=latents("last"),
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        probes=("attn", "ff"),
+        text="encoder_hidden_states",
+        visual=1,
+        refuses=unless_given("block_controlnet_hidden_states", "skip_layers"),
+    ),
 )
 AURAFLOW = Adapter(
     classes=("AuraFlowTransformer2DModel",),

@@ -5,7 +5,7 @@ LTX-2's audio and audio-video attention is left alone.
 
 from math import prod
 
-from dit_accel.pipelines.base import Adapter, Geometry, Site
+from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 
 
 def _geometry(transformer, args) -> Geometry:
@@ -24,6 +24,13 @@ ADAPTER = Adapter(
     geometry=_geometry,
     enter=(Site("rope", 1), Site("proj_in", 1)),
     leave=Site("proj_out", 1),
+    # image_rotary_emb: cosines and sines [B, N, C]; temb [B, N, 6 C] where timesteps are per token
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        (("image_rotary_emb", 1, 3), ("temb", 1, 3)),
+        ("attn1", "ff"),
+    ),
 )
 LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),

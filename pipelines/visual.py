@@ -13,10 +13,13 @@ ADAPTER = Adapter(
     attention=("transformer_blocks.*.attn1",),
     geometry=latents(),
 )
-DIT = replace(
+PIXART = replace(
     ADAPTER,
-    classes=("DiTTransformer2DModel", "PixArtTransformer2DModel"),
-    span=SpanSite("transformer_blocks", "hidden_states", rows=(), probes=("attn1", "ff")),
+    classes=("PixArtTransformer2DModel",),
+    span=SpanSite(("transformer_blocks",), "hidden_states", probes=("attn1", "ff")),
+)
+DIT = replace(
+    PIXART, classes=("DiTTransformer2DModel",), span=PIXART.span._replace(leave="proj_out_2")
 )
 HUNYUAN_DIT = Adapter(
     classes=("HunyuanDiT2DModel",),

@@ -27,7 +27,7 @@ ADAPTER = Adapter(
     leave=Site("proj_out", 1),
     # rotary_emb: cosines and sines [1, N, 1, D]; temb [B, N, 6, C] where timesteps are per token
     span=SpanSite(
-        "blocks", "hidden_states", (("rotary_emb", 1, 4), ("temb", 1, 4)), ("attn1", "ffn")
+        ("blocks",), "hidden_states", (("rotary_emb", 1, 4), ("temb", 1, 4)), ("attn1", "ffn")
     ),
 )
 # diffusion forcing: modulation [B, 6, N, C] per token, and a block-causal mask over all tokens

@@ -84,7 +84,7 @@ def row(case: Case) -> tuple[str, ...]:
     return (
         case.family,
         *(served(case, model, method) for method in METHODS),
-        pruned(case, model, engine.clock.geometry.n_text == 0),
+        pruned(case, model),
         order,
         compiled,
         case.mask,
@@ -102,10 +102,10 @@ def served(case: Case, model: torch.nn.Module, name: str, **more) -> str:
     return "; ".join(reasons) or "yes"
 
 
-def pruned(case: Case, model: torch.nn.Module, visual: bool) -> str:
+def pruned(case: Case, model: torch.nn.Module) -> str:
     """The same with half of the tokens pruned."""
     if registry.find(model).span is None:
-        return "no: adapter names no span" if visual else "no: text in the blocks"
+        return "no: adapter names no span"
     half = TokenPruning(keep=0.5, start=1, end=0, first=1, last=None)
     return served(case, model, "topk", prune=half)
 

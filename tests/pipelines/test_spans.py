@@ -1,0 +1,103 @@
+"""Token pruning in every model that names a span: its rows, text and masks; First-Block-Cache."""
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from zoo import Pipe, forward, zoo
+
+import dit_accel
+from dit_accel import Dense, Schedule, TokenPruning
+from dit_accel.pipelines import registry
+
+ZOO = {name: case for name, case in zoo().items() if registry.find(case.build()).span}
+NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
+SPAN = {"start": 1, "end": 0, "refresh": 10, "first": 0, "last": None, "criterion": "stratified"}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=ZOO, scope="module")
+def model(request):
+    """(case, model, its output)."""
+    case = ZOO[request.param]
+    with torch.no_grad():
+        built = case.build()
+        return case, built, forward(built, case.arguments())
+
+
+def steps(case, built, *seeds, method=None, **options):
+    """The outputs of a run with these inputs, and the report."""
+    pipe, seed = Pipe(built, steps=len(seeds)), iter(seeds)
+    prune = TokenPruning(**{**SPAN, **options})
+    with dit_accel.accelerated(pipe, method or Dense(), prune=prune, **NOW) as handle:
+        out = pipe.steps(lambda: case.arguments(next(seed)))
+        return out, handle.report()
+
+
+def test_where_nothing_changed_a_pruned_step_is_a_full_one(model):
+    """With the keys of the step before, which had the same input, the tokens that run must come out
+    as ever: each with its own position, modulation and mask, among all others and the text."""
+    case, built, stock = model
+    out, report = steps(case, built, 0, 0, 0, keep=0.5, context="stale", block=16)
+    assert [step["tokens"] < 1 for step in report.steps] == [False, True, True]
+    for one in out:
+        torch.testing.assert_close(one, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
+
+
+@pytest.mark.parametrize("context", ["drop", "pooled", "stale"])
+def test_pruned_steps_with_new_input_are_near_and_not_equal(model, context):
+    case, built, stock = model
+    out, report = steps(case, built, 1, 0, keep=0.5, context=context, method=dit_accel.TopK(0.5))
+    assert torch.isfinite(out[-1]).all() and not torch.equal(out[-1], stock)
+    assert report.steps[-1]["tokens"] < 1 and not report.unplanned
+
+
+def test_all_tokens_each_step_is_bit_equal_and_restore_exact(model):
+    case, built, stock = model
+    out, _ = steps(case, built, 1, 0, keep=0.5, refresh=1)
+    dense, _ = steps(case, built, 1, 0, keep=1.0)
+    assert torch.equal(out[-1], dense[-1])
+    if not case.mask.endswith("N × N mask"):
+        assert torch.equal(out[-1], stock)
+    assert torch.equal(forward(built, case.arguments()), stock)
+    lists = [m for m in built.modules() if isinstance(m, torch.nn.ModuleList)]
+    assert all("_accel_span" not in m.__dict__ and m.__class__.__iter__ for m in lists)
+
+
+@pytest.mark.parametrize("name", [n for n, c in ZOO.items() if hasattr(c.build(), "enable_cache")])
+def test_no_token_is_first_block_cache(name):
+    case = ZOO[name]
+    built = case.build()
+    pipe, seed = Pipe(built, steps=2), iter((1, 0))
+    try:
+        built.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    except ValueError as error:  # diffusers does not know this model's blocks
+        assert "not registered" in str(error)
+        return
+    with built.cache_context("cond"):
+        cached = pipe.steps(lambda: case.arguments(next(seed)))
+    built.disable_cache()
+    out, _ = steps(case, built, 1, 0, keep=0.0, first=1)
+    torch.testing.assert_close(out[-1], cached[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("FluxTransformer2DModel", {"controlnet_block_samples": [torch.zeros(2, 256, 128)]}),
+        ("SD3Transformer2DModel", {"skip_layers": [0]}),
+    ],
+)
+def test_what_acts_between_blocks_is_refused_by_name(name, argument):
+    case = ZOO[name]
+    built = case.build()
+    prune, words = TokenPruning(first=0, last=None), f"{name} .* pruning: {next(iter(argument))}"
+    with (
+        dit_accel.accelerated(Pipe(built), Dense(), prune=prune),
+        pytest.raises(RuntimeError, match=words),
+    ):
+        forward(built, {**case.arguments(), **argument})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,14 @@ def evaluate(
     prompts: Annotated[Path | None, option("Text file, a prompt a line.", _WHAT)] = None,
     seeds: Annotated[str, option("Comma-separated. \\[0]", _WHAT)] = "0",
     limit: Annotated[int | None, option("At most so many new cells now.", _WHAT)] = None,
+    minutes: Annotated[float | None, option("Stop in time for so many minutes.", _WHAT)] = None,
+    resume: Annotated[
+        bool, option("Go on with what --output holds; refuse when that is nothing.", _WHAT)
+    ] = False,
+    attention: Annotated[
+        bool, option("Error of the attention output per layer and step.", _WHAT)
+    ] = True,
+    batch: Annotated[int, option("Clips in one call of the model. \\[1]", _WHERE)] = 1,
     steps: Annotated[int | None, option("Denoising steps.", _WHAT)] = None,
     size: Annotated[str | None, option("WIDTHxHEIGHT in pixels.", _WHAT)] = None,
     frames: Annotated[int | None, option("Frames of a clip.", _WHAT)] = None,
@@ -38,7 +48,10 @@ def evaluate(
     ] = None,
     order: Annotated[str | None, option("Token order: raster, tile or hilbert.", _HOW)] = None,
     min_tokens: Annotated[int | None, option("Attend densely below this many.", _HOW)] = None,
-    sla_weights: Annotated[Path | None, option("Learned weights: adds the row sla.", _HOW)] = None,
+    sla_weights: Annotated[
+        list[Path] | None,
+        option("Learned weights, or a folder that finetune wrote: adds rows. Repeatable.", _HOW),
+    ] = None,
     model: Annotated[str | None, option("Folder or Hugging Face id.", _WHERE)] = None,
     device: Annotated[str | None, option("cpu, cuda, cuda:1, mps.", _WHERE)] = None,
     dtype: Annotated[str | None, option("bf16, fp16, fp32.", _WHERE)] = None,
@@ -52,8 +65,12 @@ def evaluate(
 
     dit-accel evaluate -o out/quick --rows steps,pooled,fast.json --keeps 0.2 --limit 8
 
+    dit-accel evaluate -o out/night --prompts 64.txt --batch 16 --minutes 8
+
     Run it again with the same folder to go on; what is measured is not measured again.
     """
+    began = time.monotonic()
+    from dit_accel.evaluate import Budget
     from dit_accel.evaluate import rows as table
 
     common = Common(
@@ -71,76 +88,95 @@ def evaluate(
         offload=offload,
     )
     names = [name.strip() for name in rows.split(",") if name.strip()] if rows else table.DEFAULT
-    if sla_weights is not None and "sla" not in names:
-        names = [*names, "sla"]
     with checked():
-        _run(
+        if resume and not (output / "cells.jsonl").is_file():
+            raise ValueError(f"{output} holds no evaluation to go on with: leave --resume out")
+        data = _run(
             common,
             output,
             names,
             numbers(keeps, float, "keeps"),
             prompts,
             numbers(seeds, int, "seeds"),
-            limit,
-            None if sla_weights is None else str(sla_weights),
+            [str(path) for path in sla_weights or ()],
+            budget=Budget(limit, minutes, began),
+            batch=batch,
+            attention=attention,
         )
+    _print(data, output)
 
 
 def _run(
     common: Common,
     output: Path,
-    names: list[str],
+    names: Sequence[str],
     keeps: list[float],
     prompts: Path | None,
     seeds: list[int],
-    limit: int | None,
-    sla_weights: str | None,
-) -> None:
-    from rich.console import Console
-
+    sla: list[str],
+    *,
+    batch: int,
+    **options: Any,
+) -> dict[str, Any]:
     from dit_accel.evaluate import evaluate, read_prompts
     from dit_accel.evaluate.rows import rows
-    from dit_accel.evaluate.tables import markdown
     from dit_accel.loading import EMBEDDED
     from dit_accel.progress import Progress
 
     texts = read_prompts(prompts or EMBEDDED.parent / "prompts.txt")
-    rows(names, keeps, 2, common.config(), sla_weights)  # refused before the model is loaded
+    rows(names, keeps, 2, common.config(), sla)  # refused before the model is loaded
     with Progress() as progress:
-        study = open_study(common, texts[0], output, progress)
-        data = evaluate(
+        study = open_study(common, texts[0], output, progress, batch)
+        return evaluate(
             study,
-            rows(names, keeps, study.steps, common.config(), sla_weights),
+            rows(names, keeps, study.steps, common.config(), sla),
             texts,
             seeds,
-            limit=limit,
+            **options,
             command=shlex.join(["dit-accel", *sys.argv[1:]]),
             progress=progress,
             note=lambda line: progress.console.print(
                 line, markup=False, highlight=False, soft_wrap=True
             ),
         )
+
+
+def _print(data: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+
+    from dit_accel.evaluate.tables import markdown
+
     screen = Console(highlight=False, soft_wrap=True)
-    screen.print(markdown(data["rows"]), markup=False)
+    screen.print(markdown(data["rows"], data["dense"], data["notes"]), markup=False)
     if data["missing"]:
         screen.print(f"{data['missing']} cells are left: run the same command again")
-    screen.print(f"{output}/  table.md, results.json, quality-work.svg, quality-time.svg")
+    names = sorted(p.name for p in output.iterdir() if p.is_file() and p.suffix != ".jsonl")
+    screen.print(f"{output}/  {', '.join(names)}", markup=False)
 
 
-def open_study(common: Common, prompt: str, output: Path, progress: Any) -> Any:
+def open_study(common: Common, prompt: str, output: Path, progress: Any, batch: int = 1) -> Any:
     """The pipeline of these options, and what is known of it in the folder `output`."""
     from dataclasses import replace
 
     from dit_accel import cli_run
     from dit_accel.compare import EMBEDDED_NAME
     from dit_accel.evaluate import Study
+    from dit_accel.evaluate.recognition import Recogniser
 
     if output.is_file():
         raise ValueError(f"{output} is a file: give the name of a folder")
     common = replace(common, prompt=prompt)
     request = common.request()
     pipe, defaults = cli_run.load(common, request, common.config(), progress)
-    return Study(pipe, defaults, request, output, common.model or EMBEDDED_NAME)
+    return Study(
+        pipe,
+        defaults,
+        request,
+        output,
+        common.model or EMBEDDED_NAME,
+        batch=batch,
+        recogniser=Recogniser.of(common.model, pipe._execution_device),
+    )
 
 
 def numbers(text: str, kind: type, name: str) -> list[Any]:

@@ -102,7 +102,7 @@ def generate(
     the pipeline, RuntimeError when the result is not finite.
     """
     kwargs = arguments(pipe, defaults, request)
-    watch = _Watch(pipe, kwargs, progress, on_step)
+    watch = Watch(pipe, kwargs, progress, on_step)
     watch.progress("encode", 0, None)
     with watch.listening():
         output = pipe(**kwargs, **watch.callback(), output_type="np")
@@ -180,7 +180,7 @@ def unknown_words(pipe: Any, prompt: str) -> list[str]:
     return [w for w, i in zip(words, ids, strict=True) if tokenizer.unk_token_id in i]
 
 
-class _Watch:
+class Watch:
     """Timestamps of one call: first transformer forward, end of each step, end of the call."""
 
     def __init__(

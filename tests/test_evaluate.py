@@ -1,6 +1,9 @@
 """evaluate: rows, cells that agree with a run by hand, resuming, tables, plots, the command."""
 
+import copy
 import json
+import sys
+import types
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -12,13 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit_accel
 from dit_accel import cli, metrics
 from dit_accel.config import AccelConfig
-from dit_accel.evaluate import Study, evaluate, read_prompts
+from dit_accel.evaluate import Budget, Study, clips, evaluate, look, perception, read_prompts
 from dit_accel.evaluate.journal import Journal
 from dit_accel.evaluate.plots import Point, scatter
-from dit_accel.evaluate.rows import DEFAULT, PRUNING, Row, rows
-from dit_accel.evaluate.tables import markdown, summary, write
+from dit_accel.evaluate.recognition import Recogniser, References
+from dit_accel.evaluate.rows import DEFAULT, PRUNING, UNTRAINED, Row, rows
+from dit_accel.evaluate.tables import attention_mean, markdown, summary, write
 from dit_accel.generate import Request, generate
 from dit_accel.loading import EMBEDDED, Defaults, load_pipeline
+from dit_accel.methods import Call
 from dit_accel.probe import attention_share
 from dit_accel.prune_criteria import CRITERIA
 
@@ -47,7 +52,17 @@ def test_the_default_rows_are_the_methods_and_their_controls():
     assert by_name["rectified 10%"] == dit_accel.Rectified(0.1, gapr=False)
     assert by_name["ditfastattn 50%"] == dit_accel.Rettention(0.5, rescale=False)
     assert all(row.config.schedule == TEMPLATE.schedule for row in found if not row.steps)
-    assert len({row.digest for row in found}) == len(found)
+    alike = {row.digest for row in found if row.family in ("topk", UNTRAINED)}
+    assert len({row.digest for row in found}) == len(found) - len(alike) == len(found) - 2
+
+
+def test_the_first_keep_is_measured_first_and_the_table_is_in_order():
+    found = rows(["prune", "topk", "pooled", "steps"], (0.3, 0.1), 25, TEMPLATE)
+    names = [row.name for row in found if row.family == "topk"]
+    assert names == ["topk 10%", "topk 30%"]
+    first = [row.name for row in sorted(found, key=lambda row: row.rank)]
+    assert first[5:9] == ["topk 30%", "pooled 30%", "topk 10%", "pooled 10%"]
+    assert all(name.startswith("dense") for name in first[:5])
 
 
 def test_presets_and_files_are_rows_too(tmp_path):
@@ -60,7 +75,7 @@ def test_presets_and_files_are_rows_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "says"),
-    [(["magic"], "unknown method 'magic'"), (["sla"], "needs --sla-weights"), ([], "no rows")],
+    [(["magic"], "unknown method 'magic'"), ([], "no rows")],
 )
 def test_rows_that_are_none(names, says):
     with pytest.raises(ValueError, match=says):
@@ -127,7 +142,7 @@ def test_an_evaluation_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
     pipe, defaults = loaded
     table = rows(["steps", "pooled"], (0.5,), 4, TEMPLATE)
     study = Study(pipe, defaults, BASE, tmp_path)
-    first = evaluate(study, table, ["a cat", "a dog"], [0], limit=2)
+    first = evaluate(study, table, ["a cat", "a dog"], [0], budget=Budget(2))
     assert (len(first["cells"]), first["missing"]) == (2, 2 * len(table) - 2)
     with (tmp_path / "cells.jsonl").open("a") as file:
         file.write('{"key": "torn')  # killed while writing
@@ -237,11 +252,12 @@ def test_a_journal_keeps_whole_lines_only(tmp_path):
     assert list(Journal(path, {"a": 1}).lines) == ["k", "l"]
 
 
-def test_the_two_prompt_lists_have_nothing_in_common():
+def test_no_prompt_is_tuned_on_and_reported():
     report = read_prompts(EMBEDDED.parent / "prompts.txt")
     tuning = read_prompts(EMBEDDED.parent / "prompts-tuning.txt")
-    assert len(tuning) >= 8
-    assert not set(report) & set(tuning)
+    table = read_prompts(EMBEDDED.parent / "prompts-report.txt")
+    assert len(tuning) >= 8 and len(table) == 64
+    assert not {*report, *table} & set(tuning)
 
 
 def test_the_command(model, tmp_path, capsys, monkeypatch):
@@ -264,6 +280,8 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
         (["--keeps", "2"], "lies in (0, 1], not 2"),
         (["--seeds", ""], "seeds is a comma-separated list"),
         (["--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--resume"], "holds no evaluation to go on with"),
+        (["--minutes", "-1"], "above 0, not -1"),
         (["--sla-weights", "none.safetensors"], "there is no weights file"),
     ],
 )
@@ -278,7 +296,229 @@ def test_learned_weights_are_part_of_a_row(tmp_path):
     for value in (1.0, 2.0):
         learned = {"layers.0.weight": torch.full((64, 64), value)}
         dit_accel.SLA().with_weights(learned).save(path)
-        (row,) = rows(["sla"], (0.5,), 4, TEMPLATE, sla_weights=path)
+        (row,) = rows([], (0.5,), 4, TEMPLATE, sla=[path])
         digests.add(row.digest)
     assert row.config.method == dit_accel.SLA(0.5, weights=path)
     assert len(digests) == 2
+
+
+def test_a_call_of_several_clips_gives_those_of_single_calls(loaded, tmp_path):
+    pipe, defaults = loaded
+    row = Row("topk 40%", "topk", replace(TEMPLATE, method=dit_accel.TopK(0.4)))
+    pairs = [("a cat", 3), ("a dog", 4), ("a cat", 5)]
+    alone = [Study(pipe, defaults, BASE, tmp_path / "1").cell(row, *pair) for pair in pairs]
+    study = Study(pipe, defaults, BASE, tmp_path / "3", batch=3)
+    together = study.cells(row, pairs)
+    for a, b in zip(alone, together, strict=True):
+        assert (b["prompt"], b["seed"], b["together"]) == (a["prompt"], a["seed"], 3)
+        for name in ("psnr", "ssim", "latent_error", "work_kept"):
+            assert b[name] == pytest.approx(a[name], rel=1e-2), name
+    assert len({cell["psnr"] for cell in together}) == 3
+    assert study.cells(row, pairs) == together  # nothing is measured twice
+    assert study.known_dense("a dog", 4)["together"] == 3
+
+
+def test_a_call_that_does_not_fit_is_halved(loaded, tmp_path, monkeypatch):
+    pipe, defaults = loaded
+    real, asked = clips.make, []
+
+    def make(pipe, defaults, requests):
+        asked.append(len(requests))
+        if len(requests) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(pipe, defaults, requests)
+
+    monkeypatch.setattr(clips, "make", make)
+    study = Study(pipe, defaults, BASE, tmp_path, batch=4)
+    row = Row("topk 40%", "topk", replace(TEMPLATE, method=dit_accel.TopK(0.4)))
+    data = evaluate(study, [row], ["a cat", "a dog", "a bat"], [0, 1])
+    assert data["missing"] == 0
+    assert asked == [4, 2, 2, 4, 2, 2, 2, 2]  # dense, then the row; the last call holds two
+    assert data["rows"][0]["cells"] == 6 and "mixed_calls" not in data["rows"][0]
+    monkeypatch.setattr(clips, "make", lambda *a: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        Study(pipe, defaults, BASE, tmp_path / "none").cell(row, "a cat", 0)
+
+
+def test_a_budget_of_time_ends_before_it_is_over(loaded, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("dit_accel.evaluate.time.monotonic", lambda: clock[0])
+
+    def cells(self, row, pairs):
+        clock[0] += 40
+        return real(self, row, pairs)
+
+    real = Study.cells
+    monkeypatch.setattr(Study, "cells", cells)
+    study = Study(*loaded, BASE, tmp_path)
+    table = rows(["steps"], (), 4, TEMPLATE)
+    data = evaluate(study, table, ["a cat"], [0, 1], budget=Budget(minutes=2.5, began=0.0))
+    assert clock[0] == 120  # a fourth call of 40 s would end at 160 s, after 150
+    assert len(data["cells"]) == 3
+    assert "| dense |" in (tmp_path / "table.md").read_text()
+    with pytest.raises(ValueError, match="above 0, not 0"):
+        Budget(minutes=0)
+
+
+def test_attention_errors_are_those_of_the_method_at_each_call(loaded, tmp_path):
+    pipe, defaults = loaded
+    study = Study(pipe, defaults, BASE, tmp_path)
+    methods = [dit_accel.TopK(0.3), dit_accel.Pooled(0.3), dit_accel.Rettention(0.3)]
+    table = [Row(m.name, m.name, replace(TEMPLATE, method=m)) for m in methods]
+    table.append(Row("dense", "dense", replace(TEMPLATE, method=dit_accel.Dense())))
+    data = evaluate(study, table, ["a cat"], [0], budget=Budget(limit=0), attention=True)
+    found = data["attention"]
+    assert set(found) == {"topk", "pooled", "rettention"}
+    for layers in found.values():
+        assert set(layers) == {0, 1, 2}
+        assert all(set(steps) == {1, 2, 3} for steps in layers.values())  # step 0 is warm-up
+    assert all(steps[1] < 1e-5 for steps in found["rettention"].values())  # its full step
+    assert 0 < attention_mean(found["pooled"]) < attention_mean(found["topk"])
+    q, k, v = torch.randn(3, 1, 2, 72, 64)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    tried = dit_accel.attention(q, k, v, methods[0])
+    call = Call(keep=1.0, layers=(0,), step=1, steps=4, passname="cond")
+    with_look = _look_once(table[:1], q, k, v, out, call)
+    assert with_look == pytest.approx(float((tried - out).norm() / out.norm()))
+    assert (
+        evaluate(
+            Study(pipe, defaults, BASE, tmp_path),
+            table,
+            ["a cat"],
+            [0],
+            budget=Budget(0),
+            attention=True,
+        )["attention"]
+        == found
+    )
+    assert "| topk |" in (tmp_path / "attention.md").read_text()
+
+
+def _look_once(table, q, k, v, out, call):
+    """The error that `look` books for one call."""
+    found = {row.name: {} for row in table}
+    look.Look(table, found)(q, k, v, out, call)
+    return found[table[0].name][0][call.step]
+
+
+def test_what_is_asked_for_is_recognised():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(0, 256, (3, 9, 32, 32, 4), dtype=torch.uint8, generator=generator)
+    whole[..., :3] = (whole[..., :3].float() * (whole[..., 3:].float() / 255)).byte()
+    colours = {"red": (229, 57, 53), "blue": (30, 136, 229)}
+    names = ["cat", "hot dog", "bat"]
+    references = References.of(whole[:, ::4], names, [0, 4, 8], colours, 16)
+    assert references.asked("hot dog on a blue background") == ("hot dog", "blue")
+    for prompt in ("a cat", "cow on a blue background", "cat on a green background"):
+        assert references.asked(prompt) is None
+    clip = whole[1, ::2]  # every second frame, as a model of that stride makes them
+    ground = torch.tensor(colours["blue"])
+    seen = clip[..., :3].float() + (1 - clip[..., 3:].float() / 255) * ground
+    noisy = (seen + 20 * torch.randn(seen.shape, generator=generator)).clamp(0, 255).byte()
+    assert references.nearest(noisy, stride=2) == ("hot dog", "blue")
+    prompts = ["hot dog on a blue background", "cat on a blue background", "anything"]
+    assert Recogniser(references, 2).judge(prompts, [noisy] * 3) == [
+        {"emoji": True, "colour": True},
+        {"emoji": False, "colour": True},
+        {},
+    ]
+
+
+def test_references_are_kept_in_a_file(tmp_path):
+    references = References(torch.arange(128).byte().view(1, 2, 4, 4, 4), ["cat"], [0, 8], {})
+    path = tmp_path / "clips.safetensors"
+    references.save(path)
+    again = References.load(path, {"red": [255, 0, 0]})
+    assert torch.equal(again.rgba, references.rgba)
+    assert (again.names, again.frames, again.colours) == (["cat"], [0, 8], {"red": (255, 0, 0)})
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match="does not hold the small training clips"):
+        References.load(path)
+
+
+def test_every_shipped_training_clip_is_told_from_the_others():
+    found = Recogniser.of(None)
+    references = found.references
+    assert len(references.names) == len(set(references.names)) >= 400
+    colour, rgb = next(iter(references.colours.items()))
+    prompts = read_prompts(EMBEDDED.parent / "prompts-report.txt")
+    for name in {prompt.partition(" on a ")[0] for prompt in prompts}:
+        rgba = references.rgba[references.names.index(name)].float()
+        seen = rgba[..., :3] + (1 - rgba[..., 3:] / 255) * torch.tensor(rgb)
+        clip = seen.byte().repeat_interleave(2, 1).repeat_interleave(2, 2)
+        # the five frames stand where those of a model with the coarsest stride stand
+        assert references.nearest(clip, stride=references.frames[1]) == (name, colour)
+
+
+def test_other_models_are_not_recognised(model):
+    assert "are not at hand" in Recogniser.of(str(model))
+
+
+def test_recognition_is_in_the_table(loaded, tmp_path):
+    pipe, defaults = loaded
+    references = References(
+        torch.zeros(1, 1, 16, 16, 4, dtype=torch.uint8), ["cat"], [0], {"red": (200, 0, 0)}
+    )
+    study = Study(pipe, defaults, BASE, tmp_path, recogniser=Recogniser(references, 1))
+    row = Row("topk 40%", "topk", replace(TEMPLATE, method=dit_accel.TopK(0.4)))
+    data = evaluate(study, [row], ["cat on a red background", "a cat"], [0])
+    assert [cell.get("emoji") for cell in data["cells"]] == [True, None]
+    assert data["dense"]["emoji"] == data["rows"][0]["colour"] == 1.0
+    assert "| 100.0% |" in (tmp_path / "table.md").read_text()
+
+
+def test_lpips_says_why_it_is_absent_and_runs_where_it_is_not(tmp_path, monkeypatch):
+    why = perception.find("cpu")
+    assert "is not installed" in why or "nothing is downloaded" in why
+    functional = types.ModuleType("torchmetrics.functional.image")
+
+    def distance(a, b, net_type, reduction, normalize):
+        assert (net_type, reduction, normalize) == ("alex", "sum", True)
+        assert a.shape[1] == 3 and float(a.min()) >= 0 and float(a.max()) <= 1
+        return (a - b).abs().mean((1, 2, 3)).sum()
+
+    functional.learned_perceptual_image_patch_similarity = distance
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", functional)
+    monkeypatch.setattr(perception, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert "nothing is downloaded unasked" in perception.find("cpu")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
+    black = torch.zeros(20, 8, 8, 3, dtype=torch.uint8)
+    assert perception.find("cpu")(black, black + 51) == pytest.approx(0.2)
+
+
+def test_a_fine_tuned_model_is_a_row_of_its_own(loaded, tmp_path):
+    pipe, defaults = loaded
+    out = tmp_path / "sla40"
+    out.mkdir()
+    learned = {"layers.0.weight": torch.eye(64), "layers.0.bias": torch.zeros(64)}
+    method = dit_accel.SLA(0.4)
+    method.with_weights(learned).save(out / "sla.safetensors")
+    preset = AccelConfig(replace(method, weights=str(out / "sla.safetensors")))
+    preset.save(out / "preset.json")
+    (plain,) = rows([], (0.4,), 4, TEMPLATE, sla=[str(out)])
+    assert plain.transformer is None
+    tuned = copy.deepcopy(pipe.transformer)
+    with torch.no_grad():
+        tuned.proj_out.weight.mul_(1.5)
+    tuned.save_pretrained(out / "transformer")
+    moved = out.rename(tmp_path / "moved")
+    (row,) = rows([], (0.4,), 4, TEMPLATE, sla=[str(moved)])
+    assert row.name == "sla 40%, moved"
+    study = Study(pipe, defaults, BASE, tmp_path / "eval")
+    stock = pipe.transformer
+    cell = study.cell(row, "a cat", 0)
+    assert pipe.transformer is stock
+    other = type(pipe)(**{**pipe.components, "transformer": tuned})
+    other.set_progress_bar_config(disable=True)
+    with dit_accel.accelerated(other, row.config):
+        made = generate(other, defaults, Request("a cat", seed=0))
+    dense = generate(pipe, defaults, Request("a cat", seed=0))
+    near = metrics.quality(dense.frames, made.frames)
+    assert cell["psnr"] == pytest.approx(near.psnr_mean)
+    (moved / "lora").mkdir()
+    with pytest.raises(ValueError, match="holds a LoRA"):
+        rows([], (0.4,), 4, TEMPLATE, sla=[str(moved)])
+    with pytest.raises(ValueError, match="lacks preset.json"):
+        rows([], (0.4,), 4, TEMPLATE, sla=[str(tmp_path)])

@@ -23,7 +23,8 @@ from diffusers import WanPipeline
 from emoji_set import caption
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
+
+from dit_accel.evaluate import recognition
 
 GRID = 16
 
@@ -65,9 +66,13 @@ class References:
 
     def __init__(self, clips: Clips, frames: int) -> None:
         self.clips, self.frames = clips, frames
-        rgba = clips.rgba[:, :frames]
-        small = [functional.avg_pool2d(r.permute(0, 3, 1, 2).float(), 8) for r in rgba]
-        self.small = torch.stack(small)
+        self.small = recognition.References.of(
+            clips.rgba[:, :frames],
+            clips.names,
+            list(range(frames)),
+            clips.colours,
+            clips.rgba.shape[2] // 8,
+        )
 
     def real(self, name: str, colour: str) -> Tensor:
         """The clip asked for, [T, H, W, 3] uint8."""
@@ -79,23 +84,7 @@ class References:
 
     def nearest(self, clip: Tensor) -> tuple[str, str]:
         """Name and colour of the reference with the least squared difference."""
-        small = functional.avg_pool2d(clip.permute(0, 3, 1, 2).float(), 8).to(self.small.device)
-        clear, best = 1 - self.small[:, :, 3:] / 255, (float("inf"), "", "")
-        for colour, rgb in self.clips.colours.items():
-            background = torch.tensor(rgb, device=clear.device).float()[:, None, None]
-            error = self.small[:, :, :3] + clear * background - small
-            value, number = error.square().flatten(1).mean(1).min(0)
-            best = min(best, (float(value), self.clips.names[int(number)], colour))
-        return best[1], best[2]
-
-
-def asked(prompt: str, clips: Clips) -> tuple[str, str]:
-    """Name and colour of a prompt; ValueError if the archive has no such pair."""
-    name, _, rest = prompt.partition(" on a ")
-    colour = rest.removesuffix(" background")
-    if name not in clips.names or colour not in clips.colours:
-        raise ValueError(f"Expected an emoji and a colour of the archive, got {prompt!r}.")
-    return name, colour
+        return self.small.nearest(clip.to(self.small.rgba.device))
 
 
 def choose_prompts(clips: Clips, count: int) -> dict[str, list[str]]:
@@ -115,7 +104,9 @@ def measure(prompts: list[str], generator: Generator, references: References) ->
     values = []
     for prompt in prompts:
         clip = generator.clip(prompt)
-        wanted = asked(prompt, references.clips)
+        wanted = references.small.asked(prompt)
+        if wanted is None:
+            raise ValueError(f"Expected an emoji and a colour of the archive, got {prompt!r}.")
         found = references.nearest(clip)
         emoji, colour = emoji + (found[0] == wanted[0]), colour + (found[1] == wanted[1])
         values.append(decibels(clip, references.real(*wanted)))

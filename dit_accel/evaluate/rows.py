@@ -18,8 +18,10 @@ KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)
 FEWER = (0.8, 0.66, 0.5, 0.4, 0.3)
 PRUNED = 0.5
 PRUNING = "token pruning"  # the family of its rows, which are criteria at one keep: no line
+UNTRAINED = "sla-untrained"  # top-k exactly, so its cells are top-k's
 _METHODS: dict[str, Callable[[float], Method]] = {
     "topk": lambda keep: find("topk")(keep),
+    UNTRAINED: lambda keep: find("topk")(keep),
     "pooled": lambda keep: find("pooled")(keep),
     "rectified": lambda keep: find("rectified")(keep, gapr=False),
     "rectified-gapr": lambda keep: find("rectified")(keep),
@@ -35,13 +37,16 @@ class Row:
     """One line of the table.
 
     family: rows that a plot joins by a line. steps: of the run; None takes as many as the dense
-    reference.
+    reference. transformer: folder of fine-tuned weights to run instead of the model's. rank: rows
+    of a low one are measured first.
     """
 
     name: str
     family: str
     config: AccelConfig
     steps: int | None = None
+    transformer: str | None = None
+    rank: int = 0
 
     @property
     def digest(self) -> str:
@@ -49,6 +54,9 @@ class Row:
         text = json.dumps([self.config.to_dict(), self.steps], sort_keys=True).encode()
         weights = getattr(self.config.method, "weights", None)
         learned = Path(weights).read_bytes() if weights else b""
+        parts = sorted(Path(self.transformer).iterdir()) if self.transformer else []
+        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+        learned += repr(facts).encode() if facts else b""
         return hashlib.sha256(text + learned).hexdigest()[:12]
 
 
@@ -57,25 +65,28 @@ def rows(
     keeps: Sequence[float],
     steps: int,
     template: AccelConfig,
-    sla_weights: str | None = None,
+    sla: Sequence[str] = (),
 ) -> list[Row]:
     """The rows of these names, the controls included where they are named.
 
     names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a method of
-    `DEFAULT`, "sla" (with weights only: untrained it is topk), else a preset or preset file.
-    template: schedule, order and min_tokens of the method rows. Raises ValueError for a name or a
-    keep that is none, and for no rows at all.
+    `DEFAULT`, else a preset or preset file. keeps: the first is measured first, in all methods.
+    template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
+    for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for. Raises
+    ValueError for a name or a keep that is none, and for no rows at all.
     """
     found: list[Row] = []
     for name in names:
         if name == "steps":
             found += _fewer(steps)
         elif name == "prune":
-            found += _pruned(template)
-        elif name == "sla" or name in _METHODS:
-            found += [_sparse(name, keep, template, sla_weights) for keep in keeps]
+            found += [replace(row, rank=len(keeps) + 1) for row in _pruned(template)]
+        elif name in _METHODS:
+            found += _at_each(name, _METHODS[name], keeps, template)
         else:
             found.append(Row(name, name, resolve(name)))
+    for path in sla:
+        found += _learned(Path(path), keeps, template)
     unique = {row.name: row for row in found}
     if not unique:
         raise ValueError(f"no rows are named: give some of {', '.join(DEFAULT)}")
@@ -100,11 +111,38 @@ def _pruned(template: AccelConfig) -> list[Row]:
     ]
 
 
-def _sparse(name: str, keep: float, template: AccelConfig, weights: str | None) -> Row:
-    if name == "sla":
-        if weights is None:
-            raise ValueError("the row sla needs --sla-weights: untrained SLA is topk exactly")
-        method = find("sla")(keep, weights=weights)
-    else:
-        method = _METHODS[name](keep)
-    return Row(f"{name} {keep:.0%}", name, replace(template, method=method))
+def _at_each(
+    name: str, build: Callable[[float], Method], keeps: Sequence[float], template: AccelConfig
+) -> list[Row]:
+    return [
+        Row(
+            f"{name} {keep:.0%}",
+            name,
+            replace(template, method=build(keep)),
+            rank=1 + list(keeps).index(keep),
+        )
+        for keep in sorted(keeps)
+    ]
+
+
+def _learned(path: Path, keeps: Sequence[float], template: AccelConfig) -> list[Row]:
+    """SLA with learned weights: a file of them, or the folder of a fine-tuning run."""
+    if not path.is_dir():
+        weights = str(path)
+        return _at_each("sla", lambda keep: find("sla")(keep, weights=weights), keeps, template)
+    preset, weights, model = (path / n for n in ("preset.json", "sla.safetensors", "transformer"))
+    if not (preset.is_file() and weights.is_file()):
+        raise ValueError(f"{path} is no result of fine-tuning: it lacks {preset.name}")
+    if (path / "lora").is_dir():
+        raise ValueError(f"{path} holds a LoRA: load it into the model and give that with --model")
+    data = json.loads(preset.read_text())
+    data["method"]["weights"] = str(weights)  # the folder may have moved since
+    method = AccelConfig.from_dict(data).method
+    return [
+        Row(
+            f"sla {method.keep:.0%}, {path.name}",
+            "sla",
+            replace(template, method=method),
+            transformer=str(model) if model.is_dir() else None,
+        )
+    ]

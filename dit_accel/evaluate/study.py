@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +14,44 @@ import torch
 
 from dit_accel import metrics, video
 from dit_accel.api import Handle, accelerated, restore
+from dit_accel.batch.memory import is_device_lost, is_out_of_memory
 from dit_accel.compare import machine, placement
+from dit_accel.evaluate import clips, look, perception
+from dit_accel.evaluate.clips import Clip
 from dit_accel.evaluate.journal import Journal
+from dit_accel.evaluate.recognition import Recogniser
 from dit_accel.evaluate.rows import Row
-from dit_accel.generate import Request, Result, arguments, generate, warm_up
+from dit_accel.generate import ProgressFn, Request, arguments
 from dit_accel.loading import Defaults
 from dit_accel.probe import attention_share
 
-
-@dataclass(frozen=True)
-class Clip:
-    """A dense reference: uint8 frames [T, H, W, 3], final latents, seconds of the loop."""
-
-    frames: np.ndarray
-    latents: torch.Tensor | None
-    seconds: float
+Pair = tuple[str, int]  # prompt and seed
+DENSE = "dense"
 
 
 class Study:
     """One pipeline, one setting, one folder: dense references and measured cells.
 
-    base: size, steps and guidance of every clip; its prompt and seed are replaced. Raises
-    ValueError when the request does not suit the pipeline, or the folder holds another setting.
+    base: size, steps and guidance of every clip; its prompt and seed are replaced. batch: clips in
+    one call of the pipeline. recogniser: what tells emoji, or why there is none. Raises ValueError
+    when the request does not suit the pipeline, or the folder holds another setting.
     """
 
     def __init__(
-        self, pipe: Any, defaults: Defaults, base: Request, folder: Path, model: str = ""
+        self,
+        pipe: Any,
+        defaults: Defaults,
+        base: Request,
+        folder: Path,
+        model: str = "",
+        *,
+        batch: int = 1,
+        recogniser: Recogniser | str = "the training clips of this model are not at hand",
     ) -> None:
+        if batch < 1:
+            raise ValueError(f"batch is a number of clips ≥ 1, not {batch}")
         self.pipe, self.defaults, self.base, self.folder = pipe, defaults, base, folder
+        self.batch, self.recogniser = batch, recogniser
         values = arguments(pipe, defaults, base)
         self.steps: int = values.get("num_inference_steps") or 0
         if not self.steps:
@@ -50,13 +62,15 @@ class Study:
             "pipeline": type(pipe).__name__,
             **placement(pipe),
             "arguments": {k: str(v) for k, v in asked.items()},
+            "batch": batch,
             "machine": machine(pipe),
         }
         restore(pipe)
         self.journal = Journal(folder / "cells.jsonl", self.setting)
-        self._share: float | None = None
-        self._warm: set[str] = set()
-        self._clips: tuple[str, Clip] | None = None
+        self.lpips = perception.find(pipe._execution_device)
+        self._warm: set[tuple[str, int]] = set()
+        self._tuned: tuple[str, torch.nn.Module] | None = None
+        self._clips: tuple[Sequence[Pair], list[Clip]] = (), []
 
     @property
     def share(self) -> float:
@@ -77,78 +91,163 @@ class Study:
             return None
         return {**cell, "row": row.name, "family": row.family}
 
-    def reference(self, prompt: str, seed: int) -> Clip:
-        """The dense clip, from the folder or made now."""
-        name = hashlib.sha256(f"{seed} {prompt}".encode()).hexdigest()[:16]
-        if self._clips is None or self._clips[0] != name:
-            path = self.folder / "dense" / f"{name}.npz"
-            self._clips = name, _load(path) if path.is_file() else self._make(path, prompt, seed)
+    def known_dense(self, prompt: str, seed: int) -> dict[str, Any] | None:
+        """What the dense reference is like by itself, if it was made."""
+        return self.journal.lines.get(f"{DENSE} #{seed} {prompt}")
+
+    def attention(
+        self, rows: Sequence[Row], prompt: str, seed: int, progress: ProgressFn
+    ) -> dict[str, look.Errors]:
+        """Row → layer → step → relative error of the attention output, each looked at once."""
+        rows = look.looked_at(rows)
+        keys = {row.name: f"attention {self.key(row, prompt, seed)}" for row in rows}
+        fresh = [row for row in rows if keys[row.name] not in self.journal.lines]
+        if fresh:
+            request = replace(self.base, prompt=prompt, seed=seed)
+            found = look.errors(self.pipe, self.defaults, request, fresh, progress)
+            for row in fresh:
+                self.journal.add(keys[row.name], {"errors": found.get(row.name, {})})
+        lines = {name: self.journal.lines[key]["errors"] for name, key in keys.items()}
+        return {name: _whole(errors) for name, errors in lines.items() if errors}
+
+    def dense(self, pairs: Sequence[Pair]) -> list[Clip]:
+        """The dense clips, from the folder or made now."""
+        if self._clips[0] != pairs:
+            self._clips = pairs, self._load(pairs) or self._make(pairs)
         return self._clips[1]
 
-    def _make(self, path: Path, prompt: str, seed: int) -> Clip:
-        request = replace(self.base, prompt=prompt, seed=seed)
-        if "dense" not in self._warm:
-            warm_up(self.pipe, self.defaults, request)
-            self._warm.add("dense")
-        made = generate(self.pipe, self.defaults, request)
-        clip = Clip(made.frames, made.latents, made.times.denoise)
-        _save(path, clip)
-        return clip
+    def _path(self, pair: Pair) -> Path:
+        name = hashlib.sha256(f"{pair[1]} {pair[0]}".encode()).hexdigest()[:16]
+        return self.folder / "dense" / f"{name}.npz"
+
+    def _load(self, pairs: Sequence[Pair]) -> list[Clip] | None:
+        paths = [self._path(pair) for pair in pairs]
+        if not all(p.is_file() and self.known_dense(*x) for p, x in zip(paths, pairs, strict=True)):
+            return None
+        return [_load(path, self.pipe._execution_device) for path in paths]
+
+    def _make(self, pairs: Sequence[Pair]) -> list[Clip]:
+        requests = [replace(self.base, prompt=prompt, seed=seed) for prompt, seed in pairs]
+        try:
+            if (DENSE, len(pairs)) not in self._warm:
+                clips.warm(self.pipe, self.defaults, requests, 1)
+                self._warm.add((DENSE, len(pairs)))
+            made = clips.make(self.pipe, self.defaults, requests)
+        except Exception as error:
+            if len(pairs) == 1 or not is_out_of_memory(error):
+                raise
+            made = []
+        if not made:  # out of memory: out of the except block, whose frames hold tensors
+            clips.free()
+            half = len(pairs) // 2
+            return [*self._make(pairs[:half]), *self._make(pairs[half:])]
+        for pair, clip, seen in zip(pairs, made, self._seen(pairs, made), strict=True):
+            _save(self._path(pair), clip)
+            facts = {"seconds": clip.seconds, "wall": clip.wall, **seen}
+            facts |= {"flicker": metrics.flicker(clip.frames), "together": len(pairs)}
+            self.journal.add(f"{DENSE} #{pair[1]} {pair[0]}", facts)
+        return made
 
     def cell(self, row: Row, prompt: str, seed: int) -> dict[str, Any]:
-        """The measured cell; a row this pipeline refuses gives {"error": why}."""
-        known = self.known(row, prompt, seed)
-        if known is not None:
+        """One measured cell; a row this pipeline refuses gives {"error": why}."""
+        return self.cells(row, [(prompt, seed)])[0]
+
+    def cells(self, row: Row, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+        """The cells of one call; halved, and halved again, where memory does not suffice."""
+        known = [self.known(row, *pair) for pair in pairs]
+        if all(known):
             return known
-        share, dense = self.share, self.reference(prompt, seed)
-        head = {"row": row.name, "family": row.family, "prompt": prompt, "seed": seed}
+        share, dense, smaller = self.share, self.dense(pairs), False
         try:
-            found = self._measure(row, prompt, seed, dense, share)
+            found = self._measure(row, pairs, dense, share)
         except (ValueError, RuntimeError) as error:
-            if "out of memory" in str(error).lower():
+            smaller = is_out_of_memory(error) and len(pairs) > 1
+            if not smaller and (is_out_of_memory(error) or is_device_lost(error)):
                 raise
-            found = {"error": str(error)}
-        return self.journal.add(self.key(row, prompt, seed), {**head, **found})
+            found = [{"error": str(error)}] * len(pairs)
+        if smaller:
+            clips.free()
+            half = len(pairs) // 2
+            return [*self.cells(row, pairs[:half]), *self.cells(row, pairs[half:])]
+        heads = [{"row": row.name, "family": row.family, "prompt": p, "seed": s} for p, s in pairs]
+        return [
+            self.journal.add(self.key(row, *pair), {**head, **cell})
+            for pair, head, cell in zip(pairs, heads, found, strict=True)
+        ]
 
     def _measure(
-        self, row: Row, prompt: str, seed: int, dense: Clip, share: float
-    ) -> dict[str, Any]:
-        request = replace(self.base, prompt=prompt, seed=seed, steps=row.steps or self.base.steps)
-        self._warm_up(row, request)
-        with accelerated(self.pipe, row.config) as handle:
-            made = generate(self.pipe, self.defaults, request)
-            ran = handle.report()
-            attention, work = kept_work(handle, share)
+        self, row: Row, pairs: Sequence[Pair], dense: Sequence[Clip], share: float
+    ) -> list[dict[str, Any]]:
+        steps = row.steps or self.base.steps
+        requests = [replace(self.base, prompt=p, seed=s, steps=steps) for p, s in pairs]
+        with self._weights(row):
+            self._warm_up(row, requests)
+            with accelerated(self.pipe, row.config) as handle:
+                made = clips.make(self.pipe, self.defaults, requests)
+                ran = handle.report()
+                attention, work = kept_work(handle, share)
         ratio = (row.steps or self.steps) / self.steps
-        return {
+        common = {
             "attention_kept": attention * ratio,
             "work_kept": work * ratio,
-            "seconds": made.times.denoise,
-            "dense_seconds": dense.seconds,
-            "speedup": dense.seconds / made.times.denoise,
-            **closeness(dense, made),
             "state_bytes": ran.state_bytes,
             "unplanned": ran.unplanned,
+            "together": len(pairs),
         }
+        return [
+            {
+                **common,
+                "seconds": clip.seconds,
+                "wall": clip.wall,
+                "dense_seconds": reference.seconds,
+                "speedup": reference.seconds / clip.seconds,
+                **self.closeness(reference, clip),
+                **seen,
+            }
+            for reference, clip, seen in zip(dense, made, self._seen(pairs, made), strict=True)
+        ]
 
-    def _warm_up(self, row: Row, request: Request) -> None:
-        """The first sparse step of a method pays for set-up: run one that is not timed."""
-        name = row.config.method.name
-        if name in self._warm:
+    def closeness(self, dense: Clip, made: Clip) -> dict[str, Any]:
+        """PSNR, SSIM, flicker, latent error and LPIPS of a clip against its reference."""
+        near = metrics.quality(dense.frames, made.frames)
+        out = {"psnr": near.psnr_mean, "ssim": near.ssim_mean, "flicker": list(near.flicker)}
+        if dense.latents is not None and made.latents is not None:
+            out["latent_error"] = metrics.latent_error(dense.latents, made.latents)
+        if not isinstance(self.lpips, str):
+            out["lpips"] = self.lpips(dense.frames, made.frames)
+        return out
+
+    def _seen(self, pairs: Sequence[Pair], made: Sequence[Clip]) -> list[dict[str, bool]]:
+        if isinstance(self.recogniser, str):
+            return [{}] * len(made)
+        return self.recogniser.judge([prompt for prompt, _ in pairs], [c.frames for c in made])
+
+    @contextmanager
+    def _weights(self, row: Row) -> Iterator[None]:
+        """The row's own transformer in the pipeline, where it has one."""
+        if row.transformer is None:
+            yield
+            return
+        stock = self.pipe.transformer
+        if self._tuned is None or self._tuned[0] != row.transformer:
+            self._tuned = None
+            tuned = type(stock).from_pretrained(row.transformer, torch_dtype=stock.dtype)
+            self._tuned = row.transformer, tuned.to(self.pipe._execution_device).eval()
+        self.pipe.transformer = self._tuned[1]
+        try:
+            yield
+        finally:
+            self.pipe.transformer = stock
+
+    def _warm_up(self, row: Row, requests: Sequence[Request]) -> None:
+        """The first sparse steps of a method pay for set-up: run some that are not timed."""
+        method = row.config.method
+        if (method.name, len(requests)) in self._warm:
             return
         schedule = replace(row.config.schedule, warmup=0, cooldown=0)
         with accelerated(self.pipe, replace(row.config, schedule=schedule)):
-            warm_up(self.pipe, self.defaults, request)
-        self._warm.add(name)
-
-
-def closeness(dense: Clip, made: Result) -> dict[str, Any]:
-    """PSNR, SSIM, flicker and latent error of a clip against its reference."""
-    near = metrics.quality(dense.frames, made.frames)
-    out = {"psnr": near.psnr_mean, "ssim": near.ssim_mean, "flicker": list(near.flicker)}
-    if dense.latents is not None and made.latents is not None:
-        out["latent_error"] = metrics.latent_error(dense.latents, made.latents)
-    return out
+            clips.warm(self.pipe, self.defaults, requests, 2 if method.stateful else 1)
+        self._warm.add((method.name, len(requests)))
 
 
 def kept_work(handle: Handle, share: float) -> tuple[float, float]:
@@ -167,13 +266,20 @@ def kept_work(handle: Handle, share: float) -> tuple[float, float]:
     return mean, share * mean + (1 - share) * sum(rest) / len(steps)
 
 
+def _whole(errors: dict[Any, dict[Any, float]]) -> look.Errors:
+    """Layers and steps as numbers: JSON has them as text."""
+    return {int(n): {int(s): e for s, e in steps.items()} for n, steps in errors.items()}
+
+
 def _save(path: Path, clip: Clip) -> None:
     latents = np.empty(0) if clip.latents is None else clip.latents.float().cpu().numpy()
+    times = {"seconds": clip.seconds, "wall": clip.wall}
     with video.atomic(path) as temporary:
-        np.savez(temporary, frames=clip.frames, latents=latents, seconds=clip.seconds)
+        np.savez(temporary, frames=clip.frames.cpu().numpy(), latents=latents, **times)
 
 
-def _load(path: Path) -> Clip:
+def _load(path: Path, device: torch.device) -> Clip:
     with np.load(path) as data:
-        latents = torch.from_numpy(data["latents"]) if data["latents"].size else None
-        return Clip(data["frames"], latents, float(data["seconds"]))
+        latents = torch.from_numpy(data["latents"]).to(device) if data["latents"].size else None
+        frames = torch.from_numpy(data["frames"]).to(device)
+        return Clip(frames, latents, float(data["seconds"]), float(data["wall"]))

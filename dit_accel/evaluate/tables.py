@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from dit_accel import metrics, video
+from dit_accel.evaluate.look import Errors
 from dit_accel.evaluate.plots import Point, scatter
 from dit_accel.evaluate.rows import PRUNING
 
@@ -17,26 +18,43 @@ _MEANS = (
     "work_kept",
     "psnr",
     "ssim",
+    "lpips",
     "latent_error",
     "seconds",
+    "wall",
     "dense_seconds",
     "speedup",
     "state_bytes",
 )
-_COLUMNS = (
-    ("attention kept", lambda r: f"{r['attention_kept']:.1%}"),
-    ("work kept", lambda r: f"{r['work_kept']:.1%}"),
-    ("PSNR (dB)", lambda r: f"{r['psnr']:.2f}" + (f" ± {r['psnr_sd']:.2f}" * (r["cells"] > 1))),
-    ("SSIM", lambda r: f"{r['ssim']:.4f}"),
-    ("latent error", lambda r: f"{r['latent_error']:.4f}" if "latent_error" in r else "–"),
-    ("flicker", lambda r: f"{r['flicker']:.3f}" if r["flicker"] is not None else "–"),
-    ("loop (s)", lambda r: f"{r['seconds']:.2f}"),
-    ("speed-up", lambda r: f"{r['speedup']:.2f}×"),
-    ("cells", lambda r: str(r["cells"])),
+_SEEN = ("emoji", "colour")  # shares of the clips that show what was asked for
+_SHOWN_STEPS = 8
+Rows = Sequence[dict[str, Any]]
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['psnr']:.2f}" + (f" ± {row['psnr_sd']:.2f}" * (row["cells"] > 1))
+
+
+# title, key of a row, text; a row without the key shows –, a column without any row is left out
+_COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+    ("attention kept", "attention_kept", lambda r: f"{r['attention_kept']:.1%}"),
+    ("work kept", "work_kept", lambda r: f"{r['work_kept']:.1%}"),
+    ("PSNR (dB)", "psnr", _spread),
+    ("SSIM", "ssim", lambda r: f"{r['ssim']:.4f}"),
+    ("LPIPS", "lpips", lambda r: f"{r['lpips']:.4f}"),
+    ("latent error", "latent_error", lambda r: f"{r['latent_error']:.4f}"),
+    ("attention error", "attention_error", lambda r: f"{r['attention_error']:.4f}"),
+    ("flicker", "flicker", lambda r: f"{r['flicker']:.3f}"),
+    ("emoji", "emoji", lambda r: f"{r['emoji']:.1%}"),
+    ("colour", "colour", lambda r: f"{r['colour']:.1%}"),
+    ("loop (s)", "seconds", lambda r: f"{r['seconds']:.3f}"),
+    ("clip (s)", "wall", lambda r: f"{r['wall']:.3f}"),
+    ("speed-up", "speedup", lambda r: f"{r['speedup']:.2f}×"),
+    ("cells", "cells", lambda r: str(r["cells"])),
 )
 
 
-def summary(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summary(cells: Rows) -> list[dict[str, Any]]:
     """One entry per row: means over its cells, the spread of PSNR, flicker over dense flicker.
 
     A row that was refused has "error" instead of figures.
@@ -54,34 +72,99 @@ def _row(name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
         return {**head, "error": cells[0]["error"]}
     out = {key: fmean(c[key] for c in good) for key in _MEANS if all(key in c for c in good)}
     out["psnr_sd"] = stdev(c["psnr"] for c in good) if len(good) > 1 else 0.0
+    out |= _shares(good)
     moving = [c["flicker"] for c in good if c["flicker"][0] > 0]
     out["flicker"] = fmean(mine / dense for dense, mine in moving) if moving else None
     out["unplanned"] = sorted({why for c in good for why in c["unplanned"]})
+    if len({c.get("together", 1) for c in good}) > 1:
+        out["mixed_calls"] = sorted({c["together"] for c in good})
     return {**head, **out}
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table; refused rows and unplanned dense calls are named below it."""
-    names = ["row", *(name for name, _ in _COLUMNS)]
-    lines = [_line(names), _line(["---", *("---:" for _ in _COLUMNS)])]
+def reference(dense: Rows) -> dict[str, Any] | None:
+    """The dense clips as a row: no distances, but what they show and how long they took."""
+    if not dense:
+        return None
+    seconds, wall = (fmean(c[key] for c in dense) for key in ("seconds", "wall"))
+    whole = {"attention_kept": 1.0, "work_kept": 1.0, "speedup": 1.0, "cells": len(dense)}
+    return {"row": "dense", "seconds": seconds, "wall": wall, **whole, **_shares(dense)}
+
+
+def _shares(cells: Rows) -> dict[str, float]:
+    judged = [cell for cell in cells if _SEEN[0] in cell]
+    return {key: fmean(cell[key] for cell in judged) for key in _SEEN} if judged else {}
+
+
+def markdown(rows: Rows, dense: dict[str, Any] | None = None, notes: Sequence[str] = ()) -> str:
+    """The table; notes, refused rows and unplanned dense calls are named below it."""
     good = [row for row in rows if "error" not in row]
-    lines += [_line([row["row"], *(text(row) for _, text in _COLUMNS)]) for row in good]
-    notes = [f"- {row['row']}: refused: {row['error']}" for row in rows if "error" in row]
-    notes += [f"- {row['row']}: partly dense: {why}" for row in good for why in row["unplanned"]]
-    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+    shown = [*([dense] if dense else []), *good]
+    columns = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in shown)]
+    lines = _table(
+        ["row", *(title for title, *_ in columns)],
+        [
+            [
+                row["row"],
+                *(text(row) if row.get(key) is not None else "–" for _, key, text in columns),
+            ]
+            for row in shown
+        ],
+    )
+    below = [f"- {note}" for note in notes]
+    below += [f"- {row['row']}: refused: {row['error']}" for row in rows if "error" in row]
+    below += [f"- {row['row']}: partly dense: {why}" for row in good for why in row["unplanned"]]
+    below += [
+        f"- {row['row']}: out of memory on the way, measured in calls of "
+        f"{' and '.join(map(str, row['mixed_calls']))} clips"
+        for row in good
+        if "mixed_calls" in row
+    ]
+    return "\n".join([*lines, *([""] if below else []), *below]) + "\n"
 
 
-def _line(values: Sequence[str]) -> str:
-    return f"| {' | '.join(values)} |"
+def attention_markdown(found: dict[str, Errors]) -> str:
+    """Two tables: error per layer (mean over steps) and per step (mean over layers)."""
+    layers = sorted({n for errors in found.values() for n in errors})
+    every = sorted({s for errors in found.values() for steps in errors.values() for s in steps})
+    shown = min(_SHOWN_STEPS, len(every))
+    picked = sorted({every[round(i * (len(every) - 1) / max(1, shown - 1))] for i in range(shown)})
+    by_layer = [
+        [name, *(_mean(errors.get(n, {}).values()) for n in layers)]
+        for name, errors in found.items()
+    ]
+    by_step = [
+        [name, *(_mean(steps[s] for steps in errors.values() if s in steps) for s in picked)]
+        for name, errors in found.items()
+    ]
+    parts = (("layer", layers, by_layer), ("step", picked, by_step))
+    tables = [_table(["row", *(f"{word} {n}" for n in names)], body) for word, names, body in parts]
+    return "\n".join([*tables[0], "", *tables[1]]) + "\n"
+
+
+def attention_mean(errors: Errors) -> float:
+    """Mean over all layers and steps that were looked at."""
+    return fmean(error for steps in errors.values() for error in steps.values())
+
+
+def _mean(values: Iterable[float]) -> str:
+    known = list(values)
+    return f"{fmean(known):.3f}" if known else "–"
+
+
+def _table(names: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = [names, ["---", *("---:" for _ in names[1:])], *body]
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def write(folder: Path, data: dict[str, Any]) -> None:
-    """table.md, results.json and both plots, each replaced whole; identical clips are not drawn."""
+    """Tables, results.json and both plots, each replaced whole; identical clips are not drawn."""
     good = [r for r in data["rows"] if "error" not in r and r["psnr"] < metrics.IDENTICAL_DB]
     files = {
         "results.json": json.dumps(data, indent=1, default=str) + "\n",
-        "table.md": markdown(data["rows"]),
+        "table.md": markdown(data["rows"], data.get("dense"), data.get("notes", ())),
     }
+    if data.get("attention"):
+        files["attention.md"] = attention_markdown(data["attention"])
     if good:
         work = [Point(r["family"], r["row"], r["work_kept"] * 100, r["psnr"]) for r in good]
         time = [Point(r["family"], r["row"], r["seconds"], r["psnr"]) for r in good]

@@ -157,6 +157,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say("the GPU's memory is full: try --offload or a smaller --size", UNEXPECTED)
+        if type(error).__name__ == "StateTooLarge":
+            return _say(str(error), BAD_INPUT)
         traceback.print_exc()
         return _say(f"unexpected {type(error).__name__}, see the lines above", UNEXPECTED)
 

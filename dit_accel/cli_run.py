@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dit_accel
-from dit_accel import api, video
+from dit_accel import announce, api, video
 from dit_accel.cli_options import Common, checked
 from dit_accel.config import AccelConfig
 from dit_accel.generate import Request, arguments, generate, unknown_words
@@ -37,7 +40,8 @@ def run_generate(common: Common, output: Path | None) -> None:
         pipe, defaults = load(common, request, config, progress)
         with checked():
             handle = api.accelerate(pipe, config)
-        result = generate(pipe, defaults, request, progress)
+        with notices(progress):
+            result = generate(pipe, defaults, request, progress)
         moving = len(result.frames) > 1
         target = output or Path(f"{slug(request)}.{'mp4' if moving else 'png'}")
         progress("writing", 0, None)
@@ -68,16 +72,17 @@ def run_compare(common: Common, output: Path | None) -> None:
         pipe, defaults = load(common, request, config, progress)
         with checked():
             api.accelerate(pipe, config).restore()
-        done = compare(
-            pipe,
-            defaults,
-            request,
-            config,
-            folder,
-            model=find_model(common.model),
-            command=shlex.join(["dit-accel", *sys.argv[1:]]),
-            progress=progress,
-        )
+        with notices(progress):
+            done = compare(
+                pipe,
+                defaults,
+                request,
+                config,
+                folder,
+                model=find_model(common.model),
+                command=shlex.join(["dit-accel", *sys.argv[1:]]),
+                progress=progress,
+            )
     _print_comparison(done.data, folder)
 
 
@@ -91,6 +96,35 @@ def run_methods() -> None:
         tuned = "needed" if info.finetuning else "no"
         table.add_row(f"[bold]{name}[/bold]", info.description, presets, info.paper, tuned)
     Console().print(table)
+
+
+class _Notices(logging.Handler):
+    """Prints each sentence once."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.said:
+            self.said.add(text)
+            self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def notices(progress: Progress) -> Iterator[None]:
+    """What the library announces inside this block is printed."""
+    logger, handler = logging.getLogger(announce.__name__), _Notices(progress.console)
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def slug(request: Request) -> str:

@@ -58,6 +58,12 @@ class Clock:
         self.step, self.geometry, self._timesteps = step, geometry, timesteps
         return fresh
 
+    @property
+    def passes(self) -> int:
+        """Guidance passes of a step, as far as the pipeline lets it be foreseen."""
+        apart = self._context is not None and "uncond" not in self._context[0]
+        return 2 if apart and getattr(self._pipe(), "do_classifier_free_guidance", False) else 1
+
     def _scheduler(self) -> Any:
         """The scheduler the pipeline has now: users exchange it between generations."""
         return getattr(self._pipe(), "scheduler", None)

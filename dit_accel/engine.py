@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dit_accel import dispatch, keys
+from dit_accel.announce import Announcer
 from dit_accel.clock import Clock
 from dit_accel.config import AccelConfig
 from dit_accel.keys import Keys
@@ -106,6 +107,7 @@ class Engine:
     span: Span | None = None
     spans: list[Span] = field(default_factory=list)
     generation_start: int = 0
+    _announce: Announcer = field(default_factory=Announcer)
     _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
     _forced: dict[tuple, dict[str, Any]] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)
@@ -186,6 +188,8 @@ class Engine:
         action = self.plan.action(self.clock.step, self.clock.steps, self.layers[layer].number)
         planned = action.keep is None
         reason = action.reason if planned else self._obstacle(q, k)
+        if self.config.method.stateful and not self._obstacle(q, k):
+            self._announce(self, q, v)
         keyed = reason if reason else self._read_keys(mask, k.shape[1])
         if isinstance(keyed, str):
             reason = keyed

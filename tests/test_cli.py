@@ -13,7 +13,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from tiny import saved_tiny_wan, tiny_wan
 
-from dit_accel import __version__, cli, video
+from dit_accel import __version__, announce, cli, video
 from dit_accel.cli_options import parse_size, parse_warmup
 
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
@@ -157,6 +157,16 @@ def test_generate_names_the_file_after_the_prompt(capsys, model, tmp_path):
 def test_generate_says_which_words_mean_nothing(capsys, model):
     assert cli.run(["generate", "a zebra", "--model", model, "--method", "dense"]) == 0
     assert "never shown the words 'zebra'" in capsys.readouterr().err
+
+
+def test_a_state_is_announced_and_refused_in_one_sentence(capsys, model, monkeypatch):
+    arguments = ["generate", "a cat", "--model", model, *SPARSE, "--method", "shared"]
+    assert cli.run(arguments) == 0
+    assert capsys.readouterr().err.count("note: the state of shared takes") == 1
+    monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
+    assert cli.run(arguments) == 2
+    said = capsys.readouterr().err
+    assert "error: the state of shared takes" in said and "Traceback" not in said
 
 
 def test_a_single_frame_is_a_picture(model, tmp_path):

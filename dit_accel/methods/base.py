@@ -91,6 +91,10 @@ class Method:
         head_dim: None when the model does not tell. layers: attention layers of one transformer.
         """
 
+    def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+        """Bytes kept for one layer in one guidance pass; shape of q (B, H, N, D), without text."""
+        return 0
+
     def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """The block table of this call, noted for the report."""
         table = self.best(q, k, call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_table.torch import block_means
-from dit_accel.memory import free_bytes
 from dit_accel.methods.base import Call, Method
 from dit_accel.table import BlockTable, block_count
 
 _RESIDUALS = ("full", "fp8", "pooled", "none")
 _FP8 = torch.float8_e4m3fn
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Remembering(Method):
         residual: how R is kept: "full" (the model's dtype), "fp8" (a scale per row), "pooled" (one
             mean per query block) or "none" (not at all).
 
-    Raises ValueError for a value outside its range; RuntimeError, before it allocates, when the
-    state of a guidance pass does not fit in the memory that is free.
+    Raises ValueError for a value outside its range. Before the first step of a generation the
+    bytes of its state are logged, and a RuntimeError says when they do not fit in free memory.
     """
 
     period: int = 5
@@ -73,8 +70,6 @@ class Remembering(Method):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         state = call.state
         known = state.get("shape") == (q.shape, q.dtype)
-        if not known:
-            self._announce(q, call)
         if not known or call.refresh or call.step - state["step"] >= self.period:
             call.note(None)
             for name in ("residual", "scale", "table"):  # the old go before the new come
@@ -107,19 +102,3 @@ class Remembering(Method):
         if self.residual == "pooled":
             return missing.repeat_interleave(self.block_q, 2)[:, :, :n]
         return missing
-
-    def _announce(self, q: Tensor, call: Call) -> None:
-        """Say the bytes of a pass once, and refuse before allocating when they do not fit."""
-        each = self.state_bytes(q.shape, q.dtype)
-        if call.layer == call.layers[0]:
-            total = each * len(call.layers) / 2**20
-            _LOG.info("%s keeps %.1f MiB for pass %r", self.name, total, call.passname)
-        left = each * sum(layer >= call.layer for layer in call.layers)
-        free = free_bytes(q.device)
-        if free is not None and left > free:
-            raise RuntimeError(
-                f"the state of {self.name} needs {left / 2**20:.0f} MiB for the layers from "
-                f"{call.layer} on in pass {call.passname!r}, but {q.device} has "
-                f"{free / 2**20:.0f} MiB free; take residual='fp8', more dense_layers, "
-                "or method='pooled', which keeps nothing"
-            )

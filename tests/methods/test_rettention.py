@@ -7,8 +7,8 @@ from tiny import tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
-from dit_accel import Rettention, Schedule
-from dit_accel.methods import Call, remembering
+from dit_accel import Rettention, Schedule, announce
+from dit_accel.methods import Call
 
 GRID = (3, 10, 10)
 
@@ -91,16 +91,44 @@ def test_the_bytes_announced_are_the_bytes_kept(residual: str, rescale: bool):
     assert measured == each * 2 * 2  # two sparse layers, two guidance passes
 
 
-def test_it_says_the_bytes_and_refuses_what_does_not_fit(monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["rettention", "shared"])
+def test_it_says_the_bytes_before_the_first_step(name: str, caplog):
     pipe = tiny_wan(layers=3)
-    with caplog.at_level("INFO"), on(pipe, Rettention()):
+    schedule = Schedule(warmup=2, dense_layers=(0,))
+    with caplog.at_level("INFO"), on(pipe, name, schedule=schedule) as handle:
+        run(pipe, steps=4)
+        kept = handle.report().state_bytes
+        run(pipe, steps=4, guidance=1.0)
+        alone = handle.report().state_bytes
+    assert [line.split("takes ")[1] for line in caplog.messages if "takes" in line] == [
+        f"{kept / 2**20:.1f} MiB: 2 layers in 2 guidance passes",
+        f"{alone / 2**20:.1f} MiB: 2 layers in 1 guidance pass",
+    ]
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(monkeypatch):
+    pipe = tiny_wan(layers=3)
+    total = Rettention().state_bytes((1, 2, 192, 64), torch.float32) * 3 * 2
+    monkeypatch.setattr(announce, "free_bytes", lambda device: total - 1)
+    steps, step = [], pipe.scheduler.step
+    monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
+    with on(pipe, Rettention(), schedule=Schedule(warmup=2)) as handle:
+        with pytest.raises(RuntimeError, match="MiB free; take residual"):
+            run(pipe, steps=4)
+        assert steps == [] and not handle._engine.state
+        with pytest.raises(RuntimeError, match="3 layers in 2 guidance passes, but cpu has"):
+            run(pipe, steps=4)  # and again: nothing was booked as told
+        monkeypatch.setattr(announce, "free_bytes", lambda device: total)
+        run(pipe, steps=4)
+    assert len(steps) == 4
+
+
+def test_what_runs_dense_is_not_announced(monkeypatch, caplog):
+    monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
+    pipe = tiny_wan()
+    with caplog.at_level("INFO"), on(pipe, Rettention(), min_tokens=10**6):
         run(pipe)
-    each = Rettention().state_bytes((1, 2, 192, 64), torch.float32)
-    lines = [f"{each * 3 / 2**20:.1f} MiB for pass {name!r}" for name in ("cond", "uncond")]
-    assert [line.split("keeps ")[1] for line in caplog.messages if "keeps" in line] == lines
-    monkeypatch.setattr(remembering, "free_bytes", lambda device: 3 * each - 1)
-    with on(pipe, Rettention()), pytest.raises(RuntimeError, match="MiB free; take residual"):
-        run(pipe)
+    assert not caplog.messages
 
 
 def test_passes_are_separate_and_a_new_generation_starts_empty():

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from dit_accel.table import BlockTable
 
+PRECISIONS = (None, "int8")
+
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
@@ -33,6 +35,16 @@ def check_table(q: Tensor, k: Tensor, table: BlockTable) -> None:
         raise ValueError(
             f"the table serves (N_q, N_k) = {given} and (B, H) = {tuple(table.counts.shape[:2])}, "
             f"but q and k have {wanted} and {tuple(q.shape[:2])}; build it from these tensors"
+        )
+
+
+def check_precision(precision: str | None, *tensors: Tensor) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is 'int8' or None (that of the inputs), not {precision!r}")
+    if precision and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            f"precision={precision!r} is for inference and has no gradient: train with "
+            "precision=None, or call it under torch.no_grad()"
         )
 
 

@@ -123,6 +123,31 @@ block_sparse_attention = _softmax_op("block_sparse_attention")
 pooled_attention = _softmax_op("pooled_attention")
 
 
+@torch.library.custom_op("dit_accel::int8_attention", mutates_args=())
+def int8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor]:
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    kv_len = limit if length is None else length
+    fn = dispatch.select("int8_attention", q, block_q=block_q, block_k=block_k).fn
+    out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
+    return _laid_out_as(q, out), lse
+
+
+@int8_attention.register_fake
+def _(q, *rest):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 @torch.library.custom_op("dit_accel::rectified_attention", mutates_args=())
 def rectified_attention(
     q: Tensor,

@@ -14,6 +14,7 @@ from dit_accel import library
 from dit_accel.checks import (
     check_forced,
     check_linear,
+    check_precision,
     check_qkv,
     check_table,
     default_scale,
@@ -80,6 +81,7 @@ def block_sparse_attention(
     scale: float | None = None,
     return_lse: bool = False,
     kv_len: int | Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention of each query block to the key blocks that `table` gives it.
 
@@ -91,6 +93,10 @@ def block_sparse_attention(
         scale: None is 1/√D.
         return_lse: also return LSE.
         kv_len: number of valid keys, int or int tensor [B]; the keys after it are never used.
+        precision: None multiplies in the dtype of the inputs. "int8" rounds q and k to 8-bit
+            integers and the weights and v to e4m3 (on a GPU before compute capability 8.9 these
+            two stay as they are); inference only. Off the GPU it rounds q, k and v alike, to show
+            the effect, and is no faster.
 
     Returns [B, H, N_q, D] in the dtype and memory layout of q, and LSE [B, H, N_q] float32. A row
     with no valid key gives zeros and −inf. Raises ValueError for shapes that do not fit together.
@@ -98,8 +104,10 @@ def block_sparse_attention(
     check_qkv(q, k, v)
     check_table(q, k, table)
     length, limit = split_kv_len(kv_len, k)
+    check_precision(precision, q, k, v)
     sizes = (table.block_q, table.block_k)
-    out, lse = library.block_sparse_attention(
+    run = library.int8_attention if precision == "int8" else library.block_sparse_attention
+    out, lse = run(
         q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
     )
     return (out, lse) if return_lse else out

@@ -20,6 +20,8 @@ from dit_accel.kernels.block_sparse_attention import triton as forward
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import triton as table_kernels
 from dit_accel.kernels.block_table.triton import select_launch
+from dit_accel.kernels.int8_attention import quantize as int8_keys
+from dit_accel.kernels.int8_attention import triton as int8
 from dit_accel.kernels.launch import LAUNCHES, Launch, split_head_dim
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
@@ -160,6 +162,39 @@ def coefficients_case(
     }  # fmt: skip
 
 
+def int8_keys_of(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, int8_keys.Quantized]:
+    """Tokens, and the keys and values that their quantisation gives."""
+    batch, heads, n = _SHAPE
+    groups, width = block_count(n, launch.tile), 1 << (head_dim - 1).bit_length()
+    rows = groups * launch.tile
+    values = torch.float8_e4m3fn if launch.capability >= 89 else dtype
+    keys = int8_keys.Quantized(
+        empty(batch, heads, rows, width, dtype=torch.int8),
+        empty(batch, heads, width, rows, dtype=values),
+        *(empty(batch, heads, groups) for _ in range(2)),
+        empty(batch, heads, head_dim),
+    )
+    return tokens(head_dim, dtype), keys
+
+
+def int8_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The attention kernel in eight bits."""
+    x, keys = int8_keys_of(launch, head_dim, dtype)
+    kept = table(launch.block, launch.tile)
+    _, arguments, _ = int8.forward(x, keys, x, empty(*_SHAPE), kept, launch)
+    return int8._int8_attention_fwd_kernel, arguments
+
+
+def int8_quantize_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel that quantises keys and values."""
+    x, keys = int8_keys_of(launch, head_dim, dtype)
+    return int8_keys._int8_quantize_fwd_kernel, int8_keys.quantize_arguments(x, x, keys)
+
+
 CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "forward": forward_case,
     "dq": dq_case,
@@ -169,6 +204,8 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "scores": scores_case,
     "select": select_case,
     "coefficients": coefficients_case,
+    "int8": int8_case,
+    "int8_quantize": int8_quantize_case,
 }
 
 

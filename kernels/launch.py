@@ -102,6 +102,18 @@ LAUNCHES: tuple[Launch, ...] = (
         precision="tf32",
         provenance="not measured; with excluded blocks it spills 760 bytes on sm_80, none on sm_90",
     ),
+    Launch("int8", 80, 128, 64, 32, 4, 2),
+    Launch("int8", 80, 128, 128, 32, 8, 2),
+    Launch("int8", 89, 128, 64, 32, 8, 2),
+    Launch("int8", 89, 128, 128, 32, 8, 2),
+    Launch("int8", 90, 128, 64, 64, 4, 3, descriptors=True),
+    Launch("int8", 90, 128, 128, 64, 8, 3, descriptors=True),
+    Launch("int8", 100, 128, 64, 64, 4, 2, descriptors=True),
+    Launch("int8", 100, 128, 128, 64, 8, 2, descriptors=True),
+    Launch("int8", 120, 128, 64, 32, 8, 2),
+    Launch("int8", 120, 128, 128, 32, 8, 2),
+    Launch("int8_mean", 80, 128, 128, 64, 4, 1),
+    Launch("int8_quantize", 80, 128, 128, 64, 4, 1),
 )
 
 

@@ -8,12 +8,17 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel import ops
+from dit_accel.checks import check_precision
 from dit_accel.methods.base import Call, Method
 
 
 @dataclass(frozen=True)
 class TopK(Method):
-    """Each query block attends exactly to the key blocks whose means score highest."""
+    """Each query block attends exactly to the key blocks whose means score highest.
+
+    Args:
+        precision: None, or "int8" for attention in eight bits (ops.block_sparse_attention).
+    """
 
     name: ClassVar[str] = "topk"
     description: ClassVar[str] = "exact attention to the key blocks with the highest mean score"
@@ -23,8 +28,16 @@ class TopK(Method):
         "fast": {"keep": 0.1},
     }
 
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_precision(self.precision)
+
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
         table = self.select(q, k, call)
-        return ops.block_sparse_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)
+        return ops.block_sparse_attention(
+            q, k, v, table, scale=call.scale, kv_len=call.kv_len, precision=self.precision
+        )

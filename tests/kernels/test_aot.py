@@ -8,9 +8,9 @@ import sys
 import pytest
 
 # Bytes of shared memory that one program may have.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHARED_86 = 99 * 1024
-TILED = ("forward", "dq", "dkdv")
+TILED = ("forward", "dq", "dkdv", "int8")
 
 
 def compile_rows(*wanted: str) -> list[dict]:
@@ -35,8 +35,8 @@ def check(row: dict) -> None:
 
 
 def test_the_main_rows():
-    rows = compile_rows("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100")
-    assert len(rows) == 15
+    rows = compile_rows("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
+    assert len(rows) == 17
     for row in rows:
         check(row)
 

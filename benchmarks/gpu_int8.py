@@ -1,0 +1,160 @@
+"""Attention in eight bits on a lent GPU: error, time beside the bfloat16 kernel, launch sweep.
+
+    python benchmarks/gpu_int8.py --out int8.json             about a minute on an H100
+    python benchmarks/gpu_int8.py --out /tmp/x.json --dry-run   tiny shapes, interpreted
+
+Each case is written as it ends, with its error if it failed; no case starts after --budget seconds.
+A time is the median in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from gpu_kernels import SHAPES, Plan, Run, random_table
+from torch import Tensor
+
+from dit_accel.kernels.block_sparse_attention import reference as exact
+from dit_accel.kernels.block_sparse_attention import triton as sparse
+from dit_accel.kernels.int8_attention import quantize, reference
+from dit_accel.kernels.int8_attention import triton as kernel
+from dit_accel.kernels.launch import Launch, capability_of, find, run
+from dit_accel.testing import assert_close, repair_interpreter
+
+KEEP = 0.05
+
+
+def relative(out: Tensor, expected: Tensor) -> float:
+    return ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def inputs(r: Run, batch: int, heads: int, n_q: int, n_k: int, d: int) -> list[Tensor]:
+    """Tokens whose keys have a mean, as real ones do."""
+    q, k, v = (r.tokens(batch, heads, n, d) for n in (n_q, n_k, n_k))
+    return [q, k + 2 * r.tokens(1, heads, 1, d), v]
+
+
+def check(
+    r: Run, n_q: int, n_k: int, d: int, block_q: int, block_k: int, heads: int = 2
+) -> dict[str, Any]:
+    """Error against exact attention ≤ 2 × that of the emulation, and what the errors are."""
+    q, k, v = inputs(r, 1, heads, n_q, n_k, d)
+    table = random_table(r, q, n_k, block_q, block_k, 0.5)
+    out, lse = kernel.int8_attention(q, k, v, table, return_lse=True)
+    wide = exact.block_sparse_attention(q, k, v, table, return_lse=True, dtype=torch.float32)
+    same = reference.int8_attention(q, k, v, table, return_lse=True)
+    errors = {"int8": relative(out, wide[0]), "emulated": relative(same[0], wide[0])}
+    errors["own dtype"] = relative(sparse.block_sparse_attention(q, k, v, table), wide[0])
+    lse_error = (lse - same[1]).abs().max().item()
+    found = {"relative_error": errors, "lse_against_emulated": lse_error}
+    assert_close(f"out, {found}", out, wide[0], same[0])
+    assert_close(f"lse, {found}", lse, wide[1], same[1])
+    assert lse_error < 2e-3, found
+    return found
+
+
+def times(r: Run, shape: tuple[int, ...], block_q: int, block_k: int) -> dict[str, Any]:
+    """Quantisation, attention and both together, beside the kernel in the inputs' dtype."""
+    q, k, v = inputs(r, *shape[:3], *shape[2:])
+    table = random_table(r, q, shape[2], block_q, block_k, KEEP)
+    launch = find("int8", capability_of(q), shape[3], block_q)
+    tile, out = min(launch.tile, block_k), torch.empty_like(q)
+    keys = quantize.quantize(k, v, block_k, tile)
+    call = kernel.forward(q, keys, out, None, table, launch)
+    ms = {
+        "own dtype": r.ms(lambda: sparse.block_sparse_attention(q, k, v, table)),
+        "int8 whole": r.ms(lambda: kernel.int8_attention(q, k, v, table)),
+        "int8 attention": r.ms(lambda: run(kernel._int8_attention_fwd_kernel, *call)),
+        "mean": r.ms(lambda: quantize.key_mean(k)),
+        "quantise with mean": r.ms(lambda: quantize.quantize(k, v, block_k, tile)),
+    }
+    error = relative(out, sparse.block_sparse_attention(q, k, v, table))
+    kept = 4e-9 * shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
+    return {
+        "ms": ms,
+        "kept_tflops": kept / ms["int8 attention"],
+        "speedup_attention": ms["own dtype"] / ms["int8 attention"],
+        "speedup_whole": ms["own dtype"] / ms["int8 whole"],
+        "difference": error,
+    }
+
+
+def sweep_case(
+    r: Run, shape: tuple[int, ...], block_k: int, row: Launch, values: torch.dtype | None
+) -> dict[str, Any]:
+    """One launch; the result is compared with the kernel in the inputs' dtype."""
+    q, k, v = inputs(r, *shape[:3], *shape[2:])
+    table = random_table(r, q, shape[2], row.block, block_k, KEEP)
+    keys, out = quantize.quantize(k, v, block_k, row.tile, dtype=values), torch.empty_like(q)
+    call = kernel.forward(q, keys, out, None, table, row)
+    run(kernel._int8_attention_fwd_kernel, *call)
+    error = relative(out, sparse.block_sparse_attention(q, k, v, table))
+    assert error < 0.1, error
+    ms = r.ms(lambda: run(kernel._int8_attention_fwd_kernel, *call))
+    kept = 4e-9 * shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
+    return {"launch": str(row), "ms": ms, "kept_tflops": kept / ms, "difference": error}
+
+
+def checks(r: Run) -> Plan:
+    kinds = [(128, 64, 64), (128, 128, 64), (64, 64, 64), (80, 128, 128)]
+    lengths, n = [(1, 1), (63, 65), (1000, 1000), (4096, 4100)], 32760
+    if r.dry:
+        kinds, lengths, n = kinds[2:], [(65, 150)], 200
+    plan: Plan = []
+    for kind, (n_q, n_k) in product(kinds, lengths):
+        name = f"check {n_q}x{n_k} d{kind[0]} blocks {kind[1]}x{kind[2]}"
+        plan.append((name, lambda a=(n_q, n_k, *kind): check(r, *a)))
+    plan.append((f"check {n}", lambda: check(r, n, n, 128, 128, 64, 1)))
+    return plan
+
+
+def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
+    capability = capability_of(torch.empty(0, device=r.device))
+    choices = list(product((128, 64), (64, 128), (4, 8), (2, 3)))
+    plan: Plan = []
+    for block_q, tile, warps, stages in choices[5:6] if r.dry else choices:
+        row = find("int8", capability, shape[3], block_q)
+        row = replace(row, tile=tile, warps=warps, stages=stages, provenance="")
+        name = f"sweep {block_q} queries, tile {tile}, {warps} warps, {stages} stages"
+        block_k = max(64, tile)
+        plan.append((name, lambda a=(block_k, row): sweep_case(r, shape, *a, None)))
+    row = find("int8", capability, shape[3], 128)
+    name = "weights and values in the inputs' dtype, 128 queries"
+    plan.append((name, lambda: sweep_case(r, shape, 64, row, r.dtype)))
+    return plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budget", type=float, default=75, help="seconds")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in the interpreter")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.dry_run:
+        repair_interpreter()
+    r = Run(options.out, options.budget, options.dry_run)
+    shapes = {"tiny": (1, 2, 200, 64)} if r.dry else SHAPES
+    plan = checks(r)[:2] if not r.dry else []
+    for (name, shape), block_q in product(shapes.items(), (128, 64)):
+        label = f"times {name} keep {KEEP} block_q {block_q}"
+        plan.append((label, lambda a=(shape, block_q, 64): times(r, *a)))
+    plan += sweep(r, next(iter(shapes.values()))) + checks(r)[0 if r.dry else 2 :]
+    for name, fn in plan:
+        r.case(name, fn)
+    failed = [line["case"] for line in r.cases if "error" in line]
+    print(f"{len(r.cases)} cases, {len(failed)} failed: {failed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -75,6 +74,8 @@ def save(path: str | Path, frames: np.ndarray, fps: float = 16) -> Path:
 
 def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
     """H.264, 4:2:0, BT.709, index first: what every browser plays. Odd sides repeat one row."""
+    import av  # what measures but writes no clip does without
+
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
@@ -91,6 +92,8 @@ def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
 
 def read(path: str | Path) -> np.ndarray:
     """The frames of a clip, uint8 [T, H, W, 3]."""
+    import av
+
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 

@@ -104,7 +104,11 @@ class Study:
         fresh = [row for row in rows if keys[row.name] not in self.journal.lines]
         if fresh:
             request = replace(self.base, prompt=prompt, seed=seed)
-            found = look.errors(self.pipe, self.defaults, request, fresh, progress)
+
+            def named(phase: str, done: int, total: int | None) -> None:
+                progress(f"attention of {len(fresh)} rows: {phase}", done, total)
+
+            found = look.errors(self.pipe, self.defaults, request, fresh, named)
             for row in fresh:
                 self.journal.add(keys[row.name], {"errors": found.get(row.name, {})})
         lines = {name: self.journal.lines[key]["errors"] for name, key in keys.items()}

@@ -106,7 +106,6 @@ class Engine:
     carried: bool = False
     span: Span | None = None
     spans: list[Span] = field(default_factory=list)
-    generation_start: int = 0
     _announce: Announcer = field(default_factory=Announcer)
     _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
     _forced: dict[tuple, dict[str, Any]] = field(default_factory=dict)
@@ -128,7 +127,7 @@ class Engine:
         if self.clock.tick(geometry, timestep):
             self.state.clear()
             self._forced.clear()
-            self.generation_start = len(self.forwards)
+            self.forwards.clear()
         self._keys.clear()
         self._calls.clear()
         self._order(geometry, device, carried and not geometry.fixed_order)

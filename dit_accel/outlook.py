@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dit_accel import step_cache
 from dit_accel.config import named
 from dit_accel.engine import CROSSOVER
 from dit_accel.memory import free_bytes
@@ -182,10 +183,12 @@ def _obstacles(
     """What forces attention to be dense, and what limits the rest."""
     transformer, notes = patient.transformer, []
     adapter = registry.find(transformer)
-    if getattr(transformer, "is_cache_enabled", False):
-        notes.append("a step cache is enabled: token pruning cannot run beside it")
     if adapter.span is None:
         notes.append("token pruning is not known for this model")
+    else:
+        blocks = sum(len(found) for found in adapter.span.lists(transformer))
+        why = step_cache.obstacle(transformer, 1, blocks - 1, blocks)  # the default span
+        notes += [f"token pruning cannot run: {why}"] if why else []
     if geometry.fixed_order:
         notes.append(f"tokens are reordered in each attention call: {geometry.fixed_order}")
     if patient.scale > 1:

@@ -86,7 +86,8 @@ def blend(past: Past) -> Tensor:
         spread = torch.empty_like(x)
         spread[:, cells] = x
         grid = spread.transpose(1, 2).unflatten(2, past.grid)
-        return F.avg_pool3d(grid, 3, 1, 1).flatten(2).transpose(1, 2)[:, cells]
+        grid = F.pad(grid, (1,) * 6)  # a grid may be thinner than the window
+        return F.avg_pool3d(grid, 3, 1).flatten(2).transpose(1, 2)[:, cells]
 
     return memory.residual + past.age() * around(rate) / around(ran).clamp(min=1 / 27)
 

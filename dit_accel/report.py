@@ -59,7 +59,7 @@ def build(engine: Engine, model: str) -> Report:
             seconds=book.watch.seconds,
             tokens=book.tokens,
         )
-        for book in engine.forwards[engine.generation_start :]
+        for book in engine.forwards
     ]
     calls = sum(row["sparse"] + row["dense"] for row in layers)
     kept = sum(row["kept"] * (row["sparse"] + row["dense"]) for row in layers)

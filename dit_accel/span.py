@@ -73,13 +73,20 @@ class Span:
             self.context.begin()
         self._order = order
         self.running, self.share, self._cached = True, 1.0, False
-        self.transition = self.live = self._index = None
+        self.transition = self.live = self._index = self._entered = None
         self._rows.clear()
 
     def end(self) -> None:
+        """The forward is over. RuntimeError when it did not go through its list of blocks."""
+        passed = self._entered is not None or self._cached
         self.running = self.inside = False
         self.live = self._start = self._entered = self._probe = None
         self._rows.clear()
+        if not passed:
+            raise RuntimeError(
+                "token pruning did not meet the model's blocks: something else runs them; "
+                "take prune=None or switch that off"
+            )
 
     def run(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> Any:
         """Block `number` of the model on all tokens, on the chosen ones, or not at all."""
@@ -289,9 +296,9 @@ def blocks_class(kind: type) -> type:
 
     class SpanList(kind):
         def __iter__(self):
-            span, first = self.__dict__["_accel_span"]
+            span, first = self.__dict__.get("_accel_span", (None, 0))  # a slice has none
             inner = super().__iter__()
-            if not span.running:
+            if span is None or not span.running:
                 return inner
             return (_wrapped(span, n, block) for n, block in enumerate(inner, first))
 

@@ -1,17 +1,22 @@
 """Token pruning: its limits, its equations, what it costs and what it refuses."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from tiny import tiny_wan
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
 from dit_accel import Dense, Rettention, Schedule, TokenPruning, TopK
 from dit_accel.config import AccelConfig
 from dit_accel.pipelines import registry, wan
+from dit_accel.prune_context import CONTEXTS
 from dit_accel.prune_criteria import CRITERIA, Facts, pick, transition_variation
+from dit_accel.span import Span
 
 ALWAYS = {"start": 1, "end": 0, "refresh": 10**9}
 
@@ -123,7 +128,6 @@ def test_composes_with_sparse_attention(pipe, stock):
 def test_taylor_restores_a_linear_change_better_than_reuse():
     from dit_accel.clock import Clock
     from dit_accel.pipelines.base import Geometry, SpanSite
-    from dit_accel.span import Span
 
     def error(restore):
         clock = Clock(type("Pipe", (), {})())
@@ -253,3 +257,58 @@ def test_what_cannot_be_pruned_is_refused_and_nothing_is_left(pipe, stock, monke
 def test_configuration_round_trip():
     config = AccelConfig(TopK(), prune=TokenPruning(keep=0.3, criterion="lru"))
     assert AccelConfig.from_dict(config.to_dict()) == config
+
+
+def test_both_guidance_passes_run_the_same_tokens(pipe, monkeypatch):
+    ran, leave = [], Span._leave
+
+    def spy(span, *out):
+        ran.append((span.clock.step, span.clock.passname, span._index))
+        return leave(span, *out)
+
+    monkeypatch.setattr(Span, "_leave", spy)
+    with pruned(pipe, keep=0.5, criterion="drift"):
+        run(pipe)
+    pairs = list(zip(ran[::2], ran[1::2], strict=True))
+    assert [(a[:2], b[:2]) for a, b in pairs[1:]] == [
+        ((step, "cond"), (step, "uncond")) for step in (1, 2, 3)
+    ]
+    assert all(torch.equal(a[2], b[2]) for a, b in pairs[1:])
+
+
+@pytest.mark.parametrize("keep", [1 / 3, 2 / 3])
+def test_flops_of_attention_and_mlp_fall_as_predicted(pipe, keep):
+    """r for what is linear in the tokens that run, r² for attention among them."""
+
+    def flops(step):
+        pipe.scheduler._step_index = step
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            pipe.transformer(latents, torch.tensor([500]), text)
+        counts = counter.get_flop_counts()
+        block = "WanTransformer3DModel.blocks.1"
+        attention = counts[f"{block}.attn1"]
+        core = sum(n for op, n in attention.items() if "bmm" in str(op))
+        return core, sum(attention.values()) - core, sum(counts[f"{block}.ffn"].values())
+
+    pipe.scheduler.set_timesteps(4)
+    latents, text = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 8, 32)
+    with pruned(pipe, keep=keep, criterion="stratified"), sdpa_kernel(SDPBackend.MATH):
+        full, part = flops(0), flops(1)
+    assert [b / a for a, b in zip(full, part, strict=True)] == pytest.approx([keep**2, keep, keep])
+    assert min(full) > 0
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_nothing_grows_over_twenty_generations(pipe, context):
+    def held():
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        return len(tensors), sum(x.nbytes for x in tensors), len(gc.get_objects()) // 1000
+
+    with pruned(pipe, keep=0.5, restore="taylor", context=context) as handle:
+        for _ in range(2):
+            run(pipe, size=64, steps=3)
+        before, state = held(), handle.report().state_bytes
+        for _ in range(20):
+            run(pipe, size=64, steps=3)
+        assert handle.report().state_bytes == state and held() == before

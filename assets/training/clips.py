@@ -13,21 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 
-def _decode(path: Path) -> np.ndarray:
-    """[T, H, 2W, 3] uint8 of one clip."""
+def decode(path: Path) -> np.ndarray:
+    """Colour-times-alpha and alpha of one clip, side by side in its frames, [T, H, W, 4] uint8."""
     with Image.open(path) as image:
         frames = []
         for number in range(image.n_frames):
             image.seek(number)
-            frames.append(np.asarray(image.convert("RGB")))
+            both = np.asarray(image.convert("RGB"))
+            colour, alpha = np.split(both, 2, axis=1)
+            frames.append(np.concatenate([colour, alpha[..., 1:2]], axis=-1))
     return np.stack(frames)
-
-
-def split(both: np.ndarray) -> Tensor:
-    """Colour-times-alpha and alpha as [T, H, W, 4] uint8 from the side-by-side frames."""
-    width = both.shape[2] // 2
-    colour, alpha = both[:, :, :width], both[:, :, width:].mean(-1, keepdims=True)
-    return torch.from_numpy(np.concatenate([colour, alpha.round().astype(np.uint8)], axis=-1))
 
 
 @dataclass(frozen=True)
@@ -53,9 +48,9 @@ class Clips:
         size, frames = manifest["size"], len(range(0, manifest["frames"], stride))
         rgba = torch.empty(len(entries), frames, size, size, 4, dtype=torch.uint8, device=device)
         with ProcessPoolExecutor() as pool:
-            decoded = pool.map(_decode, [folder / entry["file"] for entry in entries])
+            decoded = pool.map(decode, [folder / entry["file"] for entry in entries])
             for number, clip in enumerate(decoded):
-                rgba[number] = split(clip[::stride][:frames]).to(device)
+                rgba[number] = torch.from_numpy(clip[::stride][:frames]).to(device)
         names = list(manifest["colours"])
         return cls(
             rgba,

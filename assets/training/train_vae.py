@@ -68,25 +68,31 @@ def _channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, clips: Clips, draws: int = 64) -> dict[str, list]:
+def latent_statistics(
+    vae: AutoencoderKLWan, clips: Clips, act: whole_clip.Activation, draws: int = 64
+) -> dict[str, list]:
     """Per-channel mean and standard deviation of the latents of whole clips."""
     latents = []
     for _ in range(draws):
         shape = (clips.rgba.shape[1], clips.rgba.shape[2], 1)
-        mean = whole_clip.encode(vae, draw(clips, shape)).float().chunk(2, dim=1)[0]
+        with torch.autocast("cuda", torch.bfloat16, enabled=clips.rgba.is_cuda):
+            mean = whole_clip.encode(vae, draw(clips, shape), act).float().chunk(2, dim=1)[0]
         latents.append(mean.transpose(0, 1).flatten(1))
     flat = torch.cat(latents, dim=1)
     return {"latents_mean": flat.mean(1).tolist(), "latents_std": flat.std(1).tolist()}
 
 
 @torch.no_grad()
-def whole_psnr(vae: AutoencoderKLWan, clips: Clips, count: int = 16) -> float:
+def whole_psnr(
+    vae: AutoencoderKLWan, clips: Clips, act: whole_clip.Activation, count: int = 16
+) -> float:
     """Mean dB over whole clips, each through encoder and decoder at once."""
     values = []
     for _ in range(count):
         video = draw(clips, (clips.rgba.shape[1], clips.rgba.shape[2], 1))
-        mean = whole_clip.encode(vae, video).chunk(2, dim=1)[0]
-        error = whole_clip.decode(vae, mean).clamp(-1, 1) - video
+        with torch.autocast("cuda", torch.bfloat16, enabled=video.is_cuda):
+            mean = whole_clip.encode(vae, video, act).chunk(2, dim=1)[0]
+            error = whole_clip.decode(vae, mean, act).float().clamp(-1, 1) - video
         values.append(10 * torch.log10(4 / error.square().mean()))
     return float(torch.stack(values).mean())
 
@@ -145,8 +151,8 @@ def train(
             p.copy_(average.values[name].to(torch.bfloat16))
     extra = {
         "sizes": asdict(sizes),
-        **latent_statistics(vae, clips),
-        "psnr": whole_psnr(vae, clips),
+        **latent_statistics(vae, clips, act),
+        "psnr": whole_psnr(vae, clips, act),
     }
     save(out / "vae", average.values, progress, extra)
     print(f"autoencoder: {extra['psnr']:.2f} dB over whole clips after {progress.step} steps")

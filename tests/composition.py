@@ -24,6 +24,7 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from runs import run
 from tiny import tiny_flux, tiny_wan
 
@@ -196,8 +197,9 @@ def go(pipe: Any) -> torch.Tensor:
 
 @contextlib.contextmanager
 def quiet():
-    """cache-dit and diffusers say much."""
+    """cache-dit and diffusers say much; and set_attention_backend sets one for the process, too."""
     logging.disable(logging.WARNING)
+    active = _AttentionBackendRegistry._active_backend
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -205,6 +207,7 @@ def quiet():
     finally:
         logging.disable(logging.NOTSET)
         torch._dynamo.reset()
+        _AttentionBackendRegistry._active_backend = active
 
 
 @cache

@@ -124,8 +124,16 @@ class Span:
     def _gather(self, arguments: dict[str, Any], n_text: int) -> None:
         """The block's arguments with per-token rows of the chosen tokens only."""
         for name, dim, rank in self.site.rows:
-            if arguments.get(name) is not None:
-                arguments[name] = self._take(arguments[name], dim, rank, n_text)
+            name, _, part = name.partition(".")
+            value = arguments.get(name)
+            if value is None:
+                continue
+            if part:
+                at = int(part)
+                taken = self._take(value[at], dim, rank, n_text)
+                arguments[name] = (*value[:at], taken, *value[at + 1 :])
+            else:
+                arguments[name] = self._take(value, dim, rank, n_text)
 
     def _take(self, value: Any, dim: int, rank: int, n_text: int) -> Any:
         """`value` or the tensors in it that have `rank` dimensions, gathered along `dim`; once.

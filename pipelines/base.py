@@ -52,12 +52,12 @@ class SpanSite(NamedTuple):
 
     blocks: names of the module lists the forward loops over, one after the other. hidden: the
     blocks' argument with the visual tokens [B, N, C], which a block also returns. rows: per-token
-    arguments as (name, dim, rank): tensors of that rank are gathered along dim; where they have
-    rows for text too, those stay. probes: sub-modules of a block whose input and output its
-    transition is measured by. text: the argument with the text tokens [B, T, C], returned beside
-    the visual ones; "": blocks return the visual tokens alone. visual: where they stand in that
-    pair. leave: the projection whose output is the model's. refuses: (transformer, forward
-    arguments by name) → why this forward cannot be pruned, or "".
+    arguments as (name, dim, rank), or name.0 for the first of a tuple: tensors of that rank are
+    gathered along dim; where they have rows for text too, those stay. probes: sub-modules of a
+    block whose input and output its transition is measured by. text: the argument with the text
+    tokens [B, T, C], returned beside the visual ones; "": blocks return the visual tokens alone.
+    visual: where they stand in that pair. leave: the projection whose output is the model's.
+    refuses: (transformer, forward arguments by name) → why this forward cannot be pruned, or "".
     """
 
     blocks: tuple[str, ...]

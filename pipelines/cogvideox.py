@@ -3,7 +3,7 @@
 from dataclasses import replace
 from math import ceil
 
-from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
+from dit_accel.pipelines.base import Adapter, Geometry, SpanSite, unless_given
 from dit_accel.pipelines.grids import latents, patch_size
 
 
@@ -28,16 +28,18 @@ ADAPTER = replace(
         ("transformer_blocks",),
         "hidden_states",
         (("image_rotary_emb", 0, 2),),
-        ("attn1", "ff"),
+        ("attn1",),  # the feed-forward runs on text, too
         text="encoder_hidden_states",
     ),
 )
-COGVIEW = Adapter(
-    classes=(
-        "CogView3PlusTransformer2DModel",
-        "CogView4Transformer2DModel",
-        "GlmImageTransformer2DModel",
-    ),
+GLM = Adapter(
+    classes=("GlmImageTransformer2DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents("first"),
+)
+# CogView 4 has cosines and sines of the picture, as CogVideoX; CogView 3 has none
+COGVIEW = replace(
+    GLM,
+    classes=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+    span=ADAPTER.span._replace(refuses=unless_given("attention_mask")),
 )

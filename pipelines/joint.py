@@ -7,6 +7,14 @@ EASYANIMATE = Adapter(
     classes=("EasyAnimateTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents("first"),
+    # image_rotary_emb: cosines and sines [N, D]
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        (("image_rotary_emb", 0, 2),),
+        ("attn1", "ff"),
+        text="encoder_hidden_states",
+    ),
 )
 # `attn2`, in SD 3.5's dual blocks, is a second self-attention of the visual tokens alone
 SD3 = Adapter(

@@ -1,6 +1,8 @@
 """Image families with packed tokens [B, N, C], text first; ids or shapes tell their grid."""
 
-from dit_accel.pipelines.base import Adapter, Geometry
+from dataclasses import replace
+
+from dit_accel.pipelines.base import Adapter, Geometry, SpanSite, unless_given
 from dit_accel.pipelines.grids import grid_of_ids, grid_of_images, image_ids
 
 _BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
@@ -8,13 +10,28 @@ _BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 ADAPTER = Adapter(
     classes=(
         "BriaFiboTransformer2DModel",
-        "BriaTransformer2DModel",
         "Flux2Transformer2DModel",
-        "LongCatImageTransformer2DModel",
-        "OvisImageTransformer2DModel",
     ),
     attention=_BLOCKS,
     geometry=image_ids(),
+)
+# image_rotary_emb: cosines and sines [text + N, D]
+DOUBLE = replace(
+    ADAPTER,
+    classes=(
+        "BriaTransformer2DModel",
+        "LongCatImageTransformer2DModel",
+        "OvisImageTransformer2DModel",
+    ),
+    span=SpanSite(
+        ("transformer_blocks", "single_transformer_blocks"),
+        "hidden_states",
+        (("image_rotary_emb", 0, 2),),
+        ("attn", "ff"),
+        text="encoder_hidden_states",
+        visual=1,
+        refuses=unless_given("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
 )
 # each block makes the product of valid queries and valid keys anew
 CHROMA = Adapter(
@@ -34,6 +51,16 @@ QWEN = Adapter(
     classes=("QwenImageTransformer2DModel",),
     attention=("transformer_blocks.*.attn",),
     geometry=_qwen,
+    # image_rotary_emb: rotations of the picture [N, D / 2], then of the text; modulate_index [B, N]
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        (("image_rotary_emb.0", 0, 2), ("modulate_index", 1, 2)),
+        text="encoder_hidden_states",
+        visual=1,
+        probes=("attn", "img_mlp"),
+        refuses=unless_given("controlnet_block_samples"),
+    ),
 )
 
 

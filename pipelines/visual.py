@@ -6,12 +6,26 @@ from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
 from dit_accel.pipelines.grids import grid_of, latents
 
 ADAPTER = Adapter(
-    classes=(
-        "AllegroTransformer3DModel",
-        "CosmosTransformer3DModel",
-    ),
+    classes=("AllegroTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents(),
+)
+# image_rotary_emb: cosines and sines [N, D]; the time embeddings are per token in image to video
+COSMOS = replace(
+    ADAPTER,
+    classes=("CosmosTransformer3DModel",),
+    span=SpanSite(
+        ("transformer_blocks",),
+        "hidden_states",
+        (
+            ("image_rotary_emb", 0, 2),
+            ("extra_pos_emb", 1, 3),
+            ("embedded_timestep", 1, 3),
+            ("temb", 1, 3),
+            ("controlnet_residual", 1, 3),
+        ),
+        ("attn1", "ff"),
+    ),
 )
 PIXART = replace(
     ADAPTER,

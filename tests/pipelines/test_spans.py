@@ -56,6 +56,14 @@ def test_pruned_steps_with_new_input_are_near_and_not_equal(model, context):
     assert report.steps[-1]["tokens"] < 1 and not report.unplanned
 
 
+@pytest.mark.parametrize("criterion", ["ttv*drift", "velocity", "similarity"])
+def test_criteria_find_what_they_measure(model, criterion):
+    case, built, _ = model
+    out, report = steps(case, built, 2, 1, 0, keep=0.5, first=1, criterion=criterion)
+    assert torch.isfinite(out[-1]).all()
+    assert [step["tokens"] < 1 for step in report.steps] == [False, True, True]
+
+
 def test_all_tokens_each_step_is_bit_equal_and_restore_exact(model):
     case, built, stock = model
     out, _ = steps(case, built, 1, 0, keep=0.5, refresh=1)

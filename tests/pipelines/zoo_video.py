@@ -143,7 +143,13 @@ VIDEOS = (
         lambda: hunyuan(12, 20),
         mask="key padding",
     ),
-    Video("CogVideoXTransformer3DModel", "CogVideoX 1.0 and 1.5", COG, cog, axes="BTCHW"),
+    Video(
+        "CogVideoXTransformer3DModel",
+        "CogVideoX 1.0 and 1.5",
+        COG,
+        lambda: cog(image_rotary_emb=(x(192, 64), x(192, 64))),
+        axes="BTCHW",
+    ),
     Video(
         "ConsisIDTransformer3DModel",
         "ConsisID",

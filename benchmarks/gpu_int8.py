@@ -120,13 +120,14 @@ def checks(r: Run) -> Plan:
 
 def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
     capability = capability_of(torch.empty(0, device=r.device))
-    choices = list(product((128, 64), (64, 128), (4, 8), (2, 3)))
+    blocks = [(128, 64, 64, 8), (64, 64, 64, 4), (64, 64, 64, 8), (128, 128, 64, 8)]
+    blocks += [(64, 128, 64, 4), (64, 64, 32, 4), (128, 64, 32, 8)]
+    choices = list(product(blocks[1:2], (3,)) if r.dry else product(blocks, (3, 2, 4)))
     plan: Plan = []
-    for block_q, tile, warps, stages in choices[5:6] if r.dry else choices:
+    for (block_q, block_k, tile, warps), stages in choices:
         row = find("int8", capability, shape[3], block_q)
         row = replace(row, tile=tile, warps=warps, stages=stages, provenance="")
-        name = f"sweep {block_q} queries, tile {tile}, {warps} warps, {stages} stages"
-        block_k = max(64, tile)
+        name = f"sweep {block_q}x{block_k}, tile {tile}, {warps} warps, {stages} stages"
         plan.append((name, lambda a=(block_k, row): sweep_case(r, shape, *a, None)))
     row = find("int8", capability, shape[3], 128)
     name = "weights and values in the inputs' dtype, 128 queries"

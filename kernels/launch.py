@@ -15,6 +15,7 @@ import torch
 HEAD_DIMS = (64, 80, 96, 128)
 BLOCKS = (16, 32, 64, 128)
 _AOT = "not measured: no spill in the ahead-of-time report"
+_EPILOGUE = "not measured: spills 24 bytes with triton 3.9, outside of the loop; none with 3.6"
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,12 @@ LAUNCHES: tuple[Launch, ...] = (
         precision="tf32",
         provenance="not measured; with excluded blocks it spills 760 bytes on sm_80, none on sm_90",
     ),
-    Launch("int8", 80, 128, 64, 32, 4, 2),
+    Launch("int8", 80, 128, 64, 32, 8, 2),
     Launch("int8", 80, 128, 128, 32, 8, 2),
     Launch("int8", 89, 128, 64, 32, 8, 2),
     Launch("int8", 89, 128, 128, 32, 8, 2),
-    Launch("int8", 90, 128, 64, 64, 4, 3, descriptors=True),
-    Launch("int8", 90, 128, 128, 64, 8, 3, descriptors=True),
+    Launch("int8", 90, 128, 64, 64, 4, 3, descriptors=True, provenance=_EPILOGUE),
+    Launch("int8", 90, 128, 128, 64, 8, 3, descriptors=True, provenance=_EPILOGUE),
     Launch("int8", 100, 128, 64, 64, 4, 2, descriptors=True),
     Launch("int8", 100, 128, 128, 64, 8, 2, descriptors=True),
     Launch("int8", 120, 128, 64, 32, 8, 2),

@@ -1,7 +1,7 @@
 """Keys to int8 and values to e4m3 on CUDA, in Triton: one pass over k and v.
 
 The queries are quantised by the attention kernel, in registers. A group is the keys of one tile
-of that kernel; its scales are one float32 each.
+of that kernel; it has one scale for its keys and one power of two for its values.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ class Quantized:
     Args:
         k: [B, H, M·T, C] int8, (key − mean) / k_scale, zero where there is no valid key; C is D
             as a power of two, T the tile.
-        v: [B, H, C, M·T] e4m3 (or the values' own dtype), value / v_scale; for e4m3 the keys
+        v: [B, H, C, M·T] e4m3 (or the values' own dtype), value / 2^v_exponent; for e4m3 the keys
             of each 16 are in the order of `shuffled`.
-        k_scale, v_scale: [B, H, M] float32.
+        k_scale: [B, H, M] float32.
+        v_exponent: [B, H, M] float32, whole numbers.
         mean: [B, H, D] float32, what was subtracted from the keys.
     """
 
     k: Tensor
     v: Tensor
     k_scale: Tensor
-    v_scale: Tensor
+    v_exponent: Tensor
     mean: Tensor
 
 
@@ -86,7 +87,7 @@ def _int8_mean_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_k"])
 def _int8_quantize_fwd_kernel(
-    k, v, k8, v8, k_scale, v_scale, mean, kv_len, s_k, s_v, n_k, d,
+    k, v, k8, v8, k_scale, v_exponent, mean, kv_len, s_k, s_v, n_k, d,
     TILE: tl.constexpr, DP: tl.constexpr, LARGEST: tl.constexpr, FLOOR: tl.constexpr,
     SHUFFLED: tl.constexpr,
 ):  # fmt: skip
@@ -118,12 +119,12 @@ def _int8_quantize_fwd_kernel(
     x_v = v + i_b.to(tl.int64) * s_v[0] + i_h.to(tl.int64) * s_v[1]
     p_v = x_v + o_v.to(tl.int64)[:, None] * s_v[2] + o_d[None, :] * s_v[3]
     b_v = tl.load(p_v, mask=(o_v < n_valid)[:, None] & m_d, other=0.0).to(tl.float32)
-    w_v = tl.maximum(tl.max(tl.max(tl.abs(b_v), 1), 0), FLOOR) / LARGEST
+    e_v = tl.ceil(tl.log2(tl.maximum(tl.max(tl.max(tl.abs(b_v), 1), 0), FLOOR) / LARGEST))
     n_pad = tl.num_programs(0) * TILE
     # [TILE, DP] -> [DP, TILE]
     p_v8 = v8 + (i_bh * DP + o_d)[:, None] * n_pad + (i_t * TILE + o_t)[None, :]
-    tl.store(p_v8, tl.trans((b_v * (1.0 / w_v)).to(v8.dtype.element_ty)))
-    tl.store(v_scale + i_group, w_v)
+    tl.store(p_v8, tl.trans((b_v * tl.exp2(-e_v)).to(v8.dtype.element_ty)))
+    tl.store(v_exponent + i_group, e_v)
 
 
 def value_dtype(v: Tensor) -> torch.dtype:
@@ -187,7 +188,8 @@ def quantize_arguments(
     limits = key_limits(k, kv_len)
     limits.pop("PADDED")
     return {
-        "k": k, "v": v, "k8": out.k, "v8": out.v, "k_scale": out.k_scale, "v_scale": out.v_scale,
+        "k": k, "v": v, "k8": out.k, "v8": out.v, "k_scale": out.k_scale,
+        "v_exponent": out.v_exponent,
         "mean": out.mean, **limits, "s_k": k.stride(), "s_v": v.stride(), "d": k.shape[-1],
         "TILE": out.k.shape[2] // out.k_scale.shape[2], "DP": out.k.shape[3],
         "LARGEST": LARGEST[out.v.dtype], "FLOOR": FLOOR, "SHUFFLED": out.v.element_size() == 1,

@@ -72,6 +72,7 @@ def _in_groups(x: Tensor, group: int, largest: float, dtype: torch.dtype) -> Ten
     n = x.shape[2]
     parts = torch.nn.functional.pad(x, (0, 0, 0, -n % group)).unflatten(2, (-1, group))
     step = parts.abs().amax((-1, -2), keepdim=True).clamp(min=_FLOOR) / largest
-    parts = parts / step
-    parts = parts.round() if dtype == torch.int8 else parts.to(dtype).float()
-    return (parts * step).flatten(2, 3)[:, :, :n]
+    if dtype == torch.int8:
+        return ((parts / step).round() * step).flatten(2, 3)[:, :, :n]
+    step = step.log2().ceil().exp2()
+    return ((parts / step).to(dtype).float() * step).flatten(2, 3)[:, :, :n]

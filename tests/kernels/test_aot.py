@@ -24,7 +24,8 @@ def compile_rows(*wanted: str) -> list[dict]:
 
 def check(row: dict) -> None:
     capability = row["capability"]
-    assert row["stack"] == 0, row
+    # what the epilogue of the 8-bit kernel needs waits in memory during its loop
+    assert row["stack"] <= (32 if row["op"] == "int8" else 0), row
     assert row["shared"] <= SHARED[capability], row
     assert capability != 80 or row["shared"] <= SHARED_86, row
     if row["op"] in TILED:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dit_accel import __version__
+from dit_accel import __version__, ranks
 from dit_accel.batch.command import batch
 from dit_accel.cli_doctor import doctor
 from dit_accel.cli_evaluate import evaluate
@@ -150,6 +150,11 @@ def run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else "dit-accel"
         return _say(f"{error.format_message().rstrip('.')} (see {where} --help)", BAD_INPUT)
+    except ranks.Wanted as wanted:
+        code = ranks.launch(wanted.count, arguments)
+        while code == ranks.AGAIN:  # a batch counts the tries of each job
+            code = ranks.launch(wanted.count, arguments)
+        return code
     except BadInput as error:
         return _say(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
@@ -157,6 +162,8 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             return _say("the GPU's memory is full: try --offload or a smaller --size", UNEXPECTED)
+        if type(error).__name__ in ("DeviceLost", "Apart"):
+            return _say(f"{error}; the same command goes on", ranks.AGAIN)
         if type(error).__name__ == "StateTooLarge":
             return _say(str(error), BAD_INPUT)
         traceback.print_exc()

@@ -70,6 +70,9 @@ class Common:
         str | None, _option("bf16, fp16, fp32. \\[bf16 on CUDA, else fp32]", _WHERE)
     ] = None
     offload: Annotated[bool, _option("Keep only the running part on the GPU.", _WHERE)] = False
+    ulysses: Annotated[
+        int, _option("GPUs (or CPU processes) that share one generation. \\[1]", _WHERE)
+    ] = 1
 
     def request(self) -> Request:
         """The generation asked for; ValueError for an impossible value."""

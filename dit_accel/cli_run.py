@@ -7,9 +7,10 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dit_accel
-from dit_accel import announce, api, video
+from dit_accel import announce, api, parallel, ranks, video
 from dit_accel.cli_options import Common, checked
 from dit_accel.config import AccelConfig
 from dit_accel.generate import Request, arguments, generate, unknown_words
@@ -36,12 +37,15 @@ def run_generate(common: Common, output: Path | None) -> None:
         request, config = common.request(), common.config()
         if output is not None:
             video.check_target(output, moving=output.suffix.lower() not in video.IMAGE)
+        ranks.check(common.ulysses)
     with Progress() as progress:
         pipe, defaults = load(common, request, config, progress)
         with checked():
             handle = api.accelerate(pipe, config)
         with notices(progress):
             result = generate(pipe, defaults, request, progress)
+        if not ranks.first(common.ulysses):
+            return
         moving = len(result.frames) > 1
         target = output or Path(f"{slug(request)}.{'mp4' if moving else 'png'}")
         progress("writing", 0, None)
@@ -66,9 +70,12 @@ def run_compare(common: Common, output: Path | None) -> None:
         folder = video.check_folder(output or Path(f"compare-{slug(request)}"))
         if folder.is_file():
             raise ValueError(f"{folder} is a file: give the name of a folder")
+        ranks.check(common.ulysses)
     from dit_accel.compare import compare
 
-    with Progress() as progress:
+    with Progress() as progress, ExitStack() as stack:
+        if not ranks.first(common.ulysses):  # it takes part, and what it makes is thrown away
+            folder = Path(stack.enter_context(TemporaryDirectory()))
         pipe, defaults = load(common, request, config, progress)
         with checked():
             api.accelerate(pipe, config).restore()
@@ -83,7 +90,8 @@ def run_compare(common: Common, output: Path | None) -> None:
                 command=shlex.join(["dit-accel", *sys.argv[1:]]),
                 progress=progress,
             )
-    _print_comparison(done.data, folder)
+    if ranks.first(common.ulysses):
+        _print_comparison(done.data, folder)
 
 
 def run_methods() -> None:
@@ -146,7 +154,10 @@ def load(
         pick_dtype(common.dtype, pick_device(common.device))
         find_model(common.model)
         progress("loading", 0, None)
-        pipe, defaults = load_pipeline(common.model, common.device, common.dtype, common.offload)
+        device = ranks.device(common.device) if common.ulysses > 1 else common.device
+        pipe, defaults = load_pipeline(common.model, device, common.dtype, common.offload)
+        if common.ulysses > 1:
+            parallel.share(pipe, common.ulysses, anything=True)
         defaults = replace(defaults, fps=common.fps or defaults.fps)
         values = arguments(pipe, defaults, request)
         Plan(config.schedule, config.method.keep, MANY).action(

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dit_accel import loading, video
+from dit_accel import loading, ranks, video
 from dit_accel.batch.display import Display
 from dit_accel.batch.fleet import Fleet
 from dit_accel.batch.gallery import write_gallery
@@ -18,6 +18,7 @@ from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest
 from dit_accel.batch.reading import Parsed, gather
 from dit_accel.batch.summary import Summary, summarize, write_results
+from dit_accel.batch.together import Together
 from dit_accel.batch.worker import Settings, Worker
 from dit_accel.batch.writer import FULL
 
@@ -37,6 +38,7 @@ def run(
     device: str | None = None,
     check_every: int = 0,
     retry_failed: bool = False,
+    ulysses: int = 1,
     show: str = "auto",
 ) -> Summary:
     """Do all jobs, or what is left of them from an earlier run, and write a gallery.
@@ -50,6 +52,7 @@ def run(
         workers: processes on `device`, or on each GPU of `gpus` ("all" or "0,2").
         check_every: every n-th job also runs dense and reports how far it is from that.
         retry_failed: try jobs again that failed in an earlier run.
+        ulysses: processes that make each clip together; a launcher must have started them.
         show: "auto" (bars or lines on stderr), "json" (events on stdout) or "none".
 
     Raises ValueError, before anything is generated, for bad jobs (unless settings.keep_going), a
@@ -58,6 +61,7 @@ def run(
     """
     settings = settings or Settings()
     _check(show, check_every)
+    _check_ulysses(ulysses, workers, gpus)
     parsed = gather(jobs, defaults)
     _judge(parsed, settings)
     model = _name(pipe) if pipe is not None else loading.find_model(settings.model)
@@ -73,7 +77,10 @@ def run(
                     parsed.jobs, problems, check_every=check_every, retry_failed=retry_failed
                 )
                 _sweep(manifest)
-        stopped = _work(manifest, settings, pipe, devices, rank, show)
+        if ulysses > 1:
+            stopped = _work_together(manifest, settings, pipe, device, ulysses, show)
+        else:
+            stopped = _work(manifest, settings, pipe, devices, rank, show)
         return summarize(manifest, stopped) if rank else _finish(manifest, stopped)
     finally:
         manifest.close()
@@ -84,6 +91,18 @@ def _check(show: str, check_every: int) -> None:
         raise ValueError(f"show is one of {', '.join(SHOW)}, not {show!r}")
     if check_every < 0:
         raise ValueError(f"check_every is the distance between checked jobs, not {check_every}")
+
+
+def _check_ulysses(ulysses: int, workers: int, gpus: str | None) -> None:
+    if ulysses != 1 and (workers != 1 or gpus is not None):
+        raise ValueError("with ulysses all processes make one clip: leave workers and gpus out")
+    try:
+        ranks.check(ulysses)
+    except ranks.Wanted:
+        raise ValueError(
+            f"ulysses={ulysses} needs {ulysses} processes: "
+            f"start with `torchrun --nproc-per-node {ulysses} script.py`"
+        ) from None
 
 
 def _judge(parsed: Parsed, settings: Settings) -> None:
@@ -202,6 +221,29 @@ def _work(
         else:
             known = loading.Defaults.from_pipeline(pipe)
         stopped = Worker(manifest, pipe, known, settings, child=False).run()
+    return stopped or manifest.get("stop") or ""
+
+
+def _work_together(
+    manifest: Manifest, settings: Settings, pipe: Any, device: str | None, count: int, show: str
+) -> str:
+    """Every clip by all processes: the first has the worker, the others follow."""
+    if pipe is None:
+        pipe, known = loading.load_pipeline(
+            settings.model, ranks.device(device), settings.dtype, settings.offload
+        )
+    else:
+        known = loading.Defaults.from_pipeline(pipe)
+    together = Together(pipe, count)
+    if not together.leads:
+        together.follow(pipe, known)
+        return ""
+    with ExitStack() as stack:
+        if show != "none":
+            display = stack.enter_context(Display(manifest, json_events=show == "json"))
+            stack.enter_context(_refreshing(display))
+        stopped = Worker(manifest, pipe, known, settings, False, together).run()
+    together.dismiss()
     return stopped or manifest.get("stop") or ""
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from dit_accel import ranks
 from dit_accel.cli_options import checked, parse_size
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Options:
     ] = 300
     json_events: Annotated[bool, _option("JSON events on stdout.", _RUN, "--json")] = False
     workers: Annotated[int, _option("Processes, on each GPU of --gpus. \\[1]", _WHERE)] = 1
+    ulysses: Annotated[int, _option("GPUs (or processes) that share each clip. \\[1]", _WHERE)] = 1
     gpus: Annotated[str | None, _option("all, or numbers such as 0,2.", _WHERE)] = None
     model: Annotated[str | None, _option("Folder or Hugging Face id.", _WHERE)] = None
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps.", _WHERE)] = None
@@ -114,6 +116,7 @@ def batch(**values: Any) -> None:
     """
     options = Options(**values)
     with checked():
+        ranks.check(options.ulysses)
         from dit_accel.batch import run
 
         summary = run(
@@ -126,8 +129,11 @@ def batch(**values: Any) -> None:
             device=options.device,
             check_every=options.check_every,
             retry_failed=options.retry_failed,
+            ulysses=options.ulysses,
             show="json" if options.json_events else "auto",
         )
+    if not ranks.first(options.ulysses):
+        return  # the first process has the books, and the last word
     if options.json_events:
         print(json.dumps({"event": "summary", **summary.to_dict()}), flush=True)
     elif os.environ.get("RANK", "0") == "0":

@@ -15,6 +15,7 @@ from dit_accel.batch import memory, render
 from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest, Row
+from dit_accel.batch.together import Apart, Together
 from dit_accel.batch.writer import FULL, Finished, Writer
 from dit_accel.generate import arguments
 from dit_accel.loading import Defaults
@@ -64,10 +65,17 @@ class Worker:
     """Serves the queue with one pipeline, until no job waits or runs elsewhere."""
 
     def __init__(
-        self, manifest: Manifest, pipe: Any, defaults: Defaults, settings: Settings, child: bool
+        self,
+        manifest: Manifest,
+        pipe: Any,
+        defaults: Defaults,
+        settings: Settings,
+        child: bool,
+        together: Together | None = None,
     ) -> None:
         self.manifest, self.pipe, self.defaults = manifest, pipe, defaults
         self.settings, self.owner = settings, owners.me()
+        self.renders = render.render if together is None else together.render
         self.device = pipe._execution_device
         self.savings = memory.Savings(pipe, self.device, settings.batch, settings.offload)
         self.heart = Heart(manifest, self.owner, str(self.device), settings.timeout, child)
@@ -142,12 +150,13 @@ class Worker:
         if error is None:
             return
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        if memory.is_out_of_memory(error):
-            self._save_memory(rows, reason)
-        elif memory.is_device_lost(error):
+        reason = _first_line(error) if isinstance(error, Apart) else reason
+        if isinstance(error, Apart) or memory.is_device_lost(error):
             for row in rows:
                 self.manifest.fail(row, self.owner, reason, self.settings.retries)
             raise DeviceLost(reason)
+        if memory.is_out_of_memory(error):
+            self._save_memory(rows, reason)
         elif isinstance(error, ValueError):  # a matter of the job, not of luck
             self._split(rows, _first_line(error), 0)
         else:
@@ -174,7 +183,7 @@ class Worker:
     def _render(self, jobs: Sequence[Job], dense: bool = False) -> list[render.Clip]:
         title = jobs[0].output if len(jobs) == 1 else f"{jobs[0].output} and {len(jobs) - 1} more"
         self.heart.begin(title)
-        clips = render.render(self.pipe, self.defaults, jobs, self.heart.say, dense)
+        clips = self.renders(self.pipe, self.defaults, jobs, self.heart.say, dense)
         if self.savings.taken:
             for clip in clips:
                 clip.report["after_out_of_memory"] = list(self.savings.taken)

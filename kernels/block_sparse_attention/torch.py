@@ -161,7 +161,7 @@ def as_blocks(x: Tensor, block: int) -> Tensor:
     """[B·H·M, block, D] from x [B, H, N, D]: a view if it can be, else one copy, zero-padded."""
     batch, heads, n, d = x.shape
     if n % block == 0:
-        return x.reshape(-1, block, d)
+        return x.reshape(-1, block, d).contiguous()
     padded = x.new_zeros(batch, heads, block_count(n, block) * block, d)
     padded[:, :, :n] = x
     return padded.view(-1, block, d)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dit_accel import ops
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import torch as fast
 from dit_accel.table import BlockTable, block_count
@@ -49,6 +50,19 @@ def test_rows_without_a_block_are_zero():
     q, k, v, table = inputs(130, 300, 32, torch.float32, keep=0.0)
     out, lse = fast.block_sparse_attention(q, k, v, table, return_lse=True)
     assert torch.equal(out, torch.zeros_like(out)) and (lse == -torch.inf).all()
+
+
+def test_one_block_of_strided_keys():
+    q, k, v = (torch.randn(1, 64, 2, 64, requires_grad=True) for _ in range(3))
+    heads = [x.transpose(1, 2) for x in (q, k, v)]  # as diffusers hands them over
+    table = BlockTable.from_mask(torch.ones(1, 2, 1, 1, dtype=torch.bool), 64, 64, 64, 64)
+    check(*(x.detach() for x in heads), table)
+    out = ops.block_sparse_attention(*heads, table)
+    dense = torch.nn.functional.scaled_dot_product_attention(*heads)
+    grad = torch.randn_like(out)
+    mine = torch.autograd.grad(out, (q, k, v), grad)
+    for a, b in zip(mine, torch.autograd.grad(dense, (q, k, v), grad), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_permuted_table_is_equal():

@@ -206,3 +206,35 @@ def test_attention_refuses():
     with pytest.raises(ValueError, match="serves"):
         other = BlockTable(table.indices[:1], table.counts[:1], 64, 64, 200, 300)
         ops.block_sparse_attention(q, k, v, other)
+
+
+def test_int8_is_near_and_compiles_whole():
+    q, k, v = qkv(130, 300, 64)
+    table = ops.block_table(q, k, 0.5, kv_len=250)
+
+    def attend(q, k, v, precision="int8"):
+        options = {"return_lse": True, "kv_len": 250, "precision": precision}
+        return ops.block_sparse_attention(q, k, v, table, **options)
+
+    exact, found = attend(q, k, v, None), attend(q, k, v)
+    assert 0.001 < ((found[0] - exact[0]).norm() / exact[0].norm()).item() < 0.05
+    torch.testing.assert_close(found[1], exact[1], atol=0.05, rtol=0)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    for a, b in zip(compiled, found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_int8_in_a_layout_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DIT_ACCEL_KERNELS", "reference")
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv())
+    out = ops.block_sparse_attention(q, k, v, ops.block_table(q, k, 0.5), precision="int8")
+    assert out.stride() == q.stride()
+
+
+def test_what_precision_refuses():
+    q, k, v = qkv()
+    table = ops.block_table(q, k, 0.5)
+    with pytest.raises(ValueError, match="'int8' or None"):
+        ops.block_sparse_attention(q, k, v, table, precision="fp4")
+    with pytest.raises(ValueError, match="no gradient"):
+        ops.block_sparse_attention(q.requires_grad_(), k, v, table, precision="int8")

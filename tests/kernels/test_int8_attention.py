@@ -52,7 +52,7 @@ def check(q, k, v, table, kv_len=None, scale=None, fn=kernel.int8_attention):
     out = fn(q, k, v, table, **options)
     assert_close("out", out[0], wide[0], same[0])
     assert_close("lse", out[1], wide[1], same[1])
-    torch.testing.assert_close(out[1], same[1], atol=5e-3, rtol=1e-4)
+    torch.testing.assert_close(out[1], same[1], atol=2e-2, rtol=1e-4)
     return out[0]
 
 

@@ -331,8 +331,8 @@ def _line(cells: Any) -> str:
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    PAGE.write_text(text.split(START)[0] + render() + text.split(END)[-1])
+    found, text = render(), PAGE.read_text()
+    PAGE.write_text(text.split(START)[0] + found + text.split(END)[-1])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+OFFLOADING = ("cuda",)  # devices whose memory is not the host's
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the host refused an allocation."""
@@ -61,13 +63,13 @@ class Savings:
         return "tiled decoding"
 
     def _offload(self) -> str | None:
-        if self.device.type != "cuda":
+        if self.device.type not in OFFLOADING:
             return None
         self.pipe.enable_model_cpu_offload(device=self.device)
         return "parts of the model kept off the GPU while they do not run"
 
     def _offload_layers(self) -> str | None:
-        if self.device.type != "cuda":
+        if self.device.type not in OFFLOADING:
             return None
         self.pipe.remove_all_hooks()
         self.pipe.to("cpu")

@@ -128,6 +128,11 @@ def _span(
             f"{type(transformer).__name__} cannot run token pruning: "
             "its adapter does not know its per-token arguments"
         )
+    if config.prune.criterion == "text" and not adapter.span.text:
+        raise ValueError(
+            f"{type(transformer).__name__} reads its text apart from the visual tokens, so "
+            "criterion='text' has nothing to see; take another criterion"
+        )
     blocks = sum(len(found) for found in adapter.span.lists(transformer))
     span = Span(config.prune, adapter.span, engine.clock, blocks)
     engine.spans.append(span)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dit_accel.prune_context import CONTEXTS
-from dit_accel.prune_criteria import CRITERIA
+from dit_accel.prune_criteria import CRITERIA, JOINT
 from dit_accel.prune_restore import RESTORES
 from dit_accel.schedule import check_share, count_steps
 
@@ -32,7 +32,8 @@ class TokenPruning:
         start, end: steps at both ends that run all tokens: a share (float) or a number (int).
         first, last: the span's block numbers, first ≤ block < last; negative ones count from the
             model's end, None is its end.
-        criterion: what makes a token worth running; "random", "stratified" and "lru" are controls.
+        criterion: what makes a token worth running; "random", "stratified" and "lru" are controls;
+            "text" is for joint text-image models.
         threshold: with criterion="drift": only blocks that drifted at least so much since they ran
             last run, at most `keep` of all; None: always `keep` of all.
         restore: "reuse" (R as it was), "taylor" (extrapolated from its last two values), "blend"
@@ -74,7 +75,7 @@ class TokenPruning:
                 raise ValueError(f"{name} is a number ≥ {low}, not {getattr(self, name)}")
         for name in ("start", "end"):
             check_share(name, getattr(self, name))
-        names = {"criterion": CRITERIA, "restore": RESTORES, "context": CONTEXTS}
+        names = {"criterion": (*CRITERIA, *JOINT), "restore": RESTORES, "context": CONTEXTS}
         for name, values in names.items():
             if getattr(self, name) not in values:
                 choice = ", ".join(values)

@@ -23,7 +23,8 @@ class Facts:
     the step each token ran last. seen: int64 [N], that step. step, seed, block: numbers.
     transition: [B, N] summed Token Transition Variation of the probe blocks, or None.
     output: pass name → [B, N, P] the model's output tokens at the previous step.
-    tokens: [B, N, C], as they enter the span.
+    tokens: [B, N, C], as they enter the span. text: [N] summed share of the probe blocks'
+    attention that goes to the text, or None.
     """
 
     probe: Tensor
@@ -35,6 +36,7 @@ class Facts:
     transition: Tensor | None = None
     output: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
+    text: Tensor | None = None
 
 
 def drift(facts: Facts) -> Tensor:
@@ -67,6 +69,11 @@ def guidance(facts: Facts) -> Tensor | None:
     if len(passes) < 2:
         return None
     return (passes[0].float() - passes[1].float()).norm(dim=-1).mean(0)
+
+
+def text(facts: Facts) -> Tensor | None:
+    """Share of a token's attention that goes to the text, after ToCa (arXiv 2410.05317)."""
+    return facts.text
 
 
 def similarity(facts: Facts) -> Tensor:
@@ -112,6 +119,9 @@ CRITERIA: dict[str, Callable[[Facts], Tensor | None]] = {
     "lru": lru,
 }
 
+# Criteria of models whose blocks hold text, too.
+JOINT: dict[str, Callable[[Facts], Tensor | None]] = {"text": text}
+
 
 def transition_variation(x: Tensor, y: Tensor) -> Tensor:
     """One module's TTV: w_i = (‖y_i‖/‖x_i‖) · softmax_i(1 − cos(x_i, y_i)).
@@ -125,6 +135,36 @@ def transition_variation(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.float(), y.float()
     turn = (1 - F.cosine_similarity(x, y, dim=-1)).softmax(dim=-1)
     return turn * y.norm(dim=-1) / x.norm(dim=-1).clamp(min=1e-12)
+
+
+def text_share(q: Tensor, k: Tensor, visual: slice, mask: Tensor | None, block: int) -> Tensor:
+    """Share of the visual queries' attention that goes to text keys, mean of samples and heads.
+
+    Args:
+        q: [B, N, H, D] visual queries. k: [B, n, H, D] all keys, the visual ones at `visual`.
+        mask: bool [B, 1, 1, n] key padding, or None. block: visual keys are taken as the means of
+            so many, each with its size as weight, so that no N × N matrix is needed.
+
+    Returns [N] float32.
+    """
+    found = k[:, visual].float()
+    sizes = torch.full((-(-found.shape[1] // block),), block, device=k.device)
+    sizes[-1] = found.shape[1] - (len(sizes) - 1) * block
+    padded = F.pad(found, (0, 0, 0, 0, 0, len(sizes) * block - found.shape[1]))
+    means = padded.unflatten(1, (len(sizes), block)).sum(2) / sizes[:, None, None]
+    words = torch.cat([k[:, : visual.start], k[:, visual.stop :]], dim=1).float()
+    valid = None
+    if mask is not None:
+        valid = torch.cat([mask[..., : visual.start], mask[..., visual.stop :]], dim=-1)
+    shares = []
+    for rows in q.split(4096, dim=1):  # [B, H, rows, keys] each
+        rows = rows.float().transpose(1, 2) / q.shape[-1] ** 0.5
+        to_text = rows @ words.permute(0, 2, 3, 1)
+        if valid is not None:
+            to_text = to_text.masked_fill(~valid, -torch.inf)
+        to_picture = rows @ means.permute(0, 2, 3, 1) + sizes.log()
+        shares.append((to_text.logsumexp(-1) - to_picture.logsumexp(-1)).sigmoid().mean((0, 1)))
+    return torch.cat(shares)
 
 
 def pick(

@@ -19,7 +19,14 @@ from dit_accel.clock import Clock
 from dit_accel.pipelines.base import SpanSite
 from dit_accel.prune import TokenPruning
 from dit_accel.prune_context import Context
-from dit_accel.prune_criteria import CRITERIA, Facts, pick, transition_variation
+from dit_accel.prune_criteria import (
+    CRITERIA,
+    JOINT,
+    Facts,
+    pick,
+    text_share,
+    transition_variation,
+)
 from dit_accel.prune_restore import RESTORES, Memory, Past
 from dit_accel.table import block_count, kept_blocks
 
@@ -41,6 +48,7 @@ class Span:
     output: dict[str, Tensor] = field(default_factory=dict)
     context: Context | None = None
     transition: Tensor | None = None
+    reading: Tensor | None = None
     live: int | None = None
     inside: bool = False
     running: bool = False
@@ -73,7 +81,7 @@ class Span:
             self.context.begin()
         self._order = order
         self.running, self.share, self._cached = True, 1.0, False
-        self.transition = self.live = self._index = self._entered = None
+        self.transition = self.reading = self.live = self._index = self._entered = None
         self._rows.clear()
 
     def end(self) -> None:
@@ -191,8 +199,9 @@ class Span:
             self.transition,
             self.output,
             self._entered[0],
+            self.reading,
         )
-        scores = CRITERIA[prune.criterion](facts)
+        scores = {**CRITERIA, **JOINT}[prune.criterion](facts)
         if scores is None:
             return None
         count = kept_blocks(prune.keep, block_count(n, prune.block)) if prune.keep else 0
@@ -269,6 +278,20 @@ class Span:
             return k, v, mask
         whole = self.context.complete(name, k, v, visual, self._index, n)
         return *whole, self.context.mask(mask, visual, n)
+
+    def watch_attention(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        """An attention call [B, n, H, D] comes; those of probe blocks tell who reads the text."""
+        if self.prune.criterion != "text" or not self.running or self._entered is not None:
+            return
+        n, n_keys = self._start.shape[1], k.shape[1]
+        first = (n_keys - n) * self.clock.geometry.text_first
+        visual = slice(first, first + n)
+        if n_keys == n:  # a self-attention of the visual tokens alone
+            return
+        padding = mask is not None and mask.dtype == torch.bool and mask.shape[-2] == 1
+        queries = q if q.shape[1] == n else q[:, visual]
+        share = text_share(queries, k, visual, mask if padding else None, self.prune.block)
+        self.reading = share if self.reading is None else self.reading + share
 
     @property
     def visual_keys(self) -> int | None:

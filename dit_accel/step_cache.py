@@ -1,4 +1,4 @@
-"""Step caches, diffusers' and cache-dit's, beside token pruning: which compose, which do not and why.
+"""Step caches, diffusers' and cache-dit's, beside token pruning: which compose, and why not.
 
 A cache that decides at the first block whether the whole step is skipped composes: pruning works
 in the steps that it lets run. Caches of what single modules return hold all tokens and do not.
@@ -26,7 +26,7 @@ REASONS = {
 def obstacle(transformer: nn.Module, first: int, last: int, blocks: int) -> str:
     """Why the cache enabled on `transformer` does not go with a span of first ≤ block < last."""
     if getattr(transformer, "_is_cached", False):
-        return "cache-dit is enabled: it runs the blocks in loops of its own; disable one of the two"
+        return "cache-dit is enabled: it runs the blocks in its own loops; disable one of the two"
     if not getattr(transformer, "is_cache_enabled", False):
         return ""
     name = type(transformer._cache_config).__name__

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, MagCacheConfig
 from tiny import tiny_wan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -314,3 +314,35 @@ def test_nothing_grows_over_twenty_generations(pipe, context):
         for _ in range(20):
             run(pipe, size=64, steps=3)
         assert handle.report().state_bytes == state and held() == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FirstBlockCacheConfig(threshold=1e9),
+        MagCacheConfig(
+            threshold=1e9, max_skip_steps=9, num_inference_steps=4, mag_ratios=[1.0] * 4
+        ),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_steps_that_a_cache_skips_are_left_alone(pipe, stock, config):
+    pipe.transformer.enable_cache(config)
+    cached = run(pipe)
+    with pruned(pipe, keep=0.5) as handle:
+        assert torch.equal(run(pipe), cached) and not torch.equal(cached, stock)
+        assert all(step["tokens"] == 1 for step in handle.report().steps)
+    with pruned(pipe, first=0), pytest.raises(RuntimeError, match="reads all tokens at the first"):
+        run(pipe)
+    pipe.transformer.disable_cache()
+    assert torch.equal(run(pipe), stock)
+
+
+def test_blocks_run_by_someone_else_are_noticed(pipe):
+    def forward(model, hidden_states, **more):
+        return (hidden_states,)
+
+    with pruned(pipe), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(pipe.transformer), "forward", forward)
+        with pytest.raises(RuntimeError, match="did not meet the model's blocks"):
+            pipe.transformer(hidden_states=torch.randn(1, 16, 3, 8, 8))

@@ -8,7 +8,7 @@ from tiny import tiny_wan
 import dit_accel
 from dit_accel import Dense, Pooled, Schedule, TokenPruning
 from dit_accel.prune_context import Context
-from dit_accel.prune_criteria import pick
+from dit_accel.prune_criteria import pick, text_share
 from dit_accel.prune_restore import RESTORES, Memory, Past
 
 GRID, C = (2, 3, 4), 5
@@ -97,6 +97,20 @@ def test_context_extends_key_padding_and_refuses_other_masks():
         context.mask(torch.ones(1, 1, 7, 7, dtype=torch.bool), slice(0, 4), 8)
     with pytest.raises(RuntimeError, match="torch.float32"):
         context.mask(torch.zeros(1, 1, 1, 7), slice(0, 4), 8)
+
+
+def test_share_of_attention_on_text_is_exact_for_blocks_of_one():
+    q, k = torch.randn(2, 10, 3, 8), torch.randn(2, 14, 3, 8)
+    mask = torch.ones(2, 1, 1, 14, dtype=torch.bool)
+    mask[0, ..., :2] = False
+    weights = (q.permute(0, 2, 1, 3) @ k.permute(0, 2, 3, 1) / 8**0.5).masked_fill(~mask, -1e9)
+    want = weights.softmax(-1)[..., :4].sum(-1).mean((0, 1))
+    torch.testing.assert_close(text_share(q, k, slice(4, 14), mask, 1), want)
+    means = k.clone()
+    means[:, 4:12] = k[:, 4:12].mean(1, keepdim=True)
+    means[:, 12:] = k[:, 12:].mean(1, keepdim=True)
+    same = text_share(q, means, slice(4, 14), None, 1)
+    torch.testing.assert_close(text_share(q, k, slice(4, 14), None, 8), same)
 
 
 def test_threshold_takes_what_passes_it_and_no_more_than_keep():

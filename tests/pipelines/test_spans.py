@@ -56,9 +56,13 @@ def test_pruned_steps_with_new_input_are_near_and_not_equal(model, context):
     assert report.steps[-1]["tokens"] < 1 and not report.unplanned
 
 
-@pytest.mark.parametrize("criterion", ["ttv*drift", "velocity", "similarity"])
+@pytest.mark.parametrize("criterion", ["ttv*drift", "velocity", "similarity", "text"])
 def test_criteria_find_what_they_measure(model, criterion):
     case, built, _ = model
+    if criterion == "text" and not registry.find(built).span.text:
+        with pytest.raises(ValueError, match=f"{case.name} reads its text apart"):
+            steps(case, built, 0, criterion=criterion)
+        return
     out, report = steps(case, built, 2, 1, 0, keep=0.5, first=1, criterion=criterion)
     assert torch.isfinite(out[-1]).all()
     assert [step["tokens"] < 1 for step in report.steps] == [False, True, True]

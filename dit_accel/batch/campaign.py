@@ -16,6 +16,7 @@ from dit_accel.batch.fleet import Fleet
 from dit_accel.batch.gallery import write_gallery
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest
+from dit_accel.batch.ray_fleet import RayFleet
 from dit_accel.batch.reading import Parsed, gather
 from dit_accel.batch.summary import Summary, summarize, write_results
 from dit_accel.batch.together import Together
@@ -33,12 +34,13 @@ def run(
     settings: Settings | None = None,
     defaults: Mapping[str, Any] | None = None,
     pipe: Any = None,
-    workers: int = 1,
+    workers: int | None = None,
     gpus: str | None = None,
     device: str | None = None,
     check_every: int = 0,
     retry_failed: bool = False,
     ulysses: int = 1,
+    ray: str | None = None,
     show: str = "auto",
 ) -> Summary:
     """Do all jobs, or what is left of them from an earlier run, and write a gallery.
@@ -53,6 +55,8 @@ def run(
         check_every: every n-th job also runs dense and reports how far it is from that.
         retry_failed: try jobs again that failed in an earlier run.
         ulysses: processes that make each clip together; a launcher must have started them.
+        ray: address of a Ray cluster ("auto", "local") whose machines share `out`; `workers` are
+            then started there, one on each GPU unless a number is given.
         show: "auto" (bars or lines on stderr), "json" (events on stdout) or "none".
 
     Raises ValueError, before anything is generated, for bad jobs (unless settings.keep_going), a
@@ -61,11 +65,12 @@ def run(
     """
     settings = settings or Settings()
     _check(show, check_every)
-    _check_ulysses(ulysses, workers, gpus)
+    _check_where(ulysses, ray, workers, gpus, pipe)
     parsed = gather(jobs, defaults)
     _judge(parsed, settings)
     model = _name(pipe) if pipe is not None else loading.find_model(settings.model)
-    devices = [] if pipe is not None else _devices(workers, gpus, device)
+    elsewhere = pipe is not None or ray is not None
+    devices = [] if elsewhere else _devices(workers or 1, gpus, device)
     manifest = _open(_folder(out))
     try:
         with _ranks() as rank, _space():
@@ -77,7 +82,10 @@ def run(
                     parsed.jobs, problems, check_every=check_every, retry_failed=retry_failed
                 )
                 _sweep(manifest)
-        if ulysses > 1:
+        if ray is not None:
+            with RayFleet(manifest, workers or 0, ray, device) as fleet:
+                stopped = _attend(manifest, fleet, show)
+        elif ulysses > 1:
             stopped = _work_together(manifest, settings, pipe, device, ulysses, show)
         else:
             stopped = _work(manifest, settings, pipe, devices, rank, show)
@@ -93,9 +101,15 @@ def _check(show: str, check_every: int) -> None:
         raise ValueError(f"check_every is the distance between checked jobs, not {check_every}")
 
 
-def _check_ulysses(ulysses: int, workers: int, gpus: str | None) -> None:
-    if ulysses != 1 and (workers != 1 or gpus is not None):
-        raise ValueError("with ulysses all processes make one clip: leave workers and gpus out")
+def _check_where(
+    ulysses: int, ray: str | None, workers: int | None, gpus: str | None, pipe: Any
+) -> None:
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is at least 1, not {workers}")
+    if ulysses != 1 and (workers is not None or gpus is not None or ray is not None):
+        raise ValueError("with ulysses all processes make one clip: leave workers, gpus, ray out")
+    if ray is not None and (gpus is not None or pipe is not None):
+        raise ValueError("with ray the cluster says where: leave gpus and pipe out")
     try:
         ranks.check(ulysses)
     except ranks.Wanted:
@@ -158,8 +172,6 @@ def _devices(workers: int, gpus: str | None, device: str | None) -> list[str]:
     """One device for each worker."""
     import torch
 
-    if workers < 1:
-        raise ValueError(f"workers is at least 1, not {workers}")
     if gpus is None:
         loading.pick_device(device)
         count = torch.cuda.device_count() if device in (None, "cuda") else 0
@@ -247,6 +259,17 @@ def _work_together(
     return stopped or manifest.get("stop") or ""
 
 
+def _attend(manifest: Manifest, fleet: RayFleet, show: str) -> str:
+    with ExitStack() as stack:
+        display = None
+        if show != "none":
+            display = stack.enter_context(Display(manifest, json_events=show == "json"))
+        try:
+            return _watch(manifest, fleet, display)
+        except DiskFull:
+            return FULL
+
+
 def _load_for_rank(settings: Settings) -> tuple[Any, loading.Defaults]:
     import torch
 
@@ -263,7 +286,7 @@ def _threads(devices: list[str]) -> int:
     return max(1, (cores or 1) // len(devices))
 
 
-def _watch(manifest: Manifest, fleet: Fleet, display: Display | None) -> str:
+def _watch(manifest: Manifest, fleet: Fleet | RayFleet, display: Display | None) -> str:
     page_due = time.monotonic() + GALLERY_EVERY
     while fleet.tend() and not fleet.stopped:
         if display is not None:

@@ -19,9 +19,11 @@ from dit_accel.batch.writer import FULL
 from dit_accel.loading import load_pipeline
 
 
-def main() -> None:
-    """Serve the manifest of a folder. Exit codes are those of dit_accel.batch.worker."""
-    folder, device, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def serve(folder: str, device: str, threads: int) -> int:
+    """Work off the manifest of a folder; an exit code of dit_accel.batch.worker, or 0.
+
+    device: a name, or "auto". threads: of the CPU; 0 leaves PyTorch's choice.
+    """
     if threads:
         torch.set_num_threads(threads)
     manifest = Manifest(folder)
@@ -32,14 +34,13 @@ def main() -> None:
         )
     except ValueError as error:
         manifest.set("stop", str(error))
-        raise SystemExit(NO_MODEL) from None
+        return NO_MODEL
     try:
         stopped = Worker(manifest, pipe, defaults, settings, child=True).run()
     except DeviceLost:
-        raise SystemExit(DEVICE_LOST) from None
-    if stopped == FULL:
-        raise SystemExit(DISK_FULL)
+        return DEVICE_LOST
+    return DISK_FULL if stopped == FULL else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(serve(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -58,8 +58,13 @@ class Options:
         float, _option("Wait so many seconds on a full disk. \\[300]", _RUN)
     ] = 300
     json_events: Annotated[bool, _option("JSON events on stdout.", _RUN, "--json")] = False
-    workers: Annotated[int, _option("Processes, on each GPU of --gpus. \\[1]", _WHERE)] = 1
+    workers: Annotated[int | None, _option("Processes, on each GPU of --gpus. \\[1]", _WHERE)] = (
+        None
+    )
     ulysses: Annotated[int, _option("GPUs (or processes) that share each clip. \\[1]", _WHERE)] = 1
+    ray: Annotated[
+        str | None, _option("Work on a Ray cluster: auto, an address, or local.", _WHERE)
+    ] = None
     gpus: Annotated[str | None, _option("all, or numbers such as 0,2.", _WHERE)] = None
     model: Annotated[str | None, _option("Folder or Hugging Face id.", _WHERE)] = None
     device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps.", _WHERE)] = None
@@ -130,6 +135,7 @@ def batch(**values: Any) -> None:
             check_every=options.check_every,
             retry_failed=options.retry_failed,
             ulysses=options.ulysses,
+            ray=options.ray,
             show="json" if options.json_events else "auto",
         )
     if not ranks.first(options.ulysses):

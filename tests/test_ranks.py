@@ -92,7 +92,7 @@ def test_a_launcher_must_have_started_as_many(monkeypatch):
     monkeypatch.delenv("RANK")
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         run([{"prompt": "a"}], "out", ulysses=2, show="none")
-    with pytest.raises(ValueError, match="leave workers and gpus out"):
+    with pytest.raises(ValueError, match="leave workers, gpus, ray out"):
         run([{"prompt": "a"}], "out", ulysses=2, workers=2, show="none")
 
 

@@ -133,7 +133,7 @@ class Engine:
         self._order(geometry, device, carried and not geometry.fixed_order)
         self.span = span
         if span is not None:
-            span.begin(self.index)
+            span.begin(self.index if self.carried else None)
         book = StepBook(self.clock.step, self.clock.passname, Stopwatch(device))
         self.forwards.append(book)
 

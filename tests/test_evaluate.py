@@ -270,6 +270,12 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
     assert cli.run(["evaluate", "-o", str(out), *what, *where]) == 0
     assert "cells are left" in capsys.readouterr().out
     assert (out / "table.md").read_text().startswith("| row |")
+    more = ["--resume", "--no-attention"]
+    assert cli.run(["evaluate", "-o", str(out), *what, *where, *more]) == 0
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    assert len(cells) == 4 and len({cell["row"] for cell in cells}) == 4
+    assert cli.run(["evaluate", "-o", str(out), *what, *where, *more, "--batch", "2"]) == 2
+    assert "was measured with batch = 1, not 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,21 @@ def test_short_sequences_run_dense_and_say_why(studio):
     assert any("crossover" in why for why in pair.right.report["unplanned"])
 
 
+def test_pruning_goes_with_dense_and_sparse_attention_and_is_told(tmp_path):
+    deep, left = tiny_wan(layers=3), Side(prune="fast")
+    studio = Studio(lambda name: (deep, DEFAULTS))
+    pair = pair_of(studio, replace(ASK, left=left, right=replace(SPARSE, prune="fast"), steps=8))
+    assert left.label == "dense, prune fast" and left.config().prune.keep == 0.35
+    for run in (pair.left, pair.right):
+        assert min(step["tokens"] for step in run.report["steps"]) < 1
+    html = views.results(outcome.record(pair, tmp_path), "base")
+    assert "part of the tokens through the middle of the model" in html
+    with pytest.raises(ValueError, match="cannot run on pruned ones"):
+        Side("shared", prune="fast")
+    with pytest.raises(ValueError, match="unknown pruning preset"):
+        Side(prune="brutal")
+
+
 def test_a_run_leaves_the_pipeline_stock(pipe, alone):
     assert "_dit_accel" not in pipe.transformer.__dict__
     assert hooks_of(pipe) == 0
@@ -335,10 +350,11 @@ def test_previews_of_packed_latents_have_the_clips_shape():
 
 
 def test_the_form_makes_the_request_it_shows(studio, tmp_path):
-    sides = [Side(), Side("rettention:fast", keep=0.05, warmup=0.2, order="tile")]
-    values = Form.values("a cat", sides, 3, 12, (64, 32, 9))
-    ask = Form.ask(*values, limits=Limits())
-    assert (ask.left, ask.right) == tuple(sides)
+    tiles = Side("rettention:fast", keep=0.05, warmup=0.2, order="tile")
+    for sides in ((Side(), tiles), (Side(prune="safe"), replace(SPARSE, prune="fast"))):
+        values = Form.values("a cat", sides, 3, 12, (64, 32, 9))
+        ask = Form.ask(*values, limits=Limits())
+        assert (ask.left, ask.right) == sides
     assert (ask.seed, ask.steps, ask.width, ask.height, ask.frames) == (3, 12, 64, 32, 9)
     demo = build(Desk(studio, tmp_path), Limits())
     assert len(demo.fns) > 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from dit_accel.config import AccelConfig, named
 from dit_accel.generate import Request
 from dit_accel.loading import Defaults
+from dit_accel.prune import resolve as pruning
 from dit_accel.schedule import Schedule
 
 
@@ -38,7 +39,8 @@ class Side:
 
     method: "dense", a name or a preset such as "topk:fast". keep: share of key blocks kept, None
     for the method's own. warmup: share of dense steps at the start. order: token order. small:
-    accelerate below the device's crossover too. Raises ValueError for a bad value.
+    accelerate below the device's crossover too. prune: a preset of token pruning. Raises
+    ValueError for a bad value.
     """
 
     method: str = "dense"
@@ -46,6 +48,7 @@ class Side:
     warmup: float = 0.15
     order: str = "raster"
     small: bool = False
+    prune: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.warmup, bool) or not 0 <= self.warmup <= 1:
@@ -54,19 +57,23 @@ class Side:
 
     def config(self) -> AccelConfig | None:
         """What `accelerate` takes; None for the stock pipeline."""
-        method = named(self.method)
-        if method.name == "dense":
+        method, prune = named(self.method), pruning(self.prune)
+        if method.name == "dense" and prune is None:
             return None
-        if self.keep is not None:
+        if self.keep is not None and method.name != "dense":
             method = replace(method, keep=self.keep)
         schedule = Schedule(warmup=float(self.warmup))
         least = 0 if self.small else None
-        return AccelConfig(method, schedule=schedule, order=self.order, min_tokens=least)
+        return AccelConfig(method, schedule, self.order, min_tokens=least, prune=prune)
 
     @property
     def label(self) -> str:
         config = self.config()
-        return "dense" if config is None else f"{config.method.name}, keep {config.method.keep:g}"
+        if config is None or config.method.name == "dense":
+            words = "dense"
+        else:
+            words = f"{config.method.name}, keep {config.method.keep:g}"
+        return words if self.prune is None else f"{words}, prune {self.prune}"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from dit_accel.app.ask import Ask, Limits, Side
 from dit_accel.loading import EMBEDDED, GENERATION, Defaults
 from dit_accel.methods import find
 from dit_accel.order import ORDERS
+from dit_accel.prune import TokenPruning
 
-OWN = "own"
+OWN, NONE = "own", "none"
+SIDE = 7  # fields of a side
 
 
 class Form:
@@ -53,12 +55,22 @@ class Form:
             warmup = _share("Dense share of the steps, at the start", 0, 0.15, 0.05)
             order = gr.Radio(list(ORDERS), value="raster", label="Token order")
             small = gr.Checkbox(False, label="Accelerate short sequences too")
+        prune = gr.Radio(
+            [NONE, *TokenPruning.presets],
+            value=NONE,
+            label="Token pruning",
+            visible=not find(method).stateful,
+        )
         kind.change(
-            _chosen, [kind, level], [more, level, keep], queue=False, api_visibility="private"
+            _chosen,
+            [kind, level],
+            [more, level, keep, prune],
+            queue=False,
+            api_visibility="private",
         )
         level.input(_keep, [kind, level], keep, queue=False, api_visibility="private")
         keep.input(lambda: OWN, None, level, queue=False, api_visibility="private")
-        return [kind, level, keep, warmup, order, small]
+        return [kind, level, keep, warmup, order, small, prune]
 
     def _clip(self) -> list[Any]:
         limits, known = self.limits, _embedded()
@@ -71,7 +83,7 @@ class Form:
                 height = _number("Height", known.height, limits.side)
                 frames = _number("Frames", known.num_frames, limits.frames)
             model = gr.Dropdown(
-                [("embedded: emoji, 29 MB", ""), *((m, m) for m in limits.models)],
+                [("embedded: animated emoji", ""), *((m, m) for m in limits.models)],
                 value="",
                 label="Model",
                 info=None if limits.public else "or type a folder or a Hugging Face id",
@@ -85,9 +97,9 @@ class Form:
     def ask(prompt: str, *values: Any, limits: Limits) -> Ask:
         """The request that the fields' values make; ValueError says what is wrong with it."""
         left, right, (model, seed, steps, width, height, frames) = (
-            values[:6],
-            values[6:12],
-            values[12:],
+            values[:SIDE],
+            values[SIDE : 2 * SIDE],
+            values[2 * SIDE :],
         )
         return Ask(
             prompt,
@@ -111,16 +123,18 @@ class Form:
         for side in sides:
             method, _, preset = side.method.partition(":")
             out += [method, preset or OWN, side.keep or 0.25, side.warmup, side.order, side.small]
+            out.append(side.prune or NONE)
         return [*out, "", seed, steps, *clip]
 
 
 def _make_side(
-    method: str, preset: str, keep: float, warmup: float, order: str, small: bool
+    method: str, preset: str, keep: float, warmup: float, order: str, small: bool, prune: str
 ) -> Side:
+    pruned = None if prune == NONE or find(method).stateful else prune
     if method == "dense":
-        return Side()
+        return Side(prune=pruned)
     name = method if preset == OWN else f"{method}:{preset}"
-    return Side(name, float(keep), float(warmup), order, bool(small))
+    return Side(name, float(keep), float(warmup), order, bool(small), pruned)
 
 
 def _share(label: str, least: float, value: float, step: float) -> gr.Slider:
@@ -157,8 +171,9 @@ def _keep(method: str, preset: str) -> Any:
 
 def _chosen(method: str, preset: str) -> list[Any]:
     """A method was chosen: show its settings at the same preset, or hide them."""
+    prune = gr.update(visible=not find(method).stateful)
     if method == "dense":
-        return [gr.update(visible=False), gr.skip(), gr.skip()]
+        return [gr.update(visible=False), gr.skip(), gr.skip(), prune]
     presets = find(method).presets
     level = preset if preset in presets else OWN
-    return [gr.update(visible=True), level, _keep(method, level)]
+    return [gr.update(visible=True), level, _keep(method, level), prune]

@@ -120,7 +120,18 @@ def _side_ran(name: str, side: dict[str, Any], named: bool) -> str:
     head = f"{name.capitalize()}: {sparse}" if named else f"{sparse}"
     return (
         f"<p>{head} attention calls ran sparse{f' ({served})' if served else ''} and {dense} ran "
-        f"dense.</p><ul>{reasons}</ul>{heat_map(side['cells'], report['layers'])}"
+        f"dense.{_pruned(report)}</p><ul>{reasons}</ul>{heat_map(side['cells'], report['layers'])}"
+    )
+
+
+def _pruned(report: dict[str, Any]) -> str:
+    if report["config"]["prune"] is None:
+        return ""
+    shares = [step["tokens"] for step in report["steps"]]
+    part, mean = sum(share < 1 for share in shares), sum(shares) / len(shares)
+    return (
+        f" {part} of {len(shares)} forwards ran part of the tokens through the middle of the "
+        f"model: {mean:.0%} of all tokens over the run."
     )
 
 

@@ -96,6 +96,12 @@ class Run:
             return 1e3 * (time.perf_counter() - began)
         return triton.testing.do_bench(fn, warmup=30, rep=150, return_mode="median")
 
+    def graph_ms(self, fn: Callable[[], Any]) -> float:
+        """Median milliseconds of a replayed CUDA graph: no time of launches."""
+        if self.dry or self.once:
+            return self.ms(fn)
+        return triton.testing.do_bench_cudagraph(fn, rep=100, return_mode="median")
+
     def tokens(self, batch: int, heads: int, n: int, d: int) -> Tensor:
         """[B, H, N, D] as diffusers gives it."""
         x = torch.randn(batch, n, heads, d, device=self.device, dtype=self.dtype)
@@ -174,23 +180,51 @@ def check_table(r: Run, n: int, d: int, keep: float) -> dict[str, Any]:
 
 
 def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
-    """Table, attention and whole operators at one density; TFLOP/s of the kept work."""
+    """Parts, then whole operators (the table in them), launched one by one and as a CUDA graph."""
     q, k, v = (r.tokens(*shape) for _ in range(3))
+    weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
     table = tables.block_table(q, k, keep, block_q, 64)
     kept = 4e-9 * q.shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
-    parts = {
-        "table": lambda: tables.block_table(q, k, keep, block_q, 64),
-        "sparse": lambda: sparse.block_sparse_attention(q, k, v, table),
-        "pooled": lambda: pooled.pooled_attention(q, k, v, table),
-        "rectified": lambda: rectified.rectified_attention(q, k, v, table),
+    ops: dict[str, Callable[[BlockTable], Tensor]] = {
+        "sparse": lambda t: sparse.block_sparse_attention(q, k, v, t),
+        "pooled": lambda t: pooled.pooled_attention(q, k, v, t),
+        "rectified": lambda t: rectified.rectified_attention(q, k, v, t),
+        "sla": lambda t: linear.sparse_linear_attention(q, k, v, t, weight),
     }
+
+    def make() -> BlockTable:
+        return tables.block_table(q, k, keep, block_q, 64)
+
     before = 0 if r.dry else torch.cuda.memory_allocated()
     if not r.dry:
         torch.cuda.reset_peak_memory_stats()
-    ms = {name: r.ms(fn) for name, fn in parts.items()}
+    ms = {"table": r.ms(make)} | {name: r.ms(lambda op=op: op(table)) for name, op in ops.items()}
     peak = 0 if r.dry else torch.cuda.max_memory_allocated() - before
-    return {"ms": ms, "kept_tflops": kept / ms["sparse"], "extra_bytes": peak,
+    whole = {name: r.ms(lambda op=op: op(make())) for name, op in ops.items()}
+    graph = {name: r.graph_ms(lambda op=op: op(make())) for name, op in ops.items()}
+    return {"ms": ms, "whole_ms": whole, "whole_graph_ms": graph,
+            "kept_tflops": kept / ms["sparse"], "extra_bytes": peak,
             "inputs_bytes": 3 * q.numel() * q.element_size()}  # fmt: skip
+
+
+def launch_times(r: Run) -> dict[str, Any]:
+    """Microseconds of Python for one call: the GPU's work is too short to hide any."""
+    n, calls = (200, 2) if r.dry else (256, 300)
+    q, k, v = (r.tokens(1, 2, n, 64) for _ in range(3))
+    table = tables.block_table(q, k, 0.5)
+    found = {}
+    for name, fn in {
+        "table": lambda: tables.block_table(q, k, 0.5),
+        "sparse": lambda: sparse.block_sparse_attention(q, k, v, table),
+        "pooled": lambda: pooled.pooled_attention(q, k, v, table),
+        "rectified": lambda: rectified.rectified_attention(q, k, v, table),
+    }.items():
+        fn()
+        began = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        found[name] = round(1e6 * (time.perf_counter() - began) / calls, 1)
+    return {"us": found}
 
 
 def dense_times(r: Run, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -296,12 +330,11 @@ def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict
 
 
 def other_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
-    """The linear branch with and without excluded blocks, and a full step of Re-ttention."""
+    """The linear branch with excluded blocks, and a full step of Re-ttention."""
     q, k, v = (r.tokens(*shape) for _ in range(3))
     table = tables.block_table(q, k, keep, block_q, 64)
     weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
     ms = {
-        "sparse_linear all": r.ms(lambda: linear.sparse_linear_attention(q, k, v, table, weight)),
         "sparse_linear rest": r.ms(
             lambda: linear.sparse_linear_attention(q, k, v, table, weight, excluded=table)
         ),
@@ -369,7 +402,7 @@ def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
                 continue
             change = {"tile": tile, "warps": warps, "stages": stages, "descriptors": tma}
             new = replace(row, **change, provenance="")
-            name = f"sweep forward {bq}x{bk} {change}"
+            name = f"sweep forward d{shape[3]} {bq}x{bk} {change}"
             plan.append((name, lambda a=(bq, bk, new): sweep_forward(r, shape, *a)))
     return plan
 
@@ -393,7 +426,7 @@ def timings(r: Run) -> Plan:
     """What is timed, the most telling first."""
     shapes = {"tiny": (1, 2, 200, 64)} if r.dry else SHAPES
     first = next(iter(shapes.values()))
-    plan: Plan = [("roofs", lambda: roofs(r))]
+    plan: Plan = [("roofs", lambda: roofs(r)), ("launches", lambda: launch_times(r))]
     for name, shape in shapes.items():
         plan.append((f"dense {name}", lambda s=shape: dense_times(r, s)))
         for block_q in (64, 128):
@@ -402,6 +435,8 @@ def timings(r: Run) -> Plan:
             plan.append((f"map {label}", lambda a=(shape, 0.05, block_q): map_times(r, *a)))
             plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
     plan += sweep(r, first)
+    if not r.dry:
+        plan += sweep(r, (1, 48, 17776, 64))
     plan.append(("flex keep 0.05", lambda: flex_time(r, first, 0.05)))
     plan += sweep_backward(r, first)
     for n in (200,) if r.dry else (1024, 2048, 4096, 8192, 16384, 65536, 131072):

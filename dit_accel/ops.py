@@ -171,7 +171,7 @@ def window_attention(
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense attention, and the attention to the table's key blocks, in one pass over the keys.
+    """Dense attention, and the attention to the table's key blocks.
 
     Args:
         q, k, v: [B, H, N_q, D], [B, H, N_k, D], [B, H, N_k, D].

@@ -25,6 +25,7 @@ from dit_accel.kernels.int8_attention import triton as int8
 from dit_accel.kernels.launch import LAUNCHES, Launch, split_head_dim
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.table import BlockTable, block_count
 
 _SHAPE = (1, 12, 32760)
@@ -195,6 +196,28 @@ def int8_quantize_case(
     return int8_keys._int8_quantize_fwd_kernel, int8_keys.quantize_arguments(x, x, keys)
 
 
+def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the state of linear attention; "state32" multiplies in float32."""
+    x, work = tokens(head_dim, dtype), torch.float32 if launch.op == "state32" else dtype
+    state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
+    _, arguments, _ = linear.state_case(x, x, state, total, launch, work)
+    return linear._linear_state_fwd_kernel, arguments
+
+
+def linear_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernels that add the linear branch, over all keys or those outside of a table."""
+    x, total = tokens(head_dim, dtype), empty(*_SHAPE[:2], head_dim)
+    tensors = {"base": x, "q": x, "o": x, "total": total, "bias": None}
+    if launch.op == "linear_all":
+        tensors["state"] = empty(*_SHAPE[:2], head_dim, head_dim, dtype=dtype)
+        _, arguments, _ = linear.all_case(tensors, x, launch)
+        return linear._linear_all_fwd_kernel, arguments
+    square = empty(*_SHAPE[:2], head_dim, head_dim)
+    tensors |= {"k": x, "v": x, "state": square, "weight": empty(head_dim, head_dim)}
+    _, arguments, _ = linear.rest_case(tensors, table(launch.block, 64), launch)
+    return linear._linear_rest_fwd_kernel, arguments
+
+
 CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "forward": forward_case,
     "dq": dq_case,
@@ -204,6 +227,10 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "scores": scores_case,
     "select": select_case,
     "coefficients": coefficients_case,
+    "state": state_case,
+    "state32": state_case,
+    "linear_all": linear_case,
+    "linear_rest": linear_case,
     "int8": int8_case,
     "int8_quantize": int8_quantize_case,
 }
@@ -241,6 +268,7 @@ def main(wanted: list[str]) -> None:
     for launch, head_dim, extra in cases(set(wanted)):
         found = compile_row(launch, head_dim, **extra)
         line = {"op": launch.op, "head_dim": head_dim, "block": launch.block, **extra}
+        line["provenance"] = launch.provenance
         print(json.dumps({**line, **asdict(found)}), flush=True)
 
 

@@ -201,12 +201,15 @@ def forward(
     descriptors = _descriptors(k, v, tile) if launch.descriptors and d1 == 0 else (None, None)
     pool_k, pool_v, kept = pool or (None, None, None)
     ratio, shift = rectify or (None, None)
+    one_row = not any(table.indices.stride()[:3])
+    indices = table.indices[0, 0, 0] if one_row else table.indices.contiguous()
+    width = 0 if one_row else indices.shape[-1]
     arguments = {
         "q": q, "k": k, "v": v, "desc_k": descriptors[0], "desc_v": descriptors[1], "o": out,
         "lse": lse,
-        "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), **limits,
+        "indices": indices, "counts": table.counts.contiguous(), **limits,
         "s_q": q.stride(), "s_k": k.stride(), "s_v": v.stride(), "s_o": out.stride(),
-        "n_q": q.shape[2], "width": table.indices.shape[-1], "scale": log2_scale(scale, q),
+        "n_q": q.shape[2], "width": width, "scale": log2_scale(scale, q),
         "pool_k": pool_k, "pool_v": pool_v, "kept": kept,
         "n_pool": 0 if kept is None else kept.shape[-1],
         "ratio": ratio, "shift": shift, "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,

@@ -102,6 +102,15 @@ class Run:
             return self.ms(fn)
         return triton.testing.do_bench_cudagraph(fn, rep=100, return_mode="median")
 
+    def peak(self, fn: Callable[[], Any]) -> int:
+        """Bytes that one call allocates at its worst moment, its result included."""
+        if self.dry:
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fn()
+        return torch.cuda.max_memory_allocated() - before
+
     def tokens(self, batch: int, heads: int, n: int, d: int) -> Tensor:
         """[B, H, N, D] as diffusers gives it."""
         x = torch.randn(batch, n, heads, d, device=self.device, dtype=self.dtype)
@@ -195,15 +204,12 @@ def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str
     def make() -> BlockTable:
         return tables.block_table(q, k, keep, block_q, 64)
 
-    before = 0 if r.dry else torch.cuda.memory_allocated()
-    if not r.dry:
-        torch.cuda.reset_peak_memory_stats()
     ms = {"table": r.ms(make)} | {name: r.ms(lambda op=op: op(table)) for name, op in ops.items()}
-    peak = 0 if r.dry else torch.cuda.max_memory_allocated() - before
+    extra = {name: r.peak(lambda op=op: op(make())) for name, op in ops.items()}
     whole = {name: r.ms(lambda op=op: op(make())) for name, op in ops.items()}
     graph = {name: r.graph_ms(lambda op=op: op(make())) for name, op in ops.items()}
     return {"ms": ms, "whole_ms": whole, "whole_graph_ms": graph,
-            "kept_tflops": kept / ms["sparse"], "extra_bytes": peak,
+            "kept_tflops": kept / ms["sparse"], "peak_bytes": extra,
             "inputs_bytes": 3 * q.numel() * q.element_size()}  # fmt: skip
 
 

@@ -26,8 +26,9 @@ from dit_accel.span import Span
 from dit_accel.table import BlockTable
 
 # Tokens below which dense attention is the faster one. cpu: `dit-accel bench --crossover` on two
-# cores; cuda: not measured yet, set where launch overhead cannot matter.
-CROSSOVER = {"cpu": 512, "cuda": 4096}
+# cores; cuda: an H100 with 12 heads at keep 0.1, where cuDNN wins at 4,096 and loses at 8,192
+# (benchmarks/results/h100-kernels.json, "scaling").
+CROSSOVER = {"cpu": 512, "cuda": 8192}
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 

@@ -80,15 +80,20 @@ def check_linear(
 
 
 def check_forced(
-    forced: Tensor, max_forced: int | None, shape: tuple[int, ...], device: torch.device
+    forced: Tensor,
+    max_forced: int | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    name: str = "forced",
+    sizes: str = "[B, H, Mq, Mk]",
 ) -> tuple[Tensor, int]:
     if forced.dtype != torch.bool:
-        raise ValueError(f"forced is a bool tensor, not {forced.dtype}")
+        raise ValueError(f"{name} is a bool tensor, not {forced.dtype}")
     try:
         torch.broadcast_to(forced, shape)
     except RuntimeError:
         raise ValueError(
-            f"forced broadcasts to [B, H, Mq, Mk] = {list(shape)}, unlike {list(forced.shape)}"
+            f"{name} broadcasts to {sizes} = {list(shape)}, unlike {list(forced.shape)}"
         ) from None
     if max_forced is None:
         known = forced.device.type == "cpu" and not torch.compiler.is_compiling()

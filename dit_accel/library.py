@@ -30,18 +30,23 @@ def block_table(
     length: Tensor | None,
     limit: int | None,
     max_forced: int | None,
+    mass: float,
+    near: Tensor | None,
+    max_near: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     chosen = dispatch.select("block_table", q, block_q=block_q, block_k=block_k)
     kv_len = limit if length is None else length
-    table = chosen.fn(q, k, keep, block_q, block_k, forced, kv_len, max_forced)
+    options = (forced, kv_len, max_forced, mass, near, max_near, scale)
+    table = chosen.fn(q, k, keep, block_q, block_k, *options)
     return table.indices, table.counts
 
 
 @block_table.register_fake
-def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced):
+def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced, mass, near, max_near, _):
     rows = (*q.shape[:2], block_count(q.shape[2], block_q))
     blocks = block_count(k.shape[2] if limit is None else limit, block_k)
-    width = table_width(keep, blocks, 0 if forced is None else max_forced)
+    width = table_width(keep, blocks, 0 if forced is None else max_forced, mass, max_near)
     return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
 
 

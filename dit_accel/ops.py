@@ -40,11 +40,17 @@ def block_table(
     forced: Tensor | None = None,
     kv_len: int | Tensor | None = None,
     max_forced: int | None = None,
+    mass: float = 0.0,
+    near: Tensor | None = None,
+    max_near: int | None = None,
+    scale: float | None = None,
 ) -> BlockTable:
-    """The forced key blocks of each query block, and the K best of the others.
+    """The forced key blocks of each query block, the K best of the others, and those `near`.
 
     score = mean(q in block) · mean(k in block) over the true number of tokens, in float32;
-    K = max(1, ceil(keep · M)) of the M key blocks that hold a valid key. Not differentiated.
+    K = max(1, ceil(keep · M)) of the M key blocks that hold a valid key. With a mass p (top-p,
+    arXiv 2511.19835) more than K where fewer hold no more than p of softmax_m(scale · score_m +
+    ln|m|), the forced blocks' share counted first. Not differentiated, no device synchronisation.
 
     Args:
         q, k: [B, H, N_q, D] and [B, H, N_k, D].
@@ -55,6 +61,10 @@ def block_table(
             blocks without a valid key never chosen.
         max_forced: an upper bound of the forced blocks in one row: it bounds the table's width
             (None: counted if `forced` is in host memory, else all Mk).
+        mass: p in [0, 1); 0 is plain top-K.
+        near: bool [Mq, Mk], blocks that compete as all others and are kept even if they lose.
+        max_near: as max_forced, for `near`.
+        scale: of the softmax that gives the mass, None is 1/√D.
 
     Raises ValueError for arguments outside these ranges.
     """
@@ -66,9 +76,15 @@ def block_table(
     m_q, m_k = block_count(q.shape[2], block_q), block_count(k.shape[2], block_k)
     if forced is not None:
         forced, max_forced = check_forced(forced, max_forced, (*q.shape[:2], m_q, m_k), q.device)
+    if not 0 <= mass < 1:
+        raise ValueError(f"mass is a share of the attention in [0, 1), not {mass}")
+    if near is not None:
+        near, max_near = check_forced(near, max_near, (m_q, m_k), q.device, "near", "[Mq, Mk]")
+        near = near.expand(m_q, m_k)
     length, limit = split_kv_len(kv_len, k)
+    critical = (float(mass), near, max_near or 0, default_scale(scale, q))
     indices, counts = library.block_table(
-        q, k, float(keep), block_q, block_k, forced, length, limit, max_forced
+        q, k, float(keep), block_q, block_k, forced, length, limit, max_forced, *critical
     )
     return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
 

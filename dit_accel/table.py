@@ -20,10 +20,16 @@ def kept_blocks(keep: float, blocks: int) -> int:
     return max(1, math.ceil(keep * blocks - 1e-6))
 
 
-def table_width(keep: float, blocks: int, max_forced: int | None) -> int:
-    """Columns of the table of the best blocks and at most max_forced forced ones (None: any)."""
+def table_width(
+    keep: float, blocks: int, max_forced: int | None, mass: float = 0.0, max_near: int = 0
+) -> int:
+    """Columns of the table of the best blocks and at most max_forced forced ones (None: any).
+
+    The n best of M shares hold at least n/M of their sum, so `mass` takes at most ⌊mass·M⌋ + 1.
+    """
     extra = blocks if max_forced is None else max_forced
-    return min(blocks, kept_blocks(keep, blocks) + extra)
+    best = max(kept_blocks(keep, blocks), math.floor(mass * blocks) + 1)
+    return min(blocks, best + extra + max_near)
 
 
 @dataclass(frozen=True)

@@ -137,14 +137,18 @@ def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
     }  # fmt: skip
 
 
-def select_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The kernel that chooses the blocks of a row, for as many blocks as the launch serves."""
+def select_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel that chooses the blocks of a row, for as many as it serves; extra: "mass"."""
+    width = (1024 if extra else 2048) * launch.warps
+    top_p = {"mass": 0.3, "scale": 0.1} if extra else {"mass": None, "scale": None}
     kept, flags = table(64, 64), empty(1, 1, 1, 2048, dtype=torch.uint8)
     return table_kernels._block_select_fwd_kernel, {
-        "score": empty(1, 1), "forced": flags, "indices": kept.indices, "counts": kept.counts,
-        "kv_len": None, "wants": None, "s_f": (0, 0, 0, 1), "i_first": 0, "n_heads": 12,
-        "n_k": 75600,
-        "m_k": 1182, "n_want": 60, "width": 80, "BLOCK_K": 64, "M": 2048 * launch.warps,
+        "score": empty(1, 1), "forced": flags, "near": flags, "indices": kept.indices,
+        "counts": kept.counts, "kv_len": None, "wants": None, "s_f": (0, 0, 0, 1), "s_n": (2048, 1),
+        "i_first": 0, "n_heads": 12, **top_p, "n_k": 75600,
+        "m_k": 1182, "n_want": 60, "width": 80, "BLOCK_K": 64, "M": width,
     }  # fmt: skip
 
 
@@ -253,6 +257,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         place = f"@{row.capability}"
         if row.op in CASES and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {}
+        if row.op == "select" and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "mass"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):

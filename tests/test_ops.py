@@ -158,7 +158,8 @@ def test_gradients_of_compensated_operators(implementation: str, module):
 def test_registration(length: torch.Tensor | None):
     q, k, v = qkv(130, 150, grad=True)
     torch.library.opcheck(
-        library.block_table, (q, k, 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3)
+        library.block_table,
+        (q, k, 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3, 0.3, None, 0, 0.1),
     )
     table = ops.block_table(q, k, 0.5)
     inputs = (q, k, v, table.indices, table.counts, 64, 64, 0.25)

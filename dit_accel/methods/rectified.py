@@ -9,7 +9,7 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
-from dit_accel.selectors.mass import mass_table, neighbours
+from dit_accel.selectors.near import neighbours
 from dit_accel.table import BlockTable
 
 
@@ -49,14 +49,14 @@ class Rectified(Method):
 
     def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """max(K, as many as hold `mass`) best blocks, the neighbours and the text."""
-        sizes, near = (self.block_q, self.block_k), None
+        sizes, near = (self.block_q, self.block_k), (None, 0)
         if self.neighbours is not None:
             n_q, n_k = q.shape[2], k.shape[2]
             first = n_k - n_q if call.text_first else 0
             near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
-        text = {"forced": call.forced, "n_forced": call.n_forced}
-        options = {"near": near, **text, "scale": call.scale, "kv_len": call.kv_len}
-        table = mass_table(q, k, call.keep, self.mass, *sizes, **options)
+        text = {"forced": call.forced, "max_forced": call.n_forced, "kv_len": call.kv_len}
+        critical = {"mass": self.mass, "near": near[0], "max_near": near[1], "scale": call.scale}
+        table = ops.block_table(q, k, call.keep, *sizes, **text, **critical)
         call.note(table)
         return table
 

@@ -17,12 +17,16 @@ def block_table(
     forced: Tensor | None = None,
     kv_len: int | Tensor | None = None,
     max_forced: int | None = None,
+    mass: float = 0.0,
+    near: Tensor | None = None,
+    max_near: int = 0,
+    scale: float | None = None,
 ) -> BlockTable:
-    """The forced blocks of each row, and the best K of the others; see ops.block_table."""
+    """The forced blocks of each row, and the best of the others; see ops.block_table."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
     most = block_count(kv_len, block_k) if isinstance(kv_len, int) else m_k
-    width = table_width(keep, most, 0 if forced is None else max_forced)
+    width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
     lengths = torch.as_tensor(n_k if kv_len is None else kv_len).expand(batch).tolist()
     if forced is None:
         forced = torch.zeros(m_k, dtype=torch.bool)
@@ -36,8 +40,16 @@ def block_table(
         means = torch.stack([block.mean(0) for block in blocks])
         for n, block in enumerate(q[b, h].split(block_q)):
             row = forced[b, h, n, : len(blocks)].clone()
-            scores = (means @ block.mean(0)).masked_fill(row, -torch.inf)
-            others = min(kept_blocks(keep, len(blocks)), int((~row).sum()))
-            row[scores.topk(others).indices] = True
+            scores, count = means @ block.mean(0), kept_blocks(keep, len(blocks))
+            if mass > 0:
+                sizes = torch.tensor([float(len(block)) for block in blocks])
+                scores = scores * (q.shape[3] ** -0.5 if scale is None else scale) + sizes.log()
+                share = scores.softmax(0)
+                best = share[~row].sort(descending=True).values
+                count = max(count, int((share[row].sum() + best.cumsum(0) <= mass).sum()) + 1)
+            scores = scores.masked_fill(row, -torch.inf)
+            row[scores.topk(min(count, int((~row).sum()))).indices] = True
+            if near is not None:
+                row |= near[n, : len(blocks)].cpu()
             mask[b, h, n, : len(blocks)] = row
     return BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k, width)

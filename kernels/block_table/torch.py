@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockTable, table_width
+from dit_accel.table import BlockTable, block_count, table_width
 
 
 def block_table(
@@ -19,19 +19,43 @@ def block_table(
     forced: Tensor | None = None,
     kv_len: int | Tensor | None = None,
     max_forced: int | None = None,
+    mass: float = 0.0,
+    near: Tensor | None = None,
+    max_near: int = 0,
+    scale: float | None = None,
 ) -> BlockTable:
-    """The forced blocks of each row, and the best K of the others; see ops.block_table."""
+    """The forced blocks of each row, and the best of the others; see ops.block_table."""
     scores = block_means(q, block_q) @ block_means(k, block_k, kv_len).mT  # [B, H, Mq, Mk]
     blocks = scores.shape[-1]
-    width = table_width(keep, blocks, 0 if forced is None else max_forced)
-    counts = torch.full_like(scores[..., 0], width, dtype=torch.int32)
-    if forced is not None or isinstance(kv_len, Tensor):
-        scores, wanted = _restrict(scores, keep, block_k, forced, kv_len)
-        counts = wanted.clamp(max=width).expand_as(counts).int().contiguous()
-    best = scores.topk(width).indices
-    columns = torch.arange(width, device=q.device)
-    best = best.where(columns < counts[..., None], blocks).sort().values.clamp(max=blocks - 1)
-    return BlockTable(best.int(), counts, block_q, block_k, q.shape[2], k.shape[2])
+    share = None
+    if mass > 0:
+        scores *= q.shape[-1] ** -0.5 if scale is None else scale
+        scores += block_sizes(k.shape[2], block_k, kv_len, k.device)[..., None, :blocks].log()
+        share = scores.softmax(-1)
+    best = table_width(keep, blocks, 0 if forced is None else max_forced, mass)
+    counts = torch.full_like(scores[..., 0], best, dtype=torch.int32)
+    if share is not None or forced is not None or isinstance(kv_len, Tensor):
+        scores, wanted, held = _restrict(scores, keep, block_k, forced, kv_len)
+        if share is not None:
+            wanted = torch.maximum(wanted, _holding(scores, share, mass))
+        counts = torch.minimum(wanted, held).clamp(max=best).expand_as(counts).int().contiguous()
+    chosen = scores.topk(best).indices
+    columns = torch.arange(best, device=q.device)
+    chosen = chosen.where(columns < counts[..., None], blocks)
+    sizes = (block_q, block_k, q.shape[2], k.shape[2])
+    if near is None:
+        chosen = chosen.sort().values.clamp(max=blocks - 1)
+        return BlockTable(chosen.int(), counts, *sizes)
+    mask = scores.new_zeros(*counts.shape, blocks + 1, dtype=torch.bool).scatter_(-1, chosen, True)
+    mask = mask[..., :blocks] | (near[:, :blocks] & (scores > -torch.inf))
+    mask = torch.nn.functional.pad(mask, (0, block_count(k.shape[2], block_k) - blocks))
+    return BlockTable.from_mask(mask, *sizes, min(blocks, best + max_near))
+
+
+def _holding(scores: Tensor, share: Tensor, mass: float) -> Tensor:
+    """[B, H, Mq]: how many of the best, the forced ones before all, hold more than `mass`."""
+    order = scores.argsort(-1, descending=True)
+    return (share.gather(-1, order).cumsum(-1) <= mass).sum(-1) + 1
 
 
 def block_means(x: Tensor, block: int, kv_len: int | Tensor | None = None) -> Tensor:
@@ -87,8 +111,8 @@ def _valid(kv_len: Tensor, n: int, device: torch.device) -> Tensor:
 
 def _restrict(
     scores: Tensor, keep: float, block_k: int, forced: Tensor | None, kv_len: int | Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Scores with +inf for forced and −inf for empty blocks, and the blocks each row wants."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with +inf for forced and −inf for empty blocks, the blocks each row wants, and has."""
     blocks = scores.shape[-1]
     held = torch.full((1, 1, 1), blocks, device=scores.device)
     if isinstance(kv_len, Tensor):
@@ -100,4 +124,4 @@ def _restrict(
         chosen = forced[..., :blocks] & ~empty
         scores = scores.masked_fill(chosen, torch.inf)
         wanted = wanted + chosen.expand(*chosen.shape[:-1], blocks).sum(-1)
-    return scores.masked_fill(empty, -torch.inf), torch.minimum(wanted, held)
+    return scores.masked_fill(empty, -torch.inf), wanted, held

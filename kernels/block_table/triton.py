@@ -3,7 +3,8 @@
     score_nm = mean(q in n) · mean(k in m),   K = max(1, ceil(keep · M)) best of each row
 
 q and k are read once. The K-th largest score of a row is found by bisection over the bits of an
-order-preserving int32; a prefix sum compacts the chosen blocks, so rows come out sorted.
+order-preserving int32, and so is the score above which a mass p of the softmax lies (top-p,
+arXiv 2511.19835); a prefix sum compacts the chosen blocks, so rows come out sorted.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.launch import Launch, capability_of, find, run, unsupported
+from dit_accel.kernels.tiles import log2_scale
 from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
 
 # Scores are made for as many heads at once as fit in this many bytes, which stay in the L2 cache.
@@ -75,8 +77,8 @@ def _block_scores_fwd_kernel(
 
 @triton.jit(do_not_specialize=["i_first", "n_heads", "n_k", "m_k", "n_want", "width"])
 def _block_select_fwd_kernel(
-    score, forced, indices, counts, kv_len, wants, s_f,
-    i_first, n_heads, n_k, m_k, n_want, width,
+    score, forced, near, indices, counts, kv_len, wants, s_f, s_n,
+    i_first, n_heads, n_k, m_k, n_want, width, mass, scale,
     BLOCK_K: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
@@ -99,6 +101,12 @@ def _block_select_fwd_kernel(
         )
         m_kept = m_valid & (tl.load(p_f + o_k * s_f[3], mask=o_k < m_k, other=0) != 0)
         m_free = m_valid & (m_kept == 0)
+    if mass is not None:
+        b_size = tl.clamp((n_k - o_k * BLOCK_K).to(tl.float32), 1.0, BLOCK_K)
+        b_s = b_s * scale + tl.log2(b_size)
+        b_a = tl.where(m_valid, tl.exp2(b_s - tl.max(tl.where(m_valid, b_s, -float("inf")))), 0.0)
+        b_a = b_a / tl.sum(b_a)
+        held = tl.sum(tl.where(m_kept, b_a, 0.0))
     # int32 that sorts as the float does
     b_i = b_s.to(tl.int32, bitcast=True)
     b_i = tl.where(m_free, b_i ^ ((b_i >> 31) & 0x7FFFFFFF), -2147483648)
@@ -108,11 +116,28 @@ def _block_select_fwd_kernel(
     for bit in range(31):
         higher = least | (1 << (30 - bit))
         least = tl.where(tl.sum((b_i >= higher).to(tl.int32)) >= n_want, higher, least)
+    n_some = 0
+    if mass is not None:
+        b_a = tl.where(m_free, b_a, 0.0)
+        lower = tl.where(held + tl.sum(tl.where(b_i >= 0, b_a, 0.0)) > mass, 0, -2147483648)
+        for bit in range(31):
+            higher = lower | (1 << (30 - bit))
+            enough = held + tl.sum(tl.where(b_i >= higher, b_a, 0.0)) > mass
+            lower = tl.where(enough, higher, lower)
+        # equal scores have equal shares: as many of them as pass p
+        share = tl.max(tl.where(b_i == lower, b_a, 0.0))
+        over = held + tl.sum(tl.where(b_i > lower, b_a, 0.0))
+        n_some = tl.where(share > 0, tl.floor((mass - over) / share).to(tl.int32) + 1, M)
+        n_some = tl.where(lower <= least, n_some, 0)
+        least = tl.minimum(least, lower)
 
     m_tie = m_free & (b_i == least)
     m_over = m_free & (b_i > least)
-    n_tie = n_want - tl.sum(m_over.to(tl.int32))
+    n_tie = tl.maximum(n_want - tl.sum(m_over.to(tl.int32)), n_some)
     m_kept = m_kept | m_over | (m_tie & (tl.cumsum(m_tie.to(tl.int32), 0) <= n_tie))
+    if near is not None:
+        m_near = tl.load(near + i_n * s_n[0] + o_k * s_n[1], mask=o_k < m_k, other=0) != 0
+        m_kept = m_kept | (m_near & m_valid)
     b_at = tl.cumsum(m_kept.to(tl.int32), 0) - 1
     n_kept = tl.minimum(tl.sum(m_kept.to(tl.int32)), width)
     tl.store(indices + i_row * width + b_at, o_k, mask=m_kept & (b_at < width))
@@ -162,13 +187,17 @@ def block_table(
     forced: Tensor | None = None,
     kv_len: int | Tensor | None = None,
     max_forced: int | None = None,
+    mass: float = 0.0,
+    near: Tensor | None = None,
+    max_near: int = 0,
+    scale: float | None = None,
 ) -> BlockTable:
     """See ops.block_table; equal scores go to the lower block."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
     limit = kv_len if isinstance(kv_len, int) else n_k
     most = block_count(limit, block_k)
-    width = table_width(keep, most, 0 if forced is None else max_forced)
+    width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
     score_args = block_means(q, block_q), block_means(k, block_k, kv_len)
     indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
@@ -178,6 +207,10 @@ def block_table(
         "n_k": limit,
         "n_want": kept_blocks(keep, most),
         "BLOCK_K": block_k,
+        "mass": mass if mass > 0 else None,
+        "scale": log2_scale(scale, q) if mass > 0 else None,
+        "near": None if near is None else near.view(torch.uint8),
+        "s_n": (0, 0) if near is None else near.stride(),
     }
     if forced is not None:
         forced = forced.view(torch.uint8).expand(batch, heads, m_q, m_k)
@@ -280,12 +313,13 @@ def _choose(
         "n_heads": heads,
         "m_k": m_k, "width": indices.shape[-1], "M": width, **select,
     }  # fmt: skip
-    run(_block_select_fwd_kernel, (m_q, n, 1), arguments, select_launch(width))
+    launch = select_launch(width, select["mass"] is not None)
+    run(_block_select_fwd_kernel, (m_q, n, 1), arguments, launch)
 
 
-def select_launch(width: int) -> Launch:
-    """One warp for up to 2048 blocks, so that a reduction needs no barrier."""
-    return Launch("select", 80, 128, 128, 16, min(16, max(1, width // 2048)), 1)
+def select_launch(width: int, top_p: bool = False) -> Launch:
+    """One warp for up to 2048 blocks, 1024 with top-p, so that a reduction needs no barrier."""
+    return Launch("select", 80, 128, 128, 16, min(16, max(1, width // (2048 >> top_p))), 1)
 
 
 _ROW_LAUNCH = find("rows", 80, 128, 128)

@@ -44,6 +44,17 @@ def test_forced_and_padding(kv_len: int | torch.Tensor, shape: tuple[int, ...] |
         assert not row[..., -(-end // 64) :].any()
 
 
+@pytest.mark.parametrize("mass", [0.0, 0.3, 0.97])
+@pytest.mark.parametrize("kv_len", [None, 100, torch.tensor([300, 37])])
+@pytest.mark.parametrize("forced", [None, (5,), (2, 1, 3, 1)])
+def test_mass_and_near(mass: float, kv_len: int | torch.Tensor | None, forced: tuple | None):
+    q, k = 2 * torch.randn(2, 2, 130, 16), 2 * torch.randn(2, 2, 300, 16)
+    forced = None if forced is None else torch.rand(forced) < 0.3
+    near = torch.rand(3, 5) < 0.3
+    options = {"forced": forced, "kv_len": kv_len, "mass": mass, "near": near, "max_near": 5}
+    assert same(*(x.block_table(q, k, 0.25, **options) for x in (reference, fast)))
+
+
 def test_forced_come_on_top_of_the_best():
     q, k = torch.randn(1, 1, 64, 16), torch.randn(1, 1, 640, 16)
     best = fast.block_table(q, k, 0.3).to_mask()

@@ -50,6 +50,25 @@ def test_forced_blocks_and_padding(kv_len, shape, device):
     assert_same(kernel.block_table(*arguments), reference.block_table(*arguments))
 
 
+@pytest.mark.parametrize("mass", [0.0, 0.3, 0.6, 0.97])
+@pytest.mark.parametrize("keep", [0.01, 0.4])
+@pytest.mark.parametrize("kv_len", [None, 133, torch.tensor([200, 70])])
+def test_mass_and_near_blocks(mass, keep, kv_len, device):
+    q, k = (2 * x for x in inputs(65, 200, 64, torch.float32, device, batch=2))
+    if isinstance(kv_len, torch.Tensor):
+        kv_len = kv_len.to(device)
+    forced, near = torch.rand(13, device=device) < 0.2, torch.rand(2, 13, device=device) < 0.2
+    arguments = (q, k, keep, 64, 16, forced, kv_len, 13, mass, near, 13, 0.2)
+    assert_same(kernel.block_table(*arguments), reference.block_table(*arguments))
+
+
+def test_equal_shares_go_to_the_first_blocks(device):
+    q, k = inputs(65, 320, 64, HALF, device)
+    table = kernel.block_table(q, torch.ones_like(k), 0.1, 64, 32, mass=0.45)
+    first = torch.arange(5, device=device)
+    assert (table.counts == 5).all() and (table.indices[..., :5] == first).all()
+
+
 def test_equal_scores_go_to_the_first_blocks(device):
     q, k = inputs(65, 300, 64, HALF, device)
     table = kernel.block_table(q, torch.ones_like(k), 0.5, 64, 32)

@@ -1,12 +1,13 @@
-"""The static windows and the mass selector."""
+"""The static windows and Rectified's critical set."""
 
 import pytest
 import torch
 
+from dit_accel import ops
 from dit_accel.methods import Call
 from dit_accel.methods.rectified import Rectified
 from dit_accel.order import token_order
-from dit_accel.selectors.mass import mass_table, neighbours
+from dit_accel.selectors.near import neighbours
 from dit_accel.selectors.window import window_rows, window_table
 
 CPU = torch.device("cpu")
@@ -59,7 +60,8 @@ def naive_critical_set(q, k, keep, mass, block, near, forced, scale):
     sizes = torch.tensor([float(len(b)) for b in blocks])
     rows = []
     for n, rows_q in enumerate(q.split(block)):
-        a = (km @ rows_q.mean(0) * scale + sizes.log()).softmax(0)
+        # plain top-k goes by the score alone
+        a = (km @ rows_q.mean(0) * scale + sizes.log() * (mass > 0)).softmax(0)
         total, chosen = a[list(forced)].sum(), set()
         wanted = max(1, -(-len(blocks) * keep // 1))
         for m in a.argsort(descending=True).tolist():
@@ -82,7 +84,8 @@ def test_the_critical_set_is_the_equations(near: bool, forced: set, keep: float,
     mask = torch.zeros(10, dtype=torch.bool)
     mask[list(forced)] = True
     close = neighbours(610, 610, 64, 64, 1, 0, CPU) if near else None
-    table = mass_table(q, k, keep, mass, near=close, forced=mask, n_forced=len(forced), scale=0.25)
+    close = {"near": close.mask, "max_near": close.width} if near else {}
+    table = ops.block_table(q, k, keep, mass=mass, forced=mask, scale=0.25, **close)
     expected = naive_critical_set(q[0, 0], k[0, 0], keep, mass, 64, near, forced, 0.25)
     assert [row.nonzero().flatten().tolist() for row in table.to_mask()[0, 0]] == expected
 
@@ -91,7 +94,7 @@ def test_the_critical_set_is_the_equations(near: bool, forced: set, keep: float,
 def test_padding_is_never_chosen(kv_len: int | torch.Tensor):
     q, k = torch.randn(2, 2, 300, 16), torch.randn(2, 2, 300, 16)
     near = neighbours(300, 300, 64, 64, 1, 0, CPU)
-    mask = mass_table(q, k, 0.9, 0.9, near=near, kv_len=kv_len).to_mask()
+    mask = ops.block_table(q, k, 0.9, mass=0.9, near=near.mask, kv_len=kv_len).to_mask()
     for b, end in enumerate(torch.as_tensor(kv_len).expand(2).tolist()):
         held = -(-end // 64)
         assert not mask[b, ..., held:].any() and mask[b, ..., :held].any(-1).all()

@@ -22,6 +22,7 @@ test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(BIN)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[ray]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-browser: $(BIN)/.installed

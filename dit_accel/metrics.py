@@ -63,7 +63,7 @@ def psnr(reference: Frames, frame: Frames) -> float:
 
 
 def ssim(reference: Frames, frame: Frames) -> float:
-    """Structural similarity (7 × 7 mean) of two uint8 pictures [H, W, 3], sides ≥ 7; 1 when equal."""
+    """Structural similarity (7 × 7 mean) of uint8 pictures [H, W, 3], sides ≥ 7; 1 if equal."""
     return float(_ssim(_planes(reference[None]), _planes(frame[None])))
 
 

@@ -33,6 +33,7 @@ class Launch:
         tile: keys (for dkdv queries) per step, at most one block of the table.
         warps, stages: Triton's num_warps and software pipelining depth.
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
+        specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
         precision: of float32 products; half-width inputs always multiply exactly.
         bits: width of the input's dtype.
         provenance: the evidence for the row.
@@ -46,6 +47,7 @@ class Launch:
     warps: int
     stages: int
     descriptors: bool = False
+    specialized: bool = False
     precision: str = "ieee"
     bits: int = 16
     provenance: str = _AOT
@@ -137,8 +139,9 @@ def unsupported(q: torch.Tensor, block_q: int, block_k: int) -> str | None:
 
 
 @cache
-def find(op: str, capability: int, head_dim: int, block: int) -> Launch:
-    """The row for an op, GPU, head dimension and block: newest GPU first, then the closest fit.
+def find(op: str, capability: int, head_dim: int, block: int, specialized: bool = True) -> Launch:
+    """The row for an op, GPU, head dimension and block: newest GPU first, then the closest fit,
+    then a specialized one, unless that is False.
 
     Raises RuntimeError when the table has none.
     """
@@ -149,19 +152,27 @@ def find(op: str, capability: int, head_dim: int, block: int) -> Launch:
         and row.capability <= capability
         and row.head_dim >= head_dim
         and row.block >= block
+        and row.specialized <= specialized
     ]
     if not rows:
         raise RuntimeError(
             f"the launch table has no row for {op} on sm_{capability} with head dimension "
             f"{head_dim} and blocks of {block}; set DIT_ACCEL_KERNELS=torch"
         )
-    return min(rows, key=lambda row: (-row.capability, row.head_dim, row.block))
+    return min(
+        rows, key=lambda row: (-row.capability, row.head_dim, row.block, not row.specialized)
+    )
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
     """The head dimension as one or two powers of two: 80 is 64 + 16, 128 is 128 + 0."""
     first = 1 << (head_dim.bit_length() - 1)
     return first, head_dim - first
+
+
+def padded(n: int) -> int:
+    """The next power of two: Triton's own function costs a launch's time in Python."""
+    return 1 << (n - 1).bit_length()
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], launch: Launch) -> None:

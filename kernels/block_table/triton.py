@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.launch import Launch, capability_of, find, run, unsupported
+from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.tiles import log2_scale
 from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
 
@@ -242,7 +242,7 @@ def block_means(
         "x": x, "mean": mean, "spread": far,
         "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
         "s_x": x.stride(), "n": min(n, kv_len) if isinstance(kv_len, int) else n, "d": d,
-        "BLOCK": block, "BLOCK_D": triton.next_power_of_2(d),
+        "BLOCK": block, "BLOCK_D": padded(d),
     }  # fmt: skip
     launch = find("means", capability_of(x), d, block)
     run(_block_mean_fwd_kernel, (m, heads, batch), arguments, launch)
@@ -272,7 +272,7 @@ def transpose_table(table: BlockTable) -> tuple[Tensor, Tensor, Tensor]:
         "kept": kept, "starts": starts, "rows": rows, "m_q": kept.shape[2], "m_k": kept.shape[3],
         "m_pad": kept.shape[3], "TILE_Q": 128, "TILE_K": 16,
     }  # fmt: skip
-    grid = (triton.cdiv(kept.shape[3], 16), kept.shape[0] * kept.shape[1], 1)
+    grid = (block_count(kept.shape[3], 16), kept.shape[0] * kept.shape[1], 1)
     run(_transpose_table_fwd_kernel, grid, arguments, _ROW_LAUNCH)
     return starts, counts, rows
 
@@ -299,14 +299,14 @@ def _choose(
     score = q.new_empty((n, m_q, m_k))
     launch = find("scores", capability_of(q), d, 64)
     tile = launch.tile
-    grid = (triton.cdiv(m_k, tile), triton.cdiv(m_q, tile), n)
+    grid = (block_count(m_k, tile), block_count(m_q, tile), n)
     arguments = {
         "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "d": d, "TILE_Q": tile,
         "TILE_K": tile,
         "TILE_D": MEAN_TILE, "PRECISION": launch.precision,
     }  # fmt: skip
     run(_block_scores_fwd_kernel, grid, arguments, launch)
-    width = triton.next_power_of_2(m_k)
+    width = padded(m_k)
     arguments = {
         "score": score, "forced": forced, "indices": indices, "counts": counts,
         "s_f": (0, 0, 0, 0) if forced is None else forced.stride(), "i_first": first,

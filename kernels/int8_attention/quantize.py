@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.launch import capability_of, find, run
+from dit_accel.kernels.launch import capability_of, find, padded, run
 from dit_accel.kernels.tiles import key_limits
 from dit_accel.table import block_count
 
@@ -144,7 +144,7 @@ def key_mean(k: Tensor, kv_len: int | Tensor | None = None) -> Tensor:
     launch = find("int8_mean", capability_of(k), d, 64)
     arguments = {
         "k": k, "mean": mean, **limits, "s_k": k.stride(), "d": d, "SAMPLES": SAMPLES,
-        "TILE": launch.tile, "DP": triton.next_power_of_2(d),
+        "TILE": launch.tile, "DP": padded(d),
     }  # fmt: skip
     run(_int8_mean_fwd_kernel, (heads, batch), arguments, launch)
     return mean
@@ -166,7 +166,7 @@ def quantize(
     """
     (batch, heads, n, d), dtype = k.shape, dtype or value_dtype(v)
     groups = block_count(n, block_k) * (block_k // tile)
-    width = triton.next_power_of_2(d)
+    width = padded(d)
     k8 = k.new_empty((batch, heads, groups * tile, width), dtype=torch.int8)
     v8 = v.new_empty((batch, heads, width, groups * tile), dtype=dtype)
     scales = (k.new_empty((batch, heads, groups), dtype=torch.float32) for _ in range(2))

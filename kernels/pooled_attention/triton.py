@@ -12,11 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse_attention.triton import (
-    _block_sparse_attention_fwd_kernel,
-    forward,
-    supports,
-)
+from dit_accel.kernels.block_sparse_attention.triton import attend, supports
 from dit_accel.kernels.block_sparse_attention.triton_backward import (
     _block_sparse_attention_bwd_dkdv_kernel,
     _block_sparse_attention_bwd_dq_kernel,
@@ -35,7 +31,7 @@ from dit_accel.kernels.tiles import (
     scores,
     tile_pointers,
 )
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockTable, block_count
 
 __all__ = ["backward", "pooled_attention", "supports"]
 
@@ -113,8 +109,7 @@ def pooled_attention(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
     pool = pooled_keys(k, v, table, kv_len, min(launch.tile, table.block_k))
-    call = forward(q, k, v, out, lse, table, launch, scale, kv_len, pool=pool)
-    run(_block_sparse_attention_fwd_kernel, *call)
+    attend(q, k, v, out, lse, table, launch, scale, kv_len, pool=pool)
     return out if lse is None else (out, lse)
 
 
@@ -169,8 +164,8 @@ def _pool_gradients(
     q, (k_mean, v_mean, kept) = tensors["q"], pool
     (batch, heads, n_pool, d), tile = k_mean.shape, min(launch.tile, table.block_k)
     programs = batch * heads * (n_pool // tile)
-    part = triton.cdiv(table.query_blocks, triton.cdiv(_PROGRAMS, programs))
-    parts = triton.cdiv(table.query_blocks, part)
+    part = block_count(table.query_blocks, block_count(_PROGRAMS, programs))
+    parts = block_count(table.query_blocks, part)
     dk, dv = (k_mean.new_empty((parts, *k_mean.shape), dtype=torch.float32) for _ in range(2))
     d0, d1 = split_head_dim(d)
     limits = key_limits(tensors["k"], kv_len)

@@ -14,15 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_sparse_attention.triton import (
-    _block_sparse_attention_fwd_kernel,
-    forward,
-    supports,
-)
+from dit_accel.kernels.block_sparse_attention.triton import attend, supports
 from dit_accel.kernels.block_table.triton import MEAN_TILE, block_means, kept_map, load_means
-from dit_accel.kernels.launch import capability_of, find, run
+from dit_accel.kernels.launch import capability_of, find, padded, run
 from dit_accel.kernels.tiles import key_limits, log2_scale
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockTable, block_count
 
 __all__ = ["rectified_attention", "supports"]
 
@@ -97,8 +93,7 @@ def rectified_attention(
     out = torch.empty_like(q)
     rectify = coefficients(q, k, v, table, scale, gapr, kv_len)
     launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
-    call = forward(q, k, v, out, None, table, launch, scale, kv_len, rectify=rectify)
-    run(_block_sparse_attention_fwd_kernel, *call)
+    attend(q, k, v, out, None, table, launch, scale, kv_len, rectify=rectify)
     return out
 
 
@@ -130,9 +125,9 @@ def coefficients(
         "m_k": k_mean.shape[2], "d": q.shape[-1], "scale": log2_scale(scale, q),
         "BLOCK_K": table.block_k,
         "TILE_Q": launch.tile, "TILE_K": launch.tile, "TILE_D": MEAN_TILE,
-        "BLOCK_D": triton.next_power_of_2(q.shape[-1]),
+        "BLOCK_D": padded(q.shape[-1]),
         "PRECISION": launch.precision,
     }  # fmt: skip
-    grid = (triton.cdiv(q_mean.shape[2], launch.tile), q.shape[1], q.shape[0])
+    grid = (block_count(q_mean.shape[2], launch.tile), q.shape[1], q.shape[0])
     run(_rectified_attention_coefficients_fwd_kernel, grid, arguments, launch)
     return ratio, shift

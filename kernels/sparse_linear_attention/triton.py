@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import block_sparse_attention
-from dit_accel.kernels.launch import Launch, capability_of, find, run, unsupported
+from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.sparse_linear_attention.features import EPS, FEATURE_MAPS
 from dit_accel.kernels.tiles import key_limits
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockTable, block_count
 
 # Programs that fill the GPU: the keys of a head are split so that about this many run.
 _PROGRAMS = 256
@@ -209,7 +209,7 @@ def linear_branch(
     # subtraction needs float32; without one the dtype of q is enough
     dtype = q.dtype if excluded is None else torch.float32
     launch = find("state" if excluded is None else "state32", capability_of(q), d, 64)
-    tiles = triton.cdiv(k.shape[2], launch.tile)
+    tiles = block_count(k.shape[2], launch.tile)
     splits = max(1, min(tiles, _PROGRAMS // (batch * heads)))
     state = q.new_empty((batch, heads, splits, d, d), dtype=torch.float32)
     total = q.new_empty((batch, heads, splits, d), dtype=torch.float32)
@@ -246,7 +246,7 @@ def state_case(
     arguments = {
         "k": k, "v": v, "state": state, "total": total, **key_limits(k, kv_len), "s_k": k.stride(),
         "s_v": v.stride(), "n_split": splits, "d": d, "TILE_K": launch.tile,
-        "BLOCK_D": triton.next_power_of_2(d), "PHI": FEATURE_MAPS.index(feature_map),
+        "BLOCK_D": padded(d), "PHI": FEATURE_MAPS.index(feature_map),
         "PRECISION": launch.precision, "DTYPE": _DTYPES[dtype],
     }  # fmt: skip
     return (splits, heads, batch), arguments, launch
@@ -266,10 +266,10 @@ def all_case(
     arguments = {
         **tensors, **limits, **{stride: tensors[name].stride() for stride, name in names.items()},
         "n_q": q.shape[2], "d": q.shape[3], "eps": EPS, "BLOCK_Q": launch.tile,
-        "BLOCK_D": triton.next_power_of_2(q.shape[3]), "PHI": FEATURE_MAPS.index(feature_map),
+        "BLOCK_D": padded(q.shape[3]), "PHI": FEATURE_MAPS.index(feature_map),
         "PRECISION": launch.precision,
     }  # fmt: skip
-    return (triton.cdiv(q.shape[2], launch.tile), q.shape[1], q.shape[0]), arguments, launch
+    return (block_count(q.shape[2], launch.tile), q.shape[1], q.shape[0]), arguments, launch
 
 
 def rest_case(
@@ -288,7 +288,7 @@ def rest_case(
         **{stride: tensors[name].stride() for stride, name in names.items()},
         "n_q": q.shape[2], "d": q.shape[3], "eps": EPS, "BLOCK_Q": excluded.block_q,
         "BLOCK_K": excluded.block_k, "TILE_K": min(launch.tile, excluded.block_k),
-        "BLOCK_D": triton.next_power_of_2(q.shape[3]), "PHI": FEATURE_MAPS.index(feature_map),
+        "BLOCK_D": padded(q.shape[3]), "PHI": FEATURE_MAPS.index(feature_map),
         "PRECISION": launch.precision,
     }  # fmt: skip
-    return (triton.cdiv(q.shape[2], excluded.block_q), q.shape[1], q.shape[0]), arguments, launch
+    return (block_count(q.shape[2], excluded.block_q), q.shape[1], q.shape[0]), arguments, launch

@@ -17,6 +17,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TYPES = {
@@ -61,9 +63,10 @@ def _specialize(
     if isinstance(value, torch.Tensor):
         attrs[path] = [["tt.divisibility", 16]]
         return "*" + _TYPES[value.dtype]
-    if isinstance(value, TensorDescriptor):
+    if isinstance(value, TensorDescriptor | HopperDescriptor):
         shape = ",".join(str(size) for size in value.block_shape)
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
+        layout = f",{value.layout!r}" if isinstance(value, HopperDescriptor) else ""
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]{layout}>"
     if isinstance(value, float):
         return "fp32"
     if value % 16 == 0 and not fixed:
@@ -74,7 +77,7 @@ def _specialize(
 def compile_for(
     kernel: Any, arguments: dict[str, Any], capability: int, options: dict[str, int]
 ) -> Any:
-    """Compile a `triton.jit` function as a launch with these arguments would."""
+    """Compile a `triton.jit` or `gluon.jit` function as a launch with these arguments would."""
     constants: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
     signature = {}
@@ -85,7 +88,8 @@ def compile_for(
             signature[param.name] = _specialize(
                 arguments[param.name], (i,), param.do_not_specialize, constants, attrs
             )
-    source = ASTSource(kernel, signature, constants, attrs)
+    make = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make(kernel, signature, constants, attrs)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.aot import Report, report
+from dit_accel.kernels.block_sparse_attention import gluon as hopper
 from dit_accel.kernels.block_sparse_attention import triton as forward
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import triton as table_kernels
@@ -30,6 +31,8 @@ from dit_accel.table import BlockTable, block_count
 
 _SHAPE = (1, 12, 32760)
 _KEPT = 26
+# Options of the compiler among a kernel's arguments.
+_OPTIONS = ("maxnreg", "enable_fp_fusion")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,17 +59,20 @@ def forward_case(
 ) -> tuple[Any, dict[str, Any]]:
     """The forward kernel; `extra` is "", "pool" or "rectify"."""
     batch, heads, n = _SHAPE
-    x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
+    block_k = launch.tile if launch.specialized else launch.block
+    x, kept = tokens(head_dim, dtype), table(launch.block, block_k)
     rows = kept.query_blocks
     means = empty(batch, heads, 640, head_dim, dtype=dtype)
     pool = (means, means, empty(batch, heads, rows, 640, dtype=torch.uint8))
     rectify = (empty(batch, heads, rows), empty(batch, heads, rows, head_dim))
     lse = empty(batch, heads, n)
-    _, arguments, _ = forward.forward(
+    call = (
         x, x, x, x, lse, kept, launch, None, None,
         pool if extra == "pool" else None, rectify if extra == "rectify" else None,
     )  # fmt: skip
-    return forward._block_sparse_attention_fwd_kernel, arguments
+    if launch.specialized:
+        return hopper._block_sparse_attention_hopper_fwd_kernel, hopper.forward(*call)[1]
+    return forward._block_sparse_attention_fwd_kernel, forward.forward(*call)[1]
 
 
 def dq_case(
@@ -245,14 +251,23 @@ def compile_row(launch: Launch, head_dim: int | None = None, **extra: str) -> Re
     head_dim = head_dim or launch.head_dim
     kernel, arguments = CASES[launch.op](launch, head_dim, torch.bfloat16, **extra)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options |= {name: arguments[name] for name in _OPTIONS if name in arguments}
     return report(kernel, arguments, launch.capability, options)
 
 
 def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
     """Rows, head dimensions and extras of `op@capability` in wanted; of every row if it is empty.
 
-    The op "forward+" is the forward kernel with the narrower heads and the extras.
+    The op "forward+" is the forward kernel with the narrower heads and the extras, "hopper" the
+    candidates of its specialized form, "hopper+" those with the extras and heads of 64.
     """
+    for row in hopper.CANDIDATES:
+        if "hopper@90" in wanted:
+            yield row, 128, {}
+        if "hopper+@90" in wanted:
+            yield row, 128, {"extra": "pool"}
+            yield row, 128, {"extra": "rectify"}
+            yield row, 64, {}
     for row in (*LAUNCHES, select_launch(2048), select_launch(4096)):
         place = f"@{row.capability}"
         if row.op in CASES and (not wanted or row.op + place in wanted):

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.table import BlockTable
+
 _LOG2E = 1.4426950408889634
 
 
@@ -98,6 +100,14 @@ def key_limits(k: Tensor, kv_len: int | Tensor | None) -> dict[str, Any]:
         "n_k": k.shape[2] if kv_len is None or per_sample else min(kv_len, k.shape[2]),
         "PADDED": kv_len is not None,
     }
+
+
+def table_rows(table: BlockTable) -> tuple[Tensor, int]:
+    """The indices of a table and the stride of its rows: 0 where all rows are one."""
+    if any(table.indices.stride()[:3]):
+        indices = table.indices.contiguous()
+        return indices, indices.shape[-1]
+    return table.indices[0, 0, 0], 0
 
 
 def log2_scale(scale: float | None, q: Tensor) -> float:

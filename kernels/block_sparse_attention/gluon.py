@@ -1,0 +1,133 @@
+"""Launch of the Hopper kernel of block-sparse attention: what it serves, grid and arguments."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from dit_accel.kernels.block_sparse_attention.gluon_kernel import (
+    _block_sparse_attention_hopper_fwd_kernel,
+)
+from dit_accel.kernels.launch import Launch, capability_of, run
+from dit_accel.kernels.tiles import log2_scale, table_rows
+from dit_accel.table import BlockTable, block_count
+
+_UNMEASURED = (
+    "not measured: no spill with triton 3.6; with 3.9 up to 24 bytes, at a row's first tile"
+)
+# What a sweep tries, as rows of the launch table that it may take over.
+CANDIDATES = tuple(
+    Launch("forward", 90, 128, block, tile, 4, stages, True, True, provenance=_UNMEASURED)
+    for block, tile, stages in ((128, 128, 2), (128, 64, 3), (128, 64, 4), (64, 64, 2), (64, 64, 3))
+)
+# Bytes of shared memory of a multiprocessor, less what its programs lose to barriers.
+_SHARED = 225 * 1024
+# The compiler's registers per thread where two programs share a multiprocessor.
+_HALF = 128
+
+
+def unserved(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    table: BlockTable,
+    launch: Launch,
+    scale: float | None = None,
+    kv_len: int | Tensor | None = None,
+    pool: tuple[Tensor, Tensor, Tensor] | None = None,
+    rectify: tuple[Tensor, Tensor] | None = None,
+) -> str | None:
+    """Why this kernel cannot serve a call of `forward`, or None."""
+    if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
+        return f"it needs triton 3.6 or newer, not {triton.__version__}"
+    if capability_of(q) != 90:
+        return f"it is for compute capability 9.0, not {capability_of(q) / 10}"
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] not in (64, 128):
+        return f"it has 16-bit heads of 64 and 128, not {q.dtype} of {q.shape[-1]}"
+    if not {table.block_q, table.block_k} <= {64, 128}:
+        return f"it has blocks of 64 and 128, not {table.block_q} and {table.block_k}"
+    if isinstance(kv_len, Tensor) or kv_len == 0:
+        return "it takes kv_len as a positive integer"
+    if table.indices.shape[-1] == 0:
+        return "the table has no column"
+    step = 16 // q.element_size()
+    for x in (q, k, v, out):
+        whole = all(s > 0 and s % step == 0 for s in x.stride()[:-1])
+        if x.stride(-1) != 1 or x.data_ptr() % 16 or not whole:
+            return f"TMA cannot read strides {x.stride()}"
+    return None
+
+
+def attend(*call: Any) -> None:
+    """Run the kernel with the arguments of `forward`."""
+    run(_block_sparse_attention_hopper_fwd_kernel, *forward(*call))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    table: BlockTable,
+    launch: Launch,
+    scale: float | None = None,
+    kv_len: int | Tensor | None = None,
+    pool: tuple[Tensor, Tensor, Tensor] | None = None,
+    rectify: tuple[Tensor, Tensor] | None = None,
+) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+    """Grid, arguments and launch, as of forward in triton.py, for calls that `unserved` accepts."""
+    batch, heads, n_q, d = q.shape
+    n_valid = k.shape[2] if kv_len is None else min(kv_len, k.shape[2])
+    # half as many programs' registers, the pooled loop and the epilogue leave none for more
+    narrow = table.block_q == 64 or pool or rectify
+    tile = min(launch.tile, table.block_k, 64 if narrow else 128)
+    stages = launch.stages * launch.tile // tile
+    indices, width = table_rows(table)
+    counts = table.counts
+    if n_valid < k.shape[2]:
+        live = table.valid() & (table.indices < block_count(n_valid, table.block_k))
+        counts = live.sum(-1, dtype=torch.int32)
+    pool_k, pool_v, kept = pool or (None, None, None)
+    ratio, shift = rectify or (None, None)
+    rows = counts.numel()
+    shared = 2 * d * (2 * table.block_q + 2 * stages * tile)
+    per_sm = 2 if table.block_q == 64 and 2 * shared <= _SHARED else 1
+    arguments = {
+        "d_q": _descriptor(q, n_q, 64), "d_k": _descriptor(k, n_valid, tile),
+        "d_v": _descriptor(v, n_valid, tile), "d_o": _descriptor(out, n_q, 64),
+        "d_pk": None if pool is None else _descriptor(pool_k, pool_k.shape[2], tile),
+        "d_pv": None if pool is None else _descriptor(pool_v, pool_v.shape[2], tile),
+        "lse": lse, "kept": kept, "ratio": ratio, "shift": shift,
+        "indices": indices, "counts": counts.contiguous(), "n_q": n_q, "n_valid": n_valid,
+        "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": rows,
+        "n_pool": 0 if kept is None else kept.shape[-1],
+        "n_pool_tiles": block_count(block_count(n_valid, table.block_k), tile),
+        "scale": log2_scale(scale, q), "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,
+        "TILE": tile, "D": d, "STAGES": stages, "enable_fp_fusion": False,
+    }  # fmt: skip
+    if table.block_q == 64:
+        arguments["maxnreg"] = _HALF
+    return (min(rows, per_sm * _multiprocessors(q.device)),), arguments, launch
+
+
+def _descriptor(x: Tensor, n: int, rows: int) -> TensorDescriptor:
+    """Boxes of rows of the first n tokens of [B, H, N, D]; what is beyond reads as zero."""
+    shape = [*x.shape[:2], n, x.shape[3]]
+    box, layout = [1, 1, rows, x.shape[3]], gl.NVMMASharedLayout(128, 16, rank=4)
+    return TensorDescriptor(x, shape, list(x.stride()), box, layout)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count

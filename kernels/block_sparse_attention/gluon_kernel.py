@@ -1,0 +1,326 @@
+"""Block-sparse attention on Hopper, in Gluon: persistent programs whose warps have roles.
+
+One warp copies by TMA; one or two warpgroups of 64 query rows each (BLOCK_Q is 64 or 128) multiply.
+The tiles of all rows of a program are one stream: slot g of the ring of STAGES slots holds K of
+tile g and V of tile g − 1, so that q·kᵀ of a tile runs beside p·v of the one before, and the first
+tile of a row beside the last of the row before. A row's tiles go from its end to its start: the
+only tile with a masked token comes first. Coordinates beyond a tensor read as zeros, and serve
+where there is no tile: V before the first, K after the last, a row without a block.
+
+Barriers, each with two phases, waited for in turn by the parity of its uses:
+    q_full: completes its u-th phase when all rows of the u-th q have landed;
+    q_empty: completes its u-th phase when every warpgroup holds the u-th q in registers;
+    full[s]: completes its u-th phase when K and V of slot u·STAGES + s have landed;
+    empty[s]: completes its u-th phase when every warpgroup has read slot u·STAGES + s.
+The producer fills a place only after its previous phase of "empty", and a warpgroup reads it only
+after its phase of "full": no barrier runs two phases ahead of who waits for it. The producer issues
+in the order in which warpgroups consume, and no warpgroup waits for another: no cycle of waits.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# triton 3.6 and later have different names
+_box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_box_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def _place(i_row, m_q, n_heads):
+    """Batch, head and query block of a row of the table."""
+    i_bh = i_row // m_q
+    return i_bh // n_heads, i_bh % n_heads, i_row % m_q
+
+
+@gluon.jit
+def _tiles(n_left, n_kept, TILE: gl.constexpr, SPLIT: gl.constexpr):
+    """Tiles of a row, and the valid tokens of its last one, given those after the start of its
+    last block; a row without a block has one tile without a token."""
+    n_last = gl.minimum((n_left + TILE - 1) // TILE, SPLIT)
+    n_tiles = gl.where(n_kept > 0, (n_kept - 1) * SPLIT + n_last, 1)
+    return n_tiles, gl.where(n_kept > 0, n_left - (n_last - 1) * TILE, 0)
+
+
+@gluon.jit
+def _box(x_s, desc):
+    """Shared memory [R, D] as the box [1, 1, R, D] of a descriptor."""
+    shape: gl.constexpr = [1, 1, x_s.shape[0], x_s.shape[1]]
+    if _REINTERPRETS:
+        return x_s.reinterpret(x_s.dtype, shape, desc.layout)
+    else:
+        return x_s._reinterpret(x_s.dtype, shape, desc.layout)
+
+
+@gluon.jit
+def _copy(desc, i_b, i_h, i_n, bar, x_s):
+    """Start the copy of the rows at i_n of a head into shared memory."""
+    _box_in(desc, [i_b, i_h, i_n, 0], bar, _box(x_s, desc))
+
+
+@gluon.jit
+def _produce(d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr):
+    q_s, k_s, v_s, q_full, q_empty, full, empty = memory
+    indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
+    n_pool, n_pool_tiles, scale = sizes
+    PARTS: gl.constexpr = q_s.shape[0]
+    STAGES: gl.constexpr = k_s.shape[0]
+    TILE: gl.constexpr = k_s.shape[1]
+    D: gl.constexpr = k_s.shape[2]
+    SPLIT: gl.constexpr = BLOCK_K // TILE
+    POOL: gl.constexpr = d_pk is not None
+    first, step = gl.program_id(0), gl.num_programs(0)
+    g, phase = 0, 0
+    v_b, v_h, v_n, v_pool = 0, 0, n_valid, 0
+    n_next = gl.load(counts + first)
+    # one step more than rows: see _consume
+    for i_step in range(first, n_rows + step, step):
+        live = i_step < n_rows
+        i_row = gl.minimum(i_step, n_rows - 1)
+        n_kept = gl.where(live, n_next, 0)
+        n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
+        p_idx = indices + i_row.to(gl.int64) * width
+        n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
+        n_tiles, _ = _tiles(n_left, n_kept, TILE, SPLIT)
+        i_b, i_h, i_m = _place(i_row, m_q, n_heads)
+        mbarrier.wait(q_empty, phase ^ 1)
+        phase ^= 1
+        mbarrier.expect(q_full, PARTS * 64 * D * 2)
+        for part in gl.static_range(PARTS):
+            i_q = gl.where(live, (i_m * PARTS + part) * 64, n_q)
+            _copy(d_q, i_b, i_h, i_q, q_full, q_s.index(part))
+        n_all = n_tiles
+        if POOL:
+            n_all = n_tiles + gl.where(live, n_pool_tiles, 0)
+        for i in range(n_all):
+            j = gl.maximum(n_tiles - 1 - i, 0)
+            i_k = gl.load(p_idx + j // SPLIT) * BLOCK_K + j % SPLIT * TILE
+            i_k = gl.where(n_kept > 0, i_k, n_valid)
+            st = g % STAGES
+            mbarrier.wait(empty.index(st), (g // STAGES & 1) ^ 1)
+            mbarrier.expect(full.index(st), 4 * TILE * D)
+            if POOL:
+                pooled = i >= n_tiles
+                if pooled:
+                    i_k = (i - n_tiles) * TILE
+                    _copy(d_pk, i_b, i_h, i_k, full.index(st), k_s.index(st))
+                else:
+                    _copy(d_k, i_b, i_h, i_k, full.index(st), k_s.index(st))
+                if v_pool > 0:
+                    _copy(d_pv, v_b, v_h, v_n, full.index(st), v_s.index(st))
+                else:
+                    _copy(d_v, v_b, v_h, v_n, full.index(st), v_s.index(st))
+                v_pool = pooled.to(gl.int32)
+            else:
+                _copy(d_k, i_b, i_h, i_k, full.index(st), k_s.index(st))
+                _copy(d_v, v_b, v_h, v_n, full.index(st), v_s.index(st))
+            v_b, v_h, v_n = i_b, i_h, i_k
+            g += 1
+
+
+@gluon.jit
+def _step(
+    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, b_bias, more, k_s, v_s, full, empty, scale
+):  # fmt: skip
+    """q·kᵀ of tile g beside p·v of the tile before, the softmax of the former under the latter.
+
+    Only n_keys keys count, unless that is None; b_bias is added to the logits in log2 units, unless
+    it is None. Returns p, the factor of the old sum, m, l, and o.
+    """
+    STAGES: gl.constexpr = k_s.shape[0]
+    TILE: gl.constexpr = k_s.shape[1]
+    LAYOUT: gl.constexpr = b_q.type.layout.parent
+    st = g % STAGES
+    # [64, D] @ [D, TILE] -> [64, TILE]
+    b_s = gl.zeros([64, TILE], gl.float32, LAYOUT)
+    s_token = warpgroup_mma(b_q, k_s.index(st).permute((1, 0)), b_s, use_acc=False, is_async=True)
+    # [64, TILE] @ [TILE, D] -> [64, D]
+    o_token = warpgroup_mma(b_p, v_s.index(st), b_o, is_async=True)
+    b_s = warpgroup_mma_wait(1, (s_token,)) * scale
+    if n_keys is not None:
+        b_s = gl.where(o_k[None, :] < n_keys, b_s, -float("inf"))
+    if b_bias is not None:
+        b_s += b_bias[None, :]
+    b_new = gl.maximum(b_m, gl.max(b_s, 1))
+    # a row that has seen only masked keys keeps a maximum of -inf, and -inf - -inf is NaN
+    b_ref = gl.where(b_new == -float("inf"), 0.0, b_new)
+    b_w = gl.exp2(b_s - b_ref[:, None])
+    b_a = gl.exp2(b_m - b_ref)
+    b_l = b_l * b_a + gl.sum(b_w, 1)
+    b_p = gl.convert_layout(b_w.to(k_s.dtype), b_p.type.layout)
+    # between the softmax and its product: else ptxas waits for the product first
+    mbarrier.wait(full.index((g + 1) % STAGES), (g + 1) // STAGES & 1, pred=more)
+    b_o = warpgroup_mma_wait(0, (o_token,))
+    mbarrier.arrive(empty.index(st), count=1)
+    return b_p, b_a, b_new, b_l, b_o
+
+
+@gluon.jit
+def _finish(
+    d_o, o_s, lse, ratio, shift, b_o, b_m, b_l, i_row, i_q, n_q, m_q, n_heads, D: gl.constexpr
+):  # fmt: skip
+    """Store 64 rows: r·O + C, and their LSE; zeros and -inf without a valid key."""
+    i_b, i_h, _ = _place(i_row, m_q, n_heads)
+    b_full = gl.where(b_l > 0, b_l, 1.0)
+    if lse is not None:
+        o_q = i_q + gl.arange(0, 64, layout=b_m.type.layout)
+        b_lse = (b_m + gl.log2(b_full)) * 0.6931471805599453
+        gl.store(lse + (i_row // m_q).to(gl.int64) * n_q + o_q, b_lse, mask=o_q < n_q)
+    b_r = 1.0 / b_full
+    if ratio is not None:
+        b_r = b_r * gl.load(ratio + i_row)
+    b_o = b_o * gl.convert_layout(b_r, gl.SliceLayout(1, b_o.type.layout))[:, None]
+    if shift is not None:
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
+        b_o += gl.load(shift + i_row.to(gl.int64) * D + o_d)[None, :]
+    # the store before this one may still read the memory
+    tma.store_wait(0)
+    o_s.store(b_o.to(o_s.dtype))
+    fence_async_shared()
+    _box_out(d_o, [i_b, i_h, i_q, 0], _box(o_s, d_o))
+
+
+@gluon.jit
+def _consume(
+    PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes,
+    BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    q_s, k_s, v_s, q_full, q_empty, full, empty = memory
+    indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
+    n_pool, n_pool_tiles, scale = sizes
+    PARTS: gl.constexpr = q_s.shape[0]
+    TILE: gl.constexpr = k_s.shape[1]
+    D: gl.constexpr = k_s.shape[2]
+    SPLIT: gl.constexpr = BLOCK_K // TILE
+    MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
+    MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA_S)
+    ROW_O: gl.constexpr = gl.SliceLayout(1, MMA_O)
+    dtype: gl.constexpr = k_s.dtype
+    o_k = gl.arange(0, TILE, layout=gl.SliceLayout(0, MMA_S))
+    b_p = gl.zeros([64, TILE], dtype, gl.DotOperandLayout(0, MMA_O, 2))
+    b_o = gl.zeros([64, D], gl.float32, MMA_O)
+    b_m = gl.full([64], -float("inf"), gl.float32, ROW)
+    b_l = gl.zeros([64], gl.float32, ROW)
+    first, step = gl.program_id(0), gl.num_programs(0)
+    g, phase = 0, 0
+    n_kept = gl.load(counts + first)
+    n_left = n_valid - gl.load(indices + first.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)) * (
+        BLOCK_K
+    )
+    mbarrier.wait(full.index(0), 0)
+    # a step starts its row and finishes the one before, so that there is one step more than rows
+    for i_row in range(first, n_rows + step, step):
+        live = i_row < n_rows
+        n_kept = gl.where(live, n_kept, 0)
+        n_tiles, n_first = _tiles(n_left, n_kept, TILE, SPLIT)
+        mbarrier.wait(q_full, phase)
+        phase ^= 1
+        b_q = q_s.index(PART).load(gl.DotOperandLayout(0, MMA_S, 2))
+        fence_async_shared()
+        mbarrier.arrive(q_empty, count=1)
+        b_none = gl.full([64], -float("inf"), gl.float32, ROW)
+        b_zero = gl.zeros([64], gl.float32, ROW)
+        b_p, b_a, b_m1, b_l1, b_o = _step(
+            g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, k_s, v_s, full, empty,
+            scale,
+        )  # fmt: skip
+        g += 1
+        if i_row >= step:
+            i_done = i_row - step
+            i_q = (i_done % m_q * PARTS + PART) * 64
+            _finish(
+                d_o, o_s.index(PART), lse, ratio, shift, b_o, b_m, b_l, i_done, i_q, n_q, m_q,
+                n_heads, D,
+            )  # fmt: skip
+        b_o = gl.zeros([64, D], gl.float32, MMA_O)
+        b_m, b_l = b_m1, b_l1
+        # read early what the next step needs: the tiles of this row hide the latency
+        i_next = gl.minimum(i_row + step, n_rows - 1)
+        n_kept = gl.load(counts + i_next)
+        for _ in range(1, n_tiles):
+            b_p, b_a, b_m, b_l, b_o = _step(
+                g, b_q, b_p, b_o, b_m, b_l, o_k, None, None, True, k_s, v_s, full, empty, scale
+            )
+            b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
+            g += 1
+        if kept is not None:
+            for i in range(gl.where(live, n_pool_tiles, 0)):
+                o_m = i * TILE + o_k
+                n_size = n_valid - o_m * BLOCK_K
+                b_size = gl.minimum(gl.maximum(n_size.to(gl.float32), 1.0), BLOCK_K)
+                p_kept = kept + i_row.to(gl.int64) * n_pool + o_m
+                b_kept = gl.load(p_kept, mask=o_m < n_pool, other=1)
+                b_bias = gl.where((b_kept == 0) & (n_size > 0), gl.log2(b_size), -float("inf"))
+                b_p, b_a, b_m, b_l, b_o = _step(
+                    g,
+                    b_q,
+                    b_p,
+                    b_o,
+                    b_m,
+                    b_l,
+                    o_k,
+                    None,
+                    b_bias,
+                    True,
+                    k_s,
+                    v_s,
+                    full,
+                    empty,
+                    scale,
+                )
+                b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
+                g += 1
+        p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
+        n_left = n_valid - gl.load(p_last) * BLOCK_K
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["n_q", "n_valid", "width", "m_q", "n_rows", "n_pool", "n_pool_tiles"])
+def _block_sparse_attention_hopper_fwd_kernel(
+    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, indices, counts,
+    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = BLOCK_Q // 64
+    dtype: gl.constexpr = d_k.dtype
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
+    o_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SHARED)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SHARED)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=PARTS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=PARTS)
+    fence_async_shared()
+    memory = (q_s, k_s, v_s, q_full, q_empty, full, empty)
+    table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
+    sizes = (n_pool, n_pool_tiles, scale)
+    if PARTS == 2:
+        gl.warp_specialize([
+            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes, BLOCK_K)),
+            (_consume, (1, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes, BLOCK_K)),
+            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes, BLOCK_K)),
+            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K)),
+        ], [1], [40])  # fmt: skip

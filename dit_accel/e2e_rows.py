@@ -1,0 +1,263 @@
+"""The rows of the end-to-end benchmark: what is switched on, on which steps, and what 50 cost.
+
+A row's name is its recipe: a base ("stock", "none", or a method and its kept share as in
+"pooled@0.1") and what is added to it: "+cudnn" or "+flash" (backend of dense attention),
+"+compile", "+prune", "+cache", "+fp8" (how a state is kept). "none" leaves the attention core out:
+no attention method can be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_accel import Schedule, TokenPruning, accelerated
+from dit_accel.config import named
+from dit_accel.methods import Call, Method
+from dit_accel.schedule import Plan
+from dit_accel.step_cache import LEADERS
+
+ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8")
+TOGETHER = "pooled@0.1+cudnn+compile+prune+cache"
+_METHODS = ("pooled", "topk", "shared", "rectified", "rettention", "sla")
+# The most telling first: what a short budget leaves out is at the end.
+ROWS = (
+    "stock",
+    "stock+cudnn",
+    "none",
+    "pooled@0.1",
+    "topk@0.1",
+    "pooled@0.1+prune",
+    "stock+cache",
+    "pooled@0.1+cache",
+    "stock+compile",
+    "pooled@0.1+compile",
+    "pooled@0.1+compile+prune",
+    TOGETHER,
+    *(f"{name}@0.1" for name in _METHODS[2:]),
+    "shared@0.1+fp8",
+    *(f"{name}@{keep}" for keep in (0.05, 0.2) for name in _METHODS),
+    "stock+cudnn+compile",
+    "stock+flash",
+)
+_FIRST = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_OTHERS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+_LEADER = LEADERS["FirstBlockCacheConfig"]
+
+
+@dataclass(frozen=True)
+class NoAttention(Method):
+    """Each visual query's output is its value: what is left of a step is not attention."""
+
+    keep: float = 0.5
+
+    name: ClassVar[str] = "none"
+    description: ClassVar[str] = "no attention at all"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        return q
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of running a model. ValueError for a name that is none of the grammar above."""
+
+    name: str
+    method: Method | None
+    added: frozenset[str]
+
+    @classmethod
+    def parse(cls, name: str) -> Row:
+        base, *added = name.split("+")
+        unknown = [text for text in added if text not in ADDED]
+        if unknown:
+            raise ValueError(
+                f"row {name!r} adds {unknown[0]!r}; what can be added is {', '.join(ADDED)}"
+            )
+        if base in ("stock", "none"):
+            method = NoAttention() if base == "none" else None
+        else:
+            kind, at, keep = base.partition("@")
+            method = named(kind)
+            method = replace(method, keep=_number(name, keep)) if at else method
+            if kind == "rectified":  # random scores are flat: a mass would keep more than asked
+                method = replace(method, mass=0.0)
+        if "prune" in added and (method is None or method.stateful):
+            raise ValueError(f"row {name!r} prunes: that needs a method that remembers nothing")
+        if "fp8" in added:
+            if method is None or not method.stateful:
+                raise ValueError(f"row {name!r} keeps its state as fp8: its method has none")
+            method = replace(method, residual="fp8")
+        return cls(name, method, frozenset(added))
+
+    @property
+    def stock(self) -> str:
+        """The row whose dense steps are this one's."""
+        return "+".join(("stock", *(x for x in ("cudnn", "flash", "compile") if x in self.added)))
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of steps that it has after the dense ones.
+
+        full: a step in which a method that remembers looks at everything; pruned: part of the
+        tokens; skipped: by the step cache; sparse: any other.
+        """
+        if self.method is None:
+            return ("skipped",) if "cache" in self.added else ()
+        kinds = ("full", "sparse") if self.method.stateful else ("sparse",)
+        kinds += ("pruned",) * ("prune" in self.added)
+        return kinds + ("skipped",) * ("cache" in self.added)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"row {name!r} keeps {text!r}; write a share as in pooled@0.1") from None
+
+
+@dataclass(frozen=True)
+class Course:
+    """A short run in which each kind of step comes `rounds` + 1 times; the first is thrown away.
+
+    dense: whether dense steps are run as well; without them they are another row's.
+    """
+
+    row: Row
+    rounds: int
+    dense: bool = True
+
+    @property
+    def first(self) -> int:
+        """The step from which the method runs."""
+        return self.rounds + 1 if self.dense or self.row.method is None else 0
+
+    @property
+    def steps(self) -> int:
+        return self.first + (self.rounds + 1) * self._stride
+
+    @property
+    def _stride(self) -> int:
+        """After how many steps all kinds have come once; the cache skips every second."""
+        kinds = self.row.kinds()
+        computed = len([kind for kind in kinds if kind != "skipped"])
+        return max(1, computed) * 2 if "skipped" in kinds else computed
+
+    def skips(self, step: int) -> bool:
+        """Whether the step cache is to skip this step."""
+        after = step - self.first
+        return "cache" in self.row.added and after > 0 and after % 2 == 1
+
+    def options(self, min_tokens: int | None) -> dict[str, Any]:
+        """`accelerate`'s arguments."""
+        row, cached = self.row, "cache" in self.row.added
+        method = row.method
+        if method.stateful:
+            method = replace(method, period=2)
+        prune = None
+        if "prune" in row.added:
+            # with skipped steps between, the last full step is 1, 3 or 2, 4 steps away
+            prune = TokenPruning(refresh=3 if cached else 2, start=self.first, end=0)
+        schedule = Schedule(warmup=self.first)
+        return {"method": method, "schedule": schedule, "prune": prune, "min_tokens": min_tokens}
+
+
+def whole_run(row: Row, steps: int) -> list[str]:
+    """The kind of each of `steps` steps under the default schedules of method and pruning.
+
+    A step cache is taken to skip every second step after the warm-up: which ones it skips depends
+    on what the model's weights make of the prompt.
+    """
+    prune, method = TokenPruning(), row.method
+    plan = Plan(Schedule(), 0.5, 1)
+    kinds, full, remembered, first = [], 0, None, None
+    for step in range(steps):
+        action = plan.action(step, steps, 0)
+        first = step if first is None and action.keep is not None else first
+        if action.keep is None:
+            kind = "dense"
+        elif "cache" in row.added and (step - first) % 2:
+            kind = "skipped"
+        elif method is None:
+            kind = "dense"
+        elif method.stateful and (remembered is None or step - remembered >= method.period):
+            kind, remembered = "full", step
+        elif "prune" in row.added and prune.prunes(step, steps, full):
+            kind = "pruned"
+        else:
+            kind = "sparse"
+        if kind not in ("pruned", "skipped"):
+            full = step
+        kinds.append(kind)
+    return kinds
+
+
+@contextmanager
+def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str) -> Iterator[Any]:
+    """The pipeline under this row; gives the handle of `accelerate`, or None. Leaves it as it was.
+
+    compiler: torch.compile's backend.
+    """
+    row, transformer = course.row, pipe.transformer
+    with ExitStack() as stack:
+        for name in row.added & _FIRST.keys():
+            order = [_FIRST[name], *(b for b in _OTHERS if b != _FIRST[name])]
+            stack.enter_context(sdpa_kernel(order, set_priority=True))
+        if "compile" in row.added:
+            stack.enter_context(_compiled(transformer, compiler, "cache" in row.added))
+        if "cache" in row.added:
+            from diffusers import FirstBlockCacheConfig
+
+            transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
+            stack.callback(transformer.disable_cache)
+        if row.method is None:
+            yield None
+        else:
+            yield stack.enter_context(accelerated(pipe, **course.options(min_tokens)))
+
+
+def set_skip(transformer: nn.Module, skip: bool) -> None:
+    """Make First-Block-Cache skip, or compute, the next step, whatever the first block gives."""
+    for module in transformer.modules():
+        hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get(_LEADER)
+        if hook is not None:
+            hook.threshold = float("inf") if skip else -1.0
+
+
+@contextmanager
+def _compiled(transformer: nn.Module, compiler: str, below: bool) -> Iterator[None]:
+    """Regional compilation; below: of what the step cache's hooks call, for those break graphs."""
+    blocks = _blocks(transformer)
+    if below:
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=compiler)
+    elif getattr(transformer, "_repeated_blocks", None):
+        transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
+    else:
+        for block in blocks:
+            block.compile(fullgraph=True, backend=compiler)
+    try:
+        yield
+    finally:
+        for module in transformer.modules():
+            module._compiled_call_impl = None
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+        torch._dynamo.reset()
+
+
+def _blocks(transformer: nn.Module) -> list[nn.Module]:
+    from dit_accel.pipelines import registry
+
+    site = registry.find(transformer).span
+    return [block for blocks in site.lists(transformer) for block in blocks]

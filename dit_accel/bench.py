@@ -1,6 +1,7 @@
 """Operator benchmarks: map and attention together against dense attention, side by side.
 
     python -m dit_accel.bench --op pooled_attention --shape wan1.3b-480p --keep 0.05 --out rows.json
+    python -m dit_accel.bench --e2e --help
 
 A row gives times, TFLOP/s of the kept work and the error; its ratio stands only if the error check
 passes. Dense and sparse rounds alternate, so that a busy machine slows both; --clock cpu counts the
@@ -280,7 +281,12 @@ def line(row: dict) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m dit_accel.bench`."""
+    """The command line of `python -m dit_accel.bench`; with --e2e that of dit_accel.e2e."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "--e2e" in words:
+        from dit_accel import e2e
+
+        return e2e.main([word for word in words if word != "--e2e"])
     parser = argparse.ArgumentParser(prog="python -m dit_accel.bench", description=__doc__)
     parser.add_argument("--op", action="append", choices=OPS, help="default: all")
     parser.add_argument("--shape", action="append", choices=list(SHAPES))
@@ -292,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--crossover", action="store_true", help="only the crossover lengths")
     parser.add_argument("--out", help="a JSON file to write")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--e2e", action="store_true", help="whole models; see --e2e --help")
+    given = parser.parse_args(words)
     if given.clock == "cpu":
         torch.set_num_threads(1)
     timing = {"rounds": given.rounds, "clock": given.clock}

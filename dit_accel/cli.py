@@ -118,7 +118,7 @@ _OWN_OPTIONS = {"add_help_option": False, "context_settings": {"ignore_unknown_o
 
 @app.command("bench", **_OWN_OPTIONS)
 def operators(rest: Rest = None) -> None:
-    """Time the operators against dense attention, with an error check."""
+    """Time the operators against dense attention, with an error check; whole models with --e2e."""
     from dit_accel.bench import main as bench
 
     with checked():

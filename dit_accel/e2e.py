@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from dit_accel import bench, e2e_table
-from dit_accel.e2e_models import MODELS, Model, TooLarge, arguments, build
+from dit_accel.e2e_models import MODELS, Model, TooLarge, build, inputs
 from dit_accel.e2e_rows import ROWS, Course, Row, set_skip, switched_on, whole_run
 from dit_accel.report import Report
 
@@ -94,7 +94,7 @@ class Benchmark:
         try:
             start = time.monotonic()
             pipe = build(model, self.device, self.dtype, self.tiny)
-            call = arguments(model, pipe, self.device, self.tiny)
+            call = inputs(model, pipe, self.device, self.tiny)
             self.echo(f"{model.title}: built in {time.monotonic() - start:.1f} s")
         except (TooLarge, torch.OutOfMemoryError) as error:
             self._add({"model": model.name, "row": rows[0].name, "error": _text(error)})
@@ -328,6 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = json.loads(given.table.read_text())
         print((e2e_table.csv_text if given.csv else e2e_table.markdown)(record))
         return 0
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()  # it remarks on embeddings that come without a mask
     rows = [Row.parse(name) for name in given.rows]
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"minutes": given.minutes, "out": given.out, "compiler": given.compiler}

@@ -321,7 +321,7 @@ def _fill(transformer: nn.Module, device: torch.device, dtype: torch.dtype) -> N
             module._buffers[name] = buffer.to(device)
 
 
-def arguments(model: Model, pipe: Any, device: torch.device, tiny: bool = False) -> dict[str, Any]:
+def inputs(model: Model, pipe: Any, device: torch.device, tiny: bool = False) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call, but for steps and callback."""
     config, dtype = pipe.transformer.config, pipe.transformer.dtype
     size, text = (model.tiny["size"], model.tiny["text"]) if tiny else (model.size, model.text)

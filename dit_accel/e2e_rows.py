@@ -218,6 +218,8 @@ def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str
         if "cache" in row.added:
             from diffusers import FirstBlockCacheConfig
 
+            if not hasattr(transformer, "enable_cache"):
+                raise RuntimeError(f"{type(transformer).__name__} has no step caches in diffusers")
             transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
             stack.callback(transformer.disable_cache)
         if row.method is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
+from emoji_set import COLOURS, caption
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,7 +77,8 @@ class Inputs:
 
 @torch.no_grad()
 def calibrate(pipe: WanPipeline, defaults: dict, prompts: list[str], clips: int) -> Inputs:
-    """Generate `clips` clips in eight steps; show the text layers every prompt and time."""
+    """Generate the first `clips` prompts in eight steps; show the text layers every prompt and
+    time."""
     transformer, embedder = pipe.transformer, pipe.transformer.condition_embedder
     inputs = Inputs({"transformer": transformer, "text_encoder": pipe.text_encoder})
     call = {k: v for k, v in defaults.items() if k != "fps"} | {"num_inference_steps": 8}
@@ -96,6 +98,15 @@ def calibrate(pipe: WanPipeline, defaults: dict, prompts: list[str], clips: int)
             block.attn2.to_v(keys)
     embedder(torch.linspace(0, 1000, 2001), text[:1].float())
     return inputs
+
+
+def trained(captions: Path) -> list[str]:
+    """A prompt of every emoji of the archive, on colours that it was trained on."""
+    prompts = []
+    for number, clip in enumerate(json.loads(captions.read_text())["clips"]):
+        colours = [c for c in COLOURS if c != clip["held_out"]]
+        prompts.append(caption(clip["name"], colours[number % len(colours)]))
+    return prompts
 
 
 def _negatives(defaults: dict, count: int) -> dict:
@@ -125,12 +136,15 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="pipeline folder with generation.json")
     parser.add_argument("target", type=Path)
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts.txt"))
+    parser.add_argument("--captions", type=Path, default=Path("data/emoji/captions.json"))
     parser.add_argument("--clips", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=17)
     args = parser.parse_args()
     pipe = WanPipeline.from_pretrained(args.source, torch_dtype=torch.float32)
     pipe.text_encoder.float()
-    prompts = args.prompts.read_text().split("\n")[:-1]
+    prompts = args.prompts.read_text().splitlines() + trained(args.captions)
     defaults = json.loads((args.source / "generation.json").read_text())
+    defaults["num_frames"] = args.frames
     torch.manual_seed(0)
     write(args.source, args.target, calibrate(pipe, defaults, prompts, args.clips))
     total = sum(f.stat().st_size for f in args.target.rglob("*") if f.is_file())

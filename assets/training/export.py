@@ -19,7 +19,7 @@ GENERATION = {
     "height": 256,
     "width": 256,
     "num_frames": 33,
-    "num_inference_steps": 25,
+    "num_inference_steps": 20,
     "guidance_scale": 3.0,
     "negative_prompt": "",
     "max_sequence_length": 512,

@@ -43,10 +43,30 @@ def test_stock_diffusers_loads_it_in_float32(pipe: WanPipeline) -> None:
     assert pipe.scheduler.config.shift == 3.0
 
 
-def test_every_example_prompt_is_known(pipe: WanPipeline) -> None:
-    unknown = pipe.tokenizer.unk_token_id
-    for prompt in (ASSETS / "prompts.txt").read_text().splitlines():
-        assert unknown not in pipe.tokenizer(prompt).input_ids, prompt
+@pytest.mark.parametrize("file", ["prompts.txt", "prompts-tuning.txt", "prompts-report.txt"])
+def test_every_listed_prompt_is_a_known_pair_and_some_are_held_out(
+    file: str, pipe: WanPipeline
+) -> None:
+    known = json.loads((MODEL / "training.json").read_text())
+    kinds = set()
+    for prompt in (ASSETS / file).read_text().splitlines():
+        assert pipe.tokenizer.unk_token_id not in pipe.tokenizer(prompt).input_ids, prompt
+        name, _, colour = prompt.removesuffix(" background").partition(" on a ")
+        assert colour in known["colours"], prompt
+        kinds.add(known["held_out"][name] == colour)
+    assert kinds == {True, False}
+
+
+def test_stock_defaults_of_prompt_and_text_length_are_the_models_own(pipe: WanPipeline) -> None:
+    call = json.loads((MODEL / "generation.json").read_text())
+    call = {k: call[k] for k in ("height", "width", "guidance_scale")}
+    call |= {"num_frames": 1, "num_inference_steps": 2, "output_type": "latent"}
+    own = {"negative_prompt": "", "max_sequence_length": 512}
+    clips = [
+        pipe("rocket on a blue background", generator=torch.Generator().manual_seed(0), **kwargs)
+        for kwargs in (call, call | own)
+    ]
+    assert torch.equal(clips[0].frames, clips[1].frames)
 
 
 def test_prompts_decide_the_background(pipe: WanPipeline) -> None:

@@ -103,8 +103,16 @@ def test_compressed_folder_loads_in_float32(exported: Path, tmp_path: Path) -> N
 
 
 def test_evaluation_reports_every_number(exported: Path, archive: Path, tmp_path: Path) -> None:
+    from clips import Clips
+
+    from dit_accel.evaluate.recognition import References
+
+    small, clips = tmp_path / "small.safetensors", Clips.load(archive, "cpu")
+    frames = list(range(clips.rgba.shape[1]))
+    References.of(clips.rgba, clips.names, frames, clips.colours, 4).save(small)
     command = [sys.executable, ROOT / "assets" / "training" / "evaluate.py", "--device", "cpu"]
     command += ["--model", exported, "--data", archive, "--out", tmp_path, "--limit", "1"]
+    command += ["--references", small, "--batch", "2"]
     command += ["--vae-clips", "1", "--grid", tmp_path / "grid.png"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("rocket on a blue background\n")

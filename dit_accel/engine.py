@@ -107,6 +107,7 @@ class Engine:
     carried: bool = False
     span: Span | None = None
     spans: list[Span] = field(default_factory=list)
+    _ordered: tuple[str, tuple[int, int, int], torch.device] | None = None
     _announce: Announcer = field(default_factory=Announcer)
     _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
     _forced: dict[tuple, dict[str, Any]] = field(default_factory=dict)
@@ -163,9 +164,12 @@ class Engine:
     def _order(self, geometry: Geometry, device: torch.device, carried: bool) -> None:
         lines = sum(n > 1 for n in geometry.grid) < 2  # a row of tokens has one order only
         kind = "raster" if lines else self.config.order
-        index = token_order(kind, geometry.grid, self.config.tile)
-        self.index = None if index is None else index.to(device)
-        self.back = None if index is None else inverse(index).to(device)
+        wanted = (kind, geometry.grid, device)
+        if wanted != self._ordered:  # a copy to the device waits for it: not once per forward
+            index = token_order(kind, geometry.grid, self.config.tile)
+            self.index = None if index is None else index.to(device)
+            self.back = None if index is None else inverse(index).to(device)
+            self._ordered = wanted
         self.carried = carried
 
     def attend(

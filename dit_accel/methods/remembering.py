@@ -64,7 +64,7 @@ class Remembering(Method):
         raise TypeError(f"{type(self).__name__} defines no full step")
 
     def partial(self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call) -> Tensor:
-        """r · O_partial, float32."""
+        """r · O_partial, float32 or q's dtype: adding R rounds once either way."""
         raise TypeError(f"{type(self).__name__} defines no partial step")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

@@ -90,8 +90,8 @@ class Rettention(Remembering):
         """ρ · O_window, and ρ grows."""
         out = ops.block_sparse_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)
         if not self.rescale:
-            return out.float()
+            return out
         ratio = call.state["ratio"]
-        out = out.float() * ratio[..., None]
+        out = out * ratio[..., None]
         ratio.add_(self.growth).clamp_(max=1)
         return out

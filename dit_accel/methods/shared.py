@@ -42,7 +42,7 @@ class SharedResidual(Remembering):
 
     def partial(self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call) -> Tensor:
         """O_pooled."""
-        return ops.pooled_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len).float()
+        return ops.pooled_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)
 
     def select(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
         """The best blocks of the last full step: R is what these missed."""

@@ -15,9 +15,12 @@ from dit_accel.app.studio import Pair, Studio
 
 FOLDER = Path(__file__).parents[1] / "assets" / "examples"
 PAIRS = {
-    "rocket": ("rocket on a blue background", Side("topk:safe", keep=0.5)),
-    "octopus": ("octopus on a white background", Side("pooled:fast", keep=0.1)),
-    "unicorn": ("unicorn on a pink background", Side("rectified:fast", keep=0.1)),
+    "rocket": ("rocket on a blue background", Side("shared:balanced", keep=0.2)),
+    "octopus": ("octopus on a yellow background", Side("pooled:fast", keep=0.1)),
+    "unicorn": (
+        "unicorn on a purple background",
+        Side("pooled:safe", keep=0.5, prune="balanced"),
+    ),
 }
 
 

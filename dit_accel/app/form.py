@@ -51,7 +51,8 @@ class Form:
                 value=preset if sparse else "balanced",
                 label="Preset",
             )
-            keep = _share("Keep this share of the key blocks", 0.02, 0.25, 0.01)
+            known = find(method).presets.get(preset, {}).get("keep", 0.25)
+            keep = _share("Keep this share of the key blocks", 0.02, known, 0.01)
             warmup = _share("Dense share of the steps, at the start", 0, 0.15, 0.05)
             order = gr.Radio(list(ORDERS), value="raster", label="Token order")
             small = gr.Checkbox(False, label="Accelerate short sequences too")

@@ -76,7 +76,7 @@ class Rettention(Remembering):
     def full(
         self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
     ) -> tuple[Tensor, Tensor]:
-        """Dense and window in one pass, and ρ."""
+        """Dense and window attention, and ρ."""
         call.state.pop("ratio", None)
         out, window, lse, window_lse = ops.window_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len

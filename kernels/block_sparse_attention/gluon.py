@@ -24,7 +24,10 @@ _UNMEASURED = (
 # What a sweep tries, as rows of the launch table that it may take over.
 CANDIDATES = tuple(
     Launch("forward", 90, 128, block, tile, 4, stages, True, True, provenance=_UNMEASURED)
-    for block, tile, stages in ((128, 128, 2), (128, 64, 3), (128, 64, 4), (64, 64, 2), (64, 64, 3))
+    for block, tile, stages in (
+        *((128, 128, 2), (128, 64, 3), (128, 64, 4), (128, 64, 5)),
+        (64, 64, 2),
+    )
 )
 # Bytes of shared memory of a multiprocessor, less what its programs lose to barriers.
 _SHARED = 225 * 1024

@@ -14,7 +14,9 @@ Barriers, each with two phases, waited for in turn by the parity of its uses:
     empty[s]: completes its u-th phase when every warpgroup has read slot u·STAGES + s.
 The producer fills a place only after its previous phase of "empty", and a warpgroup reads it only
 after its phase of "full": no barrier runs two phases ahead of who waits for it. The producer issues
-in the order in which warpgroups consume, and no warpgroup waits for another: no cycle of waits.
+in the order in which warpgroups wait. A warpgroup waits for slot g + 1 before it gives slot g back,
+so that STAGES is at least two; then every place that it waits for is free once the other has done
+what nothing keeps it from: there is no cycle of waits.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# triton 3.6 and later have different names
+# triton 3.6 has other names than later ones
 _box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _box_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 _REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -69,7 +71,8 @@ def _copy(desc, i_b, i_h, i_n, bar, x_s):
 
 @gluon.jit
 def _produce(d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr):
-    q_s, k_s, v_s, q_full, q_empty, full, empty = memory
+    q_s, q_full, q_empty, ring = memory
+    k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, scale = sizes
     PARTS: gl.constexpr = q_s.shape[0]
@@ -129,13 +132,15 @@ def _produce(d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.conste
 
 @gluon.jit
 def _step(
-    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, b_bias, more, k_s, v_s, full, empty, scale
+    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, b_bias, more, ring, scale
 ):  # fmt: skip
     """q·kᵀ of tile g beside p·v of the tile before, the softmax of the former under the latter.
 
     Only n_keys keys count, unless that is None; b_bias is added to the logits in log2 units, unless
-    it is None. Returns p, the factor of the old sum, m, l, and o.
+    it is None. Slot g has landed; if there are more, the next one has at the end. Returns p, the
+    factor of the old sum, m, l, and o.
     """
+    k_s, v_s, full, empty = ring
     STAGES: gl.constexpr = k_s.shape[0]
     TILE: gl.constexpr = k_s.shape[1]
     LAYOUT: gl.constexpr = b_q.type.layout.parent
@@ -157,7 +162,7 @@ def _step(
     b_a = gl.exp2(b_m - b_ref)
     b_l = b_l * b_a + gl.sum(b_w, 1)
     b_p = gl.convert_layout(b_w.to(k_s.dtype), b_p.type.layout)
-    # between the softmax and its product: else ptxas waits for the product first
+    # the next slot already here: in a straight line ptxas moves the softmax behind the wait for o
     mbarrier.wait(full.index((g + 1) % STAGES), (g + 1) // STAGES & 1, pred=more)
     b_o = warpgroup_mma_wait(0, (o_token,))
     mbarrier.arrive(empty.index(st), count=1)
@@ -194,7 +199,8 @@ def _consume(
     PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes,
     BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    q_s, k_s, v_s, q_full, q_empty, full, empty = memory
+    q_s, q_full, q_empty, ring = memory
+    k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, scale = sizes
     PARTS: gl.constexpr = q_s.shape[0]
@@ -214,9 +220,8 @@ def _consume(
     first, step = gl.program_id(0), gl.num_programs(0)
     g, phase = 0, 0
     n_kept = gl.load(counts + first)
-    n_left = n_valid - gl.load(indices + first.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)) * (
-        BLOCK_K
-    )
+    p_last = indices + first.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
+    n_left = n_valid - gl.load(p_last) * BLOCK_K
     mbarrier.wait(full.index(0), 0)
     # a step starts its row and finishes the one before, so that there is one step more than rows
     for i_row in range(first, n_rows + step, step):
@@ -231,9 +236,8 @@ def _consume(
         b_none = gl.full([64], -float("inf"), gl.float32, ROW)
         b_zero = gl.zeros([64], gl.float32, ROW)
         b_p, b_a, b_m1, b_l1, b_o = _step(
-            g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, k_s, v_s, full, empty,
-            scale,
-        )  # fmt: skip
+            g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, ring, scale
+        )
         g += 1
         if i_row >= step:
             i_done = i_row - step
@@ -249,7 +253,7 @@ def _consume(
         n_kept = gl.load(counts + i_next)
         for _ in range(1, n_tiles):
             b_p, b_a, b_m, b_l, b_o = _step(
-                g, b_q, b_p, b_o, b_m, b_l, o_k, None, None, True, k_s, v_s, full, empty, scale
+                g, b_q, b_p, b_o, b_m, b_l, o_k, None, None, True, ring, scale
             )
             b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
             g += 1
@@ -262,21 +266,7 @@ def _consume(
                 b_kept = gl.load(p_kept, mask=o_m < n_pool, other=1)
                 b_bias = gl.where((b_kept == 0) & (n_size > 0), gl.log2(b_size), -float("inf"))
                 b_p, b_a, b_m, b_l, b_o = _step(
-                    g,
-                    b_q,
-                    b_p,
-                    b_o,
-                    b_m,
-                    b_l,
-                    o_k,
-                    None,
-                    b_bias,
-                    True,
-                    k_s,
-                    v_s,
-                    full,
-                    empty,
-                    scale,
+                    g, b_q, b_p, b_o, b_m, b_l, o_k, None, b_bias, True, ring, scale
                 )
                 b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
                 g += 1
@@ -285,13 +275,17 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_q", "n_valid", "width", "m_q", "n_rows", "n_pool", "n_pool_tiles"])
+_SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_pool_tiles"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
 def _block_sparse_attention_hopper_fwd_kernel(
     d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, indices, counts,
     n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
+    gl.static_assert(STAGES > 1)
     PARTS: gl.constexpr = BLOCK_Q // 64
     dtype: gl.constexpr = d_k.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -310,7 +304,7 @@ def _block_sparse_attention_hopper_fwd_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
     fence_async_shared()
-    memory = (q_s, k_s, v_s, q_full, q_empty, full, empty)
+    memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, scale)
     if PARTS == 2:

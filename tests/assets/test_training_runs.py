@@ -88,6 +88,24 @@ def test_export_loads_and_generates(exported: Path) -> None:
     )
 
 
+def test_a_folder_begins_a_run_that_goes_on(run: Path, exported: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from begin import begin
+    from run_state import load
+
+    tensors, _, extra = load(run / "dit")
+    folder = shutil.copytree(exported, tmp_path / "folder")
+    with pytest.raises(ValueError, match="names the emoji"):
+        begin(folder, tmp_path / "run", 60.0)
+    (folder / "training.json").write_text(json.dumps({"held_out": dict.fromkeys(extra["names"])}))
+    begin(folder, tmp_path / "run", 60.0)
+    again, progress, found = load(tmp_path / "run" / "dit")
+    assert progress.seconds == 60 and found == extra
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
 def test_compressed_folder_loads_in_float32(exported: Path, tmp_path: Path) -> None:
     import compress
 

@@ -272,7 +272,7 @@ def _books(course: Course, kinds: list[str], report: Report, scale: float) -> di
         "tokens": round(statistics.mean(share), 4) if share else None,
         "implementations": sorted(report.implementations),
         "unplanned": report.unplanned,
-        "state_gib": round(scale * report.state_bytes / 2**30, 3),
+        "state_gib": round(scale * report.state_bytes / 2**30, 6),
     }
 
 

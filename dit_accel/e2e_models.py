@@ -62,7 +62,7 @@ PAIR = {"prompt_embeds": "text_dim", "negative_prompt_embeds": "text_dim"}
 ONE = {"prompt_embeds": "text_dim"}
 
 
-def _wan(name: str, title: str, **options: Any) -> Model:
+def _wan(name: str, title: str, small: int = 128, **options: Any) -> Model:
     tiny = {
         "num_attention_heads": 2,
         "ffn_dim": 64,
@@ -80,7 +80,7 @@ def _wan(name: str, title: str, **options: Any) -> Model:
         scheduler=("UniPCMultistepScheduler", {**flow, "flow_shift": shift}),
         text=512,
         passes=2,
-        tiny={"config": tiny, "size": (256, 256, 9), "text": 20},
+        tiny={"config": tiny, "size": (small, small, 9), "text": 20},
         **options,
     )
 
@@ -132,7 +132,7 @@ MODELS: dict[str, Model] = {
                     "text_embed_dim": 32,
                     "pooled_projection_dim": 32,
                 },
-                "size": (256, 256, 9),
+                "size": (128, 128, 9),
                 "text": 20,
             },
         ),
@@ -153,7 +153,7 @@ MODELS: dict[str, Model] = {
             ("CogVideoXDDIMScheduler", {}),
             tiny={
                 "config": {**_SMALL, "time_embed_dim": 32, "text_embed_dim": 32},
-                "size": (256, 256, 9),
+                "size": (128, 128, 9),
                 "text": 20,
             },
         ),
@@ -170,7 +170,7 @@ MODELS: dict[str, Model] = {
             masks=("prompt_attention_mask", "negative_prompt_attention_mask"),
             tiny={
                 "config": {**_SMALL, "cross_attention_dim": 128, "caption_channels": 32},
-                "size": (512, 512, 17),
+                "size": (256, 256, 17),
                 "text": 20,
             },
         ),
@@ -189,6 +189,7 @@ MODELS: dict[str, Model] = {
             call={"guidance_scale": 5.0},
             timed=2,
             attributes={"vae_scale_factor_spatial": 16},
+            small=256,
             pipeline_config={"expand_timesteps": True},
         ),
         Model(

@@ -172,8 +172,8 @@ class Benchmark:
         return seconds
 
     def _clean(self) -> None:
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _add(self, row: dict[str, Any]) -> None:

@@ -1,0 +1,339 @@
+"""What each process of multi_gpu.py does: models on its own GPU, then on all GPUs by Ulysses.
+
+A row is one model under one method, measured three times: on one GPU; there again with the output
+of every linear layer moved by up to half a unit in its last place, which tells what rounding alone
+does to this model's output; and on all GPUs. The last must differ from the first by at most MARGIN
+times what rounding does.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from dit_accel import parallel
+from dit_accel.e2e_models import MODELS, Model, build, inputs
+from dit_accel.e2e_rows import Course, Row, switched_on
+
+MARK = "ROW "
+MARGIN = 2.0
+SPARSE = ("pooled@0.1", "topk@0.1", "rectified@0.1", "sla@0.1", "shared@0.1", "rettention@0.1")
+VIDEO = ("stock", *SPARSE[:2], "pooled@0.1+prune", *SPARSE[2:])
+EQUAL = ("stock", *SPARSE)  # in float32 rounding hides least
+FEW = {"num_layers": 2, "num_single_layers": 4}
+TEXTS = (0, 3)  # tokens less than the published prompt: numbers that divide, and that do not
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model in one precision, and the rows that it is run with."""
+
+    name: str
+    model: Model
+    dtype: torch.dtype
+    rows: tuple[str, ...]
+
+
+def cases(part: str, dry: bool) -> list[Case]:
+    """The cases of part "ulysses" or "joint". dry: everything in float32."""
+    half = torch.float32 if dry else torch.bfloat16
+    if part == "ulysses":
+        small, large = MODELS["wan1.3b-480p"], MODELS["wan14b-720p"]
+        few = replace(small, config={**small.config, "num_layers": 4})
+        return [
+            Case(small.name, small, half, VIDEO),
+            Case(f"{small.name}, 4 layers, float32", few, torch.float32, EQUAL),
+            Case(large.name, large, half, VIDEO),
+        ]
+    found, flux = [], MODELS["flux-1024"]
+    for dtype in dict.fromkeys((half, torch.float32)):
+        for less in TEXTS:
+            tiny = {**flux.tiny, "text": flux.tiny["text"] - less}
+            few = {"config": {**flux.config, **FEW}, "text": flux.text - less, "tiny": tiny}
+            name = f"{flux.name}, {flux.text - less} text tokens, {str(dtype)[6:]}"
+            found.append(Case(name, replace(flux, **few), dtype, EQUAL))
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, dry: bool) -> Place:
+        rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cpu") if dry else torch.device("cuda", rank)
+        if not dry:
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if dry else "nccl", timeout=timedelta(minutes=3))
+        return cls(rank, dist.get_world_size(), device)
+
+    def all(self, value: Any) -> list[Any]:
+        """What every process says."""
+        said = [None] * self.world
+        dist.all_gather_object(said, value)
+        return said
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def say(self, row: dict[str, Any]) -> None:
+        if self.rank == 0:
+            print(MARK + json.dumps(row), flush=True)
+
+    def clean(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+@dataclass
+class Run:
+    """One generation: seconds of each step, and the model's output in the last of the first cycle.
+
+    A cycle has one step of each kind of its row.
+    """
+
+    kinds: tuple[str, ...]
+    seconds: list[float] = field(default_factory=list)
+    output: Tensor | None = None
+    kept: float | None = None
+    communicating: float | None = None
+    peak: int = 0
+
+    def facts(self, rounds: int, scale: float) -> dict[str, Any]:
+        """JSON-able, seconds of a whole step: the first cycle compiles, and is thrown away."""
+        timed = self.seconds[len(self.kinds) : len(self.kinds) * (rounds + 1)]
+        by = {kind: timed[n :: len(self.kinds)] for n, kind in enumerate(self.kinds)}
+        return {
+            "seconds": {k: round(scale * statistics.median(of), 5) for k, of in by.items() if of},
+            "spread": {k: round(scale * (max(of) - min(of)), 5) for k, of in by.items() if of},
+            "kept": None if self.kept is None else round(self.kept, 4),
+            "communicating": self.communicating,
+            "peak_gib": round(self.peak / 2**30, 2),
+        }
+
+
+def generate(place: Place, pipe: Any, call: dict[str, Any], row: Row, cycles: int, of: int) -> Run:
+    """The first `cycles` of `of` cycles of steps; the last of them under the profiler, for
+    `communicating`."""
+    run, watch = Run(row.kinds() or ("dense",)), cycles == of
+    stride, shown, last = len(run.kinds), [], time.perf_counter()
+    activity = ProfilerActivity.CUDA if place.device.type == "cuda" else ProfilerActivity.CPU
+    profiler = profile(activities=[activity])
+
+    def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal last
+        place.wait()
+        run.seconds.append(time.perf_counter() - last)
+        if step + 1 == stride:
+            run.output = shown[-1].float().cpu()
+        shown.clear()
+        pipe._interrupt = step + 1 == stride * cycles  # diffusers then passes over the rest
+        if watch and step + 1 == stride * (of - 1):
+            profiler.start()
+        last = time.perf_counter()
+        return {}
+
+    hook = pipe.transformer.register_forward_hook(lambda module, args, out: shown.append(out[0]))
+    call["generator"].manual_seed(0)
+    course = Course(row, of, dense=False)
+    try:
+        with switched_on(pipe, course, 0, "inductor") as handle:
+            last = time.perf_counter()
+            out = pipe(**call, num_inference_steps=stride * of, callback_on_step_end=after)
+            run.kept = None if handle is None else handle.report().kept
+    finally:
+        hook.remove()
+    if not out[0].isfinite().all():
+        raise RuntimeError("the latents are not finite")
+    if watch:
+        profiler.stop()
+        run.communicating = _communicating(profiler, sum(run.seconds[-stride:]))
+    if place.device.type == "cuda":
+        run.peak = torch.cuda.max_memory_allocated(place.device)
+    return run
+
+
+def _communicating(profiler: profile, seconds: float) -> float | None:
+    """Share of `seconds` in NCCL's kernels, in which a GPU also waits for the slower one; or in
+    gloo's calls. None where the profiler saw none."""
+    events = profiler.events()
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name[:4] == "nccl"]
+    spent = [e for e in kernels if ":" not in e.name] or [e for e in events if "gloo:" in e.name]
+    total = sum(e.time_range.elapsed_us() for e in spent) / 1e6
+    return round(total / seconds, 4) if total else None
+
+
+@contextmanager
+def rounded_anew(transformer: nn.Module) -> Iterator[None]:
+    """Every linear layer's output moves by up to half a unit in its last place, at random."""
+
+    def move(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        half = torch.finfo(out.dtype).eps / 2
+        return torch.addcmul(out, out, torch.empty_like(out).uniform_(-half, half))
+
+    linear = [m for m in transformer.modules() if isinstance(m, nn.Linear)]
+    hooks = [module.register_forward_hook(move) for module in linear]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def relative(out: Tensor, expected: Tensor) -> float:
+    return float((out - expected).norm() / expected.norm())
+
+
+def attempt(place: Place, *args: Any) -> Run | str:
+    """A generation, or why it failed on this GPU."""
+    try:
+        return generate(place, *args)
+    except Exception as error:  # the other processes go on, and so does this one
+        traceback.print_exc(file=sys.stdout)
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    finally:
+        place.clean()
+
+
+def slowest(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of the process with the slowest steps, with what all of them kept."""
+    kept = [facts["kept"] for facts in runs if facts["kept"] is not None]
+    found = max(runs, key=lambda facts: sum(facts["seconds"].values()))
+    return {**found, "kept": round(statistics.mean(kept), 4) if kept else None}
+
+
+def split(case: Case, pipe: Any, world: int, dry: bool) -> nn.Module:
+    """A second transformer with the first one's weights that shares its tokens with all GPUs."""
+    alone = pipe.transformer
+    twin = copy.deepcopy(alone, {id(weight): weight for weight in alone.parameters()})
+    size = case.model.tiny["size"] if dry else case.model.size
+    text = case.model.tiny["text"] if dry else case.model.text
+    frames = (size[2] + 3) // 4 if len(size) == 3 else 1
+    tokens = size[0] // 16 * (size[1] // 16) * frames
+    heads = alone.config.num_attention_heads
+    pipe.transformer = twin
+    parallel.share(pipe, anything=any(n % world for n in (heads, tokens, text)))
+    pipe.transformer = alone
+    return twin
+
+
+@dataclass
+class Bench:
+    """One model on one GPU and on all."""
+
+    place: Place
+    case: Case
+    rounds: int
+    dry: bool
+    stock: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.pipe = build(self.case.model, self.place.device, self.case.dtype, self.dry)
+        self.call = inputs(self.case.model, self.pipe, self.place.device, self.dry)
+        self.alone = self.pipe.transformer
+        self.twin = split(self.case, self.pipe, self.place.world, self.dry)
+        self.scale = self.case.model.passes / self.case.model.timed
+
+    def row(self, name: str) -> None:
+        """All measurements of a row; what there is is said after each GPU count."""
+        row, place = Row.parse(name), self.place
+        found: dict[str, Any] = {"case": self.case.name, "row": name, "gpus": place.world}
+        one = attempt(place, self.pipe, self.call, row, self.rounds + 1, self.rounds + 2)
+        with rounded_anew(self.alone):
+            moved = attempt(place, self.pipe, self.call, row, 1, self.rounds + 2)
+        failed = next((s for r in place.all([one, moved]) for s in r if isinstance(s, str)), None)
+        if failed is None:
+            found["alone"] = min(
+                place.all(one.facts(self.rounds, self.scale)),
+                key=lambda facts: sum(facts["seconds"].values()),
+            )
+        else:
+            found["alone_error"] = failed
+        place.say(found)
+        self.pipe.transformer = self.twin
+        try:
+            both = generate(place, self.pipe, self.call, row, self.rounds + 2, self.rounds + 2)
+        except RuntimeError as error:
+            if "cannot run token pruning" not in str(error):
+                raise  # perhaps of this process alone: the launcher ends all
+            place.say({**found, "refused": str(error)})
+            return
+        finally:
+            self.pipe.transformer = self.alone
+            place.clean()
+        found["together"] = slowest(place.all(both.facts(self.rounds, self.scale)))
+        if failed is None:
+            found |= self._compare(found, one, moved, both)
+        place.say(found)
+
+    def _compare(self, found: dict[str, Any], one: Run, moved: Run, both: Run) -> dict[str, Any]:
+        """Speed-up of each kind of step, and the distance of the outputs; off_stock: what the
+        method does to the output, beside which an error can be seen to be small."""
+        if found["row"] == "stock":
+            self.stock = one.output
+        elif self.stock is not None and len(one.kinds) == 1:  # otherwise a later step
+            found["off_stock"] = relative(one.output, self.stock)
+        rounding = max(self.place.all(relative(moved.output, one.output)))
+        error = max(self.place.all(relative(both.output, one.output)))
+        pairs = {
+            k: (s, found["together"]["seconds"][k]) for k, s in found["alone"]["seconds"].items()
+        }
+        return {
+            "speedup": {kind: round(a / b, 3) for kind, (a, b) in pairs.items()},
+            "error": error,
+            "rounding": rounding,
+            "bound": MARGIN * rounding,
+            "equal": error <= MARGIN * rounding,
+        }
+
+
+def work(spec: dict[str, Any]) -> None:
+    """The rows of `spec`: part, todo ([case, row] pairs), rounds, until (Unix time), dry."""
+    place = Place.join(spec["dry"])
+    if spec["dry"]:
+        torch.set_num_threads(1)
+    longest = 0.0
+    for case in cases(spec["part"], spec["dry"]):
+        rows = [row for name, row in spec["todo"] if name == case.name]
+        bench = Bench(place, case, spec["rounds"], spec["dry"]) if rows else None
+        for row in rows:
+            began = time.time()
+            if place.all(began + longest > spec["until"])[0]:
+                place.say({"case": case.name, "row": row, "skipped": "no time left"})
+                continue
+            bench.row(row)
+            longest = max(longest, time.time() - began)
+        del bench
+        longest = 0.0 if rows else longest
+        place.clean()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(json.loads(sys.argv[1]))

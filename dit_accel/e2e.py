@@ -29,6 +29,7 @@ from dit_accel.e2e_rows import ROWS, Course, Row, set_skip, switched_on, whole_r
 from dit_accel.report import Report
 
 SLOW = 5.0  # seconds of a stock step from which other rows take their dense steps from it
+COMPILING = 45.0  # seconds that a compiled row is expected to take in addition, on a GPU
 _FORM = 1
 
 
@@ -108,7 +109,10 @@ class Benchmark:
         known = (self.found(model.name, "stock") or {"seconds": {}})["seconds"].get("dense", 0.0)
         course = Course(row, self.rounds, dense=known < SLOW)
         result = {"model": model.name, "row": row.name}
-        if time.monotonic() + known * model.timed / model.passes * course.steps > until:
+        expected = known * model.timed / model.passes * course.steps
+        if "compile" in row.added and self.compiler == "inductor":
+            expected += COMPILING
+        if time.monotonic() + expected > until:
             self._add({**result, "skipped": "no time left"})
             return
         try:

@@ -13,6 +13,8 @@ import dit_accel
 from dit_accel import bench, cli, e2e, e2e_models, e2e_table
 from dit_accel.e2e_models import MODELS
 from dit_accel.e2e_rows import ROWS, TOGETHER, Course, Row, whole_run
+from dit_accel.patient import caught
+from dit_accel.pipelines import registry
 
 CPU = torch.device("cpu")
 # the rest differ in a number alone, or are contained in another
@@ -96,6 +98,27 @@ def test_blocks_are_compiled_where_diffusers_does_not_name_them():
     benchmark.run([MODELS["cogvideox-5b"]], [Row.parse(row) for row in rows])
     for row in benchmark.rows:
         check(row)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("wan1.3b-480p", 32760),
+        ("wan14b-720p", 75600),
+        ("hunyuan-720p", 118800),
+        ("cogvideox-5b", 17550),
+        ("ltx-512p", 6144),
+        ("wan2.2-5b-720p", 27280),
+        ("flux-1024", 4096),
+        ("sd3.5-1024", 4096),
+        ("qwen-1328", 6889),
+    ],
+)
+def test_published_sizes(name, tokens):
+    model, (pipe, call) = MODELS[name], made(name)
+    sizes = dict(zip(("height", "width", "num_frames"), model.size, strict=False))
+    _, given = caught(pipe.transformer, lambda: pipe(**call | sizes | {"num_inference_steps": 1}))
+    assert registry.find(pipe.transformer).geometry(pipe.transformer, given).n_visual == tokens
 
 
 def test_how_a_run_is_made_up():

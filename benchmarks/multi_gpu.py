@@ -1,6 +1,6 @@
 """Everything that takes more than one GPU, for any number of them.
 
-    python benchmarks/multi_gpu.py --gpus 2 --parts ulysses,joint --minutes 9 --out ulysses.json
+    python benchmarks/multi_gpu.py --gpus 2 --minutes 9 --out results.json
     python benchmarks/multi_gpu.py --gpus 2 --dry-run --out /tmp/x.json     gloo, tiny, on the CPU
 
 batch: a queue of jobs of the embedded model, and of Wan 1.3B with random weights, on one GPU and on
@@ -143,10 +143,14 @@ def _why(said: str) -> str:
     return (own or [", ".join(ended) or "the processes ended without a word"])[0][:300]
 
 
-def shared(record: Record, part: str, until: float) -> None:
-    """Part "ulysses" or "joint", started anew after the row at which a process failed."""
+def shared(record: Record, part: str, until: float, begins: tuple[str, ...] = ("",)) -> None:
+    """Part "ulysses" or "joint", started anew after the row at which a process failed.
+
+    begins: what the names of the cases begin with.
+    """
     setting = record.setting
-    names = [(case.name, row) for case in cases(part, setting["dry"]) for row in case.rows]
+    wanted = [case for case in cases(part, setting["dry"]) if case.name.startswith(begins)]
+    names = [(case.name, row) for case in wanted for row in case.rows]
     spec = {"part": part, "until": until, **{n: setting[n] for n in ("rounds", "dry")}}
     todo = record.missing(part, names)
     while todo:
@@ -192,6 +196,7 @@ def batches(record: Record, jobs: int, until: float) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--cases", default="", help="only those whose names begin so, by commas")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each kind")
@@ -212,7 +217,7 @@ def main() -> int:
         if part == "batch":
             batches(record, given.jobs, until)
         else:
-            shared(record, part, until)
+            shared(record, part, until, tuple(given.cases.split(",")))
     bad = [key(row) for row in record.rows if not sound(row)]
     print(f"{len(record.rows)} rows; failed, left out or not equal: {bad}")
     return 1 if bad else 0

@@ -267,7 +267,8 @@ class Bench:
         one = attempt(place, self.pipe, self.call, row, self.rounds + 1, self.rounds + 2)
         with rounded_anew(self.alone):
             moved = attempt(place, self.pipe, self.call, row, 1, self.rounds + 2)
-        failed = next((s for r in place.all([one, moved]) for s in r if isinstance(s, str)), None)
+        said = next((run for run in (one, moved) if isinstance(run, str)), None)
+        failed = next((text for text in place.all(said) if text), None)
         if failed is None:
             found["alone"] = min(
                 place.all(one.facts(self.rounds, self.scale)),

@@ -17,7 +17,6 @@ from gluon_machine import Deadlock
 
 from dit_accel.kernels.block_sparse_attention import gluon, reference
 from dit_accel.kernels.block_sparse_attention import triton as plain
-from dit_accel.kernels.launch import LAUNCHES
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
@@ -164,7 +163,14 @@ def test_what_it_declines():
     assert "kv_len" in reason(q, k, v, kv_len=0)
     assert "strides" in reason(q, k.mT.contiguous().mT, v)
     assert "strides" in reason(q, k, v.expand(2, -1, -1, -1)[:, :, :, ::2])
-    assert not any(row.specialized for row in LAUNCHES)
+
+
+def test_a_declined_call_takes_the_plain_kernel(device):
+    q, k, v, table = inputs(70, 200, 64, 64, 64, device=device)
+    kv_len = torch.tensor([130], device=device)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=device)
+    plain.attend(q, k, v, out, lse, table, gluon.CANDIDATES[-1], None, kv_len)
+    check((out, lse), reference.block_sparse_attention, q, k, v, table, None, True, kv_len)
 
 
 # Prints the PTX of the first candidate, a line, and its machine code.

@@ -92,7 +92,7 @@ class BlockTable:
 
     def density(self) -> Tensor:
         """Kept share of the query-key block pairs: a 0-d float32 tensor on the table's device."""
-        return self.counts.float().mean() / self.key_blocks
+        return self.counts.mean(dtype=torch.float32) / self.key_blocks
 
     def to_mask(self) -> Tensor:
         """[B, H, Mq, Mk] bool, True where the pair of blocks is kept."""

@@ -6,7 +6,8 @@
 batch: a queue of jobs of the embedded model, and of Wan 1.3B with random weights, on one GPU and on
 all: efficiency t₁ / (N · t_N); then with one worker killed: every job done once.
 ulysses: Wan 1.3B at 480p and 14B at 720p, random weights, dense and by each sparse method: seconds
-of a step on one GPU and on all, share of it in communication, distance of the outputs.
+of a step on one GPU and on all, share of it in communication, distance of the outputs; in float32,
+where rounding hides least, with few layers and frames.
 joint: a Flux of few layers, its text dividing by the GPUs and not: distance of the outputs.
 
 Rows are written to --out as they end, and rows that it holds are not run again. No row begins after
@@ -92,7 +93,7 @@ def complete(row: dict[str, Any]) -> bool:
 
 def line(row: dict[str, Any]) -> str:
     """A row as one line of text."""
-    text = f"{row['part']:<8} {row['case']:<36} {row['row']:<18} "
+    text = f"{row['part']:<8} {row['case']:<42} {row['row']:<18} "
     if "refused" in row:
         return text + row["refused"]
     if "exactly_once" in row:

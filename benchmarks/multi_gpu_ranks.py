@@ -56,10 +56,10 @@ def cases(part: str, dry: bool) -> list[Case]:
     half = torch.float32 if dry else torch.bfloat16
     if part == "ulysses":
         small, large = MODELS["wan1.3b-480p"], MODELS["wan14b-720p"]
-        few = replace(small, config={**small.config, "num_layers": 4})
+        few = replace(small, config={**small.config, "num_layers": 4}, size=(480, 832, 17))
         return [
             Case(small.name, small, half, VIDEO),
-            Case(f"{small.name}, 4 layers, float32", few, torch.float32, EQUAL),
+            Case(f"{small.name}, 4 layers, 17 frames, float32", few, torch.float32, EQUAL),
             Case(large.name, large, half, VIDEO),
         ]
     found, flux = [], MODELS["flux-1024"]
@@ -121,6 +121,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     output: Tensor | None = None
     kept: float | None = None
+    implementations: list[str] = field(default_factory=list)
     communicating: float | None = None
     peak: int = 0
 
@@ -132,6 +133,7 @@ class Run:
             "seconds": {k: round(scale * statistics.median(of), 5) for k, of in by.items() if of},
             "spread": {k: round(scale * (max(of) - min(of)), 5) for k, of in by.items() if of},
             "kept": None if self.kept is None else round(self.kept, 4),
+            "implementations": self.implementations,
             "communicating": self.communicating,
             "peak_gib": round(self.peak / 2**30, 2),
         }
@@ -165,7 +167,9 @@ def generate(place: Place, pipe: Any, call: dict[str, Any], row: Row, cycles: in
         with switched_on(pipe, course, 0, "inductor") as handle:
             last = time.perf_counter()
             out = pipe(**call, num_inference_steps=stride * of, callback_on_step_end=after)
-            run.kept = None if handle is None else handle.report().kept
+            if handle is not None:
+                report = handle.report()
+                run.kept, run.implementations = report.kept, sorted(report.implementations)
     finally:
         hook.remove()
     if not out[0].isfinite().all():

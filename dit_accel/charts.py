@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 420, 200
-LEFT, RIGHT, TOP, BOTTOM = 34, 4, 8, 20
+LEFT, RIGHT, TOP, BOTTOM = 42, 4, 8, 20
 
 
 def lines(

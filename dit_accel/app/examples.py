@@ -16,7 +16,7 @@ from dit_accel.app.studio import Pair, Studio
 FOLDER = Path(__file__).parents[1] / "assets" / "examples"
 PAIRS = {
     "rocket": ("rocket on a blue background", Side("shared:balanced", keep=0.2)),
-    "octopus": ("octopus on a yellow background", Side("pooled:fast", keep=0.1)),
+    "octopus": ("octopus on a yellow background", Side("rettention:safe", keep=0.25)),
     "unicorn": (
         "unicorn on a purple background",
         Side("pooled:safe", keep=0.5, prune="balanced"),

@@ -52,8 +52,8 @@ class Form:
                 label="Preset",
             )
             known = find(method).presets.get(preset, {}).get("keep", 0.25)
-            keep = _share("Keep this share of the key blocks", 0.02, known, 0.01)
-            warmup = _share("Dense share of the steps, at the start", 0, 0.15, 0.05)
+            keep = _share("Share of key blocks kept", 0.02, known, 0.01)
+            warmup = _share("Share of dense steps, at the start", 0, 0.15, 0.05)
             order = gr.Radio(list(ORDERS), value="raster", label="Token order")
             small = gr.Checkbox(False, label="Accelerate short sequences too")
         prune = gr.Radio(

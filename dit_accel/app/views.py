@@ -82,7 +82,7 @@ def _closeness(data: dict[str, Any]) -> str:
         rows["latents, relative error"] = f"{near['latent_error']:.3f}"
     if many:
         before, after = near["flicker"]
-        rows["change from frame to frame"] = f"{after:.2f}<span>left {before:.2f}</span>"
+        rows["flicker"] = f"{after:.2f}<span>left {before:.2f}</span>"
     body = "".join(f"<tr><th scope=row>{k}</th><td>{v}</td></tr>" for k, v in rows.items())
     return f"<table><tbody>{body}</tbody></table>"
 
@@ -192,7 +192,8 @@ def _links(files: Iterable[tuple[str, str]], base: str) -> str:
 def _fine_print(data: dict[str, Any]) -> str:
     count, height, width = data["size"]
     machine = data["machine"]
-    device = machine["gpu"] or f"{machine['threads']} threads of {machine['cpu']}"
+    cores = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    device = machine["gpu"] or f"{cores} of {machine['cpu']}"
     moving = f", {count} frames at {data['fps']:g} fps" if count > 1 else ""
     return escape(
         f"{width} × {height}{moving}, {data['steps']} steps, seed {data['seed']}, "

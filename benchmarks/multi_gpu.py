@@ -208,6 +208,8 @@ def main() -> int:
     parts = given.parts.split(",")
     if not set(parts) <= set(PARTS):
         parser.error(f"--parts takes {', '.join(PARTS)}, not {given.parts}")
+    if given.gpus < 2:
+        parser.error(f"--gpus is 2 or more, not {given.gpus}")
     if not given.dry_run and torch.cuda.device_count() < given.gpus:
         parser.error(f"this machine has {torch.cuda.device_count()} GPUs, not {given.gpus}")
     until = time.time() + 60 * given.minutes

@@ -31,8 +31,6 @@ from dit_accel.table import BlockTable, block_count
 
 _SHAPE = (1, 12, 32760)
 _KEPT = 26
-# Options of the compiler among a kernel's arguments.
-_OPTIONS = ("maxnreg", "enable_fp_fusion")
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -250,8 +248,8 @@ def compile_row(launch: Launch, head_dim: int | None = None, **extra: str) -> Re
     """Compile the kernel of a row of the launch table, by default for its own head dimension."""
     head_dim = head_dim or launch.head_dim
     kernel, arguments = CASES[launch.op](launch, head_dim, torch.bfloat16, **extra)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    options |= {name: arguments[name] for name in _OPTIONS if name in arguments}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False}
+    options |= {"maxnreg": arguments["maxnreg"]} if "maxnreg" in arguments else {}
     return report(kernel, arguments, launch.capability, options)
 
 

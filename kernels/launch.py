@@ -176,8 +176,13 @@ def padded(n: int) -> int:
 
 
 def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], launch: Launch) -> None:
-    """Launch a Triton kernel on the GPU of its tensors."""
+    """Launch a Triton kernel on the GPU of its tensors.
+
+    Products and differences are not fused: s·scale − m with one rounding passes exp2's range where
+    the logits are large, and the output is no longer finite.
+    """
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[grid](**arguments, num_warps=launch.warps, num_stages=launch.stages)
+        options = {"num_warps": launch.warps, "num_stages": launch.stages}
+        kernel[grid](**arguments, **options | {"enable_fp_fusion": False})

@@ -115,7 +115,7 @@ def forward(
         "n_pool": 0 if kept is None else kept.shape[-1],
         "n_pool_tiles": block_count(block_count(n_valid, table.block_k), tile),
         "scale": log2_scale(scale, q), "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,
-        "TILE": tile, "D": d, "STAGES": stages, "enable_fp_fusion": False,
+        "TILE": tile, "D": d, "STAGES": stages,
     }  # fmt: skip
     if table.block_q == 64:
         arguments["maxnreg"] = _HALF

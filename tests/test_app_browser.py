@@ -162,6 +162,15 @@ def test_generate_play_wipe_and_difference(page):
     assert severe == []
 
 
+def test_a_stored_example_plays_at_first_sight_and_another_on_a_click(page):
+    page.until(VIDEOS + "return a.currentTime > 0 && !a.paused && !b.paused")
+    first = page.js(VIDEOS + "return a.src")
+    page.click("#chips button:nth-of-type(3)")
+    page.until(VIDEOS + f"return a.src != {json.dumps(first)} && !a.paused && !b.paused")
+    page.until("return document.querySelector('#prompt textarea').value.startsWith('unicorn')")
+    page.until("return document.querySelector('.results').innerText.includes('part of the tokens')")
+
+
 def test_cancel_then_generate_again(page):
     page.generate(LONG)
     page.until("return document.querySelector('.left .state').textContent.includes('denoising')")

@@ -62,12 +62,14 @@ function update(side, now) {
   const src = moving ? now.src : "";
   if (side.src === src) return;
   side.src = src;
+  side.loaded = false;
   side.video.pause();
   if (!src) { side.video.removeAttribute("src"); return; }
   side.video.src = src;
   side.video.onloadeddata = () => {
+    side.loaded = true;
     if (both()) seek(0);
-    if (wanted && clips().every((s) => s.video.readyState >= 2)) start(); else show();
+    if (wanted && clips().every((s) => s.loaded)) start(); else show();
   };
 }
 function render() {

@@ -1,0 +1,20 @@
+import torch
+from diffusers import WanPipeline
+
+import dit_accel
+from dit_accel.loading import EMBEDDED
+
+pipe = WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
+handle = dit_accel.accelerate(pipe, dit_accel.AccelConfig(method=dit_accel.Pooled(keep=0.5), prune=dit_accel.TokenPruning()))
+output = pipe(
+    prompt="unicorn on a purple background",
+    height=256,
+    width=256,
+    num_frames=33,
+    num_inference_steps=20,
+    guidance_scale=3.0,
+    negative_prompt="",
+    max_sequence_length=512,
+    generator=torch.Generator("cpu").manual_seed(0),
+)
+print(handle.report())

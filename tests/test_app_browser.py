@@ -63,6 +63,8 @@ class Page:
     def open(self) -> None:
         self.driver.get(self.url)
         self.until("return document.querySelector('#go') && document.querySelector('.stage')")
+        self.until("return document.querySelector('#results .heat')")
+        time.sleep(1)  # Gradio drops the answer to a click that comes while it mounts the page
         self.click("#clip .label-wrap")
         self.until("return document.querySelector('#steps input')")
 
@@ -187,6 +189,9 @@ def test_bad_input_is_said_and_nothing_runs(page):
     time.sleep(0.5)
     page.click("#go")
     page.until("return document.body.innerText.includes('The prompt is empty')")
+    time.sleep(2)  # for what follows the refusal
+    for words in ("The prompt is empty", "Generate both", "What ran"):
+        assert words in page.text()
     assert not page.js("return document.querySelector('#go').disabled")
 
 

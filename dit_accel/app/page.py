@@ -148,7 +148,8 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
         return [ask, stage.waiting(ask), "", "", *_buttons(running=True)]
 
     def run(ask: Ask | None, request: gr.Request) -> Iterator[list[Any]]:
-        if ask is None:
+        if ask is None:  # a generator that yields nothing would blank its outputs
+            yield [gr.skip() for _ in outputs]
             return
         value = stage.waiting(ask)
         try:

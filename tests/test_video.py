@@ -1,5 +1,6 @@
 """Files: clips survive the round trip, and a write that fails leaves nothing behind."""
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,7 +24,7 @@ def test_mp4_round_trip(tmp_path, clip):
 
 def test_mp4_is_what_browsers_play(tmp_path, clip):
     path = video.save(tmp_path / "clip.mp4", clip, fps=23.976)
-    with video.av.open(str(path)) as container:
+    with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
         assert stream.codec_context.pix_fmt == "yuv420p"

@@ -219,6 +219,14 @@ def test_ctrl_c_leaves_nothing_half_written(model, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "cat.mp4"]
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell's background job ignores SIGINT, and so would these tests and their processes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_while_writing(model, tmp_path, monkeypatch, number, code):
     """The encoder is stopped in the middle of its file."""

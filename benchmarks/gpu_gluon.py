@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import SHAPES, Plan, Run, random_table
+from gpu_run import SHAPES, Plan, Run, random_table
 from torch import Tensor
 
 from dit_accel.kernels.aot_cases import compile_row

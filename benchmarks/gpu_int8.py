@@ -11,19 +11,13 @@ milliseconds.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
-from gpu_kernels import SHAPES, Plan, Run, random_table
+from gpu_run import SHAPES, Plan, Run, random_table, shared
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention import reference as exact
@@ -138,19 +132,6 @@ def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
     return plan
 
 
-def compile_first(options: argparse.Namespace) -> None:
-    """Every case once, shared by processes, so that the kernels are in Triton's cache."""
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--out", f"{options.out}.{i}", "--shard", shard]
-        )
-        for i, shard in enumerate(f"{i}/{options.workers}" for i in range(options.workers))
-    ]
-    for i, child in enumerate(children):
-        child.wait()
-        Path(f"{options.out}.{i}").unlink(missing_ok=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -174,7 +155,7 @@ def main() -> None:
         plan = plan[part::parts]
     else:
         if not r.dry:
-            compile_first(options)
+            shared(__file__, options)
         plan.append(large)
     for name, fn in plan:
         r.case(name, fn)

@@ -12,114 +12,30 @@ check of the same kernel.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import shlex
-import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import torch
-import triton
+from gpu_checks import checks
+from gpu_run import SHAPES, Plan, Run, random_table, shared
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
-from dit_accel.kernels.block_table import reference as table_reference
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.launch import Launch, capability_of, find, run
-from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
-from dit_accel.kernels.rectified_attention import reference as rectified_reference
 from dit_accel.kernels.rectified_attention import triton as rectified
-from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
 from dit_accel.kernels.sparse_linear_attention import triton as linear
-from dit_accel.kernels.window_attention import reference as window_reference
 from dit_accel.kernels.window_attention import triton as window
-from dit_accel.table import BlockTable, block_count
-from dit_accel.testing import WIDER, assert_close, references
+from dit_accel.table import BlockTable
 
-SHAPES = {"wan1.3b-480p": (1, 12, 32760, 128), "wan14b-720p": (1, 40, 75600, 128)}
 KEEPS = (0.05, 0.02, 0.1, 0.15, 0.25, 0.5)
-
-
-class Run:
-    """The cases of one run, written to `path` after each."""
-
-    def __init__(self, path: Path, budget: float, dry: bool, once: bool = False) -> None:
-        self.path, self.budget, self.dry, self.once = path, budget, dry, once
-        self.start, self.cases = time.monotonic(), []
-        self.device = "cpu" if dry else "cuda"
-        self.dtype = torch.float16 if dry else torch.bfloat16
-
-    def case(self, name: str, fn: Callable[[], dict[str, Any]]) -> None:
-        """Run fn and record what it returns, or how it failed."""
-        began = time.monotonic()
-        line: dict[str, Any] = {"case": name}
-        if began - self.start > self.budget:
-            line["error"] = "not run: out of time"
-        else:
-            try:
-                line.update(fn())
-            except Exception as error:
-                traceback.print_exc(limit=3)
-                line["error"] = f"{type(error).__name__}: {str(error)[:600]}"
-            if not self.dry:
-                torch.cuda.empty_cache()
-        line["seconds"] = round(time.monotonic() - began, 2)
-        self.add(line)
-        if not self.once:
-            print(json.dumps(line), flush=True)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Record a case and write the file."""
-        self.cases.append(line)
-        record = {"environment": environment(), "command": shlex.join(sys.argv)}
-        self.path.write_text(json.dumps({**record, "cases": self.cases}, indent=1))
-
-    def ms(self, fn: Callable[[], Any]) -> float:
-        """Median milliseconds."""
-        if self.dry or self.once:
-            began = time.perf_counter()
-            fn()
-            return 1e3 * (time.perf_counter() - began)
-        return triton.testing.do_bench(fn, warmup=30, rep=150, return_mode="median")
-
-    def graph_ms(self, fn: Callable[[], Any]) -> float:
-        """Median milliseconds of a replayed CUDA graph: no time of launches."""
-        if self.dry or self.once:
-            return self.ms(fn)
-        return triton.testing.do_bench_cudagraph(fn, rep=100, return_mode="median")
-
-    def peak(self, fn: Callable[[], Any]) -> int:
-        """Bytes that one call allocates at its worst moment, its result included."""
-        if self.dry:
-            return 0
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        fn()
-        return torch.cuda.max_memory_allocated() - before
-
-    def tokens(self, batch: int, heads: int, n: int, d: int) -> Tensor:
-        """[B, H, N, D] as diffusers gives it."""
-        x = torch.randn(batch, n, heads, d, device=self.device, dtype=self.dtype)
-        return x.transpose(1, 2)
-
-
-def environment() -> dict[str, str]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none (interpreter)"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def roofs(r: Run) -> dict[str, Any]:
@@ -132,60 +48,6 @@ def roofs(r: Run) -> dict[str, Any]:
         "tflops": 2e-9 * n**3 / r.ms(lambda: a @ b),
         "tb_per_s": 2e-9 * big.numel() * 4 / r.ms(lambda: to.copy_(big)),
     }
-
-
-def random_table(
-    r: Run, q: Tensor, n_k: int, block_q: int, block_k: int, keep: float
-) -> BlockTable:
-    """The same number of random blocks in every row."""
-    rows, columns = block_count(q.shape[2], block_q), block_count(n_k, block_k)
-    scores = torch.rand(*q.shape[:2], rows, columns, device=r.device)
-    kept = scores.topk(max(1, round(keep * columns))).indices.sort(-1).values.int()
-    counts = torch.full(kept.shape[:3], kept.shape[3], dtype=torch.int32, device=r.device)
-    return BlockTable(kept, counts, block_q, block_k, q.shape[2], n_k)
-
-
-def check_forward(
-    r: Run, n_q: int, n_k: int, d: int, block_q: int, block_k: int, heads: int = 2
-) -> dict[str, Any]:
-    q, k, v = (r.tokens(1, heads, n, d) for n in (n_q, n_k, n_k))
-    table = random_table(r, q, n_k, block_q, block_k, 0.5)
-    errors = {}
-    for name, op, ref in (
-        ("sparse", sparse.block_sparse_attention, reference.block_sparse_attention),
-        ("pooled", pooled.pooled_attention, pooled_reference.pooled_attention),
-        ("rectified", rectified.rectified_attention, rectified_reference.rectified_attention),
-    ):
-        out, (wide, same) = op(q, k, v, table), references(ref, q, k, v, table)
-        assert_close(name, out, wide, same)
-        errors[name] = (out.float() - wide).norm().item() / wide.norm().item()
-    return {"relative_error": errors}
-
-
-def check_backward(r: Run, n: int, d: int, block: int) -> dict[str, Any]:
-    q, k, v, grad = (r.tokens(1, 2, n, d) for _ in range(4))
-    table = random_table(r, q, n, block, block, 0.5)
-    out, lse = sparse.block_sparse_attention(q, k, v, table, return_lse=True)
-    grads = sparse.backward(grad, None, q, k, v, out, lse, table)
-    expected = []
-    for dtype in (WIDER[q.dtype], q.dtype):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        result = reference.block_sparse_attention(*leaves, table, dtype=dtype)
-        expected.append(torch.autograd.grad(result, leaves, grad.to(dtype)))
-    for name, *tensors in zip(("dq", "dk", "dv"), grads, *expected, strict=True):
-        assert_close(name, *tensors)
-    return {"checked": "dq dk dv"}
-
-
-def check_table(r: Run, n: int, d: int, keep: float) -> dict[str, Any]:
-    """The kernel's choice against the naive one: equal, or equal in score where they differ."""
-    q, k = r.tokens(1, 2, n, d), r.tokens(1, 2, n, d)
-    ours, naive = tables.block_table(q, k, keep), table_reference.block_table(q, k, keep)
-    assert torch.equal(ours.counts, naive.counts)
-    scores = tables.block_means(q, 64) @ tables.block_means(k, 64).mT
-    sums = [(t.to_mask() * scores).sum(-1) for t in (ours, naive)]
-    torch.testing.assert_close(*sums, atol=1e-4, rtol=1e-4)
-    return {"rows_that_differ": (ours.to_mask() != naive.to_mask()).any(-1).sum().item()}
 
 
 def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
@@ -299,28 +161,6 @@ def backward_times(r: Run, shape: tuple[int, ...], block: int, tiles: dict[str, 
     return {"ms": ms, "launches": {name: str(row) for name, row in tiles.items()}}
 
 
-def check_linear(r: Run, n: int, d: int, excluded: bool) -> dict[str, Any]:
-    q, k, v = (r.tokens(1, 2, n, d) for _ in range(3))
-    table = random_table(r, q, n, 64, 64, 0.5)
-    weight = torch.randn(d, d, device=r.device) / d**0.5
-    options = {"excluded": table if excluded else None}
-    out = linear.sparse_linear_attention(q, k, v, table, weight, **options)
-    ref = linear_reference.sparse_linear_attention
-    wide, same = references(ref, q, k, v, table, weight, **options)
-    assert_close("sparse_linear", out, wide, same)
-    return {"relative_error": ((out.float() - wide).norm() / wide.norm()).item()}
-
-
-def check_window(r: Run, n: int, d: int, block_q: int) -> dict[str, Any]:
-    q, k, v = (r.tokens(1, 2, n, d) for _ in range(3))
-    table = random_table(r, q, n, block_q, 64, 0.5)
-    outs = window.window_attention(q, k, v, table)
-    wide, same = references(window_reference.window_attention, q, k, v, table)
-    for name, *tensors in zip(("full", "window"), outs, wide, same, strict=False):
-        assert_close(name, *tensors)
-    return {"checked": "full window"}
-
-
 def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
     """The parts of the table."""
     q, k = r.tokens(*shape), r.tokens(*shape)
@@ -362,38 +202,6 @@ def scaling(r: Run, n: int, keep: float) -> dict[str, Any]:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             ms["cudnn"] = r.ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
     return {"ms": ms, "n": n, "keep": keep}
-
-
-Plan = list[tuple[str, Callable[[], dict[str, Any]]]]
-
-
-def checks(r: Run) -> Plan:
-    """Every head dimension and block size, short and ragged lengths, and one video's length."""
-    lengths = [(1, 1), (63, 65), (64, 64), (1000, 1000), (4096, 4100)]
-    kinds = [(d, 64, 64) for d in (64, 80, 96, 128)]
-    kinds += [(d, 128, block_k) for d in (64, 128) for block_k in (64, 128)]
-    if r.dry:
-        lengths, kinds = [(65, 63)], kinds[:1]
-    plan: Plan = []
-    n, d = (200, 64) if r.dry else (32760, 128)
-    plan.append(("check table", lambda: check_table(r, n, d, 0.1)))
-    plan.append((f"check forward {n}", lambda: check_forward(r, n, n, d, 64, 64, heads=1)))
-    for kind in kinds:
-        for n_q, n_k in lengths:
-            name = f"check forward {n_q}x{n_k} d{kind[0]} blocks {kind[1]}x{kind[2]}"
-            plan.append((name, lambda a=(n_q, n_k, *kind): check_forward(r, *a)))
-    few = 70 if r.dry else 1000
-    for d_, block, _ in [kind for kind in kinds if kind[2] == kind[1]]:
-        name = f"check backward d{d_} block {block}"
-        plan.append((name, lambda a=(few, d_, block): check_backward(r, *a)))
-    for d_ in sorted({kind[0] for kind in kinds}):
-        for flag in (False, True):
-            name = f"check linear d{d_} excluded {flag}"
-            plan.append((name, lambda a=(few, d_, flag): check_linear(r, *a)))
-        for block in (64, 128):
-            name = f"check window d{d_} block {block}"
-            plan.append((name, lambda a=(few, d_, block): check_window(r, *a)))
-    return plan
 
 
 def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
@@ -452,23 +260,6 @@ def timings(r: Run) -> Plan:
     return plan
 
 
-def prepass(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All cases once, shared by processes; the results of the checks."""
-    paths = [options.out.with_suffix(f".{i}.part") for i in range(options.workers)]
-    shared = [sys.executable, __file__, *(["--dry-run"] if options.dry_run else [])]
-    children = [
-        subprocess.Popen([*shared, "--out", str(path), "--shard", f"{i}/{options.workers}"])
-        for i, path in enumerate(paths)
-    ]
-    for child in children:
-        child.wait()
-    lines = []
-    for path in filter(Path.exists, paths):
-        lines += json.loads(path.read_text())["cases"]
-        path.unlink()
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -486,7 +277,7 @@ def main() -> None:
             r.case(name, fn)
         return
     if options.part != "times":
-        for line in prepass(options):
+        for line in shared(__file__, options):
             if line["case"].startswith("check") or "error" in line:
                 r.add(line)
         print(f"checked and compiled after {time.monotonic() - r.start:.0f} s", flush=True)

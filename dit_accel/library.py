@@ -83,9 +83,8 @@ def _gradient_op(name: str) -> torch.library.CustomOpDef:
     return op
 
 
-def _softmax_op(name: str) -> torch.library.CustomOpDef:
-    """The op (q, k, v, table, scale, kv_len) → (out, LSE) of kernels/<name>, with its gradient."""
-    gradient = _gradient_op(name)
+def _attention_op(name: str) -> torch.library.CustomOpDef:
+    """The op (q, k, v, table, scale, kv_len) → (out, LSE) of kernels/<name>."""
 
     @torch.library.custom_op(f"dit_accel::{name}", mutates_args=())
     def op(
@@ -110,6 +109,13 @@ def _softmax_op(name: str) -> torch.library.CustomOpDef:
     def _(q, *rest):
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
+    return op
+
+
+def _softmax_op(name: str) -> torch.library.CustomOpDef:
+    """The attention op of kernels/<name>, with its gradient."""
+    op, gradient = _attention_op(name), _gradient_op(name)
+
     def keep(ctx, inputs, output):
         *tensors, ctx.block_q, ctx.block_k, ctx.scale, length, ctx.limit = inputs
         ctx.save_for_backward(*tensors, length, *output)
@@ -126,31 +132,7 @@ def _softmax_op(name: str) -> torch.library.CustomOpDef:
 
 block_sparse_attention = _softmax_op("block_sparse_attention")
 pooled_attention = _softmax_op("pooled_attention")
-
-
-@torch.library.custom_op("dit_accel::int8_attention", mutates_args=())
-def int8_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    block_q: int,
-    block_k: int,
-    scale: float,
-    length: Tensor | None,
-    limit: int | None,
-) -> tuple[Tensor, Tensor]:
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
-    kv_len = limit if length is None else length
-    fn = dispatch.select("int8_attention", q, block_q=block_q, block_k=block_k).fn
-    out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
-    return _laid_out_as(q, out), lse
-
-
-@int8_attention.register_fake
-def _(q, *rest):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+int8_attention = _attention_op("int8_attention")
 
 
 @torch.library.custom_op("dit_accel::rectified_attention", mutates_args=())

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dit_accel.kernels.int8_attention.quantize import FLOOR, Quantized, quantize, round_int8
 from dit_accel.kernels.launch import Launch, capability_of, find, run, unsupported
-from dit_accel.kernels.tiles import key_limits, log2_scale, whole_blocks
+from dit_accel.kernels.tiles import key_limits, log2_scale, table_rows, whole_blocks
 from dit_accel.table import BlockTable
 
 __all__ = ["int8_attention", "supports"]
@@ -213,16 +213,16 @@ def forward(
     (n_pad, width), d = keys.k.shape[2:], q.shape[-1]
     tile = n_pad // keys.k_scale.shape[2]
     limits = key_limits(keys.k[:, :, : table.n_k], kv_len)
-    k, v = keys.k, keys.v
+    k, v, (indices, row) = keys.k, keys.v, table_rows(table)
     if launch.descriptors:
         k = TensorDescriptor.from_tensor(k.view(-1, width), [tile, width])
         v = TensorDescriptor.from_tensor(v.view(-1, n_pad), [width, tile])
     arguments = {
         "q": q, "k": k, "v": v, "k_scale": keys.k_scale,
         "v_exponent": keys.v_exponent, "mean": keys.mean, "o": out, "lse": lse,
-        "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), **limits,
+        "indices": indices, "counts": table.counts.contiguous(), **limits,
         "s_q": q.stride(), "s_o": out.stride(), "n_q": q.shape[2], "n_pad": n_pad,
-        "width": table.indices.shape[-1], "scale": log2_scale(scale, q), "d": d,
+        "width": row, "scale": log2_scale(scale, q), "d": d,
         "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile, "DP": width,
         "DESCRIPTORS": launch.descriptors,
         "STAGES": launch.stages, "FLOOR": FLOOR,

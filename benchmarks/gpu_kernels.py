@@ -210,7 +210,7 @@ def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
     loads = [(stages, True) for stages in (2, 3, 4)] + [(3, False)]
     plan: Plan = []
     for bq, bk in [(64, 64)] if r.dry else [(128, 64), (64, 64), (128, 128)]:
-        row = find("forward", capability, shape[3], bq)
+        row = find("forward", capability, shape[3], bq, specialized=False)
         for tile, warps, (stages, tma) in product((64, 128), (4, 8), loads):
             if tile > bk or (r.dry and (warps, stages) != (4, 3)):
                 continue

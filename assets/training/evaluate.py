@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -110,22 +112,23 @@ def measure(
     prompts: list[str], generator: Generator, archive: Archive, references: References
 ) -> dict[str, float]:
     """Retrieval of emoji and colour, and dB to the clip asked for."""
-    emoji = colour = 0
-    values = []
-    for prompt in prompts:
-        clip = generator.clip(prompt)
-        wanted = references.asked(prompt)
+
+    def one(prompt: str) -> tuple[bool, bool, float]:
+        clip, wanted = generator.clip(prompt), references.asked(prompt)
         if wanted is None:
             raise ValueError(f"Expected an emoji and a colour of the archive, got {prompt!r}.")
         found = references.nearest(clip)
-        emoji, colour = emoji + (found[0] == wanted[0]), colour + (found[1] == wanted[1])
-        values.append(decibels(clip, archive.real(*wanted)[: len(clip)]))
-        print(f"{prompt}: {values[-1]:.1f} dB, nearest {found}", flush=True)
+        value = decibels(clip, archive.real(*wanted)[: len(clip)])
+        print(f"{prompt}: {value:.1f} dB, nearest {found}", flush=True)
+        return found[0] == wanted[0], found[1] == wanted[1], value
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        emoji, colour, values = zip(*pool.map(one, prompts), strict=True)
     count = len(prompts)
     return {
         "prompts": count,
-        "emoji_retrieved": emoji / count,
-        "colour_retrieved": colour / count,
+        "emoji_retrieved": sum(emoji) / count,
+        "colour_retrieved": sum(colour) / count,
         "psnr_mean": float(np.mean(values)),
         "psnr_worst": min(values),
     }

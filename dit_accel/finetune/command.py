@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     method.add_argument("--linear", help="all, rest, marginal or none [all]")
     method.add_argument("--combine", help="project or gate [project]")
     method.add_argument("--feature-map", help="softmax, elu or relu [softmax]")
-    method.add_argument("--block-q", type=int, help="64 or 128 [64]")
+    method.add_argument("--block-q", type=int, help="64 or 128 [128 from 8,192 tokens on]")
     method.add_argument("--block-k", type=int, help="64 or 128 [64]")
     method.add_argument("--order", choices=ORDERS, help="token order [raster]")
     method.add_argument("--weights", help="SLA weights to start from (.safetensors)")

@@ -49,7 +49,7 @@ class Rectified(Method):
 
     def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """max(K, as many as hold `mass`) best blocks, the neighbours and the text."""
-        sizes, near = (self.block_q, self.block_k), (None, 0)
+        sizes, near = (self.query_block(q.shape[2]), self.block_k), (None, 0)
         if self.neighbours is not None:
             n_q, n_k = q.shape[2], k.shape[2]
             first = n_k - n_q if call.text_first else 0

@@ -52,7 +52,7 @@ class Remembering(Method):
         kept = {
             "full": rows * d * item,
             "fp8": rows * (d + 4),
-            "pooled": batch * heads * block_count(n, self.block_q) * d * item,
+            "pooled": batch * heads * block_count(n, self.query_block(n)) * d * item,
             "none": 0,
         }
         return kept[self.residual]
@@ -89,7 +89,7 @@ class Remembering(Method):
         if self.residual == "full":
             state["residual"] = missing.to(dtype)
         if self.residual == "pooled":
-            state["residual"] = block_means(missing, self.block_q).to(dtype)
+            state["residual"] = block_means(missing, self.query_block(missing.shape[2])).to(dtype)
         if self.residual == "fp8":
             top = missing.abs().amax(-1, keepdim=True).clamp(min=1e-12)
             state["scale"] = top / torch.finfo(_FP8).max
@@ -100,5 +100,5 @@ class Remembering(Method):
         if self.residual == "fp8":
             return missing.float() * state["scale"]
         if self.residual == "pooled":
-            return missing.repeat_interleave(self.block_q, 2)[:, :, :n]
+            return missing.repeat_interleave(self.query_block(n), 2)[:, :, :n]
         return missing

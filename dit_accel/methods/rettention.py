@@ -66,7 +66,8 @@ class Rettention(Remembering):
             raise ValueError(
                 f"Re-ttention's window needs the grid of its {q.shape[2]} visual tokens, not {grid}"
             )
-        wanted = (self.window, grid, k.shape[2], call.keep, self.block_q, self.block_k)
+        sizes = (self.query_block(q.shape[2]), self.block_k)
+        wanted = (self.window, grid, k.shape[2], call.keep, *sizes)
         window = call.state.get("window")
         if window is None or window[0] != wanted:
             rows = window_rows(*wanted, call.index, call.text_first, q.device)

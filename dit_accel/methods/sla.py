@@ -131,7 +131,8 @@ class SLA(Method):
 
     def _lowest(self, q: Tensor, k: Tensor, call: Call):
         """The `skip` worst blocks: the best ones of the opposite query."""
-        return ops.block_table(-q, k, self.skip, self.block_q, self.block_k, kv_len=call.kv_len)
+        sizes = (self.query_block(q.shape[2]), self.block_k)
+        return ops.block_table(-q, k, self.skip, *sizes, kv_len=call.kv_len)
 
     def _of(self, layer: int, q: Tensor) -> dict[str, Tensor] | None:
         """This layer's tensors on q's device, or None."""

@@ -188,7 +188,7 @@ def attend(
 ) -> None:
     """Run the forward kernel: that of Hopper where the launch names it and it serves the call."""
     call = (q, k, v, out, lse, table, launch, scale, kv_len, pool, rectify)
-    if launch.specialized:
+    if launch.specialized and q.is_cuda:
         from dit_accel.kernels.block_sparse_attention import gluon as hopper
 
         if hopper.unserved(*call) is None:

@@ -46,7 +46,7 @@ def check(row: dict) -> None:
 
 def test_the_main_rows():
     rows = compile_rows("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
-    assert len(rows) == 17
+    assert len(rows) == 19
     for row in rows:
         check(row)
 

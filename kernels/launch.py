@@ -71,7 +71,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("forward", 80, 128, 64, 64, 4, 3),
     Launch("forward", 80, 128, 128, 32, 8, 3),
     Launch("forward", 90, 64, 64, 64, 4, 3, descriptors=True),
-    Launch("forward", 90, 64, 128, 64, 8, 3, descriptors=True),
+    Launch("forward", 90, 64, 128, 64, 4, 4, descriptors=True, provenance=_H100),
     Launch("forward", 90, 64, 128, 128, 4, 2, True, True, provenance=_GLUON),
     Launch("forward", 90, 128, 64, 64, 4, 2, descriptors=True, provenance=_H100),
     Launch("forward", 90, 128, 128, 64, 4, 2, descriptors=True, provenance=_H100),

@@ -1,0 +1,112 @@
+"""Where a step's time goes on a GPU: attention, matrix products and the rest, kernel by kernel.
+
+    python benchmarks/gpu_profile.py --out profile.json            two minutes on an H100
+    python benchmarks/gpu_profile.py --out /tmp/x.json --tiny      a small model, anywhere
+
+A whole model with random weights in its stock pipeline, as in `dit-accel bench --e2e`, runs three
+steps of one kind; the last is profiled. Milliseconds are sums over kernels: gaps do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_run import environment
+from torch.profiler import ProfilerActivity, profile
+
+from dit_accel import Schedule, accelerated
+from dit_accel.config import named
+from dit_accel.e2e_models import MODELS, build, inputs
+
+ROWS = ("stock", "topk@0.1", "pooled@0.1", "shared@0.1", "stock+compile", "topk@0.1+compile")
+KINDS = {
+    "ours": r"_fwd_kernel|_hopper_fwd",
+    "attention": r"attention|flash|fmha|sdpa|attn",
+    "products": r"gemm|nvjet|cutlass|cublas|splitk|addmm|mm$|linear",
+}
+STEPS = 3
+
+
+def kind_of(kernel: str) -> str:
+    """The first of KINDS that the kernel's name has; else "rest"."""
+    return next((k for k, names in KINDS.items() if re.search(names, kernel.lower())), "rest")
+
+
+def profiled(pipe: Any, call: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """Milliseconds of each kernel in the last of STEPS steps."""
+    on_gpu = device.type == "cuda"
+    watch = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
+
+    def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if on_gpu:
+            torch.cuda.synchronize()
+        if step == STEPS - 2:
+            watch.start()
+        elif step == STEPS - 1:
+            watch.stop()
+        return {}
+
+    pipe(**call, num_inference_steps=STEPS, callback_on_step_end=after, return_dict=False)
+    found: Counter[str] = Counter()
+    for event in watch.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found[event.key] += spent / 1e3
+    return dict(found)
+
+
+def row(pipe: Any, call: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
+    """One row: its kinds, and its longest kernels outside of attention and products."""
+    base, *added = name.split("+")
+    method, _, keep = base.partition("@")
+    if "compile" in added:
+        pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    on = nullcontext()
+    if method != "stock":
+        kind = type(named(method))
+        options = {
+            "schedule": Schedule(warmup=0),
+            "min_tokens": None if device.type != "cpu" else 0,
+        }
+        on = accelerated(pipe, kind(keep=float(keep)), **options)
+    with on:
+        kernels = profiled(pipe, call, device)
+    kinds: Counter[str] = Counter()
+    for kernel, ms in kernels.items():
+        kinds[kind_of(kernel)] += ms
+    longest = sorted(kernels.items(), key=lambda pair: -pair[1])[:40]
+    return {
+        "row": name,
+        "ms": {kind: round(ms, 2) for kind, ms in kinds.most_common()},
+        "longest": {kernel[:160]: round(ms, 3) for kernel, ms in longest},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(MODELS), default="wan1.3b-480p")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pipe = build(MODELS[options.model], device, dtype, options.tiny)
+    call = inputs(MODELS[options.model], pipe, device, options.tiny)
+    record = {"environment": environment(), "command": shlex.join(sys.argv), "rows": []}
+    for name in options.rows:
+        record["rows"].append(row(pipe, call, name, device))
+        options.out.write_text(json.dumps(record, indent=1))
+        print(name, record["rows"][-1]["ms"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -128,7 +128,7 @@ def _span(
             f"{type(transformer).__name__} cannot run token pruning: "
             "its adapter does not know its per-token arguments"
         )
-    if config.prune.criterion == "text" and not adapter.span.text:
+    if config.prune.criterion == "text" and not adapter.span.joint:
         raise ValueError(
             f"{type(transformer).__name__} reads its text apart from the visual tokens, so "
             "criterion='text' has nothing to see; take another criterion"

@@ -21,7 +21,7 @@ from torch import nn
 
 from dit_accel import parallel, seam, step_cache
 from dit_accel.engine import Engine
-from dit_accel.pipelines.base import Adapter, Site
+from dit_accel.pipelines.base import Adapter, Site, matching
 from dit_accel.span import Span, blocks_class
 
 _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
@@ -49,6 +49,8 @@ class Patch:
         try:
             for index, module in enumerate(self.modules, self.first):
                 self._rebind(index, module)
+            for module in self._readers():
+                self._rebind(self.first, module, seam.Reader)
             self._hook_forward()
             self._hook_span()  # before the order's hooks: it sees tokens as the blocks have them
             self._hook_order()
@@ -63,11 +65,12 @@ class Patch:
             self.undo.pop()()
         self.layers.clear()
 
-    def _rebind(self, index: int, module: nn.Module) -> None:
+    def _rebind(self, index: int, module: nn.Module, kind: type = seam.Layer) -> None:
         old = module.processor
-        layer = seam.Layer(self.engine, index, old, type(old).__call__.__globals__.get(_NAMES[0]))
+        layer = kind(self.engine, index, old, type(old).__call__.__globals__.get(_NAMES[0]))
         self.layers.append(layer)
-        kind = _rebound_class(self.adapter.processor or type(old))
+        own = self.adapter.processor if kind is seam.Layer else None
+        kind = _rebound_class(own or type(old))
         number = torch.tensor(layer.id)  # stays on the CPU: reading it never waits for a device
         if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
             original = type(old)
@@ -81,6 +84,12 @@ class Patch:
         _set_processor(module, new)
         self.undo.append(lambda: _give_back(module, new, old))
 
+    def _readers(self) -> list[nn.Module]:
+        """Attention modules beside the accelerated ones that a pruned span's context serves."""
+        if self.span is None or self.span.context is None:
+            return []
+        return list(matching(self.transformer, self.adapter.span.readers).values())
+
     def _hook_forward(self) -> None:
         signature = inspect.signature(type(self.transformer).forward)
 
@@ -92,6 +101,7 @@ class Patch:
             shared = any(parallel.config_of(layer.processor) for layer in self.layers)
             if self.span is not None:
                 self._check_prunable(bound, shared)
+                self.span.whole = self.adapter.span.stays_whole(bound)
             carried = self.adapter.leave is not None and not shared
             self.engine.begin(geometry, device, carried, self.span, bound.get("timestep"))
 
@@ -117,10 +127,10 @@ class Patch:
             return
         site, span = self.adapter.span, self.span
         lists, first = site.lists(self.transformer), 0
-        for blocks in lists:
+        for name, blocks in zip(site.blocks, lists, strict=True):
             original = type(blocks)
             blocks.__class__ = blocks_class(original)
-            blocks.__dict__["_accel_span"] = (span, first)
+            blocks.__dict__["_accel_span"] = (span, first, name in site.single)
             self.undo.append(functools.partial(_give_list_back, blocks, original))
             first += len(blocks)
         if "ttv" in span.prune.criterion:

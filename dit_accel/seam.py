@@ -78,6 +78,16 @@ class Layer:
         )
 
 
+class Reader(Layer):
+    """An attention module that is not accelerated, but has visual tokens as its keys."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
+        """Dense, over the keys that a pruned span's context completes."""
+        if self.engine.span is not None:
+            k, v, mask = self.engine.span.keys(("reader", self.id), k, v, mask)
+        return self.dense(q, k, v, mask, scale, parallel.config_of(self.processor))
+
+
 # An address book, not state: layers are owned by their pipeline's patch and vanish with it.
 _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _IDS = itertools.count()

@@ -28,6 +28,7 @@ from dit_accel.prune_criteria import (
     transition_variation,
 )
 from dit_accel.prune_restore import RESTORES, Memory, Past
+from dit_accel.span_rows import Rows
 from dit_accel.table import block_count, kept_blocks
 
 
@@ -37,7 +38,8 @@ class Span:
 
     blocks: how many the model has, in all its lists. `live` is the number of visual tokens that run
     just now, None for all; `inside`: a block of the span runs; `share`: of this forward's tokens,
-    those that run the span.
+    those that run the span. whole: in this forward
+    the tokens that run go back among the others after each block.
     """
 
     prune: TokenPruning
@@ -50,6 +52,7 @@ class Span:
     transition: Tensor | None = None
     reading: Tensor | None = None
     live: int | None = None
+    whole: bool = False
     inside: bool = False
     running: bool = False
     share: float = 1.0
@@ -61,10 +64,10 @@ class Span:
     _start: Tensor | None = None
     _entered: tuple[Tensor, Tensor | None] | None = None
     _probe: Tensor | None = None
-    _rows: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first, self.last = self.prune.span(self.blocks)
+        self._rows = Rows(self.site)
         if self.prune.context != "drop":
             self.context = Context(self.prune.context, self.prune.block)
 
@@ -96,82 +99,67 @@ class Span:
                 "take prune=None or switch that off"
             )
 
-    def run(self, number: int, block: nn.Module, args: tuple, kwargs: dict) -> Any:
-        """Block `number` of the model on all tokens, on the chosen ones, or not at all."""
+    def run(
+        self, number: int, block: nn.Module, args: tuple, kwargs: dict, single: bool = False
+    ) -> Any:
+        """Block `number` of the model on all tokens, on the chosen ones, or not at all.
+
+        single: its list holds text and visual tokens in one row.
+        """
         bound = _signature(type(block).forward).bind(block, *args, **kwargs)
-        tokens = bound.arguments[self.site.hidden]
-        text = bound.arguments.get(self.site.text)
+        self._rows.geometry = self.clock.geometry
+        tokens, text = self._rows.read(bound.arguments, single, self._visual)
         if number == 0:
-            self._start = tokens
+            self._start, self._rows.n = tokens, tokens.shape[1]
         if number == self.first and not self._cached:
             self._enter(tokens, text)
         self.inside = self.first <= number < self.last and not self._cached
         if self._index is None or not self.inside:
             out = block(*args, **kwargs)
         elif self._index.numel() == 0:
-            out = self.site.join(tokens, text)
+            out = self._rows.join(tokens, text, single)
         else:
-            if number == self.first:
-                bound.arguments[self.site.hidden] = tokens[:, self._index]
-                self.live = self._index.numel()
-            self._gather(bound.arguments, 0 if text is None else text.shape[1])
-            out = block(*bound.args[1:], **bound.kwargs)
+            out = self._part(number, block, bound, (tokens, text), single)
         if number == 0:
             self._cached = step_cache.skips(block)
         if number == self.last - 1 and self.inside:
-            out = self._leave(*self.site.split(out))
+            out = self._leave(out, single)
         self.inside = False
         return out
+
+    @property
+    def _visual(self) -> int:
+        """How many visual tokens a row of all kinds holds now."""
+        return self.live or self.clock.geometry.n_visual
 
     def _enter(self, tokens: Tensor, text: Tensor | None) -> None:
         """The span's start: what the probe did, and who runs."""
         self._probe = tokens - self._start
         self._entered = (tokens, text)
         self._index = self._select(tokens)
+        self._rows.index = self._index
 
-    def _gather(self, arguments: dict[str, Any], n_text: int) -> None:
-        """The block's arguments with per-token rows of the chosen tokens only."""
-        for name, dim, rank in self.site.rows:
-            name, _, part = name.partition(".")
-            value = arguments.get(name)
-            if value is None:
-                continue
-            if part:
-                at = int(part)
-                taken = self._take(value[at], dim, rank, n_text)
-                arguments[name] = (*value[:at], taken, *value[at + 1 :])
-            else:
-                arguments[name] = self._take(value, dim, rank, n_text)
-
-    def _take(self, value: Any, dim: int, rank: int, n_text: int) -> Any:
-        """`value` or the tensors in it that have `rank` dimensions, gathered along `dim`; once.
-
-        Rows of text beside the visual ones stay; a single row, for all tokens, stays too.
-        """
-        if id(value) not in self._rows:
-            if isinstance(value, (tuple, list)):
-                taken = type(value)(self._take(x, dim, rank, n_text) for x in value)
-            elif value.ndim != rank or value.shape[dim] == 1:
-                taken = value
-            else:
-                taken = value.index_select(dim, self._at(value.shape[dim], n_text))
-            self._rows[id(value)] = (value, taken)  # the value is held, so its id stays its own
-        return self._rows[id(value)][1]
-
-    def _at(self, rows: int, n_text: int) -> Tensor:
-        """int64: which of an argument's rows are those of the chosen tokens and of the text."""
-        n, index = self._entered[0].shape[1], self._index
-        if rows == n:
-            return index
-        if rows != n + n_text:
-            raise RuntimeError(
-                f"a block's argument has {rows} rows where the model has {n} visual and {n_text} "
-                "text tokens: the adapter's span does not fit this forward"
-            )
-        text = torch.arange(n_text, device=index.device)
-        if self.clock.geometry.text_first:
-            return torch.cat([text, index + n_text])
-        return torch.cat([index, text + n])
+    def _part(
+        self,
+        number: int,
+        block: nn.Module,
+        bound: inspect.BoundArguments,
+        tokens: tuple[Tensor, Tensor | None],
+        single: bool,
+    ) -> Any:
+        """A block of the span on the chosen tokens, which the next one is handed as they are, or,
+        where something is added to all of them in between, back among the others."""
+        visual, text = tokens
+        self.live = self._index.numel()
+        if number == self.first or self.whole:
+            self._rows.write(bound.arguments, single, visual[:, self._index], text)
+        self._rows.gather(bound.arguments, text)
+        out = block(*bound.args[1:], **bound.kwargs)
+        if not self.whole:
+            return out
+        ran, text = self._rows.split(out, single, self.live)
+        self.live = None
+        return self._rows.join(visual.index_copy(1, self._index, ran), text, single)
 
     def _select(self, tokens: Tensor) -> Tensor | None:
         """The tokens that run, None for all; the first pass of a step decides for the others."""
@@ -216,25 +204,25 @@ class Span:
         cell = torch.arange(n, device=device) if self._order is None else self._order.to(device)
         return cell < self.prune.anchor_frames * h * w
 
-    def _leave(self, out: Tensor, text: Tensor | None) -> Any:
+    def _leave(self, out: Any, single: bool) -> Any:
         """The span's end: update R where tokens ran, restore the others from it."""
         index, (entered, text_before) = self._index, self._entered
+        found, text = self._rows.split(out, single, self._visual)
         self.live = None
         known = self.memory.get(self.clock.passname)
         if index is None:
-            self._update(None, out - entered, text if text is None else text - text_before)
-            return self.site.join(out, text)
+            self._update(None, found - entered, text if text is None else text - text_before)
+            return out
         if index.numel() == 0:
             text = None if known.text is None else text_before + known.text
-            fresh = out[:, index]
-        else:
-            fresh = out - entered[:, index]
+        ran = found if found.shape[1] == index.numel() else found[:, index]
+        fresh = ran - entered[:, index]
         past = Past(known, self.clock.step, index, fresh, entered, self._grid(), self._order)
         full = entered + RESTORES[self.prune.restore](past)
         if index.numel():
-            full[:, index] = out
+            full[:, index] = ran
             self._update(index, fresh, None if text is None else text - text_before)
-        return self.site.join(full, text)
+        return self._rows.join(full, text, single)
 
     def _grid(self) -> tuple[int, int, int]:
         """Where the tokens lie; a row when the model carries others than the grid's."""
@@ -302,13 +290,14 @@ class Span:
         """Forward hook of a probe module; of joint attention the visual part is first."""
         if self.running:
             x = args[0] if args else kwargs["hidden_states"]
-            found = transition_variation(x, output[0] if isinstance(output, tuple) else output)
+            y = output[0] if isinstance(output, tuple) else output
+            found = transition_variation(*map(self._rows.visual, (x, y)))
             self.transition = found if self.transition is None else self.transition + found
 
     def watch_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of the model's last projection."""
         if self.running:
-            self.output[self.clock.passname] = output
+            self.output[self.clock.passname] = self._rows.visual(output)
 
     def nbytes(self) -> int:
         """Bytes kept between steps."""
@@ -327,18 +316,18 @@ def blocks_class(kind: type) -> type:
 
     class SpanList(kind):
         def __iter__(self):
-            span, first = self.__dict__.get("_accel_span", (None, 0))  # a slice has none
+            span, first, single = self.__dict__.get("_accel_span", (None, 0, False))
             inner = super().__iter__()
-            if span is None or not span.running:
+            if span is None or not span.running:  # a slice has none
                 return inner
-            return (_wrapped(span, n, block) for n, block in enumerate(inner, first))
+            return (_wrapped(span, n, block, single) for n, block in enumerate(inner, first))
 
     SpanList.__name__ = kind.__name__
     return SpanList
 
 
-def _wrapped(span: Span, number: int, block: nn.Module) -> Any:
+def _wrapped(span: Span, number: int, block: nn.Module, single: bool) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
-        return span.run(number, block, args, kwargs)
+        return span.run(number, block, args, kwargs, single)
 
     return call

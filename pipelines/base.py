@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Geometry(NamedTuple):
@@ -52,36 +52,60 @@ class SpanSite(NamedTuple):
 
     blocks: names of the module lists the forward loops over, one after the other. hidden: the
     blocks' argument with the visual tokens [B, N, C], which a block also returns. rows: per-token
-    arguments as (name, dim, rank), or name.0 for the first of a tuple: tensors of that rank are
-    gathered along dim; where they have rows for text too, those stay. probes: sub-modules of a
+    arguments as (name, dim, rank), or name.key for a part of a tuple or dict: tensors of that rank
+    are gathered along dim; where they have rows for text too, those stay. probes: sub-modules of a
     block whose input and output its transition is measured by. text: the argument with the text
     tokens [B, T, C], returned beside the visual ones; "": blocks return the visual tokens alone.
-    visual: where they stand in that pair. leave: the projection whose output is the model's.
-    refuses: (transformer, forward arguments by name) → why this forward cannot be pruned, or "".
+    visual: where they stand in that pair. single: those of `blocks` whose `hidden` holds text and
+    visual tokens in one row, and is all they return; tokens_first: that row is [N, B, C]. keys: the
+    argument with text tokens that blocks read and do not return. apart: `text` is attended by
+    itself, as sound is. readers: patterns of other attention modules whose keys are the visual
+    tokens. count: the argument that says how many visual tokens there are. whole: something is
+    added to all tokens between blocks, so that they stay together there and each block takes its
+    own; True, or the forward's arguments of which one must be given. leave: the projection whose
+    output is the model's. refuses: (transformer, forward arguments by name) → why this forward
+    cannot be pruned, or "".
     """
 
     blocks: tuple[str, ...]
-    hidden: str
+    hidden: str = "hidden_states"
     rows: tuple[tuple[str, int, int], ...] = ()
     probes: tuple[str, ...] = ()
     text: str = ""
     visual: int = 0
+    single: tuple[str, ...] = ()
+    tokens_first: bool = False
+    keys: str = ""
+    apart: bool = False
+    readers: tuple[str, ...] = ()
+    count: str = ""
+    whole: bool | tuple[str, ...] = False
     leave: str = "proj_out"
     refuses: Callable[[nn.Module, dict[str, Any]], str] | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Visual tokens attend to text beside themselves."""
+        return bool(self.text or self.single or self.keys) and not self.apart
 
     def lists(self, transformer: nn.Module) -> list[nn.ModuleList]:
         """The module lists themselves."""
         return [transformer.get_submodule(name) for name in self.blocks]
 
-    def split(self, out: Any) -> tuple[Tensor, Tensor | None]:
-        """(visual, text) tokens of what a block returned."""
-        return (out[self.visual], out[1 - self.visual]) if self.text else (out, None)
+    def stays_whole(self, args: dict[str, Any]) -> bool:
+        """Do the tokens of a forward with these arguments stay together between blocks?"""
+        if isinstance(self.whole, bool):
+            return self.whole
+        return any(args.get(name) is not None for name in self.whole)
 
-    def join(self, visual: Tensor, text: Tensor | None) -> Any:
-        """What a block returns."""
-        if not self.text:
-            return visual
-        return (text, visual) if self.visual else (visual, text)
+
+def matching(transformer: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Name → sub-module of those whose name fits one of the patterns (fnmatch), in order."""
+    return {
+        name: module
+        for name, module in transformer.named_modules()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
 
 
 def unless_given(*names: str) -> Callable[[nn.Module, dict[str, Any]], str]:
@@ -119,8 +143,4 @@ class Adapter:
 
     def attentions(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Name → attention module, in the order in which the layers run."""
-        return {
-            name: module
-            for name, module in transformer.named_modules()
-            if any(fnmatchcase(name, pattern) for pattern in self.attention)
-        }
+        return matching(transformer, self.attention)

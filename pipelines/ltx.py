@@ -7,6 +7,8 @@ from math import prod
 
 from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 
+_POSITIONS = ("video_rotary_emb", "ca_video_rotary_emb")
+
 
 def _geometry(transformer, args) -> Geometry:
     n = args["hidden_states"].shape[1]
@@ -36,4 +38,19 @@ LTX2 = Adapter(
     classes=("LTX2VideoTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=_geometry,
+    # cosines and sines [B, N, C], or by heads [B, H, N, D / 2]; modulation [B, N, …] where
+    # timesteps are per token; the mask of reference frames [B, N, N]. Sound runs in every step.
+    span=SpanSite(
+        ("transformer_blocks",),
+        rows=(
+            *((name, *where) for name in _POSITIONS for where in ((1, 3), (2, 4))),
+            *((name, 1, 3) for name in ("temb", "temb_ca_scale_shift", "temb_ca_gate")),
+            ("self_attention_mask", 1, 3),
+            ("self_attention_mask", 2, 3),
+        ),
+        probes=("attn1", "ff"),
+        text="audio_hidden_states",
+        apart=True,
+        readers=("transformer_blocks.*.video_to_audio_attn",),
+    ),
 )

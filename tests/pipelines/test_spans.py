@@ -1,5 +1,7 @@
 """Token pruning in every model that names a span: its rows, text and masks; First-Block-Cache."""
 
+import inspect
+
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
@@ -48,6 +50,61 @@ def test_where_nothing_changed_a_pruned_step_is_a_full_one(model):
         torch.testing.assert_close(one, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
 
 
+def test_the_rows_of_tokens_that_run_are_those_of_the_full_step(model):
+    """Positions, modulation and masks: each argument that a block of the span is handed."""
+    case, built, _ = model
+    site, seen = registry.find(built).span, []
+    hooks = []
+    for blocks in site.lists(built):
+        for block in blocks:
+            forward_of = inspect.signature(type(block).forward)
+
+            def spy(module, args, kwargs, forward_of=forward_of):
+                given = forward_of.bind(module, *args, **kwargs).arguments
+                found = [leaf for row in site.rows for leaf in tensors(given, *row)]
+                tokens = given[site.hidden].transpose(0, 1 - site.tokens_first)
+                seen.append((found, tokens.shape[0]))
+
+            hooks.append(block.register_forward_pre_hook(spy, with_kwargs=True))
+    prune = TokenPruning(**{**SPAN, "keep": 0.5, "block": 16})
+    pipe = Pipe(built, steps=2)
+    with dit_accel.accelerated(pipe, Dense(), prune=prune, **NOW) as handle:
+        pipe.steps(case.arguments)
+        span = handle._engine.spans[0]
+        index, text_first = span._chosen[2], span.clock.geometry.text_first
+    for hook in hooks:
+        hook.remove()
+    n = next(iter(span.memory.values())).residual.shape[1]
+    assert 0 < len(index) < n and len(seen) % 2 == 0
+    half = len(seen) // 2
+    for (full, before), (part, after) in zip(seen[:half], seen[half:], strict=True):
+        assert after == before - n + len(index)
+        for (whole, dim), (rows, _) in zip(full, part, strict=True):
+            text = torch.arange(whole.shape[dim] - n)
+            ran = [text, index + len(text)] if text_first else [index, n + text]
+            assert torch.equal(rows, whole.index_select(dim, torch.cat(ran)))
+    assert not site.rows or seen[0][0] or case.name in WITHOUT_ROWS
+
+
+# their rows are optional arguments, which the tested inputs lack
+WITHOUT_ROWS = ("CogView3PlusTransformer2DModel", "ConsisIDTransformer3DModel")
+
+
+def tensors(given, name, dim, rank):
+    """(tensor, dim) of each per-token tensor behind a row of a span."""
+    name, _, part = name.partition(".")
+    value = given.get(name)
+    if part and value is not None:
+        value = value.get(part) if isinstance(value, dict) else value[int(part)]
+    leaves = [value]
+    while any(isinstance(leaf, (tuple, list)) for leaf in leaves):
+        leaves = [
+            x for leaf in leaves for x in (leaf if isinstance(leaf, (tuple, list)) else [leaf])
+        ]
+    leaves = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+    return [(x, dim) for x in leaves if x.ndim == rank and x.shape[dim] > 1]
+
+
 @pytest.mark.parametrize("context", ["drop", "pooled", "stale"])
 def test_pruned_steps_with_new_input_are_near_and_not_equal(model, context):
     case, built, stock = model
@@ -59,7 +116,7 @@ def test_pruned_steps_with_new_input_are_near_and_not_equal(model, context):
 @pytest.mark.parametrize("criterion", ["ttv*drift", "velocity", "similarity", "text"])
 def test_criteria_find_what_they_measure(model, criterion):
     case, built, _ = model
-    if criterion == "text" and not registry.find(built).span.text:
+    if criterion == "text" and not registry.find(built).span.joint:
         with pytest.raises(ValueError, match=f"{case.name} reads its text apart"):
             steps(case, built, 0, criterion=criterion)
         return

@@ -1,0 +1,128 @@
+"""Where a block's arguments and its output hold the tokens, and the rows of those that run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.pipelines.base import Geometry, SpanSite
+
+
+@dataclass
+class Rows:
+    """The token rows of one forward.
+
+    geometry: of the forward. n: its visual tokens. index: int64 [K], those that run, None for all.
+    """
+
+    site: SpanSite
+    geometry: Geometry | None = None
+    n: int = 0
+    index: Tensor | None = None
+    _taken: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Let go of a forward's tensors."""
+        self.geometry = self.index = None
+        self._taken.clear()
+
+    def read(self, arguments: dict[str, Any], single: bool, n: int) -> tuple[Tensor, Tensor | None]:
+        """(visual, text) tokens [B, n, C], [B, T, C] of a block's arguments."""
+        hidden = arguments[self.site.hidden]
+        if single:
+            return self._parted(hidden, n)
+        return hidden, arguments.get(self.site.text)
+
+    def write(
+        self, arguments: dict[str, Any], single: bool, visual: Tensor, text: Tensor | None
+    ) -> None:
+        """Exchange the visual tokens in a block's arguments."""
+        arguments[self.site.hidden] = self.join(visual, text, single) if single else visual
+
+    def split(self, out: Any, single: bool, n: int) -> tuple[Tensor, Tensor | None]:
+        """(visual, text) tokens of what a block returned."""
+        if single:
+            return self._parted(out, n)
+        at = self.site.visual
+        return (out[at], out[1 - at]) if self.site.text else (out, None)
+
+    def join(self, visual: Tensor, text: Tensor | None, single: bool) -> Any:
+        """What a block returns."""
+        if single:
+            parts = (text, visual) if self.geometry.text_first else (visual, text)
+            row = torch.cat(parts, dim=1)
+            return row.transpose(0, 1).contiguous() if self.site.tokens_first else row
+        if not self.site.text:
+            return visual
+        return (text, visual) if self.site.visual else (visual, text)
+
+    def visual(self, x: Tensor) -> Tensor:
+        """[B, n, C] of any rows: without those of text, zeros where frames of history have none."""
+        x = x.flatten(1, -2)
+        if x.shape[1] < self.n:
+            return F.pad(x, (0, 0, self.n - x.shape[1], 0))
+        first = (x.shape[1] - self.n) * self.geometry.text_first
+        return x[:, first : first + self.n]
+
+    def gather(self, arguments: dict[str, Any], text: Tensor | None) -> None:
+        """A block's arguments with the per-token rows of the tokens that run."""
+        text = arguments.get(self.site.keys) if text is None else text
+        n_text = 0 if text is None else text.shape[1]
+        for name, dim, rank in self.site.rows:
+            name, _, part = name.partition(".")
+            value = arguments.get(name)
+            if value is None:
+                continue
+            if isinstance(value, dict):
+                if value.get(part) is not None:
+                    taken = self._take(value[part], dim, rank, n_text)
+                    arguments[name] = {**value, part: taken}
+            elif part:
+                at = int(part)
+                taken = self._take(value[at], dim, rank, n_text)
+                arguments[name] = (*value[:at], taken, *value[at + 1 :])
+            else:
+                arguments[name] = self._take(value, dim, rank, n_text)
+        if self.site.count:
+            arguments[self.site.count] = self.index.numel()
+
+    def _parted(self, row: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Text and n visual tokens of one row."""
+        row = row.transpose(0, 1) if self.site.tokens_first else row
+        if self.geometry.text_first:
+            first = row.shape[1] - n
+            return row[:, first:], row[:, :first]
+        return row[:, :n], row[:, n:]
+
+    def _take(self, value: Any, dim: int, rank: int, n_text: int) -> Any:
+        """`value` or the tensors in it that have `rank` dimensions, gathered along `dim`; once.
+
+        Rows of text beside the visual ones stay; a single row, for all tokens, stays too.
+        """
+        if id(value) not in self._taken:
+            if isinstance(value, (tuple, list)):
+                taken = type(value)(self._take(x, dim, rank, n_text) for x in value)
+            elif value.ndim != rank or value.shape[dim] == 1:
+                taken = value
+            else:
+                taken = value.index_select(dim, self._at(value.shape[dim], n_text))
+            self._taken[id(value)] = (value, taken)  # the value is held, so its id stays its own
+        return self._taken[id(value)][1]
+
+    def _at(self, rows: int, n_text: int) -> Tensor:
+        """int64: which of an argument's rows are those of the chosen tokens and of the text."""
+        if rows == self.n:
+            return self.index
+        if rows != self.n + n_text:
+            raise RuntimeError(
+                f"a block's argument has {rows} rows where the model has {self.n} visual and "
+                f"{n_text} text tokens: the adapter's span does not fit this forward"
+            )
+        text = torch.arange(n_text, device=self.index.device)
+        if self.geometry.text_first:
+            return torch.cat([text, self.index + n_text])
+        return torch.cat([self.index, text + self.n])

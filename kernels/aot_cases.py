@@ -26,6 +26,7 @@ from dit_accel.kernels.int8_attention import triton as int8
 from dit_accel.kernels.launch import LAUNCHES, Launch, split_head_dim
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.kernels.sparse_linear_attention import states
 from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.table import BlockTable, block_count
 
@@ -204,26 +205,33 @@ def int8_quantize_case(
     return int8_keys._int8_quantize_fwd_kernel, int8_keys.quantize_arguments(x, x, keys)
 
 
-def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The kernel of the state of linear attention; "state32" multiplies in float32."""
-    x, work = tokens(head_dim, dtype), torch.float32 if launch.op == "state32" else dtype
+def linear_states(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """States of the blocks of a row of the launch table, h and z."""
+    blocks = block_count(_SHAPE[2], launch.block)
+    return states.unpack(empty(*_SHAPE[:2], blocks, head_dim * (head_dim + 1), dtype=dtype))
+
+
+def state_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the state of linear attention; extra "block": the projected ones of blocks."""
+    x = tokens(head_dim, dtype)
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
-    _, arguments, _ = linear.state_case(x, x, state, total, launch, work)
-    return linear._linear_state_fwd_kernel, arguments
+    options: dict[str, Any] = {"span": 1600}
+    if extra:
+        state, total = linear_states(launch, head_dim, dtype)
+        options = {"span": launch.block, "weight": empty(head_dim, head_dim, dtype=dtype)}
+    _, arguments, _ = states.state_case(x, x, state, total, launch=launch, **options)
+    return states._linear_state_fwd_kernel, arguments
 
 
 def linear_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The kernels that add the linear branch, over all keys or those outside of a table."""
-    x, total = tokens(head_dim, dtype), empty(*_SHAPE[:2], head_dim)
-    tensors = {"base": x, "q": x, "o": x, "total": total, "bias": None}
-    if launch.op == "linear_all":
-        tensors["state"] = empty(*_SHAPE[:2], head_dim, head_dim, dtype=dtype)
-        _, arguments, _ = linear.all_case(tensors, x, launch)
-        return linear._linear_all_fwd_kernel, arguments
-    square = empty(*_SHAPE[:2], head_dim, head_dim)
-    tensors |= {"k": x, "v": x, "state": square, "weight": empty(head_dim, head_dim)}
-    _, arguments, _ = linear.rest_case(tensors, table(launch.block, 64), launch)
-    return linear._linear_rest_fwd_kernel, arguments
+    """The kernel that adds the linear branch, with a state for each block."""
+    x, (state, total) = tokens(head_dim, dtype), linear_states(launch, head_dim, dtype)
+    tensors = {"base": x, "q": x, "o": x, "bias": None, "eps": empty(*state.shape[:3])}
+    tensors |= {"state": state, "total": total}
+    _, arguments, _ = linear.branch_case(tensors, launch.block, launch)
+    return linear._linear_branch_fwd_kernel, arguments
 
 
 CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
@@ -236,9 +244,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "select": select_case,
     "coefficients": coefficients_case,
     "state": state_case,
-    "state32": state_case,
-    "linear_all": linear_case,
-    "linear_rest": linear_case,
+    "linear": linear_case,
     "int8": int8_case,
     "int8_quantize": int8_quantize_case,
 }
@@ -272,6 +278,10 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {}
         if row.op == "select" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "mass"}
+        if row.op == "means" and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "pool"}
+        if row.op == "state" and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "block"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):

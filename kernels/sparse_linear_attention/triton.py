@@ -1,11 +1,10 @@
-"""The linear branch on CUDA, in Triton: a kernel for the state, one that adds it to O_sparse.
+"""The linear branch on CUDA, in Triton: states of keys, and a kernel that adds them to O_sparse.
 
-    H = Σ φ(k_j)ᵀ v_j,  Z = Σ φ(k_j)              fp32, summed over the splits of the keys
-    O_i = base_i + (φ(q_i) H − Σ a_ij v_j) Wᵀ / (φ(q_i)·Z − Σ a_ij + ε) + b,  Σ over the excluded j
+    O_i = base_i + φ(q_i) H_n Wᵀ / (φ(q_i)·Z_n + ε) + b
 
-With nothing excluded the means H̄Wᵀ = HWᵀ/n and Z̄ = Z/n are formed once and every product runs in
-the dtype of q; ε becomes ε/n. The excluded blocks are taken off in float32 and in their quadratic
-form a_ij = φ(q_i)·φ(k_j): no state of a single block is ever stored.
+H_n and Z_n are means, so that they fit float16, with W in them. With nothing excluded there is one
+of each per head. With excluded blocks, H_n sums the states of the blocks that row n holds: nothing
+is ever subtracted. See states.py.
 """
 
 from __future__ import annotations
@@ -19,154 +18,44 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import block_sparse_attention
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
-from dit_accel.kernels.sparse_linear_attention.features import EPS, FEATURE_MAPS
-from dit_accel.kernels.tiles import key_limits
+from dit_accel.kernels.sparse_linear_attention.features import EPS
+from dit_accel.kernels.sparse_linear_attention.states import (
+    block_states,
+    feature_index,
+    features,
+    load_rows,
+    parts,
+    store_rows,
+    unpack,
+    whole_state,
+)
 from dit_accel.table import BlockTable, block_count
 
-# Programs that fill the GPU: the keys of a head are split so that about this many run.
-_PROGRAMS = 256
-_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
-
-@triton.jit
-def _features(x, o_x, n_x, stride_n, stride_d, d, BLOCK_D: tl.constexpr, PHI: tl.constexpr):
-    """φ of the rows `o_x` of x in fp32 [T, BLOCK_D], zero at or beyond row n_x and column d."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_x[:, None] < n_x) & (o_d[None, :] < d)
-    p_x = x + o_x.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
-    b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-    if PHI == 0:
-        b_x = tl.where(o_d[None, :] < d, b_x, -float("inf"))
-        b_x = tl.exp(b_x - tl.max(b_x, 1)[:, None])
-        b_x = b_x / tl.sum(b_x, 1)[:, None]
-    elif PHI == 1:
-        b_x = tl.where(b_x > 0, b_x + 1.0, tl.exp(tl.minimum(b_x, 0.0)))
-    else:
-        b_x = tl.maximum(b_x, 0.0)
-    return tl.where(m_x, b_x, 0.0)
-
-
-@triton.jit
-def _rows(x, o_x, n_x, stride_n, stride_d, d, BLOCK_D: tl.constexpr):
-    """The rows `o_x` of x in fp32 [T, BLOCK_D], zero at or beyond row n_x and column d."""
-    o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_x[:, None] < n_x) & (o_d[None, :] < d)
-    p_x = x + o_x.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
-    return tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["n_k", "n_split"])
-def _linear_state_fwd_kernel(
-    k, v, state, total, kv_len, s_k, s_v, n_k, n_split, d,
-    TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
-    DTYPE: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_out = (i_b.to(tl.int64) * tl.num_programs(1) + i_h) * n_split + i_s
-    n_valid = n_k
-    if kv_len is not None:
-        n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
-    x_k = k + i_b.to(tl.int64) * s_k[0] + i_h.to(tl.int64) * s_k[1]
-    x_v = v + i_b.to(tl.int64) * s_v[0] + i_h.to(tl.int64) * s_v[1]
-    b_h = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    b_z = tl.zeros([BLOCK_D], tl.float32)
-    for i in range(i_s, tl.cdiv(n_valid, TILE_K), n_split):
-        o_k = i * TILE_K + tl.arange(0, TILE_K)
-        b_k = _features(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D, PHI)
-        b_v = _rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D).to(DTYPE)
-        # [BD, TK] @ [TK, BD] -> [BD, BD]
-        b_h = tl.dot(tl.trans(b_k.to(DTYPE)), b_v, b_h, input_precision=PRECISION)
-        b_z += tl.sum(b_k, 0)
-    o_d = tl.arange(0, BLOCK_D)
-    p_h = state + i_out * d * d + o_d[:, None] * d + o_d[None, :]
-    tl.store(p_h, b_h, mask=(o_d[:, None] < d) & (o_d[None, :] < d))
-    tl.store(total + i_out * d + o_d, b_z, mask=o_d < d)
-
-
-@triton.jit(do_not_specialize=["n_q", "n_k"])
-def _linear_all_fwd_kernel(
-    base, q, o, state, total, bias, kv_len, s_c, s_q, s_o, n_q, n_k, d, eps,
+@triton.jit(do_not_specialize=["n_q", "n_span"])
+def _linear_branch_fwd_kernel(
+    base, q, o, state, total, eps, bias, s_c, s_q, s_o, s_h, s_z, n_q, n_span, d,
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
-    n_valid = n_k
-    if kv_len is not None:
-        n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
+    i_n = i_m * BLOCK_Q // n_span
     o_q, o_d = i_m * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     x_q = q + i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
-    b_q = _features(x_q, o_q, n_q, s_q[2], s_q[3], d, BLOCK_D, PHI)
-    b_z = tl.load(total + i_bh * d + o_d, mask=o_d < d, other=0.0)
-    b_q = b_q / (tl.sum(b_q * b_z[None, :], 1) + eps / tl.maximum(n_valid, 1))[:, None]
-    m_d = o_d < d
-    p_h = state + i_bh * d * d + o_d[:, None] * d + o_d[None, :]
-    b_h = tl.load(p_h, mask=m_d[:, None] & m_d[None, :], other=0.0)
-    x_c = base + i_b.to(tl.int64) * s_c[0] + i_h.to(tl.int64) * s_c[1]
-    b_o = _rows(x_c, o_q, n_q, s_c[2], s_c[3], d, BLOCK_D)
+    b_q = load_rows(x_q, o_q, n_q, s_q[2], s_q[3], d, BLOCK_D)
+    b_q = features(b_q, o_q, n_q, d, BLOCK_D, PHI)
+    p_z = total + i_bh * s_z[0] + i_n * s_z[1] + o_d
+    b_z = tl.load(p_z, mask=o_d < d, other=0.0).to(tl.float32)
+    b_n = tl.sum(b_q * b_z[None, :], 1) + tl.load(eps + i_bh * tl.cdiv(n_q, n_span) + i_n)
+    b_h = load_rows(state + i_bh * s_h[0] + i_n * s_h[1], o_d, d, d, 1, d, BLOCK_D)
     # [BQ, BD] @ [BD, BD] -> [BQ, BD]
-    b_o = tl.dot(b_q.to(b_h.dtype), b_h, b_o, input_precision=PRECISION)
-    if bias is not None:
-        b_o += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
-    x_o = o + i_b.to(tl.int64) * s_o[0] + i_h.to(tl.int64) * s_o[1]
-    p_o = x_o + o_q.to(tl.int64)[:, None] * s_o[2] + o_d[None, :] * s_o[3]
-    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=(o_q[:, None] < n_q) & m_d[None, :])
-
-
-@triton.jit(do_not_specialize=["n_q", "n_k", "width"])
-def _linear_rest_fwd_kernel(
-    base, q, k, v, o, state, total, weight, bias, indices, counts, kv_len,
-    s_c, s_q, s_k, s_v, s_o, n_q, n_k, width, d, eps,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PHI: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
-    o_q, o_d = i_m * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
-    x_q = q + i_b.to(tl.int64) * s_q[0] + i_h.to(tl.int64) * s_q[1]
-    b_q = _features(x_q, o_q, n_q, s_q[2], s_q[3], d, BLOCK_D, PHI)
-    b_o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    b_n = tl.zeros([BLOCK_Q], tl.float32)
-    n_valid = n_k
-    if kv_len is not None:
-        n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
-    i_row = i_bh * tl.num_programs(0) + i_m
-    x_k = k + i_b.to(tl.int64) * s_k[0] + i_h.to(tl.int64) * s_k[1]
-    x_v = v + i_b.to(tl.int64) * s_v[0] + i_h.to(tl.int64) * s_v[1]
-    n_left = n_valid
-    SPLIT: tl.constexpr = BLOCK_K // TILE_K
-    for i in range(0, tl.load(counts + i_row) * SPLIT):
-        i_k = tl.load(indices + i_row * width + i // SPLIT) * BLOCK_K + i % SPLIT * TILE_K
-        o_k = i_k + tl.arange(0, TILE_K)
-        b_k = _features(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D, PHI)
-        b_v = _rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
-        # [BQ, BD] @ [BD, TK] -> [BQ, TK]
-        b_a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        # [BQ, TK] @ [TK, BD] -> [BQ, BD]
-        b_o -= tl.dot(b_a, b_v, input_precision=PRECISION)
-        b_n -= tl.sum(b_a, 1)
-        n_left -= tl.minimum(tl.maximum(n_valid - i_k, 0), TILE_K)
-    b_z = tl.load(total + i_bh * d + o_d, mask=o_d < d, other=0.0)
-    b_n = tl.maximum(b_n + tl.sum(b_q * b_z[None, :], 1), 0.0)
-    b_h = _rows(state + i_bh * d * d, o_d, d, d, 1, d, BLOCK_D)
-    # [BQ, BD] @ [BD, BD] -> [BQ, BD]
-    b_o = tl.dot(b_q, b_h, b_o, input_precision=PRECISION)
-    # what is left of a sum of which everything was taken off is rounding
-    b_o = tl.where(n_left > 0, b_o, 0.0)
-    b_o = b_o / (b_n + eps)[:, None]
-    b_w = _rows(weight, o_d, d, d, 1, d, BLOCK_D)
-    # [BQ, BD] @ [BD, BD] -> [BQ, BD]
-    b_o = tl.dot(b_o, tl.trans(b_w), input_precision=PRECISION)
+    b_o = tl.dot(b_q.to(b_h.dtype), b_h, input_precision=PRECISION) / b_n[:, None]
     if bias is not None:
         b_o += tl.load(bias + o_d, mask=o_d < d, other=0.0).to(tl.float32)[None, :]
     x_c = base + i_b.to(tl.int64) * s_c[0] + i_h.to(tl.int64) * s_c[1]
-    b_o += _rows(x_c, o_q, n_q, s_c[2], s_c[3], d, BLOCK_D)
+    b_o += load_rows(x_c, o_q, n_q, s_c[2], s_c[3], d, BLOCK_D).to(tl.float32)
     x_o = o + i_b.to(tl.int64) * s_o[0] + i_h.to(tl.int64) * s_o[1]
-    p_o = x_o + o_q.to(tl.int64)[:, None] * s_o[2] + o_d[None, :] * s_o[3]
-    tl.store(p_o, b_o.to(o.dtype.element_ty), mask=(o_q[:, None] < n_q) & (o_d[None, :] < d))
+    store_rows(x_o, b_o, o_q, n_q, s_o[2], s_o[3], d, BLOCK_D)
 
 
 def supports(q: Tensor, *, block_q: int = 64, block_k: int = 64, **_: object) -> str | None:
@@ -205,90 +94,54 @@ def linear_branch(
     kv_len: int | Tensor | None = None,
 ) -> Tensor:
     """base plus the projected linear attention over all key blocks but `excluded`'s (None: all)."""
-    batch, heads, _, d = q.shape
-    # subtraction needs float32; without one the dtype of q is enough
-    dtype = q.dtype if excluded is None else torch.float32
-    launch = find("state" if excluded is None else "state32", capability_of(q), d, 64)
-    tiles = block_count(k.shape[2], launch.tile)
-    splits = max(1, min(tiles, _PROGRAMS // (batch * heads)))
-    state = q.new_empty((batch, heads, splits, d, d), dtype=torch.float32)
-    total = q.new_empty((batch, heads, splits, d), dtype=torch.float32)
-    case = state_case(k, v, state, total, launch, dtype, feature_map, kv_len)
-    run(_linear_state_fwd_kernel, *case)
-    state, total, weight = state.sum(2), total.sum(2), weight.float().contiguous()
     out = torch.empty_like(q)
-    tensors = {"base": base, "q": q, "o": out, "bias": None if bias is None else bias.contiguous()}
+    bias = None if bias is None else bias.contiguous()
     if excluded is None:
-        n = k.shape[2] if kv_len is None else kv_len
-        n = n.clamp(1, k.shape[2]).view(-1, 1, 1, 1) if isinstance(n, Tensor) else max(1, n)
-        tensors |= {"state": (state @ weight.mT / n).to(dtype), "total": (total[..., None] / n)}
-        launch = find("linear_all", capability_of(q), d, 64)
-        run(_linear_all_fwd_kernel, *all_case(tensors, k, launch, feature_map, kv_len))
+        state, total, eps = mean_state(*whole_state(k, v, feature_map, kv_len), k, kv_len)
+        state = (state @ weight.float().mT).to(q.dtype)
+        tensors = {"base": base, "q": q, "o": out, "bias": bias, "eps": eps}
+        launch = find("linear", capability_of(q), q.shape[3], 64)
+        tensors |= {"state": state[:, :, None], "total": total[:, :, None]}
+        run(_linear_branch_fwd_kernel, *branch_case(tensors, q.shape[2], launch, feature_map))
         return out
-    tensors |= {"k": k, "v": v, "state": state, "total": total, "weight": weight}
-    launch = find("linear_rest", capability_of(q), d, excluded.block_q)
-    run(_linear_rest_fwd_kernel, *rest_case(tensors, excluded, launch, feature_map, kv_len))
+    launch = find("linear", capability_of(q), q.shape[3], excluded.block_q)
+    weight, sizes = weight.to(q.dtype).contiguous(), q.numel() * q.element_size()
+    for part in parts(k, v, excluded, sizes):
+        here = part.heads
+        keys = (k[:, here], v[:, here], excluded.block_k, part.held.shape[3])
+        states = block_states(*keys, feature_map, kv_len, weight=weight)
+        state, total = unpack(part.held @ states)
+        tensors = {"base": base[:, here], "q": q[:, here], "o": out[:, here], "bias": bias}
+        tensors |= {"eps": part.eps, "state": state, "total": total}
+        case = branch_case(tensors, excluded.block_q, launch, feature_map)
+        run(_linear_branch_fwd_kernel, *case)
     return out
 
 
-def state_case(
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    total: Tensor,
-    launch: Launch,
-    dtype: torch.dtype,
-    feature_map: str = "softmax",
-    kv_len: int | Tensor | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
-    """Grid, arguments and launch of the state kernel, whose products run in `dtype`."""
-    batch, heads, splits, d = total.shape
-    arguments = {
-        "k": k, "v": v, "state": state, "total": total, **key_limits(k, kv_len), "s_k": k.stride(),
-        "s_v": v.stride(), "n_split": splits, "d": d, "TILE_K": launch.tile,
-        "BLOCK_D": padded(d), "PHI": FEATURE_MAPS.index(feature_map),
-        "PRECISION": launch.precision, "DTYPE": _DTYPES[dtype],
-    }  # fmt: skip
-    return (splits, heads, batch), arguments, launch
+def mean_state(
+    state: Tensor, total: Tensor, k: Tensor, kv_len: int | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State and total over the number of valid keys, and ε over it, [B, H, 1]."""
+    n = k.shape[2] if kv_len is None else kv_len
+    if isinstance(n, Tensor):
+        n = n.clamp(1, k.shape[2]).view(-1, 1, 1).float()
+        eps = (EPS / n).expand(*k.shape[:2], 1).contiguous()
+        return state / n[..., None], total / n, eps
+    n = max(1, min(n, k.shape[2]))
+    return state / n, total / n, total.new_full((*k.shape[:2], 1), EPS / n)
 
 
-def all_case(
-    tensors: dict[str, Tensor | None],
-    k: Tensor,
-    launch: Launch,
-    feature_map: str = "softmax",
-    kv_len: int | Tensor | None = None,
+def branch_case(
+    tensors: dict[str, Tensor | None], span: int, launch: Launch, feature_map: str = "softmax"
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
-    """Grid, arguments and launch of the kernel that excludes no block."""
-    q, limits = tensors["q"], key_limits(k, kv_len)
-    limits.pop("PADDED")
+    """Grid, arguments and launch of the branch kernel; a state for each `span` rows of queries."""
+    q, state, total = tensors["q"], tensors["state"], tensors["total"]
     names = {"s_c": "base", "s_q": "q", "s_o": "o"}
+    block = min(launch.tile, span) if state.shape[2] > 1 else launch.tile
     arguments = {
-        **tensors, **limits, **{stride: tensors[name].stride() for stride, name in names.items()},
-        "n_q": q.shape[2], "d": q.shape[3], "eps": EPS, "BLOCK_Q": launch.tile,
-        "BLOCK_D": padded(q.shape[3]), "PHI": FEATURE_MAPS.index(feature_map),
-        "PRECISION": launch.precision,
+        **tensors, **{stride: tensors[name].stride() for stride, name in names.items()},
+        "s_h": state.stride()[1:3], "s_z": total.stride()[1:3], "n_q": q.shape[2],
+        "n_span": span, "d": q.shape[3], "BLOCK_Q": block, "BLOCK_D": padded(q.shape[3]),
+        "PHI": feature_index(feature_map), "PRECISION": launch.precision,
     }  # fmt: skip
-    return (block_count(q.shape[2], launch.tile), q.shape[1], q.shape[0]), arguments, launch
-
-
-def rest_case(
-    tensors: dict[str, Tensor | None],
-    excluded: BlockTable,
-    launch: Launch,
-    feature_map: str = "softmax",
-    kv_len: int | Tensor | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
-    """Grid, arguments and launch of the kernel that leaves out the blocks of `excluded`."""
-    names = {"s_c": "base", "s_q": "q", "s_k": "k", "s_v": "v", "s_o": "o"}
-    q, indices = tensors["q"], excluded.indices
-    arguments = {
-        **tensors, "indices": indices.contiguous(), "counts": excluded.counts.contiguous(),
-        "width": indices.shape[-1], **key_limits(tensors["k"], kv_len),
-        **{stride: tensors[name].stride() for stride, name in names.items()},
-        "n_q": q.shape[2], "d": q.shape[3], "eps": EPS, "BLOCK_Q": excluded.block_q,
-        "BLOCK_K": excluded.block_k, "TILE_K": min(launch.tile, excluded.block_k),
-        "BLOCK_D": padded(q.shape[3]), "PHI": FEATURE_MAPS.index(feature_map),
-        "PRECISION": launch.precision,
-    }  # fmt: skip
-    return (block_count(q.shape[2], excluded.block_q), q.shape[1], q.shape[0]), arguments, launch
+    return (block_count(q.shape[2], block), q.shape[1], q.shape[0]), arguments, launch

@@ -24,8 +24,6 @@ def compile_rows(*wanted: str) -> list[dict]:
 
 def spill(row: dict) -> int:
     """Bytes of stack that a row may use."""
-    if row["op"] == "linear_rest":
-        return 2048
     if "benchmarks/results" in row["provenance"]:
         return 512  # the fastest all the same
     # what the epilogue of the 8-bit kernel needs waits in memory during its loop

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from dit_accel.kernels.sparse_linear_attention import reference, triton
+from dit_accel.kernels.sparse_linear_attention import reference, states, triton
 from dit_accel.kernels.sparse_linear_attention.features import FEATURE_MAPS
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
 
 HALF = torch.float16
+FULL = torch.float32
 CASES = [
-    ((1, 1, 64, 64, 64, torch.float32), None),
-    ((65, 200, 64, 64, 64, torch.float32), None),
+    ((1, 1, 64, 64, 64, FULL), None),
+    ((65, 200, 64, 64, 64, FULL), None),
     ((65, 100, 80, 64, 32, HALF), None),
-    ((65, 150, 96, 64, 32, torch.float32), 100),
+    ((65, 150, 96, 64, 32, FULL), 100),
     ((65, 300, 128, 128, 128, HALF), torch.tensor([200])),
 ]
 
@@ -51,6 +52,25 @@ def test_a_row_that_excludes_everything_has_no_linear_part(device: str):
     q, k, v, table, weight, _ = inputs(65, 100, 64, 64, 32, torch.float32, device, keep=2)
     base = torch.randn_like(q)
     assert torch.equal(triton.linear_branch(base, q, k, v, table, weight), base)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_parts_of_the_heads_give_the_same_bits(dtype: torch.dtype, device: str, monkeypatch):
+    q, k, v, table, weight, bias = inputs(65, 100, 64, 64, 32, dtype, device)
+    args = (torch.randn_like(q), q, k, v, table, weight, bias)
+    whole = triton.linear_branch(*args)
+    monkeypatch.setattr(states, "_MEMORY", 0)
+    assert len(list(states.parts(k, v, table, 0))) == 2
+    assert torch.equal(triton.linear_branch(*args), whole)
+
+
+@pytest.mark.parametrize("mode", ["all", "rest"])
+def test_features_that_never_meet_stay_finite(mode: str, device: str):
+    q, k, v, table, weight, _ = inputs(65, 100, 64, 64, 32, HALF, device)
+    q[..., 0], k[..., 0] = 30, -30
+    excluded = table if mode == "rest" else None
+    out = triton.linear_branch(torch.zeros_like(q), q, k, v * 100, excluded, weight)
+    assert out.isfinite().all()
 
 
 def test_padding_is_never_read(device: str):

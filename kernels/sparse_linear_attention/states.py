@@ -1,0 +1,210 @@
+"""States of linear attention in Triton: one for each span of keys, summed as a product.
+
+    h_m = φ(K_m)ᵀ (V_m − c) Wᵀ,  z_m = Σ_{j∈m} φ(k_j)         fp32, then stored side by side
+    H_n = Σ_m held_nm h_m,  Z_n = Σ_m held_nm z_m              the product of a 0/1 matrix with them
+
+A state of all keys is the sum over some 256 spans. Where each row holds its own blocks, a span is a
+block, and the heads go through in parts whose states fit a fixed memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dit_accel.kernels.launch import Launch, capability_of, find, padded, run
+from dit_accel.kernels.sparse_linear_attention.features import EPS, FEATURE_MAPS
+from dit_accel.kernels.tiles import key_limits
+from dit_accel.table import BlockTable, block_count
+
+# Programs that fill the GPU: the tokens of a head are split so that about this many run.
+_PROGRAMS = 256
+# Bytes that the states of a part of the heads may take, if a tenth of q, k and v is less.
+_MEMORY = 2**27
+
+
+@triton.jit
+def load_rows(x, o_x, n_x, stride_n, stride_d, d, BLOCK_D: tl.constexpr):
+    """The rows `o_x` of x [T, BLOCK_D], zero at or beyond row n_x and column d."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_x = (o_x[:, None] < n_x) & (o_d[None, :] < d)
+    p_x = x + o_x.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
+    return tl.load(p_x, mask=m_x, other=0.0)
+
+
+@triton.jit
+def store_rows(x, b_x, o_x, n_x, stride_n, stride_d, d, BLOCK_D: tl.constexpr):
+    """The reverse of `load_rows`, in the dtype of x."""
+    o_d = tl.arange(0, BLOCK_D)
+    m_x = (o_x[:, None] < n_x) & (o_d[None, :] < d)
+    p_x = x + o_x.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def features(b_x, o_x, n_x, d, BLOCK_D: tl.constexpr, PHI: tl.constexpr):
+    """φ of the rows `o_x` in fp32 [T, BLOCK_D], zero at or beyond row n_x and column d."""
+    o_d = tl.arange(0, BLOCK_D)
+    b_x = b_x.to(tl.float32)
+    if PHI == 0:
+        b_x = tl.where(o_d[None, :] < d, b_x, -float("inf"))
+        b_x = tl.exp(b_x - tl.max(b_x, 1)[:, None])
+        b_x = b_x / tl.sum(b_x, 1)[:, None]
+    elif PHI == 1:
+        b_x = tl.where(b_x > 0, b_x + 1.0, tl.exp(tl.minimum(b_x, 0.0)))
+    elif PHI == 2:
+        b_x = tl.maximum(b_x, 0.0)
+    return tl.where((o_x[:, None] < n_x) & (o_d[None, :] < d), b_x, 0.0)
+
+
+@triton.jit(do_not_specialize=["n_k", "n_span"])
+def _linear_state_fwd_kernel(
+    k, v, center, weight, state, total, kv_len, s_k, s_v, s_h, s_z, n_k, n_span, d, scale,
+    TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr,
+):  # fmt: skip
+    i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
+    i_out = i_bh * tl.num_programs(0) + i_s
+    n_valid = n_k
+    if kv_len is not None:
+        n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
+    o_d = tl.arange(0, BLOCK_D)
+    x_k = k + i_b.to(tl.int64) * s_k[0] + i_h.to(tl.int64) * s_k[1]
+    x_v = v + i_b.to(tl.int64) * s_v[0] + i_h.to(tl.int64) * s_v[1]
+    b_h = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
+    b_z = tl.zeros([BLOCK_D], tl.float32)
+    for i_k in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_valid), TILE_K):
+        o_k = i_k + tl.arange(0, TILE_K)
+        b_k = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
+        b_k = features(b_k, o_k, n_valid, d, BLOCK_D, PHI)
+        b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
+        if center is not None:
+            b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
+            b_v = (b_v.to(tl.float32) - b_c[None, :]).to(b_v.dtype)
+        # [BD, TK] @ [TK, BD] -> [BD, BD]
+        b_h = tl.dot(tl.trans(b_k.to(b_v.dtype)), b_v, b_h, input_precision=PRECISION)
+        b_z += tl.sum(b_k, 0)
+    b_h *= scale
+    if weight is not None:
+        b_w = load_rows(weight, o_d, d, d, 1, d, BLOCK_D)
+        # [BD, BD] @ [BD, BD] -> [BD, BD]
+        b_h = tl.dot(b_h.to(b_w.dtype), tl.trans(b_w), input_precision=PRECISION)
+    store_rows(state + i_out * s_h, b_h, o_d, d, d, 1, d, BLOCK_D)
+    p_z = total + i_out * s_z + o_d
+    tl.store(p_z, (b_z * scale).to(total.dtype.element_ty), mask=o_d < d)
+
+
+def state_case(
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    total: Tensor,
+    span: int,
+    launch: Launch,
+    feature_map: str = "softmax",
+    kv_len: int | Tensor | None = None,
+    center: Tensor | None = None,
+    weight: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+    """Grid, arguments and launch of the state kernel.
+
+    state [B, H, S, D, D] and total [B, H, S, D]: of S spans of `span` keys, times scale; center
+    [B, H, D] float32 is subtracted from v, weight [D, D] in the dtype of v. "identity" is φ(x) = x.
+    """
+    batch, heads, spans, d = total.shape
+    arguments = {
+        "k": k, "v": v, "center": center, "weight": weight, "state": state, "total": total,
+        **key_limits(k, kv_len), "s_k": k.stride(), "s_v": v.stride(), "s_h": state.stride(2),
+        "s_z": total.stride(2), "n_span": span, "d": d, "scale": scale,
+        "TILE_K": min(launch.tile, span), "BLOCK_D": padded(d), "PHI": feature_index(feature_map),
+        "PRECISION": launch.precision,
+    }  # fmt: skip
+    return (spans, heads, batch), arguments, launch
+
+
+def feature_index(feature_map: str) -> int:
+    """The number of a feature map in the kernels; "identity" is the one after all of them."""
+    return (*FEATURE_MAPS, "identity").index(feature_map)
+
+
+def split(n: int, heads: int, tile: int) -> tuple[int, int]:
+    """How many spans of how many tokens, so that the programs of all heads fill the GPU."""
+    tiles = block_count(n, tile)
+    span = block_count(tiles, max(1, min(tiles, _PROGRAMS // heads)))
+    return block_count(tiles, span), span * tile
+
+
+def whole_state(
+    k: Tensor, v: Tensor, feature_map: str, kv_len: int | Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Σ φ(k_j)ᵀ v_j [B, H, D, D] and Σ φ(k_j) [B, H, D] over all keys, float32."""
+    batch, heads, n, d = k.shape
+    launch = find("state", capability_of(k), d, 64)
+    spans, span = split(n, batch * heads, launch.tile)
+    state = k.new_empty((batch, heads, spans, d, d), dtype=torch.float32)
+    total = k.new_empty((batch, heads, spans, d), dtype=torch.float32)
+    case = state_case(k, v, state, total, span, launch, feature_map, kv_len)
+    run(_linear_state_fwd_kernel, *case)
+    return state.sum(2), total.sum(2)
+
+
+class Part(NamedTuple):
+    """Some heads: `held` [B, h, Mq, M] is 1/(number of blocks held) where row n holds block m,
+    else 0, in the dtype of k; `eps` [B, h, Mq] is ε in the units of held times a block's mean."""
+
+    heads: slice
+    held: Tensor
+    eps: Tensor
+
+
+def parts(k: Tensor, v: Tensor, excluded: BlockTable, query_bytes: int) -> Iterator[Part]:
+    """Parts of the heads, each with what its rows hold; states of a part fit the memory."""
+    batch, heads, _, d = k.shape
+    # cuBLAS wants rows of whole 16 bytes; the blocks beyond the last are empty
+    blocks = block_count(excluded.key_blocks, 8) * 8
+    inputs = query_bytes + 2 * k.numel() * k.element_size()
+    one = batch * (blocks + excluded.query_blocks) * d * (d + 1) * k.element_size()
+    count = block_count(heads, max(1, max(_MEMORY, inputs // 10) // one))
+    size = block_count(heads, count)
+    mask = torch.nn.functional.pad(excluded.to_mask(), (0, blocks - excluded.key_blocks))
+    share = (1 / (excluded.key_blocks - excluded.counts).clamp(min=1)).to(k.dtype)
+    eps = share.float() * (EPS / excluded.block_k)
+    zero = share.new_zeros(())
+    for first in range(0, heads, size):
+        here = slice(first, first + size)
+        held = torch.where(mask[:, here], zero, share[:, here, :, None])
+        yield Part(here, held, eps[:, here].contiguous())
+
+
+def block_states(
+    k: Tensor,
+    v: Tensor,
+    block: int,
+    blocks: int,
+    feature_map: str,
+    kv_len: int | Tensor | None = None,
+    center: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """[B, H, blocks, D·D + D]: the mean state of each key block, h and z in the dtype of k."""
+    batch, heads, _, d = k.shape
+    states = k.new_empty(batch, heads, blocks, d * d + d)
+    launch = find("state", capability_of(k), d, 64)
+    options = (feature_map, kv_len, center, weight, 1 / block)
+    case = state_case(k, v, *unpack(states), block, launch, *options)
+    run(_linear_state_fwd_kernel, *case)
+    return states
+
+
+def unpack(states: Tensor) -> tuple[Tensor, Tensor]:
+    """h [B, H, M, D, D] and z [B, H, M, D] of states [B, H, M, D·D + D]: views."""
+    d = int(states.shape[-1] ** 0.5)
+    h, z = states.split((d * d, d), -1)
+    return h.unflatten(-1, (d, d)), z

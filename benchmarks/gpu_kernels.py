@@ -1,4 +1,4 @@
-"""One run on a lent GPU: correctness in bfloat16, times against dense attention, launch sweep.
+r"""One run on a lent GPU: correctness in bfloat16, times against dense attention, launch sweep.
 
     python benchmarks/gpu_kernels.py --out results.json            minutes on an H100
     python benchmarks/gpu_kernels.py --out /tmp/x.json --dry-run   tiny shapes, interpreted
@@ -6,12 +6,16 @@
 First --workers processes share all cases: they check, and compile what will be timed. Then the
 times are taken, alone on the GPU. Each case is written as it ends, with its error if it failed; no
 case starts after --budget seconds. A time is the median in milliseconds, and counts only beside the
-check of the same kernel.
+check of the same kernel. Memory errors and races, on a few shapes:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --tool memcheck \
+        python benchmarks/gpu_kernels.py --out /tmp/x.json --part checks --workers 1 --match 63x65
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import triton as tables
+from dit_accel.kernels.block_table.means import pooled_blocks
 from dit_accel.kernels.launch import Launch, capability_of, find, run
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.kernels.window_attention import triton as window
-from dit_accel.table import BlockTable
 
 KEEPS = (0.05, 0.02, 0.1, 0.15, 0.25, 0.5)
 
@@ -56,20 +60,26 @@ def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str
     weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
     table = tables.block_table(q, k, keep, block_q, 64)
     kept = 4e-9 * q.shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
-    ops: dict[str, Callable[[BlockTable], Tensor]] = {
+    ops: dict[str, Callable[..., Tensor]] = {
         "sparse": lambda t: sparse.block_sparse_attention(q, k, v, t),
-        "pooled": lambda t: pooled.pooled_attention(q, k, v, t),
-        "rectified": lambda t: rectified.rectified_attention(q, k, v, t),
+        "pooled": lambda t, m=None: pooled.pooled_attention(q, k, v, t, k_mean=m and m.k),
+        "rectified": lambda t, m=None: rectified.rectified_attention(q, k, v, t, means=m),
         "sla": lambda t: linear.sparse_linear_attention(q, k, v, t, weight),
     }
+    means = {"pooled": {"return_means": True}}
+    means["rectified"] = means["pooled"] | {"spreads": True}
 
-    def make() -> BlockTable:
-        return tables.block_table(q, k, keep, block_q, 64)
+    def make(name: str = "") -> tuple:
+        made = tables.block_table(q, k, keep, block_q, 64, **means.get(name, {}))
+        return made if name in means else (made,)
+
+    def call(name: str) -> Callable[[], Tensor]:
+        return lambda: ops[name](*make(name))
 
     ms = {"table": r.ms(make)} | {name: r.ms(lambda op=op: op(table)) for name, op in ops.items()}
-    extra = {name: r.peak(lambda op=op: op(make())) for name, op in ops.items()}
-    whole = {name: r.ms(lambda op=op: op(make())) for name, op in ops.items()}
-    graph = {name: r.graph_ms(lambda op=op: op(make())) for name, op in ops.items()}
+    extra = {name: r.peak(call(name)) for name in ops}
+    whole = {name: r.ms(call(name)) for name in ops}
+    graph = {name: r.graph_ms(call(name)) for name in ops}
     return {"ms": ms, "whole_ms": whole, "whole_graph_ms": graph,
             "kept_tflops": kept / ms["sparse"], "peak_bytes": extra,
             "inputs_bytes": 3 * q.numel() * q.element_size()}  # fmt: skip
@@ -162,12 +172,20 @@ def backward_times(r: Run, shape: tuple[int, ...], block: int, tiles: dict[str, 
 
 
 def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
-    """The parts of the table."""
-    q, k = r.tokens(*shape), r.tokens(*shape)
-    table = tables.block_table(q, k, keep, block_q, 64)
+    """The parts of the table, and what the compensations add to it."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    options = {"return_means": True, "spreads": True}
+    table, means = tables.block_table(q, k, keep, block_q, 64, **options)
     ms = {
         "mean q": r.ms(lambda: tables.block_means(q, block_q)),
         "mean k": r.ms(lambda: tables.block_means(k, 64)),
+        "mean q, spread": r.ms(lambda: tables.block_means(q, block_q, spread=True)),
+        "means k, v": r.ms(lambda: pooled_blocks(k, v, 64)),
+        "means v": r.ms(lambda: pooled_blocks(k, v, 64, known=means.k)),
+        "coefficients": r.ms(lambda: rectified.coefficients(q, k, v, table)),
+        "coefficients, means known": r.ms(
+            lambda: rectified.coefficients(q, k, v, table, means=means)
+        ),
         "kept map": r.ms(lambda: tables.kept_map(table, 64)),
         "transpose": r.ms(lambda: tables.transpose_table(table)),
         "all": r.ms(lambda: tables.block_table(q, k, keep, block_q, 64)),
@@ -278,7 +296,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=450, help="seconds for the times")
     parser.add_argument("--workers", type=int, default=12, help="processes that check and compile")
     parser.add_argument("--part", choices=["all", "checks", "times"], default="all")
-    parser.add_argument("--match", default="", help="only times whose name has this")
+    parser.add_argument("--match", default="", help="only cases with this pattern in their name")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in the interpreter")
     options = parser.parse_args()
@@ -286,7 +304,9 @@ def main() -> None:
     r = Run(options.out, options.budget, options.dry_run, once=options.shard is not None)
     if options.shard:
         part, parts = map(int, options.shard.split("/"))
-        for name, fn in (checks(r) + timings(r))[part::parts]:
+        cases = checks(r) if options.part == "checks" else checks(r) + timings(r)
+        cases = [case for case in cases if re.search(options.match, case[0])]
+        for name, fn in cases[part::parts]:
             r.case(name, fn)
         return
     if options.part != "times":
@@ -296,7 +316,7 @@ def main() -> None:
         print(f"checked and compiled after {time.monotonic() - r.start:.0f} s", flush=True)
     if options.part != "checks":
         for name, fn in timings(r):
-            if options.match in name:
+            if re.search(options.match, name):
                 r.case(name, fn)
     failed = [line["case"] for line in r.cases if "error" in line]
     print(f"{len(r.cases)} cases, {len(failed)} failed: {failed}")

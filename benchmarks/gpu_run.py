@@ -110,6 +110,8 @@ def shared(script: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All cases of a script once, shared by processes, which also compiles; their results."""
     paths = [options.out.with_suffix(f".{i}.part") for i in range(options.workers)]
     command = [sys.executable, script, *(["--dry-run"] if options.dry_run else [])]
+    for name in ("part", "match"):
+        command += [f"--{name}", getattr(options, name)] if getattr(options, name, None) else []
     children = [
         subprocess.Popen([*command, "--out", str(path), "--shard", f"{i}/{options.workers}"])
         for i, path in enumerate(paths)

@@ -234,7 +234,7 @@ class Engine:
         name = (None if mask is None else mask.shape, n) if same else id(mask)
         if name not in self._keys:
             order = None if self.carried or self._pruned else self.index
-            product = same and mask is not None and mask.ndim == 4 and mask.shape[2] == n
+            product = same and mask is not None and mask.ndim == 4 and mask.shape[2] > 1
             visual, _ = self._parts(n, self.geometry.n_visual)
             found = keys.read(mask, n, visual, order, product)
             # the mask is held so that its id stays its own; one read by shape needs no holding

@@ -58,20 +58,24 @@ class Context:
             for x, full in zip((k, v), whole, strict=True)
         )
 
-    def mask(self, mask: Tensor | None, visual: slice, n: int) -> Tensor | None:
-        """The key padding [B, 1, 1, K + text] of the completed keys.
+    def mask(
+        self, mask: Tensor | None, visual: slice, n: int, product: bool = False
+    ) -> Tensor | None:
+        """The key padding [B, 1, 1, K + text] of the completed keys, or the product [B, 1, queries,
+        K + text] of valid queries and valid keys where `product` says that the mask is one.
 
-        Raises RuntimeError for a mask that tells one query from another.
+        Raises RuntimeError for another mask that tells one query from another.
         """
         if mask is None:
             return None
-        if mask.dtype != torch.bool or mask.ndim not in (2, 4) or mask.shape[1:-1].numel() > 1:
+        padding = mask.ndim in (2, 4) and (product or mask.shape[1:-1].numel() == 1)
+        if mask.dtype != torch.bool or not padding:
             raise RuntimeError(
                 f"pruning with context={self.kind!r} takes a mask of key padding, not one of shape "
                 f"{tuple(mask.shape)} and {mask.dtype}; take context='drop'"
             )
         if id(mask) not in self._masks:
-            seen = mask.new_ones(*mask.shape[:-1], n)
+            seen = mask.any(-1, keepdim=True).expand(*mask.shape[:-1], n)
             parts = [mask[..., : visual.start], seen, mask[..., visual.stop :]]
             self._masks[id(mask)] = (mask, torch.cat(parts, dim=-1))
         return self._masks[id(mask)][1]

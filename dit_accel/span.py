@@ -265,7 +265,7 @@ class Span:
             self.context.remember(name, k[:, visual], v[:, visual])
             return k, v, mask
         whole = self.context.complete(name, k, v, visual, self._index, n)
-        return *whole, self.context.mask(mask, visual, n)
+        return *whole, self.context.mask(mask, visual, n, self.clock.geometry.same_mask)
 
     def watch_attention(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """An attention call [B, n, H, D] comes; those of probe blocks tell who reads the text."""

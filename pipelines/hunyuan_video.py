@@ -3,6 +3,7 @@
 The attention mask hides the padded text keys; the token refiner of the text stays dense.
 """
 
+from dataclasses import replace
 from math import ceil, prod
 
 from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
@@ -60,9 +61,17 @@ FRAMEPACK = Adapter(
     classes=("HunyuanVideoFramepackTransformer3DModel",),
     attention=_ATTENTION,
     geometry=_with_history,
+    span=ADAPTER.span._replace(refuses=None),
 )
 IMAGE = Adapter(
-    classes=("HunyuanImageTransformer2DModel", "MotifVideoTransformer3DModel"),
+    classes=("HunyuanImageTransformer2DModel",),
     attention=_ATTENTION,
     geometry=latents("last"),
+    span=ADAPTER.span._replace(refuses=None),
+)
+# of its single blocks, the last ones start again from the first tokens
+MOTIF = replace(
+    IMAGE,
+    classes=("MotifVideoTransformer3DModel",),
+    span=IMAGE.span._replace(blocks=("transformer_blocks",)),
 )

@@ -80,8 +80,23 @@ def _z_image(transformer, args) -> Geometry:
     return Geometry((t // p_t, h // p, w // p), None)
 
 
+def _ragged(transformer, args) -> str:
+    return _z_image(transformer, args).dense
+
+
+# freqs_cis [B, N + text, D / 2]; attn_mask [B, N + text]
 Z_IMAGE = Adapter(
     classes=("ZImageTransformer2DModel",),
     attention=("layers.*.attention",),
     geometry=_z_image,
+    span=SpanSite(
+        ("layers",),
+        "x",
+        (("freqs_cis", 1, 3), ("attn_mask", 1, 2)),
+        ("attention", "feed_forward"),
+        single=("layers",),
+        whole=("controlnet_block_samples",),
+        leave="all_final_layer.2-1",
+        refuses=_ragged,
+    ),
 )

@@ -7,15 +7,26 @@ from dit_accel.pipelines.grids import grid_of_ids, grid_of_images, image_ids
 
 _BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
+# image_rotary_emb: cosines and sines [text + N, D]; text and image in one row after the two
+_SPAN = SpanSite(
+    ("transformer_blocks", "single_transformer_blocks"),
+    rows=(("image_rotary_emb", 0, 2),),
+    probes=("attn", "ff"),
+    text="encoder_hidden_states",
+    visual=1,
+    single=("single_transformer_blocks",),
+)
 ADAPTER = Adapter(
-    classes=(
-        "BriaFiboTransformer2DModel",
-        "Flux2Transformer2DModel",
-    ),
+    classes=("BriaFiboTransformer2DModel",),
     attention=_BLOCKS,
     geometry=image_ids(),
+    span=_SPAN,
 )
-# image_rotary_emb: cosines and sines [text + N, D]
+FLUX2 = replace(
+    ADAPTER,
+    classes=("Flux2Transformer2DModel",),
+    span=_SPAN._replace(refuses=unless_given("kv_cache_mode")),
+)
 DOUBLE = replace(
     ADAPTER,
     classes=(
@@ -23,13 +34,8 @@ DOUBLE = replace(
         "LongCatImageTransformer2DModel",
         "OvisImageTransformer2DModel",
     ),
-    span=SpanSite(
-        ("transformer_blocks", "single_transformer_blocks"),
-        "hidden_states",
-        (("image_rotary_emb", 0, 2),),
-        ("attn", "ff"),
-        text="encoder_hidden_states",
-        visual=1,
+    span=_SPAN._replace(
+        single=(),
         refuses=unless_given("controlnet_block_samples", "controlnet_single_block_samples"),
     ),
 )
@@ -38,6 +44,10 @@ CHROMA = Adapter(
     classes=("ChromaTransformer2DModel",),
     attention=_BLOCKS,
     geometry=image_ids(same_mask=True),
+    span=_SPAN._replace(
+        rows=(*_SPAN.rows, ("attention_mask", 1, 2)),
+        whole=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
 )
 
 

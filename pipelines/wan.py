@@ -49,12 +49,15 @@ VACE = Adapter(
     geometry=_geometry,
     enter=(*ADAPTER.enter, Site("vace_patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
+    # a hint is added to all tokens after a block; the blocks that make the hints see all tokens
+    span=ADAPTER.span._replace(whole=True),
 )
 # its face blocks attend frame by frame, so tokens cannot pass through the model permuted
 ANIMATE = Adapter(
     classes=("WanAnimateTransformer3DModel",),
     attention=("blocks.*.attn1",),
     geometry=latents(),
+    span=ADAPTER.span._replace(whole=True),
 )
 
 

@@ -96,13 +96,15 @@ def tensors(given, name, dim, rank):
     value = given.get(name)
     if part and value is not None:
         value = value.get(part) if isinstance(value, dict) else value[int(part)]
-    leaves = [value]
-    while any(isinstance(leaf, (tuple, list)) for leaf in leaves):
-        leaves = [
-            x for leaf in leaves for x in (leaf if isinstance(leaf, (tuple, list)) else [leaf])
-        ]
-    leaves = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+    leaves = [x for x in unrolled(value) if torch.is_tensor(x)]
     return [(x, dim) for x in leaves if x.ndim == rank and x.shape[dim] > 1]
+
+
+def unrolled(value):
+    """The values in nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return [x for part in value for x in unrolled(part)]
+    return [value]
 
 
 @pytest.mark.parametrize("context", ["drop", "pooled", "stale"])
@@ -152,7 +154,17 @@ def test_first_frames_always_run_in_any_order(name, order):
     assert set(range(64)) <= set(cells.tolist()) and len(cells) < 192
 
 
-@pytest.mark.parametrize("name", [n for n, c in ZOO.items() if hasattr(c.build(), "enable_cache")])
+# diffusers' cache adds VACE's hints twice, does not know that Flux.2's rows grow by the text, and
+# goes on to the last block where Motif-Video's span ends with the dual-stream ones
+ELSEWHERE = (
+    "WanVACETransformer3DModel",
+    "Flux2Transformer2DModel",
+    "MotifVideoTransformer3DModel",
+)
+CACHED = [n for n, c in ZOO.items() if hasattr(c.build(), "enable_cache") and n not in ELSEWHERE]
+
+
+@pytest.mark.parametrize("name", CACHED)
 def test_no_token_is_first_block_cache(name):
     case = ZOO[name]
     built = case.build()

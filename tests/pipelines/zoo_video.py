@@ -139,9 +139,11 @@ VIDEOS = (
     Video(
         "MotifVideoTransformer3DModel",
         "Motif-Video",
-        {k: v for k, v in HUNYUAN.items() if k not in ("num_refiner_layers",)},
+        {**{k: v for k, v in HUNYUAN.items() if k != "num_refiner_layers"}, "num_layers": 2},
         lambda: hunyuan(12, 20),
+        layers=3,
         mask="key padding",
+        note="pruning spans the dual-stream blocks",
     ),
     Video(
         "CogVideoXTransformer3DModel",

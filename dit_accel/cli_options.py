@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from dit_accel.boost import Boost
     from dit_accel.config import AccelConfig
     from dit_accel.generate import Request
+    from dit_accel.prune import TokenPruning
 
 
 class BadInput(Exception):
@@ -55,6 +57,14 @@ class Common:
     keep: Annotated[float | None, _option("Share of key blocks kept, in (0, 1].", _HOW)] = None
     warmup: Annotated[
         str | None, _option("Dense steps at the start: a share (0.15) or a number (3).", _HOW)
+    ] = None
+    prune: Annotated[
+        str | None,
+        _option("Share of the tokens run in most steps (0.5), or safe, balanced, fast.", _HOW),
+    ] = None
+    compile: Annotated[bool, _option("Compile the blocks; worth a minute on a GPU.", _HOW)] = False
+    step_cache: Annotated[
+        float | None, _option("Skip steps that change less than this, such as 0.05.", _HOW)
     ] = None
     order: Annotated[str | None, _option("Token order: raster, tile or hilbert.", _HOW)] = None
     min_tokens: Annotated[int | None, _option("Attend densely below this many tokens.", _HOW)] = (
@@ -105,14 +115,40 @@ class Common:
         """The acceleration asked for; ValueError for an unknown method or a bad option."""
         from dit_accel.config import DEFAULT, resolve
 
-        name = self.method if self.method is not None else DEFAULT
-        config = resolve(name, order=self.order, min_tokens=self.min_tokens)
+        # pruned tokens and a state of all tokens exclude each other
+        default = DEFAULT if self.prune is None else "pooled"
+        name = self.method if self.method is not None else default
+        prune = None if self.prune is None else parse_prune(self.prune)
+        config = resolve(name, order=self.order, min_tokens=self.min_tokens, prune=prune)
         if self.keep is not None:
             config = replace(config, method=replace(config.method, keep=self.keep))
         if self.warmup is not None:
             schedule = replace(config.schedule, warmup=parse_warmup(self.warmup))
             config = replace(config, schedule=schedule)
         return config
+
+    def boost(self) -> Boost:
+        """What runs beside the method; ValueError for a bad value."""
+        from dit_accel.boost import Boost
+
+        return Boost(self.compile, self.step_cache)
+
+
+def parse_prune(text: str) -> TokenPruning:
+    """A preset of token pruning, or the share of tokens that run."""
+    from dit_accel.prune import TokenPruning
+
+    presets = TokenPruning.presets
+    if text in presets:
+        return TokenPruning(**presets[text])
+    try:
+        share = float(text)
+    except ValueError:
+        names = ", ".join(presets)
+        raise ValueError(
+            f"prune is the share of the tokens that run (0.5) or one of {names}, not {text!r}"
+        ) from None
+    return TokenPruning(share)
 
 
 def parse_size(text: str) -> tuple[int, int]:

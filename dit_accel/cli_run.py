@@ -34,13 +34,14 @@ MANY = 2**20  # layers: how many there are is the adapter's to say, here only st
 def run_generate(common: Common, output: Path | None) -> None:
     """`dit-accel generate`."""
     with checked():
-        request, config = common.request(), common.config()
+        request, config, boost = common.request(), common.config(), common.boost()
         if output is not None:
             video.check_target(output, moving=output.suffix.lower() not in video.IMAGE)
         ranks.check(common.ulysses)
     with Progress() as progress:
         pipe, defaults = load(common, request, config, progress)
         with checked():
+            boost.switch_on(pipe)
             handle = api.accelerate(pipe, config)
         with notices(progress):
             result = generate(pipe, defaults, request, progress)
@@ -66,7 +67,7 @@ def run_generate(common: Common, output: Path | None) -> None:
 def run_compare(common: Common, output: Path | None) -> None:
     """`dit-accel compare`."""
     with checked():
-        request, config = common.request(), common.config()
+        request, config, boost = common.request(), common.config(), common.boost()
         folder = video.check_folder(output or Path(f"compare-{slug(request)}"))
         if folder.is_file():
             raise ValueError(f"{folder} is a file: give the name of a folder")
@@ -78,6 +79,7 @@ def run_compare(common: Common, output: Path | None) -> None:
             folder = Path(stack.enter_context(TemporaryDirectory()))
         pipe, defaults = load(common, request, config, progress)
         with checked():
+            boost.check(pipe)
             api.accelerate(pipe, config).restore()
         with notices(progress):
             done = compare(
@@ -86,6 +88,7 @@ def run_compare(common: Common, output: Path | None) -> None:
                 request,
                 config,
                 folder,
+                boost=boost,
                 model=find_model(common.model),
                 command=shlex.join(["dit-accel", *sys.argv[1:]]),
                 progress=progress,

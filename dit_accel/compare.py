@@ -17,11 +17,13 @@ from PIL import Image
 
 from dit_accel import __version__, html, metrics, video
 from dit_accel.api import accelerated, restore
+from dit_accel.boost import Boost
 from dit_accel.config import AccelConfig
 from dit_accel.generate import ProgressFn, Request, Result, arguments, generate, warm_up
 from dit_accel.loading import EMBEDDED, Defaults
 
 EMBEDDED_NAME = "the embedded model"
+STOCK = Boost()
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def compare(
     config: AccelConfig,
     out: str | Path,
     *,
+    boost: Boost = STOCK,
     model: str = "",
     command: str = "",
     progress: ProgressFn = lambda phase, done, total: None,
@@ -46,17 +49,20 @@ def compare(
     """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
-    The pipeline is left stock. Raises ValueError before anything runs when the request does not
+    boost: compilation is for both, the step cache for the accelerated run. The pipeline is left
+    stock. Raises ValueError before anything runs when the request does not
     suit the pipeline or `out` cannot be written.
     """
     values = arguments(pipe, defaults, request)
     folder = video.check_folder(out)
     restore(pipe)
-    _warm_up(pipe, defaults, request, config, progress)
-    dense = generate(pipe, defaults, request, _named("dense", progress))
-    with accelerated(pipe, config) as handle:
-        fast = generate(pipe, defaults, request, _named(config.method.name, progress))
-        ran = handle.report().to_dict()
+    boost.check(pipe)
+    with boost.compiled(pipe):
+        _warm_up(pipe, defaults, request, config, progress)
+        dense = generate(pipe, defaults, request, _named("dense", progress))
+        with boost.cached(pipe), accelerated(pipe, config) as handle:
+            fast = generate(pipe, defaults, request, _named(config.method.name, progress))
+            ran = handle.report().to_dict()
     progress("writing", 0, None)
     values = {k: v for k, v in values.items() if k != "generator"}
     model = EMBEDDED_NAME if model == str(EMBEDDED) else model
@@ -68,7 +74,8 @@ def compare(
         **where,
         "size": list(dense.frames.shape[:3]),
         "arguments": values,
-        "python": recipe(config, where, values, request.seed),
+        "boost": asdict(boost),
+        "python": recipe(config, where, values, request.seed, boost),
         "command": command,
         **_findings(dense, fast, ran),
         "machine": machine(pipe),
@@ -87,8 +94,12 @@ def _warm_up(
     warm_up(pipe, defaults, request)
     progress("warm-up", 1, 2)
     sparse_at_once = replace(config, schedule=replace(config.schedule, warmup=0, cooldown=0))
+    steps = 1
+    if config.prune is not None:  # its first step runs all tokens
+        sparse_at_once = replace(sparse_at_once, prune=replace(config.prune, start=0, end=0))
+        steps = 2
     with accelerated(pipe, sparse_at_once):
-        warm_up(pipe, defaults, request)
+        warm_up(pipe, defaults, request, steps)
     progress("warm-up", 2, 2)
 
 
@@ -168,7 +179,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], seed: int) -> str:
+def recipe(
+    config: AccelConfig,
+    where: dict[str, str],
+    values: dict[str, Any],
+    seed: int,
+    boost: Boost = STOCK,
+) -> str:
     """The Python lines that make the accelerated clip again."""
     kind = where["pipeline"]
     embedded = where["model"] in (EMBEDDED_NAME, str(EMBEDDED))
@@ -181,9 +198,11 @@ def recipe(config: AccelConfig, where: dict[str, str], values: dict[str, Any], s
         *(["from diffusers.utils import load_image"] if "image" in values else []),
         "",
         "import dit_accel",
+        *(["from dit_accel.boost import Boost"] if boost != STOCK else []),
         *(["from dit_accel.loading import EMBEDDED"] if embedded else []),
         "",
         load if where["device"] == "cpu" else f"{load}.to({_literal(where['device'])})",
+        *([f"{boost}.switch_on(pipe)"] if boost != STOCK else []),
         f"handle = dit_accel.accelerate(pipe, {_shortest(config)})",
         "output = pipe(",
         *arguments,

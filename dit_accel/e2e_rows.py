@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import Schedule, TokenPruning, accelerated
+from dit_accel.boost import compiled_blocks
 from dit_accel.config import named
 from dit_accel.methods import Call, Method
 from dit_accel.schedule import Plan
@@ -214,7 +214,8 @@ def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str
             order = [_FIRST[name], *(b for b in _OTHERS if b != _FIRST[name])]
             stack.enter_context(sdpa_kernel(order, set_priority=True))
         if "compile" in row.added:
-            stack.enter_context(_compiled(transformer, compiler, "cache" in row.added))
+            below = "cache" in row.added
+            stack.enter_context(compiled_blocks(transformer, compiler, below))
         if "cache" in row.added:
             from diffusers import FirstBlockCacheConfig
 
@@ -234,32 +235,3 @@ def set_skip(transformer: nn.Module, skip: bool) -> None:
         hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get(_LEADER)
         if hook is not None:
             hook.threshold = float("inf") if skip else -1.0
-
-
-@contextmanager
-def _compiled(transformer: nn.Module, compiler: str, below: bool) -> Iterator[None]:
-    """Regional compilation; below: of what the step cache's hooks call, for those break graphs."""
-    blocks = _blocks(transformer)
-    if below:
-        for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=compiler)
-    elif getattr(transformer, "_repeated_blocks", None):
-        transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
-    else:
-        for block in blocks:
-            block.compile(fullgraph=True, backend=compiler)
-    try:
-        yield
-    finally:
-        for module in transformer.modules():
-            module._compiled_call_impl = None
-        for block in blocks:
-            block.__dict__.pop("forward", None)
-        torch._dynamo.reset()
-
-
-def _blocks(transformer: nn.Module) -> list[nn.Module]:
-    from dit_accel.pipelines import registry
-
-    site = registry.find(transformer).span
-    return [block for blocks in site.lists(transformer) for block in blocks]

@@ -115,9 +115,10 @@ def generate(
     return Result(frames if frames.ndim == 4 else frames[None], watch.latents, times)
 
 
-def warm_up(pipe: Any, defaults: Defaults, request: Request) -> None:
-    """One denoising step, thrown away: the first call of a process pays for set-up."""
-    pipe(**{**arguments(pipe, defaults, request), "num_inference_steps": 1}, output_type="latent")
+def warm_up(pipe: Any, defaults: Defaults, request: Request, steps: int = 1) -> None:
+    """A few denoising steps, thrown away: the first call of a process pays for set-up."""
+    values = {**arguments(pipe, defaults, request), "num_inference_steps": steps}
+    pipe(**values, output_type="latent")
 
 
 def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def headline(data: dict[str, Any]) -> str:
     """Such as "1.30× faster, 31.2 dB": ratio of the denoising loops, mean PSNR against dense."""
     ratio, near = data["speedup"]["denoise"], data["quality"]
     speed = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-    if data["kept"] >= 1:  # any difference in time is noise
+    skipped = data["kept"] < 1 or data.get("boost", {}).get("step_cache") is not None
+    if not skipped:  # any difference in time is noise
         speed = "no attention skipped"
     close = "identical" if min(near["psnr"]) >= 100 else f"{near['psnr_mean']:.1f}\u00a0dB"
     return f"{speed}, {close}"
@@ -154,7 +155,11 @@ def _layers(layers: Sequence[dict[str, Any]]) -> str:
 def _settings(data: dict[str, Any]) -> dict[str, Any]:
     count, height, width = data["size"]
     machine = data["machine"]
-    method = data["attention"]["config"]["method"]
+    config, boost = data["attention"]["config"], data.get("boost", {})
+    method, prune, cache = config["method"], config["prune"], boost.get("step_cache")
+    beside = [f"{prune['keep']:.0%} of the tokens in pruned steps"] if prune else []
+    beside += ["compiled blocks, dense run too"] if boost.get("compile") else []
+    beside += [f"step cache at {cache:g}, accelerated run only"] if cache is not None else []
     clip = f"{width} × {height}" + (f", {count} frames at {data['fps']:g} fps" if count > 1 else "")
     return {
         "model": f"{data['model']} ({data['pipeline']}, {data['dtype']})",
@@ -162,6 +167,7 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
         "steps": len(data["times"]["dense"]["steps"]) or "not reported by this pipeline",
         "seed": data["seed"],
         "method": ", ".join(f"{k} {v}" if k != "name" else f"{v}" for k, v in method.items()),
+        **({"beside it": "; ".join(beside)} if beside else {}),
         "machine": f"{_device(machine)}, {machine['system']}",
         "versions": ", ".join(
             f"{n} {machine[n]}" for n in ("dit_accel", "torch", "diffusers", "python")

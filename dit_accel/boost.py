@@ -1,0 +1,109 @@
+"""What multiplies with sparse attention and is not ours: compiled blocks, diffusers' step cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Boost:
+    """What runs beside the attention method.
+
+    Args:
+        compile: torch.compile for the blocks of the transformer, each kind of them once.
+        step_cache: threshold of diffusers' First-Block-Cache: a step whose first block gives the
+            same as before but for so much (relative) skips the others. None: no cache.
+
+    Raises ValueError for a threshold that is not positive.
+    """
+
+    compile: bool = False
+    step_cache: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_cache is not None and not self.step_cache > 0:
+            raise ValueError(
+                "step_cache is a relative change > 0 below which a step is skipped, not "
+                f"{self.step_cache}; 0.05 is cautious"
+            )
+
+    def check(self, pipe: Any) -> None:
+        """ValueError where a transformer of the pipeline has no step caches."""
+        for transformer in transformers_of(pipe):
+            if self.step_cache is not None and not hasattr(transformer, "enable_cache"):
+                kind = type(transformer).__name__
+                raise ValueError(
+                    f"{kind} has no step caches in diffusers: leave the step cache out"
+                )
+
+    def switch_on(self, pipe: Any) -> ExitStack:
+        """Both, until the returned stack is closed."""
+        with ExitStack() as stack:
+            stack.enter_context(self.compiled(pipe))
+            stack.enter_context(self.cached(pipe))
+            return stack.pop_all()
+
+    @contextmanager
+    def compiled(self, pipe: Any) -> Iterator[None]:
+        """Compiled blocks, if they are wanted, for the length of a block."""
+        with ExitStack() as stack:
+            for transformer in transformers_of(pipe) if self.compile else ():
+                below = self.step_cache is not None
+                stack.enter_context(compiled_blocks(transformer, below=below))
+            yield
+
+    @contextmanager
+    def cached(self, pipe: Any) -> Iterator[None]:
+        """The step cache, if it is wanted, for the length of a block; ValueError as `check`."""
+        from diffusers import FirstBlockCacheConfig
+
+        self.check(pipe)
+        with ExitStack() as stack:
+            for transformer in transformers_of(pipe) if self.step_cache is not None else ():
+                transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
+                stack.callback(transformer.disable_cache)
+            yield
+
+
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """The pipeline's denoising transformers: one, or two experts."""
+    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    return [module for module in found if module is not None]
+
+
+@contextmanager
+def compiled_blocks(
+    transformer: nn.Module, backend: str = "inductor", below: bool = False
+) -> Iterator[None]:
+    """Regional compilation (fullgraph) for the length of a block.
+
+    backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs.
+    """
+    blocks = _blocks(transformer)
+    if below:
+        for block in blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+    else:
+        for block in blocks:
+            block.compile(fullgraph=True, backend=backend)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+            block.__dict__.pop("forward", None)
+        torch._dynamo.reset()
+
+
+def _blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The modules that repeat: those diffusers names, else the longest list of modules."""
+    names = getattr(transformer, "_repeated_blocks", None) or ()
+    found = [m for m in transformer.modules() if type(m).__name__ in names]
+    lists = [m for m in transformer.children() if isinstance(m, nn.ModuleList)]
+    return found or list(max(lists, key=len))

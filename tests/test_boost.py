@@ -1,0 +1,106 @@
+"""Compiled blocks and step cache: switched on for a while, gone afterwards."""
+
+import json
+
+import pytest
+import torch
+from tiny import saved_tiny_wan, tiny_flux, tiny_wan
+
+from dit_accel import Pooled, Schedule, TokenPruning, cli
+from dit_accel.boost import Boost, compiled_blocks, transformers_of
+from dit_accel.compare import compare
+from dit_accel.config import AccelConfig
+from dit_accel.generate import Request
+from dit_accel.loading import Defaults
+
+
+def latents(pipe) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    call = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 4}
+    return pipe("a cat", **call, generator=generator, output_type="latent").frames
+
+
+@pytest.mark.parametrize("below", [False, True])
+@pytest.mark.parametrize("make", [tiny_wan, tiny_flux])
+def test_blocks_are_compiled_and_then_not(make, below):
+    transformer = make().transformer
+    before = {name: module.__dict__.keys() for name, module in transformer.named_modules()}
+    with compiled_blocks(transformer, "eager", below):
+        marked = [
+            module
+            for module in transformer.modules()
+            if module._compiled_call_impl is not None or "forward" in module.__dict__
+        ]
+        assert len(marked) >= 2
+    assert {n: m.__dict__.keys() for n, m in transformer.named_modules()} == before
+    assert all(module._compiled_call_impl is None for module in transformer.modules())
+
+
+def test_compiled_blocks_give_the_same():
+    pipe = tiny_wan()
+    expected = latents(pipe)
+    with compiled_blocks(pipe.transformer, "eager"):
+        torch.testing.assert_close(latents(pipe), expected)
+
+
+def test_the_step_cache_skips_and_is_gone():
+    pipe = tiny_wan()
+    expected, calls = latents(pipe), []
+    blocks = transformers_of(pipe)[0].blocks
+    hook = blocks[-1].attn1.register_forward_hook(lambda *_: calls.append(1))
+    latents(pipe)
+    whole = len(calls)
+    stack = Boost(step_cache=10.0).switch_on(pipe)
+    skipped = latents(pipe)
+    assert len(calls) - whole < whole
+    assert not torch.equal(skipped, expected)
+    stack.close()
+    hook.remove()
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_bad_values():
+    with pytest.raises(ValueError, match="step_cache is a relative change > 0"):
+        Boost(step_cache=-1.0)
+    pipe = tiny_wan()
+    pipe.transformer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear has no step caches in diffusers"):
+        Boost(step_cache=0.1).switch_on(pipe)
+
+
+def test_compare_with_everything(tmp_path):
+    pipe = tiny_wan(layers=4)
+    config = AccelConfig(
+        Pooled(0.5), Schedule(warmup=1), min_tokens=0, prune=TokenPruning(0.5, block=16, end=0)
+    )
+    request = Request("a cat", height=64, width=64, frames=9, steps=4)
+    boost = Boost(step_cache=10.0)
+    done = compare(pipe, Defaults.from_pipeline(pipe), request, config, tmp_path, boost=boost)
+    assert done.data["boost"] == {"compile": False, "step_cache": 10.0}
+    assert "Boost(compile=False, step_cache=10.0).switch_on(pipe)" in done.data["python"]
+    compile(done.data["python"], "recipe", "exec")
+    page = (tmp_path / "report.html").read_text()
+    assert "50% of the tokens in pruned steps; step cache at 10" in page
+    assert not pipe.transformer.is_cache_enabled
+
+
+def test_options_become_a_configuration():
+    from dit_accel.cli_options import Common
+
+    config = Common("x", prune="fast").config()
+    assert config.method.name == "pooled"
+    assert config.prune == TokenPruning(**TokenPruning.presets["fast"])
+    assert Common("x", prune="0.4", method="topk").config().prune == TokenPruning(0.4)
+    assert Common("x").config().method.name == "shared"
+    assert Common("x", compile=True, step_cache=0.1).boost() == Boost(True, 0.1)
+
+
+def test_from_the_command_line(tmp_path, monkeypatch):
+    folder = saved_tiny_wan(tmp_path / "model", layers=4)
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "a cat", "--model", str(folder), "--size", "64x64", "--frames", "9"]
+    words += ["--steps", "4", "--warmup", "1", "--min-tokens", "0", "-o", "out"]
+    assert cli.run([*words, "--prune", "0.5", "--step-cache", "5"]) == 0
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert data["method"] == "pooled"
+    assert data["boost"]["step_cache"] == 5.0

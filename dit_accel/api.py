@@ -125,8 +125,7 @@ def _span(
         return None
     if adapter.span is None:
         raise ValueError(
-            f"{type(transformer).__name__} cannot run token pruning: "
-            "its adapter does not know its per-token arguments"
+            f"{type(transformer).__name__} cannot run token pruning: {adapter.no_span}"
         )
     if config.prune.criterion == "text" and not adapter.span.joint:
         raise ValueError(

@@ -297,6 +297,7 @@ class Span:
     def watch_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Forward hook of the model's last projection."""
         if self.running:
+            output = output.transpose(0, 1) if self.site.tokens_first else output
             self.output[self.clock.passname] = self._rows.visual(output)
 
     def nbytes(self) -> int:

@@ -130,7 +130,7 @@ class Adapter:
         leave: where they go out; reordering scatters there. None: permuted tokens cannot pass
             through the model, each attention call permutes its own.
         processor: a processor class that stands in for the model's own one.
-        span: what token pruning needs; None refuses it for this model.
+        span: what token pruning needs; None refuses it for this model, and no_span says why.
     """
 
     classes: tuple[str, ...]
@@ -140,6 +140,7 @@ class Adapter:
     leave: Site | None = None
     processor: type | None = None
     span: SpanSite | None = None
+    no_span: str = "its adapter does not know its per-token arguments"
 
     def attentions(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Name → attention module, in the order in which the layers run."""

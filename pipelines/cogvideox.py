@@ -14,16 +14,11 @@ def _geometry(transformer, args) -> Geometry:
     return Geometry((ceil(t / p_t), h // p, w // p), None, True)
 
 
-# ConsisID adds face features between its blocks, so its tokens cannot be pruned
-CONSISID = Adapter(
-    classes=("ConsisIDTransformer3DModel",),
+# image_rotary_emb: cosines and sines [N, D]
+ADAPTER = Adapter(
+    classes=("CogVideoXTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=_geometry,
-)
-# image_rotary_emb: cosines and sines [N, D]
-ADAPTER = replace(
-    CONSISID,
-    classes=("CogVideoXTransformer3DModel",),
     span=SpanSite(
         ("transformer_blocks",),
         "hidden_states",
@@ -32,14 +27,26 @@ ADAPTER = replace(
         text="encoder_hidden_states",
     ),
 )
+# adds face features to all tokens between its blocks
+CONSISID = replace(
+    ADAPTER,
+    classes=("ConsisIDTransformer3DModel",),
+    span=ADAPTER.span._replace(whole=True),
+)
 GLM = Adapter(
     classes=("GlmImageTransformer2DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents("first"),
+    span=ADAPTER.span._replace(refuses=unless_given("kv_caches", "attention_mask")),
 )
 # CogView 4 has cosines and sines of the picture, as CogVideoX; CogView 3 has none
 COGVIEW = replace(
     GLM,
-    classes=("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"),
+    classes=("CogView4Transformer2DModel",),
     span=ADAPTER.span._replace(refuses=unless_given("attention_mask")),
+)
+COGVIEW3 = replace(
+    GLM,
+    classes=("CogView3PlusTransformer2DModel",),
+    span=ADAPTER.span._replace(rows=(), refuses=unless_given("attention_mask")),
 )

@@ -67,7 +67,7 @@ IMAGE = Adapter(
     classes=("HunyuanImageTransformer2DModel",),
     attention=_ATTENTION,
     geometry=latents("last"),
-    span=ADAPTER.span._replace(refuses=None),
+    span=ADAPTER.span._replace(rows=ADAPTER.span.rows[1:], refuses=None),
 )
 # of its single blocks, the last ones start again from the first tokens
 MOTIF = replace(

@@ -34,22 +34,63 @@ AURAFLOW = Adapter(
     classes=("AuraFlowTransformer2DModel",),
     attention=("joint_transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
     geometry=latents("first"),
+    span=SpanSite(
+        ("joint_transformer_blocks", "single_transformer_blocks"),
+        probes=("attn", "ff"),
+        text="encoder_hidden_states",
+        visual=1,
+        single=("single_transformer_blocks",),
+    ),
 )
+
+
+def _uneven(transformer, args) -> str:
+    lengths = args["encoder_attention_mask"].sum(1).tolist()
+    return "the prompts of the batch differ in length" if len(set(lengths)) > 1 else ""
+
+
 LUMINA2 = Adapter(
     classes=("Lumina2Transformer2DModel",),
     attention=("layers.*.attn",),
     geometry=latents("first"),
+    # image_rotary_emb: rotations [B, text + N, D / 2]
+    span=SpanSite(
+        ("layers",),
+        rows=(("image_rotary_emb", 1, 3),),
+        probes=("attn", "feed_forward"),
+        single=("layers",),
+        leave="norm_out",
+        refuses=_uneven,
+    ),
 )
 ERNIE = Adapter(
     classes=("ErnieImageTransformer2DModel",),
     attention=("layers.*.self_attention",),
     geometry=latents("last"),
+    # rotary_pos_emb [B, N + text, 1, D]; modulation [N + text, B, C]; mask [B, 1, 1, N + text]
+    span=SpanSite(
+        ("layers",),
+        "x",
+        (("rotary_pos_emb", 1, 4), ("temb", 0, 3), ("attention_mask", 3, 4)),
+        ("self_attention",),
+        single=("layers",),
+        tokens_first=True,
+        leave="final_linear",
+    ),
 )
 # visual queries over text and visual keys
 PRX = Adapter(
     classes=("PRXTransformer2DModel",),
     attention=("blocks.*.attention",),
     geometry=latents("first"),
+    # image_rotary_emb: rotations [B, 1, N, D / 2, 2, 2]
+    span=SpanSite(
+        ("blocks",),
+        rows=(("image_rotary_emb", 2, 6),),
+        probes=("attention",),
+        keys="encoder_hidden_states",
+        leave="final_layer",
+    ),
 )
 
 
@@ -65,6 +106,17 @@ HIDREAM = Adapter(
     classes=("HiDreamImageTransformer2DModel",),
     attention=("double_stream_blocks.*.attn1", "single_stream_blocks.*.attn1"),
     geometry=_hidream,
+    # rotations [B, N + text, 1, D / 2, 2, 2]; masks [B, N] or [B, N + text]. Text comes anew before
+    # each block, and is cut off behind it by a number of tokens that was counted before
+    span=SpanSite(
+        ("double_stream_blocks", "single_stream_blocks"),
+        rows=(("image_rotary_emb", 1, 6), ("hidden_states_masks", 1, 2)),
+        probes=("block.attn1",),
+        text="encoder_hidden_states",
+        single=("single_stream_blocks",),
+        whole=True,
+        leave="final_layer",
+    ),
 )
 
 

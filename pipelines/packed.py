@@ -84,6 +84,13 @@ NUCLEUS = Adapter(
     classes=("NucleusMoEImageTransformer2DModel",),
     attention=("transformer_blocks.*.attn",),
     geometry=_nucleus,
+    # rotations of the picture [N, D / 2], then of the text; attention_mask [B, N + text]
+    span=SpanSite(
+        ("transformer_blocks",),
+        rows=(("image_rotary_emb.0", 0, 2), ("attention_kwargs.attention_mask", 1, 2)),
+        probes=("attn", "img_mlp"),
+        keys="encoder_hidden_states",
+    ),
 )
 
 
@@ -99,4 +106,12 @@ KREA2 = Adapter(
     classes=("Krea2Transformer2DModel",),
     attention=("transformer_blocks.*.attn",),
     geometry=_krea2,
+    # image_rotary_emb: cosines and sines [text + N, D]; attention_mask [B, 1, 1, text + N]
+    span=SpanSite(
+        ("transformer_blocks",),
+        rows=(("image_rotary_emb", 0, 2), ("attention_mask", 3, 4)),
+        probes=("attn", "ff"),
+        single=("transformer_blocks",),
+        leave="final_layer",
+    ),
 )

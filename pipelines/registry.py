@@ -18,7 +18,7 @@ _HOME = {
     "ChromaTransformer2DModel": "packed:CHROMA",
     "ChronoEditTransformer3DModel": "wan",
     "CogVideoXTransformer3DModel": "cogvideox",
-    "CogView3PlusTransformer2DModel": "cogvideox:COGVIEW",
+    "CogView3PlusTransformer2DModel": "cogvideox:COGVIEW3",
     "CogView4Transformer2DModel": "cogvideox:COGVIEW",
     "ConsisIDTransformer3DModel": "cogvideox:CONSISID",
     "CosmosTransformer3DModel": "visual:COSMOS",

@@ -5,10 +5,16 @@ from dataclasses import replace
 from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
 from dit_accel.pipelines.grids import grid_of, latents
 
+# image_rotary_emb: tables of angles, then each token's row in them (three of [1, N])
 ADAPTER = Adapter(
     classes=("AllegroTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents(),
+    span=SpanSite(
+        ("transformer_blocks",),
+        rows=(("image_rotary_emb.1", 1, 2), ("attention_mask", 2, 3)),
+        probes=("attn1", "ff"),
+    ),
 )
 # image_rotary_emb: cosines and sines [N, D]; the time embeddings are per token in image to video
 COSMOS = replace(
@@ -39,6 +45,13 @@ HUNYUAN_DIT = Adapter(
     classes=("HunyuanDiT2DModel",),
     attention=("blocks.*.attn1",),
     geometry=latents(),
+    # image_rotary_emb: cosines and sines [N, D]; skip: all tokens as an earlier block left them
+    span=SpanSite(
+        ("blocks",),
+        rows=(("image_rotary_emb", 0, 2), ("skip", 1, 3)),
+        probes=("attn1", "ff"),
+        whole=True,
+    ),
 )
 
 
@@ -51,4 +64,5 @@ LATTE = Adapter(
     classes=("LatteTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=_frames,
+    no_span="blocks over space and over time take turns, each on another cut of all tokens",
 )

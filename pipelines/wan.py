@@ -70,6 +70,10 @@ ANYFLOW = Adapter(
     classes=("AnyFlowTransformer3DModel",),
     attention=("blocks.*.attn1",),
     geometry=_frames_first,
+    # rotary_emb: of queries and of keys [1, 1, N, D / 2]; temb [B, N, 6, C]
+    span=ADAPTER.span._replace(
+        rows=(("rotary_emb.query", 2, 4), ("rotary_emb.key", 2, 4), ("temb", 1, 4))
+    ),
 )
 
 
@@ -83,4 +87,12 @@ HELIOS = Adapter(
     classes=("HeliosTransformer3DModel",),
     attention=("blocks.*.attn1",),
     geometry=_after_history,
+    # history and new tokens in one row; rotary_emb [B, N, D], temb [B, N, 6, C] of both
+    span=SpanSite(
+        ("blocks",),
+        rows=(("rotary_emb", 1, 3), ("temb", 1, 4)),
+        probes=("attn1", "ffn"),
+        single=("blocks",),
+        count="original_context_length",
+    ),
 )

@@ -104,8 +104,9 @@ def served(case: Case, model: torch.nn.Module, name: str, **more) -> str:
 
 def pruned(case: Case, model: torch.nn.Module) -> str:
     """The same with half of the tokens pruned."""
-    if registry.find(model).span is None:
-        return "no: adapter names no span"
+    adapter = registry.find(model)
+    if adapter.span is None:
+        return f"no: {adapter.no_span}"
     half = TokenPruning(keep=0.5, start=1, end=0, first=1, last=None)
     return served(case, model, "topk", prune=half)
 

@@ -158,7 +158,7 @@ def _row(
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "map": lambda: ops.block_table(q, k, keep, block, block),
         "attention": lambda: fn(q, k, v, table),
-        "ours": lambda: fn(q, k, v, ops.block_table(q, k, keep, block, block)),
+        "ours": lambda: _whole(op, q, k, v, keep, block),
     }
     reasons = {}
     if device == "cuda":
@@ -186,6 +186,16 @@ def _row(
         "relative_error": error,
         "check": failure or "passed",
     }
+
+
+def _whole(op: str, q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) -> Tensor:
+    """The op with the making of its table, and what it needs of that besides."""
+    fn = getattr(ops, op)
+    if op not in ("pooled_attention", "rectified_attention"):
+        return fn(q, k, v, ops.block_table(q, k, keep, block, block))
+    wanted = {"return_means": True, "spreads": op == "rectified_attention"}
+    table, means = ops.block_table(q, k, keep, block, block, **wanted)
+    return fn(q, k, v, table, means=means)
 
 
 def _times(

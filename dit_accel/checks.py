@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockMeans, BlockTable
 
 PRECISIONS = (None, "int8")
 
@@ -35,6 +35,43 @@ def check_table(q: Tensor, k: Tensor, table: BlockTable) -> None:
         raise ValueError(
             f"the table serves (N_q, N_k) = {given} and (B, H) = {tuple(table.counts.shape[:2])}, "
             f"but q and k have {wanted} and {tuple(q.shape[:2])}; build it from these tensors"
+        )
+
+
+def check_means(
+    q: Tensor,
+    k: Tensor,
+    table: BlockTable,
+    means: BlockMeans | None,
+    spreads: bool,
+    kv_len: int | Tensor | None,
+) -> None:
+    if means is None:
+        return
+    if not isinstance(means, BlockMeans):
+        raise TypeError(
+            f"means are BlockMeans, not {type(means).__name__}; see return_means of ops.block_table"
+        )
+    heads, d = q.shape[:2], q.shape[3]
+    wanted = (*heads, table.query_blocks, d), (*heads, table.key_blocks, d)
+    if (means.q.shape, means.k.shape) != wanted:
+        raise ValueError(
+            f"the means of q and k have shapes {list(wanted[0])} and {list(wanted[1])}, not "
+            f"{list(means.q.shape)} and {list(means.k.shape)}; take those made with the table"
+        )
+    if spreads and means.q_far is None:
+        raise ValueError(
+            "the veto reads mean deviations, which these means lack; call block_table with "
+            "spreads=True, or this with gapr=False"
+        )
+    whole = [
+        None if not isinstance(n, Tensor) and n == k.shape[2] else n for n in (means.kv_len, kv_len)
+    ]
+    tensors = any(isinstance(n, Tensor) for n in whole)
+    if whole[0] is not whole[1] and (tensors or whole[0] != whole[1]):
+        raise ValueError(
+            "the means were made with another kv_len; give block_table and this the same int or "
+            "the same tensor"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel import dispatch
-from dit_accel.table import BlockTable, block_count, table_width
+from dit_accel.table import BlockMeans, BlockTable, block_count, table_width
 
 
 def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -34,20 +34,31 @@ def block_table(
     near: Tensor | None,
     max_near: int,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    return_means: bool,
+    spreads: bool,
+) -> list[Tensor]:
     chosen = dispatch.select("block_table", q, block_q=block_q, block_k=block_k)
     kv_len = limit if length is None else length
-    options = (forced, kv_len, max_forced, mass, near, max_near, scale)
-    table = chosen.fn(q, k, keep, block_q, block_k, *options)
-    return table.indices, table.counts
+    options = (forced, kv_len, max_forced, mass, near, max_near, scale, return_means, spreads)
+    found = chosen.fn(q, k, keep, block_q, block_k, *options)
+    if not return_means:
+        return [found.indices, found.counts]
+    table, means = found
+    far = [means.q_far, means.k_far] if spreads else []
+    return [table.indices, table.counts, means.q, means.k, *far]
 
 
 @block_table.register_fake
-def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced, mass, near, max_near, _):
+def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced, mass, near, max_near, *rest):
     rows = (*q.shape[:2], block_count(q.shape[2], block_q))
     blocks = block_count(k.shape[2] if limit is None else limit, block_k)
     width = table_width(keep, blocks, 0 if forced is None else max_forced, mass, max_near)
-    return q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)
+    outs = [q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)]
+    _, return_means, spreads = rest
+    columns = (*k.shape[:2], block_count(k.shape[2], block_k), k.shape[3])
+    for dtype in ((torch.float32, q.dtype) if spreads else (torch.float32,)) * return_means:
+        outs += [q.new_empty(shape, dtype=dtype) for shape in ((*rows, q.shape[3]), columns)]
+    return outs
 
 
 def _gradient_op(name: str) -> torch.library.CustomOpDef:
@@ -112,27 +123,59 @@ def _attention_op(name: str) -> torch.library.CustomOpDef:
     return op
 
 
-def _softmax_op(name: str) -> torch.library.CustomOpDef:
-    """The attention op of kernels/<name>, with its gradient."""
-    op, gradient = _attention_op(name), _gradient_op(name)
+def _with_gradient(op: torch.library.CustomOpDef, name: str) -> torch.library.CustomOpDef:
+    """The op (q, k, v, indices, counts, …, block_q, block_k, scale, kv_len) → (out, LSE) of
+    kernels/<name>, differentiable."""
+    gradient = _gradient_op(name)
 
     def keep(ctx, inputs, output):
         *tensors, ctx.block_q, ctx.block_k, ctx.scale, length, ctx.limit = inputs
-        ctx.save_for_backward(*tensors, length, *output)
+        ctx.save_for_backward(*tensors[:5], length, *output)
+        ctx.inputs = len(inputs)
 
     def backward(ctx, grad_out, grad_lse):
         q, k, v, indices, counts, length, out, lse = ctx.saved_tensors
         numbers = (ctx.block_q, ctx.block_k, ctx.scale, length, ctx.limit)
         grads = gradient(grad_out, grad_lse, q, k, v, out, lse, indices, counts, *numbers)
-        return *grads, *[None] * 7
+        return *grads, *[None] * (ctx.inputs - 3)
 
     op.register_autograd(backward, setup_context=keep)
     return op
 
 
-block_sparse_attention = _softmax_op("block_sparse_attention")
-pooled_attention = _softmax_op("pooled_attention")
+block_sparse_attention = _with_gradient(
+    _attention_op("block_sparse_attention"), "block_sparse_attention"
+)
 int8_attention = _attention_op("int8_attention")
+
+
+@torch.library.custom_op("dit_accel::pooled_attention", mutates_args=())
+def pooled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    k_mean: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+    length: Tensor | None,
+    limit: int | None,
+) -> tuple[Tensor, Tensor]:
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    kv_len = limit if length is None else length
+    fn = dispatch.select("pooled_attention", q, block_q=block_q, block_k=block_k).fn
+    out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len, k_mean=k_mean)
+    return _laid_out_as(q, out), lse
+
+
+@pooled_attention.register_fake
+def _(q, *rest):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_with_gradient(pooled_attention, "pooled_attention")
 
 
 @torch.library.custom_op("dit_accel::rectified_attention", mutates_args=())
@@ -142,6 +185,7 @@ def rectified_attention(
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
+    means: list[Tensor],
     block_q: int,
     block_k: int,
     scale: float,
@@ -152,7 +196,8 @@ def rectified_attention(
     table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
     kv_len = limit if length is None else length
     fn = dispatch.select("rectified_attention", q, block_q=block_q, block_k=block_k).fn
-    return _laid_out_as(q, fn(q, k, v, table, scale, gapr=gapr, kv_len=kv_len))
+    known = BlockMeans(*means, kv_len=kv_len) if means else None
+    return _laid_out_as(q, fn(q, k, v, table, scale, gapr=gapr, kv_len=kv_len, means=known))
 
 
 @rectified_attention.register_fake

@@ -14,6 +14,7 @@ from dit_accel import library
 from dit_accel.checks import (
     check_forced,
     check_linear,
+    check_means,
     check_precision,
     check_qkv,
     check_table,
@@ -21,7 +22,7 @@ from dit_accel.checks import (
     split_kv_len,
 )
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
-from dit_accel.table import BlockTable, block_count
+from dit_accel.table import BlockMeans, BlockTable, block_count
 
 __all__ = [
     "block_sparse_attention",
@@ -44,7 +45,9 @@ def block_table(
     near: Tensor | None = None,
     max_near: int | None = None,
     scale: float | None = None,
-) -> BlockTable:
+    return_means: bool = False,
+    spreads: bool = False,
+) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced key blocks of each query block, the K best of the others, and those `near`.
 
     score = mean(q in block) · mean(k in block) over the true number of tokens, in float32;
@@ -65,6 +68,9 @@ def block_table(
         near: bool [Mq, Mk], blocks that compete as all others and are kept even if they lose.
         max_near: as max_forced, for `near`.
         scale: of the softmax that gives the mass, None is 1/√D.
+        return_means: also return the block means, for pooled_attention and rectified_attention of
+            the same q and k, which then read these once less.
+        spreads: with them the mean deviations that the veto of rectified_attention needs.
 
     Raises ValueError for arguments outside these ranges.
     """
@@ -83,10 +89,13 @@ def block_table(
         near = near.expand(m_q, m_k)
     length, limit = split_kv_len(kv_len, k)
     critical = (float(mass), near, max_near or 0, default_scale(scale, q))
-    indices, counts = library.block_table(
-        q, k, float(keep), block_q, block_k, forced, length, limit, max_forced, *critical
-    )
-    return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    # a mean that requires gradients would promise some
+    indices, counts, *means = library.block_table(
+        q.detach(), k.detach(), float(keep), block_q, block_k, forced, length, limit, max_forced,
+        *critical, return_means, spreads
+    )  # fmt: skip
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    return (table, BlockMeans(*means, kv_len=kv_len)) if return_means else table
 
 
 def block_sparse_attention(
@@ -214,21 +223,23 @@ def pooled_attention(
     table: BlockTable,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
+    means: BlockMeans | None = None,
 ) -> Tensor:
     """Exact attention to the table's blocks; each other block is one mean key and value.
 
     One softmax over s_ij of the kept keys and scale · q_i·k̄_m + ln|m| of the skipped blocks m of
     |m| valid tokens, with the values v_j and v̄_m. With all blocks kept this is dense attention.
 
-    Arguments, result and errors are those of block_sparse_attention.
+    means: those of this q, k and kv_len, from block_table with return_means; the result is the same
+    without. The other arguments, result and errors are those of block_sparse_attention.
     """
     check_qkv(q, k, v)
     check_table(q, k, table)
+    check_means(q, k, table, means, False, kv_len)
     length, limit = split_kv_len(kv_len, k)
-    sizes = (table.block_q, table.block_k)
-    return library.pooled_attention(
-        q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
-    )[0]
+    sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
+    k_mean = None if means is None else means.k
+    return library.pooled_attention(q, k, v, table.indices, table.counts, k_mean, *sizes)[0]
 
 
 def rectified_attention(
@@ -239,6 +250,7 @@ def rectified_attention(
     scale: float | None = None,
     gapr: bool = True,
     kv_len: int | Tensor | None = None,
+    means: BlockMeans | None = None,
 ) -> Tensor:
     """Rectified SpaAttn (arXiv 2511.19835): r_n · O_sparse + C_n for each query block n.
 
@@ -246,15 +258,18 @@ def rectified_attention(
     the veto (gapr: |q̄_n·k̄_m| ≤ error of the means) exempts, C_n = Σ a_nm v̄_m over the others.
     Differentiable in q, k and v at the given table.
 
-    Arguments, result and errors are those of block_sparse_attention.
+    means: those of this q, k and kv_len, from block_table with return_means and, for the veto,
+    spreads; the result is the same without, and with gradients they are not used. The other
+    arguments, result and errors are those of block_sparse_attention.
     """
     check_qkv(q, k, v)
     check_table(q, k, table)
+    check_means(q, k, table, means, gapr, kv_len)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         out = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
         return rectify(out, *coefficients(q, k, v, table, scale, gapr, kv_len), table.block_q)
     length, limit = split_kv_len(kv_len, k)
-    sizes = (table.block_q, table.block_k)
-    return library.rectified_attention(
-        q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), gapr, length, limit
-    )
+    sizes = (table.block_q, table.block_k, default_scale(scale, q), gapr, length, limit)
+    known = [] if means is None else [means.q, means.k]
+    known += [means.q_far, means.k_far] if known and gapr else []
+    return library.rectified_attention(q, k, v, table.indices, table.counts, known, *sizes)

@@ -33,6 +33,28 @@ def table_width(
 
 
 @dataclass(frozen=True)
+class BlockMeans:
+    """What was read of q and k to make a block table, for the operator that reads the table next.
+
+    They belong to these very q, k and kv_len. A table never holds them: one that is kept for other
+    tensors cannot bring the means of its own.
+
+    Args:
+        q, k: [B, H, Mq, D] and [B, H, Mk, D] float32, means over the valid tokens of each block;
+            zero for a block without one.
+        q_far, k_far: of these shapes in the dtype of the tokens, mean absolute deviations from
+            the block's mean; None unless asked for.
+        kv_len: number of valid keys, as given; None when all are.
+    """
+
+    q: Tensor
+    k: Tensor
+    q_far: Tensor | None = None
+    k_far: Tensor | None = None
+    kv_len: int | Tensor | None = None
+
+
+@dataclass(frozen=True)
 class BlockTable:
     """Key blocks read by each query block.
 

@@ -19,6 +19,7 @@ from dit_accel.kernels.aot import Report, report
 from dit_accel.kernels.block_sparse_attention import gluon as hopper
 from dit_accel.kernels.block_sparse_attention import triton as forward
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
+from dit_accel.kernels.block_table import means as means_kernels
 from dit_accel.kernels.block_table import triton as table_kernels
 from dit_accel.kernels.block_table.triton import select_launch
 from dit_accel.kernels.int8_attention import quantize as int8_keys
@@ -114,22 +115,21 @@ def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     }  # fmt: skip
 
 
-def means_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The block mean kernel, with deviations."""
-    x = tokens(head_dim, dtype)
-    mean = empty(*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
-    width = 1 << (head_dim - 1).bit_length()
-    arguments = {
-        "x": x,
-        "mean": mean,
-        "spread": mean,
-        "kv_len": None,
-        "s_x": x.stride(),
-        "n": _SHAPE[2],
-    }
-    return table_kernels._block_mean_fwd_kernel, {
-        **arguments, "d": head_dim, "BLOCK": launch.block, "BLOCK_D": width
-    }  # fmt: skip
+def means_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The block mean kernel, with deviations; extra "pool": that of keys and values together."""
+    x, width = tokens(head_dim, dtype), 1 << (head_dim - 1).bit_length()
+    common = {"kv_len": None, "n": _SHAPE[2], "d": head_dim, "BLOCK": launch.block}
+    common |= {"BLOCK_D": width}
+    blocks = (*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
+    mean, half = empty(*blocks), empty(*blocks, dtype=dtype)
+    if not extra:
+        arguments = {"x": x, "mean": mean, "far": half, "s_x": x.stride()}
+        return means_kernels._block_mean_fwd_kernel, arguments | common
+    arguments = {"k": x, "v": x, "known": None, "k_mean": half, "k_rest": half, "k_far": half}
+    arguments |= {"v_mean": half, "s_k": x.stride(), "s_v": x.stride(), "m_known": 512}
+    return means_kernels._block_pool_fwd_kernel, arguments | common
 
 
 def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

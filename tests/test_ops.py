@@ -137,6 +137,54 @@ def test_compensated_operators_compile_whole(op):
         torch.testing.assert_close(a, b)
 
 
+LENGTHS = [None, 250, torch.tensor([300, 77])]
+
+
+@pytest.mark.parametrize("op", COMPENSATED)
+@pytest.mark.parametrize("kv_len", LENGTHS, ids=["all", "int", "batch"])
+def test_means_of_the_table_give_the_same_bits(op, kv_len, implementation: str):
+    def model(q, k, v):
+        options = {"kv_len": kv_len, "return_means": True, "spreads": True}
+        table, means = ops.block_table(q, k, 0.4, **options)
+        return op(q, k, v, table, kv_len=kv_len, means=means), means.q, means.k_far
+
+    q, k, v = qkv()
+    if kv_len is not None:
+        k[0, :, 300 if isinstance(kv_len, torch.Tensor) else kv_len :] = torch.nan
+    out = model(q, k, v)
+    table = ops.block_table(q, k, 0.4, kv_len=kv_len)
+    assert torch.equal(out[0], op(q, k, v, table, kv_len=kv_len))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(q, k, v)
+    for a, b in zip(compiled, out, strict=True):
+        assert torch.equal(a, b)
+    assert not out[1].requires_grad
+    leaves = [x.nan_to_num().requires_grad_() for x in (q, k, v)]
+    loss = model(*leaves)[0].sum()
+    plain = op(*leaves, ops.block_table(*leaves[:2], 0.4, kv_len=kv_len), kv_len=kv_len).sum()
+    grads = (torch.autograd.grad(x, leaves) for x in (loss, plain))
+    for a, b in zip(*grads, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_means_of_other_tensors_are_refused():
+    q, k, v = qkv()
+    table, means = ops.block_table(q, k, 0.4, kv_len=250, return_means=True)
+    ops.pooled_attention(q, k, v, table, kv_len=250, means=means)
+    for bad, message in (
+        ({"kv_len": 249}, "another kv_len"),
+        ({"kv_len": torch.tensor([250, 250])}, "another kv_len"),
+        ({"kv_len": 250, "table": ops.block_table(q, k, 0.4, 128)}, r"\[2, 2, 2, 16\]"),
+    ):
+        bad = {"table": table, **bad}
+        with pytest.raises(ValueError, match=message):
+            ops.pooled_attention(q, k, v, means=means, **bad)
+    with pytest.raises(TypeError, match="BlockMeans, not Tensor"):
+        ops.pooled_attention(q, k, v, table, means=means.k)
+    with pytest.raises(ValueError, match="spreads=True"):
+        ops.rectified_attention(q, k, v, table, kv_len=250, means=means)
+    ops.rectified_attention(q, k, v, table, kv_len=250, means=means, gapr=False)
+
+
 @pytest.mark.parametrize("module", [pooled, rectified])
 def test_gradients_of_compensated_operators(implementation: str, module):
     name = module.__name__.split(".")[-2]
@@ -155,18 +203,23 @@ def test_gradients_of_compensated_operators(implementation: str, module):
 
 
 @pytest.mark.parametrize("length", [None, torch.tensor([150, 64])])
-def test_registration(length: torch.Tensor | None):
+@pytest.mark.parametrize("means,spreads", [(False, False), (True, False), (True, True)])
+def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     q, k, v = qkv(130, 150, grad=True)
     torch.library.opcheck(
         library.block_table,
-        (q, k, 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3, 0.3, None, 0, 0.1),
+        (q.detach(), k.detach(), 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3, 0.3)
+        + (None, 0, 0.1, means, spreads),
     )
-    table = ops.block_table(q, k, 0.5)
-    inputs = (q, k, v, table.indices, table.counts, 64, 64, 0.25)
-    torch.library.opcheck(library.block_sparse_attention, (*inputs, length, None))
-    torch.library.opcheck(library.pooled_attention, (*inputs, length, None))
-    inputs = [x.detach() for x in inputs[:5]] + [64, 64, 0.25]
-    torch.library.opcheck(library.rectified_attention, (*inputs, True, length, None))
+    table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
+    tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)
+    torch.library.opcheck(library.block_sparse_attention, (*tensors, *rest, length, None))
+    k_mean = known.k if means else None
+    torch.library.opcheck(library.pooled_attention, (*tensors, k_mean, *rest, length, None))
+    tensors = [x.detach() for x in tensors]
+    known = [known.q, known.k, known.q_far, known.k_far][: 2 * (means + spreads)]
+    rest = (known, *rest, spreads, length, None)
+    torch.library.opcheck(library.rectified_attention, (*tensors, *rest))
 
 
 @pytest.mark.parametrize(

@@ -115,16 +115,16 @@ class Method:
 
     def best(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """Forced blocks and the `keep` best by mean score."""
-        return ops.block_table(
-            q,
-            k,
-            call.keep,
-            self.query_block(q.shape[2]),
-            self.block_k,
-            forced=call.forced,
-            kv_len=call.kv_len,
-            max_forced=call.n_forced,
-        )
+        return ops.block_table(q, k, call.keep, *self.sizes(q), **self.valid(call))
+
+    def sizes(self, q: torch.Tensor) -> tuple[int, int]:
+        """Tokens in a query block of q [B, H, N, D] and in a key block."""
+        return self.query_block(q.shape[2]), self.block_k
+
+    @staticmethod
+    def valid(call: Call) -> dict[str, Any]:
+        """What ops.block_table is told of this call's text and padding."""
+        return {"forced": call.forced, "max_forced": call.n_forced, "kv_len": call.kv_len}
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

@@ -10,7 +10,7 @@ import torch
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
 from dit_accel.selectors.near import neighbours
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockMeans, BlockTable
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,21 @@ class Rectified(Method):
         if self.neighbours is not None and self.neighbours < 0:
             raise ValueError(f"neighbours is a number of blocks ≥ 0 or None, not {self.neighbours}")
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
-        """max(K, as many as hold `mass`) best blocks, the neighbours and the text."""
-        sizes, near = (self.query_block(q.shape[2]), self.block_k), (None, 0)
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[BlockTable, BlockMeans]:
+        """max(K, as many as hold `mass`) best blocks, the neighbours and the text; block means."""
+        sizes, near = self.sizes(q), (None, 0)
         if self.neighbours is not None:
             n_q, n_k = q.shape[2], k.shape[2]
             first = n_k - n_q if call.text_first else 0
             near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
-        text = {"forced": call.forced, "max_forced": call.n_forced, "kv_len": call.kv_len}
         critical = {"mass": self.mass, "near": near[0], "max_near": near[1], "scale": call.scale}
-        table = ops.block_table(q, k, call.keep, *sizes, **text, **critical)
-        call.note(table)
-        return table
+        wanted = {"return_means": True, "spreads": self.gapr}
+        return ops.block_table(q, k, call.keep, *sizes, **self.valid(call), **critical, **wanted)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
-        table = self.select(q, k, call)
-        return ops.rectified_attention(
-            q, k, v, table, scale=call.scale, gapr=self.gapr, kv_len=call.kv_len
-        )
+        table, means = self.choose(q, k, call)
+        call.note(table)
+        options = {"scale": call.scale, "kv_len": call.kv_len, "means": means}
+        return ops.rectified_attention(q, k, v, table, gapr=self.gapr, **options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
+from dit_accel.table import BlockMeans, BlockTable, block_count, kept_blocks, table_width
 
 
 def block_table(
@@ -21,7 +23,9 @@ def block_table(
     near: Tensor | None = None,
     max_near: int = 0,
     scale: float | None = None,
-) -> BlockTable:
+    return_means: bool = False,
+    spreads: bool = False,
+) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced blocks of each row, and the best of the others; see ops.block_table."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
@@ -32,7 +36,7 @@ def block_table(
         forced = torch.zeros(m_k, dtype=torch.bool)
     forced = forced.cpu().expand(batch, heads, m_q, m_k)
     mask = torch.zeros(batch, heads, m_q, m_k, dtype=torch.bool)
-    device, q, k = q.device, q.float().cpu(), k.float().cpu()
+    device, dtype, q, k = q.device, q.dtype, q.float().cpu(), k.float().cpu()
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         if lengths[b] == 0:
             continue
@@ -52,4 +56,33 @@ def block_table(
             if near is not None:
                 row |= near[n, : len(blocks)].cpu()
             mask[b, h, n, : len(blocks)] = row
-    return BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k, width)
+    table = BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k, width)
+    if not return_means:
+        return table
+    sides = (q.to(device), block_q, [n_q] * batch), (k.to(device), block_k, lengths)
+    means = [block_means(*side) for side in sides]
+    far = [None] * 2
+    if spreads:
+        far = [block_spreads(*side).to(dtype) for side in sides]
+    return table, BlockMeans(*means, *far, kv_len)
+
+
+def block_means(x: Tensor, block: int, lengths: list[int]) -> Tensor:
+    """[B, H, M, D] in the dtype of x: means of each sample's valid tokens, zero without any."""
+    return _of_blocks(x, block, lengths, lambda part: part.mean(1))
+
+
+def block_spreads(x: Tensor, block: int, lengths: list[int]) -> Tensor:
+    """[B, H, M, D] in the dtype of x: mean absolute deviations from these means."""
+    return _of_blocks(
+        x, block, lengths, lambda part: (part - part.mean(1, keepdim=True)).abs().mean(1)
+    )
+
+
+def _of_blocks(x: Tensor, block: int, lengths: list[int], of: Callable[[Tensor], Tensor]) -> Tensor:
+    rows = []
+    for tokens, length in zip(x, lengths, strict=True):
+        found = [of(part) for part in tokens[:, :length].split(block, 1)] if length else []
+        found += [torch.zeros_like(x[0, :, 0])] * (block_count(x.shape[2], block) - len(found))
+        rows.append(torch.stack(found, 1))
+    return torch.stack(rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockTable, block_count, table_width
+from dit_accel.table import BlockMeans, BlockTable, block_count, table_width
 
 
 def block_table(
@@ -23,9 +23,44 @@ def block_table(
     near: Tensor | None = None,
     max_near: int = 0,
     scale: float | None = None,
-) -> BlockTable:
+    return_means: bool = False,
+    spreads: bool = False,
+) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced blocks of each row, and the best of the others; see ops.block_table."""
-    scores = block_means(q, block_q) @ block_means(k, block_k, kv_len).mT  # [B, H, Mq, Mk]
+    means = block_means(q, block_q), block_means(k, block_k, kv_len)
+    table = _choose(
+        q, k, means, keep, block_q, block_k, forced, kv_len, max_forced, mass, near, max_near, scale
+    )
+    if not return_means:
+        return table
+    far = (None, None)
+    if spreads:
+        far = (block_spreads(q, means[0], block_q), block_spreads(k, means[1], block_k, kv_len))
+        far = (far[0].to(q.dtype), _whole(far[1].to(q.dtype), table.key_blocks))
+    return table, BlockMeans(means[0], _whole(means[1], table.key_blocks), *far, kv_len)
+
+
+def _whole(x: Tensor, blocks: int) -> Tensor:
+    """x [B, H, m, D] with the blocks after an int kv_len, as zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, blocks - x.shape[2]))
+
+
+def _choose(
+    q: Tensor,
+    k: Tensor,
+    means: tuple[Tensor, Tensor],
+    keep: float,
+    block_q: int,
+    block_k: int,
+    forced: Tensor | None,
+    kv_len: int | Tensor | None,
+    max_forced: int | None,
+    mass: float,
+    near: Tensor | None,
+    max_near: int,
+    scale: float | None,
+) -> BlockTable:
+    scores = means[0] @ means[1].mT  # [B, H, Mq, Mk]
     blocks = scores.shape[-1]
     share = None
     if mass > 0:

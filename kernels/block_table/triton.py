@@ -14,39 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dit_accel.kernels.block_table.means import ROW_LAUNCH, block_means, kept_map
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.tiles import log2_scale
-from dit_accel.table import BlockTable, block_count, kept_blocks, table_width
+from dit_accel.table import BlockMeans, BlockTable, block_count, kept_blocks, table_width
 
 # Scores are made for as many heads at once as fit in this many bytes, which stay in the L2 cache.
 _SCORE_BYTES = 2**25
 # Columns of block means per product: three tf32 products of more do not fit in the registers.
 MEAN_TILE = 32
-
-
-@triton.jit(do_not_specialize=["n"])
-def _block_mean_fwd_kernel(
-    x, mean, spread, kv_len, s_x, n, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n_valid = n
-    if kv_len is not None:
-        n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n)
-    o_n = i_m.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_n[:, None] < n_valid) & (o_d[None, :] < d)
-    x_x = x + i_b.to(tl.int64) * s_x[0] + i_h.to(tl.int64) * s_x[1]
-    # [BLOCK, D]
-    b_x = tl.load(x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3], mask=m_x, other=0.0)
-    size = tl.clamp((n_valid - i_m * BLOCK).to(tl.float32), 1.0, BLOCK)
-    # [BLOCK, D] -> [D]
-    b_mean = tl.sum(b_x.to(tl.float32), 0) / size
-    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
-    o_o = (i_bh * tl.num_programs(0) + i_m) * d + o_d
-    tl.store(mean + o_o, b_mean.to(mean.dtype.element_ty), mask=o_d < d)
-    if spread is not None:
-        b_far = tl.where(m_x, tl.abs(b_x.to(tl.float32) - b_mean[None, :]), 0.0)
-        tl.store(spread + o_o, tl.sum(b_far, 0) / size, mask=o_d < d)
 
 
 @triton.jit
@@ -145,17 +121,6 @@ def _block_select_fwd_kernel(
     tl.store(counts + i_row, n_kept)
 
 
-@triton.jit(do_not_specialize=["width", "m_pad"])
-def _kept_map_fwd_kernel(indices, counts, kept, width, m_pad, BLOCK: tl.constexpr):
-    i_row = tl.program_id(0).to(tl.int64)
-    n_kept = tl.load(counts + i_row)
-    for i in range(0, n_kept, BLOCK):
-        o_i = i + tl.arange(0, BLOCK)
-        m_i = o_i < n_kept
-        b_i = tl.load(indices + i_row * width + o_i, mask=m_i, other=0)
-        tl.store(kept + i_row * m_pad + b_i, tl.full([BLOCK], 1, tl.uint8), mask=m_i)
-
-
 @triton.jit(do_not_specialize=["m_q", "m_k", "m_pad"])
 def _transpose_table_fwd_kernel(
     kept, starts, rows, m_q, m_k, m_pad, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
@@ -191,14 +156,18 @@ def block_table(
     near: Tensor | None = None,
     max_near: int = 0,
     scale: float | None = None,
-) -> BlockTable:
+    return_means: bool = False,
+    spreads: bool = False,
+) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """See ops.block_table; equal scores go to the lower block."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
     limit = kv_len if isinstance(kv_len, int) else n_k
     most = block_count(limit, block_k)
     width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
-    score_args = block_means(q, block_q), block_means(k, block_k, kv_len)
+    spreads = spreads and return_means
+    q_mean, q_far = block_means(q, block_q, spread=spreads)
+    k_mean, k_far = block_means(k, block_k, kv_len, spread=spreads)
     indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
     select = {
@@ -214,51 +183,13 @@ def block_table(
     }
     if forced is not None:
         forced = forced.view(torch.uint8).expand(batch, heads, m_q, m_k)
-    flat = [x.flatten(0, 1) for x in (*score_args, indices, counts)]
+    flat = [x.flatten(0, 1) for x in (q_mean, k_mean, indices, counts)]
     step = max(1, _SCORE_BYTES // (4 * m_q * m_k))
     for first in range(0, batch * heads, step):
         part = [x[first : first + step] for x in flat]
         _choose(*part, first, heads, forced, select)
-    return BlockTable(indices, counts, block_q, block_k, n_q, n_k)
-
-
-def block_means(
-    x: Tensor,
-    block: int,
-    kv_len: int | Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    spread: bool = False,
-    multiple: int = 1,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Means of the valid tokens of each block, [B, H, M, D], M rounded up to `multiple`.
-
-    Blocks without a valid token are zero. With `spread` also the mean absolute deviations, float32.
-    """
-    batch, heads, n, d = x.shape
-    m = -(-block_count(n, block) // multiple) * multiple
-    mean = x.new_empty((batch, heads, m, d), dtype=dtype)
-    far = torch.empty_like(mean, dtype=torch.float32) if spread else None
-    arguments = {
-        "x": x, "mean": mean, "spread": far,
-        "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
-        "s_x": x.stride(), "n": min(n, kv_len) if isinstance(kv_len, int) else n, "d": d,
-        "BLOCK": block, "BLOCK_D": padded(d),
-    }  # fmt: skip
-    launch = find("means", capability_of(x), d, block)
-    run(_block_mean_fwd_kernel, (m, heads, batch), arguments, launch)
-    return (mean, far) if spread else mean
-
-
-def kept_map(table: BlockTable, multiple: int = 1) -> Tensor:
-    """[B, H, Mq, M] uint8, 1 where the table keeps the block; M is Mk rounded up to `multiple`."""
-    m = -(-table.key_blocks // multiple) * multiple
-    kept = table.indices.new_zeros((*table.counts.shape, m), dtype=torch.uint8)
-    arguments = {
-        "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), "kept": kept,
-        "width": table.indices.shape[-1], "m_pad": m, "BLOCK": 128,
-    }  # fmt: skip
-    run(_kept_map_fwd_kernel, (table.counts.numel(), 1, 1), arguments, _ROW_LAUNCH)
-    return kept
+    table = BlockTable(indices, counts, block_q, block_k, n_q, n_k)
+    return (table, BlockMeans(q_mean, k_mean, q_far, k_far, kv_len)) if return_means else table
 
 
 def transpose_table(table: BlockTable) -> tuple[Tensor, Tensor, Tensor]:
@@ -273,7 +204,7 @@ def transpose_table(table: BlockTable) -> tuple[Tensor, Tensor, Tensor]:
         "m_pad": kept.shape[3], "TILE_Q": 128, "TILE_K": 16,
     }  # fmt: skip
     grid = (block_count(kept.shape[3], 16), kept.shape[0] * kept.shape[1], 1)
-    run(_transpose_table_fwd_kernel, grid, arguments, _ROW_LAUNCH)
+    run(_transpose_table_fwd_kernel, grid, arguments, ROW_LAUNCH)
     return starts, counts, rows
 
 
@@ -320,6 +251,3 @@ def _choose(
 def select_launch(width: int, top_p: bool = False) -> Launch:
     """One warp for up to 2048 blocks, 1024 with top-p, so that a reduction needs no barrier."""
     return Launch("select", 80, 128, 128, 16, min(16, max(1, width // (2048 >> top_p))), 1)
-
-
-_ROW_LAUNCH = find("rows", 80, 128, 128)

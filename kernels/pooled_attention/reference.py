@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.reference import token_mask
+from dit_accel.kernels.block_table.reference import block_means
 from dit_accel.table import BlockTable
 
 
@@ -17,12 +18,14 @@ def pooled_attention(
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
     return_lse: bool = False,
+    k_mean: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See ops.pooled_attention; `dtype` as in block_sparse_attention's reference."""
+    """See ops.pooled_attention; `dtype` as in block_sparse_attention's reference, k_mean
+    [B, H, Mk, D] the block means of k if known."""
     result, work = dtype or q.dtype, dtype or torch.float32
-    keys, values, bias, _ = _extend(k.to(work), v.to(work), table, kv_len)
+    keys, values, bias, _ = _extend(k.to(work), v.to(work), table, kv_len, k_mean)
     scores = q.to(work) @ keys.mT * (scale or q.shape[-1] ** -0.5) + bias
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().where(bias > -torch.inf, 0)
@@ -55,7 +58,11 @@ def backward(
 
 
 def _extend(
-    k: Tensor, v: Tensor, table: BlockTable, kv_len: int | Tensor | None
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    kv_len: int | Tensor | None,
+    k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[k; k̄], [v; v̄], the bias of each pair (0, ln|m| or −inf), and the matrix that pools."""
     limit = torch.as_tensor(table.n_k if kv_len is None else kv_len, device=k.device)
@@ -71,5 +78,8 @@ def _extend(
     )
     skipped = ~table.to_mask().repeat_interleave(table.block_q, 2)[:, :, : table.n_q]
     tail = sizes.mT.to(k.dtype).log().where(skipped, -torch.inf)
-    keys, values = (torch.cat([x, pool @ x], 2) for x in (k, v))
+    lengths = limit.expand(len(k)).tolist()
+    k_mean = block_means(k, table.block_k, lengths) if k_mean is None else k_mean
+    keys = torch.cat([k, k_mean], 2)
+    values = torch.cat([v, block_means(v, table.block_k, lengths)], 2)
     return keys, values, torch.cat([kept, tail], -1), pool

@@ -25,10 +25,11 @@ def pooled_attention(
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
     return_lse: bool = False,
+    k_mean: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See ops.pooled_attention."""
+    """See ops.pooled_attention; k_mean [B, H, Mk, D] float32, the block means of k if known."""
     out, lse = block_sparse_attention(q, k, v, table, scale, True, kv_len)
-    _Tail(q, k, v, table, scale, kv_len).join(out, lse)
+    _Tail(q, k, v, table, scale, kv_len, k_mean).join(out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -61,10 +62,14 @@ class _Tail:
         table: BlockTable,
         scale: float | None,
         kv_len: int | Tensor | None,
+        k_mean: Tensor | None = None,
     ) -> None:
         self.q, self.table, self.n_k, self.kv_len = q, table, k.shape[2], kv_len
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        km, vm = (block_means(x, table.block_k, kv_len) for x in (k, v))
+        vm = block_means(v, table.block_k, kv_len)
+        km = (
+            block_means(k, table.block_k, kv_len) if k_mean is None else k_mean[:, :, : vm.shape[2]]
+        )
         self.sizes = block_sizes(k.shape[2], table.block_k, kv_len, q.device)[..., : km.shape[2]]
         kept = table.to_mask()[..., : km.shape[2]]
         self.bias = self.sizes.log()[:, :, None].masked_fill(kept, -torch.inf)

@@ -21,7 +21,8 @@ from dit_accel.kernels.block_sparse_attention.triton_backward import (
     dq_launch,
     load_lse,
 )
-from dit_accel.kernels.block_table.triton import block_means, kept_map, transpose_table
+from dit_accel.kernels.block_table.means import kept_map, pooled_blocks
+from dit_accel.kernels.block_table.triton import transpose_table
 from dit_accel.kernels.launch import Launch, capability_of, find, run, split_head_dim
 from dit_accel.kernels.tiles import (
     key_limits,
@@ -103,23 +104,30 @@ def pooled_attention(
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
     return_lse: bool = False,
+    k_mean: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See ops.pooled_attention; the output has the layout of q."""
+    """See ops.pooled_attention; the output has the layout of q. k_mean: [B, H, Mk, D] float32, the
+    block means of k if known."""
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
     launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
-    pool = pooled_keys(k, v, table, kv_len, min(launch.tile, table.block_k))
+    pool = pooled_keys(k, v, table, kv_len, min(launch.tile, table.block_k), k_mean)
     attend(q, k, v, out, lse, table, launch, scale, kv_len, pool=pool)
     return out if lse is None else (out, lse)
 
 
 def pooled_keys(
-    k: Tensor, v: Tensor, table: BlockTable, kv_len: int | Tensor | None, tile: int
+    k: Tensor,
+    v: Tensor,
+    table: BlockTable,
+    kv_len: int | Tensor | None,
+    tile: int,
+    k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k̄, v̄ [B, H, Mp, D] in the dtype of k, and the kept map [B, H, Mq, Mp]; Mp is Mk in whole
     tiles."""
-    k_mean, v_mean = (block_means(x, table.block_k, kv_len, x.dtype, multiple=tile) for x in (k, v))
-    return k_mean, v_mean, kept_map(table, tile)
+    pool = pooled_blocks(k, v, table.block_k, kv_len, known=k_mean, multiple=tile)
+    return pool[0], pool[1], kept_map(table, tile)
 
 
 def backward(

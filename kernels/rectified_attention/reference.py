@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.reference import block_sparse_attention
-from dit_accel.table import BlockTable
+from dit_accel.kernels.block_table.reference import block_means, block_spreads
+from dit_accel.table import BlockMeans, BlockTable
 
 
 def rectified_attention(
@@ -17,6 +18,7 @@ def rectified_attention(
     scale: float | None = None,
     gapr: bool = True,
     kv_len: int | Tensor | None = None,
+    means: BlockMeans | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -26,20 +28,25 @@ def rectified_attention(
     sparse = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len, dtype=work)
     out = torch.zeros_like(sparse)
     kept, scale = table.to_mask(), scale or q.shape[-1] ** -0.5
+    sides = (q.to(work), table.block_q, [table.n_q] * len(q)), (k.to(work), table.block_k, limits)
+    q_mean, k_mean = (means.q, means.k) if means else (block_means(*side) for side in sides)
+    known = means is not None and means.q_far is not None
+    far = (means.q_far, means.k_far) if known else (block_spreads(*side) for side in sides)
+    q_far, k_far = (x if dtype else x.to(q.dtype).to(work) for x in far)
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         if limits[b] == 0:
             continue
         keys = k[b, h, : limits[b]].to(work).split(table.block_k)
         values = v[b, h, : limits[b]].to(work).split(table.block_k)
-        km, vm = (torch.stack([x.mean(0) for x in blocks]) for blocks in (keys, values))
-        spread = torch.stack([(x - x.mean(0)).abs().mean(0) for x in keys])
+        vm = torch.stack([x.mean(0) for x in values])
+        km, spread = k_mean[b, h, : len(keys)], k_far[b, h, : len(keys)]
         sizes = torch.tensor([len(x) for x in keys], dtype=work, device=q.device)
         for n, block in enumerate(q[b, h].to(work).split(table.block_q)):
-            qm = block.mean(0)
+            qm = q_mean[b, h, n]
             a = (km @ qm * scale + sizes.log()).softmax(-1)
             exact = kept[b, h, n, : len(keys)]
             if gapr:
-                error = (km @ (block - qm).abs().mean(0)).abs() + (spread @ qm).abs()
+                error = (km @ q_far[b, h, n]).abs() + (spread @ qm).abs()
                 exact = exact | ((km @ qm).abs() <= error)
             rows = slice(n * table.block_q, n * table.block_q + len(block))
             out[b, h, rows] = sparse[b, h, rows] * a[exact].sum() + a[~exact] @ vm[~exact]

@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import attend, supports
-from dit_accel.kernels.block_table.triton import MEAN_TILE, block_means, kept_map, load_means
+from dit_accel.kernels.block_table.means import block_means, kept_map
+from dit_accel.kernels.block_table.triton import MEAN_TILE, load_means
 from dit_accel.kernels.launch import capability_of, find, padded, run
 from dit_accel.kernels.tiles import key_limits, log2_scale
-from dit_accel.table import BlockTable, block_count
+from dit_accel.table import BlockMeans, BlockTable, block_count
 
 __all__ = ["rectified_attention", "supports"]
 
@@ -58,8 +59,8 @@ def _rectified_attention_coefficients_fwd_kernel(
             if q_far is not None:
                 b_qf = load_means(q_far + i_bh * m_q * d, o_q, o_d, m_q, d)
                 b_kf = load_means(k_far + i_bh * m_k * d, o_k, o_d, m_k, d)
-                b_eq = tl.dot(b_qf, tl.trans(b_k), b_eq, input_precision="tf32")
-                b_ek = tl.dot(b_q, tl.trans(b_kf), b_ek, input_precision="tf32")
+                b_eq = tl.dot(b_qf.to(tl.float32), tl.trans(b_k), b_eq, input_precision="tf32")
+                b_ek = tl.dot(b_q, tl.trans(b_kf.to(tl.float32)), b_ek, input_precision="tf32")
         if q_far is not None:
             m_exact = m_exact | (tl.abs(b_g) <= tl.abs(b_eq) + tl.abs(b_ek))
         b_size = (n_valid - o_k * BLOCK_K).to(tl.float32)
@@ -88,10 +89,11 @@ def rectified_attention(
     scale: float | None = None,
     gapr: bool = True,
     kv_len: int | Tensor | None = None,
+    means: BlockMeans | None = None,
 ) -> Tensor:
     """See ops.rectified_attention; the output has the layout of q."""
     out = torch.empty_like(q)
-    rectify = coefficients(q, k, v, table, scale, gapr, kv_len)
+    rectify = coefficients(q, k, v, table, scale, gapr, kv_len, means)
     launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
     attend(q, k, v, out, None, table, launch, scale, kv_len, rectify=rectify)
     return out
@@ -105,29 +107,31 @@ def coefficients(
     scale: float | None = None,
     gapr: bool = True,
     kv_len: int | Tensor | None = None,
+    means: BlockMeans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """r [B, H, Mq] and C [B, H, Mq, D], float32."""
-    q_mean, k_mean = (
-        block_means(x, block, length, spread=gapr)
-        for x, block, length in ((q, table.block_q, None), (k, table.block_k, kv_len))
-    )
-    q_mean, q_far = q_mean if gapr else (q_mean, None)
-    k_mean, k_far = k_mean if gapr else (k_mean, None)
-    ratio = q_mean.new_empty(q_mean.shape[:3])
-    shift = torch.empty_like(q_mean)
+    if means is None:
+        (q_mean, q_far), (k_mean, k_far) = (
+            block_means(q, table.block_q, spread=gapr),
+            block_means(k, table.block_k, kv_len, spread=gapr),
+        )
+        means = BlockMeans(q_mean, k_mean, q_far, k_far)
+    ratio = means.q.new_empty(means.q.shape[:3])
+    shift = torch.empty_like(means.q)
     launch = find("coefficients", capability_of(q), q.shape[-1], table.block_q)
     limits = key_limits(k, kv_len)
     limits.pop("PADDED")
     arguments = {
-        "q": q_mean, "k": k_mean, "v": block_means(v, table.block_k, kv_len), "q_far": q_far,
-        "k_far": k_far,
-        "kept": kept_map(table), "ratio": ratio, "shift": shift, **limits, "m_q": q_mean.shape[2],
-        "m_k": k_mean.shape[2], "d": q.shape[-1], "scale": log2_scale(scale, q),
+        "q": means.q, "k": means.k, "v": block_means(v, table.block_k, kv_len)[0],
+        "q_far": means.q_far if gapr else None,
+        "k_far": means.k_far if gapr else None,
+        "kept": kept_map(table), "ratio": ratio, "shift": shift, **limits, "m_q": means.q.shape[2],
+        "m_k": means.k.shape[2], "d": q.shape[-1], "scale": log2_scale(scale, q),
         "BLOCK_K": table.block_k,
         "TILE_Q": launch.tile, "TILE_K": launch.tile, "TILE_D": MEAN_TILE,
         "BLOCK_D": padded(q.shape[-1]),
         "PRECISION": launch.precision,
     }  # fmt: skip
-    grid = (block_count(q_mean.shape[2], launch.tile), q.shape[1], q.shape[0])
+    grid = (block_count(means.q.shape[2], launch.tile), q.shape[1], q.shape[0])
     run(_rectified_attention_coefficients_fwd_kernel, grid, arguments, launch)
     return ratio, shift

@@ -75,6 +75,23 @@ def test_equal_scores_go_to_the_first_blocks(device):
     assert (table.counts == 5).all() and (table.indices == torch.arange(5, device=device)).all()
 
 
+@pytest.mark.parametrize("kv_len", [None, 133, torch.tensor([200, 70]), torch.tensor([0, 64])])
+def test_the_means_it_returns(kv_len, device):
+    q, k = inputs(65, 200, 80, HALF, device, batch=2)
+    if isinstance(kv_len, torch.Tensor):
+        kv_len = kv_len.to(device)
+    options = {"kv_len": kv_len, "return_means": True}
+    arguments = (q, k, 0.3, 64, 16)
+    found, plain = (
+        module.block_table(*arguments, **options, spreads=True)[1] for module in (kernel, reference)
+    )
+    for name in ("q", "k", "q_far", "k_far"):
+        a, b = getattr(found, name), getattr(plain, name)
+        assert a.dtype == b.dtype == (HALF if "far" in name else torch.float32)
+        torch.testing.assert_close(a, b)
+    assert kernel.block_table(*arguments, **options)[1].k_far is None
+
+
 def test_heads_in_parts_are_equal(monkeypatch, device):
     q, k = inputs(65, 100, 64, HALF, device, batch=2)
     forced = torch.rand(2, 2, 1, 7, device=device) < 0.2
@@ -99,9 +116,9 @@ def test_kept_map_and_transpose(device):
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_means_and_deviations(dtype, device):
     x = inputs(100, 1, 80, dtype, device)[0]
-    mean, far = kernel.block_means(x, 32, 70, spread=True, multiple=8)
-    assert mean.shape == (1, 2, 8, 80) and not mean[:, :, block_count(70, 32) :].any()
+    mean, far = kernel.block_means(x, 32, 70, spread=True)
+    assert mean.shape == (1, 2, 4, 80) and not mean[:, :, block_count(70, 32) :].any()
     for m, block in enumerate(x[:, :, :70].float().split(32, 2)):
         torch.testing.assert_close(mean[:, :, m], block.mean(2))
         expected = (block - block.mean(2, keepdim=True)).abs().mean(2)
-        torch.testing.assert_close(far[:, :, m], expected)
+        torch.testing.assert_close(far[:, :, m], expected.to(dtype))

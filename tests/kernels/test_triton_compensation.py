@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dit_accel.kernels.block_sparse_attention import triton as sparse
+from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
@@ -56,6 +57,20 @@ def test_pooled_backward(case, kv_len, device):
         expected.append(torch.autograd.grad(loss, leaves))
     for name, *tensors in zip(("dq", "dk", "dv"), grads, *expected, strict=True):
         assert_close(name, *tensors)
+
+
+@pytest.mark.parametrize("case,kv_len", CASES, ids=str)
+def test_means_of_the_table_give_the_same_bits(case, kv_len, device):
+    q, k, v, table = inputs(*case, device)
+    kv_len = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    options = {"kv_len": kv_len, "return_means": True, "spreads": True}
+    means = tables.block_table(q, k, 0.4, table.block_q, table.block_k, **options)[1]
+    plain = pooled.pooled_attention(q, k, v, table, None, kv_len)
+    assert torch.equal(pooled.pooled_attention(q, k, v, table, None, kv_len, k_mean=means.k), plain)
+    for gapr in (True, False):
+        arguments = (q, k, v, table, None, gapr, kv_len)
+        plain = rectified.rectified_attention(*arguments)
+        assert torch.equal(rectified.rectified_attention(*arguments, means=means), plain)
 
 
 def test_pooled_with_every_block_kept_is_exact(device):

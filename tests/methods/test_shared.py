@@ -6,7 +6,7 @@ from runs import on, run
 from tiny import tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel import Pooled, Rettention, Schedule, SharedResidual
+from dit_accel import Pooled, Rettention, Schedule, SharedResidual, ops
 from dit_accel.methods import Call
 
 
@@ -37,6 +37,15 @@ def test_it_beats_pooled_alone_and_the_window_with_its_residual():
             out = method(q, k, v, call(state, step))
         error[method.name] = (out - scaled_dot_product_attention(q, k, v)).norm().item()
     assert error["shared"] < error["rettention"] < error["pooled"]
+
+
+def test_the_table_it_keeps_brings_no_means_of_its_step():
+    method, state = SharedResidual(), {}
+    method(*drifting(0), call(state, 0))
+    table, later = state["table"], drifting(2)
+    assert not any(torch.is_tensor(x) and x.is_floating_point() for x in vars(table).values())
+    out = method(*later, call(state, 1))
+    assert torch.equal(out, ops.pooled_attention(*later, table) + state["residual"])
 
 
 @pytest.mark.parametrize("residual", ["full", "fp8", "pooled", "none"])

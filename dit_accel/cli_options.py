@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dit_accel.boost import Boost
     from dit_accel.config import AccelConfig
     from dit_accel.generate import Request
-    from dit_accel.prune import TokenPruning
 
 
 class BadInput(Exception):
@@ -114,12 +113,14 @@ class Common:
     def config(self) -> AccelConfig:
         """The acceleration asked for; ValueError for an unknown method or a bad option."""
         from dit_accel.config import DEFAULT, resolve
+        from dit_accel.prune import resolve as pruning
 
         # pruned tokens and a state of all tokens exclude each other
         default = DEFAULT if self.prune is None else "pooled"
         name = self.method if self.method is not None else default
-        prune = None if self.prune is None else parse_prune(self.prune)
-        config = resolve(name, order=self.order, min_tokens=self.min_tokens, prune=prune)
+        config = resolve(
+            name, order=self.order, min_tokens=self.min_tokens, prune=pruning(self.prune)
+        )
         if self.keep is not None:
             config = replace(config, method=replace(config.method, keep=self.keep))
         if self.warmup is not None:
@@ -132,23 +133,6 @@ class Common:
         from dit_accel.boost import Boost
 
         return Boost(self.compile, self.step_cache)
-
-
-def parse_prune(text: str) -> TokenPruning:
-    """A preset of token pruning, or the share of tokens that run."""
-    from dit_accel.prune import TokenPruning
-
-    presets = TokenPruning.presets
-    if text in presets:
-        return TokenPruning(**presets[text])
-    try:
-        share = float(text)
-    except ValueError:
-        names = ", ".join(presets)
-        raise ValueError(
-            f"prune is the share of the tokens that run (0.5) or one of {names}, not {text!r}"
-        ) from None
-    return TokenPruning(share)
 
 
 def parse_size(text: str) -> tuple[int, int]:

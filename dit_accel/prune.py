@@ -107,13 +107,24 @@ class TokenPruning:
         return step - full < self.refresh
 
 
-def resolve(prune: TokenPruning | str | None) -> TokenPruning | None:
-    """The pruning of an object, of a preset's name, or none."""
+def resolve(prune: TokenPruning | str | float | None) -> TokenPruning | None:
+    """The pruning of an object, of a preset's name, of a share of the tokens (0.5 or "0.5"), or
+    none.
+
+    Raises ValueError for another text or a share outside [0, 1], TypeError for another object.
+    """
     if prune is None or isinstance(prune, TokenPruning):
         return prune
-    if not isinstance(prune, str):
-        raise TypeError(f"prune is a TokenPruning or a preset's name, not {type(prune).__name__}")
-    if prune not in TokenPruning.presets:
+    if isinstance(prune, bool) or not isinstance(prune, (str, int, float)):
+        kind = type(prune).__name__
+        raise TypeError(f"prune is a TokenPruning, a share or a preset's name, not {kind}")
+    if prune in TokenPruning.presets:
+        return TokenPruning(**TokenPruning.presets[prune])
+    try:
+        share = float(prune)
+    except ValueError:
         have = ", ".join(TokenPruning.presets)
-        raise ValueError(f"unknown pruning preset {prune!r}: choose one of {have}")
-    return TokenPruning(**TokenPruning.presets[prune])
+        raise ValueError(
+            f"prune is the share of the tokens that run (0.5) or one of {have}, not {prune!r}"
+        ) from None
+    return TokenPruning(share)

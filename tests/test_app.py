@@ -151,7 +151,7 @@ def test_pruning_goes_with_dense_and_sparse_attention_and_is_told(tmp_path):
     assert "part of the tokens through the middle of the model" in html
     with pytest.raises(ValueError, match="cannot run on pruned ones"):
         Side("shared", prune="fast")
-    with pytest.raises(ValueError, match="unknown pruning preset"):
+    with pytest.raises(ValueError, match="prune is the share of the tokens"):
         Side(prune="brutal")
 
 

@@ -1,12 +1,13 @@
 """Compiled blocks and step cache: switched on for a while, gone afterwards."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
-from dit_accel import Pooled, Schedule, TokenPruning, cli
+from dit_accel import Pooled, Schedule, TokenPruning, batch, boost, cli
 from dit_accel.boost import Boost, compiled_blocks, transformers_of
 from dit_accel.compare import compare
 from dit_accel.config import AccelConfig
@@ -74,8 +75,8 @@ def test_compare_with_everything(tmp_path):
         Pooled(0.5), Schedule(warmup=1), min_tokens=0, prune=TokenPruning(0.5, block=16, end=0)
     )
     request = Request("a cat", height=64, width=64, frames=9, steps=4)
-    boost = Boost(step_cache=10.0)
-    done = compare(pipe, Defaults.from_pipeline(pipe), request, config, tmp_path, boost=boost)
+    cache = Boost(step_cache=10.0)
+    done = compare(pipe, Defaults.from_pipeline(pipe), request, config, tmp_path, boost=cache)
     assert done.data["boost"] == {"compile": False, "step_cache": 10.0}
     assert "Boost(compile=False, step_cache=10.0).switch_on(pipe)" in done.data["python"]
     compile(done.data["python"], "recipe", "exec")
@@ -104,3 +105,21 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data["method"] == "pooled"
     assert data["boost"]["step_cache"] == 5.0
+
+
+def test_a_batch_with_compiled_blocks(tmp_path, monkeypatch):
+    seen = []
+
+    @contextmanager
+    def eager(transformer, below=False):
+        seen.append(transformer)
+        with compiled_blocks(transformer, "eager", below):
+            yield
+
+    monkeypatch.setattr(boost, "compiled_blocks", eager)
+    pipe = tiny_wan()
+    jobs = [{"prompt": "a cat", "height": 64, "width": 64, "frames": 9, "steps": 2}]
+    summary = batch.run(jobs, tmp_path, settings=batch.Settings(compile=True), pipe=pipe)
+    assert summary.done == 1
+    assert seen == [pipe.transformer]
+    assert all(module._compiled_call_impl is None for module in pipe.transformer.modules())

@@ -37,6 +37,9 @@ class Options:
     jobs: Annotated[Path, typer.Argument(help="Job file: .jsonl, .csv or .txt (prompts).")]
     output: Annotated[Path, _option("Folder of the clips.", _RUN, "--output", "-o")]
     method: Annotated[Texts, _option("dense, name, name:preset or preset file.", _JOBS)] = None
+    prune: Annotated[
+        Texts, _option("Share of the tokens run in most steps, or safe, balanced, fast.", _JOBS)
+    ] = None
     seed: Annotated[Numbers, _option("Seed; several multiply the jobs.", _JOBS)] = None
     negative: Annotated[str | None, _option("What not to show.", _JOBS)] = None
     steps: Annotated[Numbers, _option("Denoising steps.", _JOBS)] = None
@@ -72,12 +75,16 @@ class Options:
     offload: Annotated[
         bool, _option("Keep only the running part on the GPU.", _WHERE, "--offload")
     ] = False
+    compile: Annotated[
+        bool, _option("Compile the blocks, once for each size.", _WHERE, "--compile")
+    ] = False
 
     def defaults(self) -> dict[str, Any]:
         """Keys for jobs that do not have them."""
         width, height = parse_size(self.size) if self.size else (None, None)
         values = {
             "method": self.method,
+            "prune": self.prune,
             "seed": self.seed,
             "negative_prompt": self.negative,
             "steps": self.steps,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from dit_accel.config import DEFAULT, AccelConfig, resolve
 from dit_accel.generate import Request
+from dit_accel.prune import resolve as pruning
 
 DENSE = "dense"
 INTEGERS = ("seed", "steps", "height", "width", "frames")
@@ -30,6 +31,7 @@ class Job:
         prompt, negative_prompt, seed, steps, height, width, frames, guidance: as in Request.
         image: path of the picture that image-to-video starts from.
         method: "dense", a method, "method:preset" or a preset file (.json).
+        prune: share of the tokens that run in most steps, or a preset of token pruning.
         name: of the file to write, without folder and suffix; None makes one from the content.
 
     Raises ValueError, in one sentence, for a value that no pipeline could take, an unknown method
@@ -46,6 +48,7 @@ class Job:
     guidance: float | None = None
     image: str | None = None
     method: str = DEFAULT
+    prune: float | str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,10 +57,11 @@ class Job:
         for key in INTEGERS:
             _expect(key, getattr(self, key), int, "a whole number")
         _expect("guidance", self.guidance, (int, float), "a number")
+        _expect("prune", self.prune, (int, float, str), "a share of the tokens or a preset")
         if self.name is not None and not re.fullmatch(r"[\w][\w .,=+-]{0,150}", self.name):
             raise ValueError(f"name is a file's, without folder and suffix: not {self.name!r}")
         self.request(load=False)
-        _configuration(self.method)
+        _configuration(self.method, self.prune)
         if self.image is not None:
             _digest(self.image)
 
@@ -76,12 +80,12 @@ class Job:
     @property
     def config(self) -> AccelConfig | None:
         """The method's configuration; None leaves the pipeline as it is."""
-        return _configuration(self.method)
+        return _configuration(self.method, self.prune)
 
     @cached_property
     def id(self) -> str:
         """16 hex digits over everything that decides the pixels, the picture's bytes included."""
-        content = {k: v for k, v in asdict(self).items() if k != "name"}
+        content = {k: v for k, v in asdict(self).items() if k not in ("name", "prune")}
         content["method"] = self.config.to_dict() if self.config else DENSE
         content["guidance"] = None if self.guidance is None else float(self.guidance)
         content["image"] = _digest(self.image) if self.image else None
@@ -94,17 +98,17 @@ class Job:
         if self.name is not None:
             return self.name
         words = re.sub(r"\W+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
-        method = re.sub(
-            r"\W+", "-", Path(self.method).stem if _is_file(self.method) else self.method
-        )
+        method = Path(self.method).stem if _is_file(self.method) else self.method
+        method += "" if self.prune is None else f"-prune-{self.prune}"
+        method = re.sub(r"\W+", "-", method)
         return f"{words or 'clip'}-{method}-s{self.seed}-{self.id[:8]}"
 
     @property
     def shape(self) -> str:
         """Jobs of equal shape can share one call of the pipeline."""
-        keys = ("height", "width", "frames", "steps", "guidance", "negative_prompt", "method")
+        same = (*INTEGERS[1:], "guidance", "negative_prompt", "method", "prune")
         alone = self.id if self.image else ""  # pipelines take one picture a call
-        return json.dumps([alone, *(getattr(self, key) for key in keys)])
+        return json.dumps([alone, *(getattr(self, key) for key in same)])
 
     def request(self, load: bool = True) -> Request:
         """What the pipeline is asked; `load` opens the picture."""
@@ -151,17 +155,17 @@ def _is_file(method: str) -> bool:
     return method.endswith(".json")
 
 
-def _configuration(method: str) -> AccelConfig | None:
-    if method == DENSE:
+def _configuration(method: str, prune: float | str | None) -> AccelConfig | None:
+    if method == DENSE and prune is None:
         return None
     stamp = Path(method).stat().st_mtime_ns if _is_file(method) and Path(method).exists() else 0
-    return _resolved(method, stamp)
+    return _resolved(method, prune, stamp)
 
 
 @lru_cache(maxsize=256)
-def _resolved(method: str, stamp: int) -> AccelConfig:
+def _resolved(method: str, prune: float | str | None, stamp: int) -> AccelConfig:
     try:
-        return resolve(method)
+        return resolve(method, prune=pruning(prune))
     except TypeError as error:
         raise ValueError(str(error)) from None
 

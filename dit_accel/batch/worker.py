@@ -17,6 +17,7 @@ from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest, Row
 from dit_accel.batch.together import Apart, Together
 from dit_accel.batch.writer import FULL, Finished, Writer
+from dit_accel.boost import Boost
 from dit_accel.generate import arguments
 from dit_accel.loading import Defaults
 
@@ -32,6 +33,7 @@ class Settings:
 
     Args:
         model, dtype, offload: as in `load_pipeline`.
+        compile: torch.compile of the transformer's blocks.
         batch: clips in one call of the pipeline, at most.
         retries: further tries of a job that failed for no fault of its own.
         keep_going: when the model refuses a job, do the others all the same.
@@ -42,6 +44,7 @@ class Settings:
     model: str | None = None
     dtype: str | None = None
     offload: bool = False
+    compile: bool = False
     batch: int = 1
     retries: int = 1
     keep_going: bool = False
@@ -86,7 +89,7 @@ class Worker:
         However it ends, no job stays with this worker. Raises DeviceLost.
         """
         try:
-            with self.heart:
+            with self.heart, Boost(self.settings.compile).compiled(self.pipe):
                 self.manifest.note("ready", f"on {self.device}", self.owner)
                 if not self._check():
                     return self.manifest.get("stop")

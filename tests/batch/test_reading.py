@@ -148,3 +148,23 @@ def test_pictures_are_found_beside_the_job_file(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     path = write(tmp_path, "jobs.jsonl", '{"prompt": "a", "image": "a.png"}')
     assert gather(path).jobs[0][1].image == str(tmp_path / "a.png")
+
+
+def test_pruned_jobs(tmp_path):
+    lines = [
+        {"prompt": "a cat", "method": "pooled", "prune": [0.5, "fast"]},
+        {"prompt": "a cat", "method": "pooled"},
+        {"prompt": "a cat", "method": "shared", "prune": 0.5},
+        {"prompt": "a cat", "method": "pooled", "prune": "half"},
+    ]
+    parsed = gather(write(tmp_path, "jobs.jsonl", "\n".join(map(json.dumps, lines))))
+    share, fast, whole = [job for _, job in parsed.jobs]
+    assert share.config.prune.keep == 0.5 and fast.config.prune.keep == 0.35
+    assert whole.config.prune is None
+    assert len({share.id, fast.id, whole.id}) == len({share.shape, fast.shape, whole.shape}) == 3
+    assert share.output.startswith("a-cat-pooled-prune-0-5-s0-")
+    first, second = (p.reason for p in parsed.problems)
+    assert "cannot run on pruned ones" in first
+    assert "prune is the share of the tokens that run" in second
+    [(_, job)] = gather(write(tmp_path, "j.csv", "prompt,method,prune\na,pooled,0.5\n")).jobs
+    assert job.config == share.config

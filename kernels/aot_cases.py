@@ -29,6 +29,7 @@ from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import states
 from dit_accel.kernels.sparse_linear_attention import triton as linear
+from dit_accel.kernels.sparse_linear_attention import triton_backward as linear_backward
 from dit_accel.table import BlockTable, block_count
 
 _SHAPE = (1, 12, 32760)
@@ -234,6 +235,23 @@ def linear_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
     return linear._linear_branch_fwd_kernel, arguments
 
 
+def linear_backward_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of dq or, extra "keys", of dk and dv, with a state for each block."""
+    x, (state, total) = tokens(head_dim, dtype), linear_states(launch, head_dim, dtype)
+    rows, center = empty(*_SHAPE), empty(*_SHAPE[:2], head_dim)
+    if extra:
+        tensors = {"k": x, "v": x, "dk": x, "dv": x, "center": center}
+        tensors |= {"grad_state": state, "grad_total": total}
+        _, arguments, _ = linear_backward.dkdv_case(tensors, launch.block, launch)
+        return linear_backward._linear_branch_bwd_dkdv_kernel, arguments
+    tensors = {"q": x, "do": x, "dq": x, "state": state, "total": total, "eps": total[..., 0]}
+    tensors |= {"center": center, "ratio": rows, "delta": rows}
+    _, arguments, _ = linear_backward.dq_case(tensors, launch.block, launch)
+    return linear_backward._linear_branch_bwd_dq_kernel, arguments
+
+
 CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "forward": forward_case,
     "dq": dq_case,
@@ -245,6 +263,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "coefficients": coefficients_case,
     "state": state_case,
     "linear": linear_case,
+    "linear_backward": linear_backward_case,
     "int8": int8_case,
     "int8_quantize": int8_quantize_case,
 }
@@ -282,6 +301,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {"extra": "pool"}
         if row.op == "state" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "block"}
+        if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "keys"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):

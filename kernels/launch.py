@@ -99,6 +99,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("rows", 80, 128, 128, 16, 4, 1),
     Launch("state", 80, 128, 128, 64, 8, 2),
     Launch("linear", 80, 128, 128, 64, 8, 1),
+    Launch("linear_backward", 80, 128, 128, 64, 8, 1),
     Launch("int8", 80, 128, 64, 32, 8, 2),
     Launch("int8", 80, 128, 128, 32, 8, 2),
     Launch("int8", 89, 128, 64, 32, 8, 2),

@@ -62,9 +62,18 @@ def features(b_x, o_x, n_x, d, BLOCK_D: tl.constexpr, PHI: tl.constexpr):
     return tl.where((o_x[:, None] < n_x) & (o_d[None, :] < d), b_x, 0.0)
 
 
+@triton.jit
+def finite(b_x, DTYPE: tl.constexpr):
+    """b_x inside float16's range: 1/ε, of a row whose features no key has, is beyond it."""
+    if DTYPE == tl.float16:  # noqa: SIM300
+        b_x = tl.clamp(b_x, -65504.0, 65504.0)
+    return b_x
+
+
 @triton.jit(do_not_specialize=["n_k", "n_span"])
 def _linear_state_fwd_kernel(
-    k, v, center, weight, state, total, kv_len, s_k, s_v, s_h, s_z, n_k, n_span, d, scale,
+    k, v, center, weight, ratio, delta, state, total, kv_len,
+    s_k, s_v, s_h, s_z, n_k, n_span, d, scale,
     TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -87,17 +96,25 @@ def _linear_state_fwd_kernel(
         if center is not None:
             b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
             b_v = (b_v.to(tl.float32) - b_c[None, :]).to(b_v.dtype)
+        if ratio is not None:
+            p_r = i_bh * n_k + o_k
+            b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
+            b_d = tl.load(delta + p_r, mask=o_k < n_k, other=0.0)
+            b_z += tl.sum(b_k * b_d[:, None], 0)
+        else:
+            b_z += tl.sum(b_k, 0)
         # [BD, TK] @ [TK, BD] -> [BD, BD]
-        b_h = tl.dot(tl.trans(b_k.to(b_v.dtype)), b_v, b_h, input_precision=PRECISION)
-        b_z += tl.sum(b_k, 0)
+        b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
+        b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
     b_h *= scale
     if weight is not None:
         b_w = load_rows(weight, o_d, d, d, 1, d, BLOCK_D)
         # [BD, BD] @ [BD, BD] -> [BD, BD]
         b_h = tl.dot(b_h.to(b_w.dtype), tl.trans(b_w), input_precision=PRECISION)
+    b_h = finite(b_h, state.dtype.element_ty)
     store_rows(state + i_out * s_h, b_h, o_d, d, d, 1, d, BLOCK_D)
-    p_z = total + i_out * s_z + o_d
-    tl.store(p_z, (b_z * scale).to(total.dtype.element_ty), mask=o_d < d)
+    b_z = finite(b_z * scale, total.dtype.element_ty).to(total.dtype.element_ty)
+    tl.store(total + i_out * s_z + o_d, b_z, mask=o_d < d)
 
 
 def state_case(
@@ -111,16 +128,20 @@ def state_case(
     kv_len: int | Tensor | None = None,
     center: Tensor | None = None,
     weight: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
     """Grid, arguments and launch of the state kernel.
 
-    state [B, H, S, D, D] and total [B, H, S, D]: of S spans of `span` keys, times scale; center
+    state [B, H, S, D·D] and total [B, H, S, D]: of S spans of `span` keys, times scale; center
     [B, H, D] float32 is subtracted from v, weight [D, D] in the dtype of v. "identity" is φ(x) = x.
+    With factors r, δ [B, H, N] float32 they are Σ r_j φ(k_j)ᵀ v_j and Σ δ_j r_j φ(k_j).
     """
     batch, heads, spans, d = total.shape
+    ratio, delta = factors or (None, None)
     arguments = {
         "k": k, "v": v, "center": center, "weight": weight, "state": state, "total": total,
+        "ratio": ratio, "delta": delta,
         **key_limits(k, kv_len), "s_k": k.stride(), "s_v": v.stride(), "s_h": state.stride(2),
         "s_z": total.stride(2), "n_span": span, "d": d, "scale": scale,
         "TILE_K": min(launch.tile, span), "BLOCK_D": padded(d), "PHI": feature_index(feature_map),
@@ -142,17 +163,36 @@ def split(n: int, heads: int, tile: int) -> tuple[int, int]:
 
 
 def whole_state(
-    k: Tensor, v: Tensor, feature_map: str, kv_len: int | Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    feature_map: str,
+    kv_len: int | Tensor | None = None,
+    center: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ φ(k_j)ᵀ v_j [B, H, D, D] and Σ φ(k_j) [B, H, D] over all keys, float32."""
+    """Σ φ(k_j)ᵀ (v_j − center) [B, H, D, D] and Σ φ(k_j) [B, H, D] over all keys, float32; factors
+    as in `state_case`."""
     batch, heads, n, d = k.shape
     launch = find("state", capability_of(k), d, 64)
     spans, span = split(n, batch * heads, launch.tile)
     state = k.new_empty((batch, heads, spans, d, d), dtype=torch.float32)
     total = k.new_empty((batch, heads, spans, d), dtype=torch.float32)
-    case = state_case(k, v, state, total, span, launch, feature_map, kv_len)
+    options = (feature_map, kv_len, center, None, factors)
+    case = state_case(k, v, state, total, span, launch, *options)
     run(_linear_state_fwd_kernel, *case)
     return state.sum(2), total.sum(2)
+
+
+def mean_state(
+    state: Tensor, total: Tensor, k: Tensor, kv_len: int | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """State and total over the number n of valid keys, and 1/n [B, H, 1]."""
+    n = k.shape[2] if kv_len is None else kv_len
+    if isinstance(n, Tensor):
+        share = (1 / n.clamp(1, k.shape[2])).view(-1, 1, 1).expand(*k.shape[:2], 1).contiguous()
+        return state * share[..., None], total * share, share
+    share = 1 / max(1, min(n, k.shape[2]))
+    return state * share, total * share, total.new_full((*k.shape[:2], 1), share)
 
 
 class Part(NamedTuple):
@@ -192,19 +232,27 @@ def block_states(
     kv_len: int | Tensor | None = None,
     center: Tensor | None = None,
     weight: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """[B, H, blocks, D·D + D]: the mean state of each key block, h and z in the dtype of k."""
+    """[B, H, blocks, D·D + D]: the mean state of each key block, h and z in the dtype of k; options
+    as in `state_case`."""
     batch, heads, _, d = k.shape
     states = k.new_empty(batch, heads, blocks, d * d + d)
     launch = find("state", capability_of(k), d, 64)
-    options = (feature_map, kv_len, center, weight, 1 / block)
+    options = (feature_map, kv_len, center, weight, factors, 1 / block)
     case = state_case(k, v, *unpack(states), block, launch, *options)
     run(_linear_state_fwd_kernel, *case)
     return states
 
 
+def held_sum(held: Tensor, states: Tensor) -> Tensor:
+    """held [B, H, M, M'] times states [B, H, M', C], contiguous even where a size is 1."""
+    out = states.new_empty(*held.shape[:3], states.shape[3])
+    torch.bmm(held.flatten(0, 1), states.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
 def unpack(states: Tensor) -> tuple[Tensor, Tensor]:
-    """h [B, H, M, D, D] and z [B, H, M, D] of states [B, H, M, D·D + D]: views."""
-    d = int(states.shape[-1] ** 0.5)
-    h, z = states.split((d * d, d), -1)
-    return h.unflatten(-1, (d, d)), z
+    """h [B, H, M, D·D] and z [B, H, M, D] of states [B, H, M, D·D + D]: views."""
+    d = int(states.shape[3] ** 0.5)
+    return states[..., : d * d], states[..., d * d :]

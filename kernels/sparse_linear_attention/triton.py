@@ -23,13 +23,18 @@ from dit_accel.kernels.sparse_linear_attention.states import (
     block_states,
     feature_index,
     features,
+    held_sum,
     load_rows,
+    mean_state,
     parts,
     store_rows,
     unpack,
     whole_state,
 )
+from dit_accel.kernels.sparse_linear_attention.triton_backward import linear_branch_backward
 from dit_accel.table import BlockTable, block_count
+
+__all__ = ["linear_branch", "linear_branch_backward", "sparse_linear_attention", "supports"]
 
 
 @triton.jit(do_not_specialize=["n_q", "n_span"])
@@ -97,9 +102,9 @@ def linear_branch(
     out = torch.empty_like(q)
     bias = None if bias is None else bias.contiguous()
     if excluded is None:
-        state, total, eps = mean_state(*whole_state(k, v, feature_map, kv_len), k, kv_len)
+        state, total, share = mean_state(*whole_state(k, v, feature_map, kv_len), k, kv_len)
         state = (state @ weight.float().mT).to(q.dtype)
-        tensors = {"base": base, "q": q, "o": out, "bias": bias, "eps": eps}
+        tensors = {"base": base, "q": q, "o": out, "bias": bias, "eps": EPS * share}
         launch = find("linear", capability_of(q), q.shape[3], 64)
         tensors |= {"state": state[:, :, None], "total": total[:, :, None]}
         run(_linear_branch_fwd_kernel, *branch_case(tensors, q.shape[2], launch, feature_map))
@@ -110,25 +115,12 @@ def linear_branch(
         here = part.heads
         keys = (k[:, here], v[:, here], excluded.block_k, part.held.shape[3])
         states = block_states(*keys, feature_map, kv_len, weight=weight)
-        state, total = unpack(part.held @ states)
+        state, total = unpack(held_sum(part.held, states))
         tensors = {"base": base[:, here], "q": q[:, here], "o": out[:, here], "bias": bias}
         tensors |= {"eps": part.eps, "state": state, "total": total}
         case = branch_case(tensors, excluded.block_q, launch, feature_map)
         run(_linear_branch_fwd_kernel, *case)
     return out
-
-
-def mean_state(
-    state: Tensor, total: Tensor, k: Tensor, kv_len: int | Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """State and total over the number of valid keys, and ε over it, [B, H, 1]."""
-    n = k.shape[2] if kv_len is None else kv_len
-    if isinstance(n, Tensor):
-        n = n.clamp(1, k.shape[2]).view(-1, 1, 1).float()
-        eps = (EPS / n).expand(*k.shape[:2], 1).contiguous()
-        return state / n[..., None], total / n, eps
-    n = max(1, min(n, k.shape[2]))
-    return state / n, total / n, total.new_full((*k.shape[:2], 1), EPS / n)
 
 
 def branch_case(

@@ -6,7 +6,7 @@ import torch
 from dit_accel.kernels.sparse_linear_attention import reference, states, triton
 from dit_accel.kernels.sparse_linear_attention.features import FEATURE_MAPS
 from dit_accel.table import BlockTable, block_count
-from dit_accel.testing import assert_close, references
+from dit_accel.testing import WIDER, assert_close, references
 
 HALF = torch.float16
 FULL = torch.float32
@@ -70,7 +70,8 @@ def test_features_that_never_meet_stay_finite(mode: str, device: str):
     q[..., 0], k[..., 0] = 30, -30
     excluded = table if mode == "rest" else None
     out = triton.linear_branch(torch.zeros_like(q), q, k, v * 100, excluded, weight)
-    assert out.isfinite().all()
+    grads = triton.linear_branch_backward(q, q, k, v * 100, excluded, weight)
+    assert all(x.isfinite().all() for x in (out, *grads))
 
 
 def test_padding_is_never_read(device: str):
@@ -80,3 +81,48 @@ def test_padding_is_never_read(device: str):
     k[:, :, 70:], v[:, :, 70:] = torch.nan, torch.nan
     out = triton.linear_branch(base, q, k, v, table, weight, kv_len=70)
     torch.testing.assert_close(out, expected)
+    for excluded in (None, table):
+        grads = triton.linear_branch_backward(q, q, k, v, excluded, weight, kv_len=70)
+        assert all(x.isfinite().all() for x in grads)
+        assert not any(x[:, :, 70:].any() for x in grads[1:3])
+
+
+def leaves_of(dtype: torch.dtype, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.detach().to(dtype).requires_grad_() for x in tensors]
+
+
+def check_backward(args: tuple, grad: torch.Tensor) -> None:
+    """args: q, k, v, excluded, weight, feature map and kv_len."""
+    q, k, v, excluded, weight, *rest = args
+    found = triton.linear_branch_backward(grad, *args)
+
+    def naive(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        *x, w = leaves_of(dtype, q, k, v, weight)
+        base = torch.zeros_like(q, dtype=dtype)
+        out = reference.linear_branch(base, *x, excluded, w, None, *rest, dtype=dtype)
+        return torch.autograd.grad(out, (*x, w), grad.to(dtype))
+
+    for name, *x in zip(
+        ("dq", "dk", "dv", "dw"), found, naive(WIDER[q.dtype]), naive(q.dtype), strict=True
+    ):
+        assert_close(name, *x)
+
+
+@pytest.mark.parametrize("mode", ["all", "rest"])
+@pytest.mark.parametrize("case,kv_len", CASES, ids=str)
+def test_backward(case, kv_len, mode: str, device: str):
+    q, k, v, table, weight, _ = inputs(*case, device)
+    kv_len = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    excluded = table if mode == "rest" else None
+    check_backward((q, k, v, excluded, weight, "softmax", kv_len), torch.randn_like(q))
+
+
+@pytest.mark.parametrize("mode", ["all", "rest"])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("dtype", [FULL, HALF])
+def test_backward_of_values_far_from_zero(
+    dtype: torch.dtype, feature_map: str, mode: str, device: str
+):
+    q, k, v, table, weight, _ = inputs(65, 300, 64, 64, 32, dtype, device)
+    excluded = table if mode == "rest" else None
+    check_backward((q, k, v + 3, excluded, weight, feature_map, None), torch.randn_like(q))

@@ -39,16 +39,19 @@ TEXT_POSITIONS = 16
 SHIFT = 3.0
 SINGLE_FRAMES_UNTIL = 0.2
 LENGTHS = {5: 0.5, 9: 0.25, 17: 0.25}
+AMBIGUOUS = 4.0  # times as often: an emoji named by a colour, as in "red heart on a yellow …"
 PLAIN = ("condition_embedder", "patch_embedding", "proj_out", "shared", "relative_attention")
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """latents: [P, Z, t, h, w] normalised; ids, lengths: captions [P, L] and their words [P]."""
+    """latents: [P, Z, t, h, w] normalised; ids, lengths: captions [P, L] and their words [P];
+    shares: [P], how often each is drawn."""
 
     latents: Tensor
     ids: Tensor
     lengths: Tensor
+    shares: Tensor
 
 
 def load_vae(folder: Path, device: torch.device) -> AutoencoderKLWan:
@@ -96,7 +99,9 @@ def encode_pairs(
         parts.append(latents.to(torch.bfloat16 if on_gpu else torch.float32))
     prompts = [caption(clips.names[n], colours[c]) for n, c in pairs]
     ids, lengths = tokenize(clips.names, prompts)
-    return Pairs(torch.cat(parts), ids.to(device), lengths.to(device))
+    named = [bool(set(words(clips.names[n])) & set(colours)) for n, _ in pairs]
+    shares = torch.tensor([AMBIGUOUS if x else 1.0 for x in named], device=device)
+    return Pairs(torch.cat(parts), ids.to(device), lengths.to(device), shares)
 
 
 class Flow:
@@ -139,7 +144,7 @@ def draw(pairs: Pairs, share: float) -> tuple[Tensor, Tensor, Tensor]:
     frames = 1 if share < SINGLE_FRAMES_UNTIL or random.random() < 0.05 else min(frames, most)
     count = max(1, TOKENS // (frames * height * width // 4)) if pairs.latents.is_cuda else 4
     count = min(count, 256)
-    chosen = torch.randint(len(pairs.latents), (count,), device=pairs.latents.device)
+    chosen = torch.multinomial(pairs.shares, count, replacement=True)
     return pairs.latents[chosen, :, :frames].float(), pairs.ids[chosen], pairs.lengths[chosen]
 
 

@@ -230,6 +230,7 @@ class Engine:
 
     def _read_keys(self, mask: torch.Tensor | None, n: int) -> Keys | str:
         """The keys behind this mask, read once per forward and mask, or why it is not served."""
+        mask = keys.narrow(mask)
         same = mask is None or self.geometry.same_mask
         name = (None if mask is None else mask.shape, n) if same else id(mask)
         if name not in self._keys:

@@ -34,6 +34,13 @@ class Keys(NamedTuple):
         return x[rows, self.index]
 
 
+def narrow(mask: Tensor | None) -> Tensor | None:
+    """A mask [B, 1, 1, N] that was expanded over heads and queries, before that; others as is."""
+    if mask is not None and mask.ndim == 4 and mask.stride(1) == mask.stride(2) == 0:
+        return mask[:, :1, :1]
+    return mask
+
+
 def read(
     mask: Tensor | None, n: int, visual: slice, order: Tensor | None, product: bool
 ) -> Keys | str:

@@ -1,6 +1,6 @@
 """Flux.1 (also Kontext, Fill, Control): text first in one joint sequence."""
 
-from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite, unless_given
+from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 from dit_accel.pipelines.grids import grid_of_ids
 
 
@@ -25,6 +25,6 @@ ADAPTER = Adapter(
         ("attn", "ff"),
         text="encoder_hidden_states",
         visual=1,
-        refuses=unless_given("controlnet_block_samples", "controlnet_single_block_samples"),
+        whole=("controlnet_block_samples", "controlnet_single_block_samples"),
     ),
 )

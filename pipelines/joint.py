@@ -27,7 +27,8 @@ SD3 = Adapter(
         probes=("attn", "ff"),
         text="encoder_hidden_states",
         visual=1,
-        refuses=unless_given("block_controlnet_hidden_states", "skip_layers"),
+        whole=("block_controlnet_hidden_states",),
+        refuses=unless_given("skip_layers"),
     ),
 )
 AURAFLOW = Adapter(

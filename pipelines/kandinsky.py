@@ -1,4 +1,7 @@
-"""Kandinsky 5: visual self-attention on [B, T, H, W, C]; its own NABLA mask makes it stay dense."""
+"""Kandinsky 5 and 6: visual self-attention on [B, T, H, W, C].
+
+A checkpoint's own NABLA mask makes it stay dense. Sound, in Kandinsky 6, is left alone.
+"""
 
 from dit_accel.pipelines.base import Adapter, Geometry, SpanSite, unless_given
 
@@ -22,5 +25,21 @@ ADAPTER = Adapter(
         ("self_attention", "feed_forward"),
         leave="out_layer.out_layer",
         refuses=unless_given("sparse_params"),
+    ),
+)
+# vis_rope: rotations [N, 1, D / 2, 2, 2]. Sound runs in every step
+SIX = Adapter(
+    classes=("Kandinsky6Transformer3DModel",),
+    attention=("visual_transformer_blocks.*.video_dec_block.self_attention",),
+    geometry=_geometry,
+    span=SpanSite(
+        ("visual_transformer_blocks",),
+        "vis",
+        (("vis_rope", 0, 5),),
+        ("video_dec_block.self_attention", "video_dec_block.feed_forward"),
+        text="aud",
+        apart=True,
+        readers=("visual_transformer_blocks.*.av_cross_attention",),
+        leave="out_layer.out_layer",
     ),
 )

@@ -7,6 +7,7 @@ from dit_accel.pipelines.grids import grid_of_ids, grid_of_images, image_ids
 
 _BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
+_CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
 # image_rotary_emb: cosines and sines [text + N, D]; text and image in one row after the two
 _SPAN = SpanSite(
     ("transformer_blocks", "single_transformer_blocks"),
@@ -34,9 +35,30 @@ DOUBLE = replace(
         "LongCatImageTransformer2DModel",
         "OvisImageTransformer2DModel",
     ),
-    span=_SPAN._replace(
-        single=(),
-        refuses=unless_given("controlnet_block_samples", "controlnet_single_block_samples"),
+    span=_SPAN._replace(single=(), whole=_CONTROL),
+)
+
+
+def _flux3(transformer, args) -> Geometry:
+    # reference images follow the image; blocks before the joint ones see each by itself
+    grid, cond = grid_of_ids(args["img_ids"]), args.get("image_cond_ids")
+    if cond is not None:
+        grid = grid_of_images([grid, grid_of_ids(cond)])
+    return Geometry(grid, n_text=None, text_first=True)
+
+
+# image_rotary_emb: cosines and sines [text + N, D]; temb_mod [B, N, 3 C]
+FLUX3 = Adapter(
+    classes=("Flux3Transformer2DModel",),
+    attention=("mode_blocks.image.*.attn", "single_transformer_blocks.*.attn"),
+    geometry=_flux3,
+    span=SpanSite(
+        ("single_transformer_blocks",),
+        rows=(("image_rotary_emb", 0, 2), ("temb_mod", 1, 3)),
+        probes=("attn", "ff"),
+        text="encoder_hidden_states",
+        visual=1,
+        refuses=unless_given("image_cond_hidden_states"),
     ),
 )
 # each block makes the product of valid queries and valid keys anew
@@ -46,7 +68,7 @@ CHROMA = Adapter(
     geometry=image_ids(same_mask=True),
     span=_SPAN._replace(
         rows=(*_SPAN.rows, ("attention_mask", 1, 2)),
-        whole=("controlnet_block_samples", "controlnet_single_block_samples"),
+        whole=_CONTROL,
     ),
 )
 
@@ -69,7 +91,7 @@ QWEN = Adapter(
         text="encoder_hidden_states",
         visual=1,
         probes=("attn", "img_mlp"),
-        refuses=unless_given("controlnet_block_samples"),
+        whole=_CONTROL,
     ),
 )
 

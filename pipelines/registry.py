@@ -13,6 +13,7 @@ _HOME = {
     "AllegroTransformer3DModel": "visual",
     "AnyFlowTransformer3DModel": "wan:ANYFLOW",
     "AuraFlowTransformer2DModel": "joint:AURAFLOW",
+    "BriaFibo2Transformer2DModel": "bria_fibo2",
     "BriaFiboTransformer2DModel": "packed",
     "BriaTransformer2DModel": "packed:DOUBLE",
     "ChromaTransformer2DModel": "packed:CHROMA",
@@ -26,6 +27,7 @@ _HOME = {
     "EasyAnimateTransformer3DModel": "joint:EASYANIMATE",
     "ErnieImageTransformer2DModel": "joint:ERNIE",
     "Flux2Transformer2DModel": "packed:FLUX2",
+    "Flux3Transformer2DModel": "packed:FLUX3",
     "FluxTransformer2DModel": "flux",
     "GlmImageTransformer2DModel": "cogvideox:GLM",
     "HeliosTransformer3DModel": "wan:HELIOS",
@@ -35,13 +37,19 @@ _HOME = {
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video:FRAMEPACK",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "Ideogram4Transformer2DModel": "one_row:IDEOGRAM",
+    "JoyImageEditPlusTransformer3DModel": "joyimage:PLUS",
+    "JoyImageEditTransformer3DModel": "joyimage",
     "Kandinsky5Transformer3DModel": "kandinsky",
+    "Kandinsky6Transformer3DModel": "kandinsky:SIX",
     "Krea2Transformer2DModel": "packed:KREA2",
     "LTX2VideoTransformer3DModel": "ltx:LTX2",
     "LTXVideoTransformer3DModel": "ltx",
     "LatteTransformer3DModel": "visual:LATTE",
     "LongCatImageTransformer2DModel": "packed:DOUBLE",
     "Lumina2Transformer2DModel": "joint:LUMINA2",
+    "LuminaNextDiT2DModel": "visual:LUMINA_NEXT",
+    "MiniMaxH3Transformer3DModel": "one_row:MINIMAX",
     "MochiTransformer3DModel": "mochi",
     "MotifVideoTransformer3DModel": "hunyuan_video:MOTIF",
     "NucleusMoEImageTransformer2DModel": "packed:NUCLEUS",
@@ -57,6 +65,7 @@ _HOME = {
     "ZImageTransformer2DModel": "joint:Z_IMAGE",
 }
 _LINEAR = "its self-attention is linear already, so there is nothing to accelerate"
+_SOUND = "it makes sound, a row of tokens without a grid"
 _LEFT_ALONE = {
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
@@ -65,6 +74,15 @@ _LEFT_ALONE = {
     "WanAnimate2Transformer3DModel": "it attends through a key-value cache and a block mask",
     "Cosmos3OmniTransformer": "it attends causally to text, sound and actions in one sequence",
     "OmniGenTransformer2DModel": "it attends causally, as a language model does",
+    "QwenImage21Transformer2DModel": "it attends segment by segment, through a key-value cache",
+    "Kandinsky6SRTransformer3DModel": "it attends through its own sparse mask (NABLA) only",
+    "SanaWMLTX2RefinerTransformer3DModel": "it attends through a key-value cache",
+    "DreamLiteTransformer2DModel": "it is a part of a U-Net",
+    "AceStepTransformer1DModel": _SOUND,
+    "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxMusic3Transformer1DModel": _SOUND,
+    "StableAudio3DiTModel": _SOUND,
+    "StableAudioDiTModel": _SOUND,
 }
 _EXTRA: dict[str, Adapter] = {}
 

@@ -41,6 +41,18 @@ PIXART = replace(
 DIT = replace(
     PIXART, classes=("DiTTransformer2DModel",), span=PIXART.span._replace(leave="proj_out_2")
 )
+# image_rotary_emb: rotations [1, N, D / 2]; attention_mask [B, N]
+LUMINA_NEXT = Adapter(
+    classes=("LuminaNextDiT2DModel",),
+    attention=("layers.*.attn1",),
+    geometry=latents(same_mask=True),
+    span=SpanSite(
+        ("layers",),
+        rows=(("image_rotary_emb", 1, 3), ("attention_mask", 1, 2)),
+        probes=("feed_forward",),  # what attn1 returns is still apart by heads
+        leave="norm_out",
+    ),
+)
 HUNYUAN_DIT = Adapter(
     classes=("HunyuanDiT2DModel",),
     attention=("blocks.*.attn1",),

@@ -16,10 +16,12 @@ from dit_accel.pipelines import registry
 # processors whose code we re-bind: module under diffusers.models → classes
 PROCESSORS = {
     "attention_processor": "AllegroAttnProcessor2_0 AttnProcessor2_0 AuraFlowAttnProcessor2_0 "
-    "CogVideoXAttnProcessor2_0 HunyuanAttnProcessor2_0 JointAttnProcessor2_0 MochiAttnProcessor2_0",
+    "CogVideoXAttnProcessor2_0 HunyuanAttnProcessor2_0 JointAttnProcessor2_0 "
+    "LuminaAttnProcessor2_0 MochiAttnProcessor2_0",
     "transformers.transformer_anyflow": "AnyFlowAttnProcessor",
     "transformers.transformer_bria": "BriaAttnProcessor",
     "transformers.transformer_bria_fibo": "BriaFiboAttnProcessor",
+    "transformers.transformer_bria_fibo2": "BriaFibo2AttnProcessor",
     "transformers.transformer_chronoedit": "WanAttnProcessor",
     "transformers.transformer_cogview4": "CogView4AttnProcessor",
     "transformers.transformer_cosmos": "CosmosAttnProcessor2_0 CosmosAttnProcessor2_5",
@@ -27,18 +29,24 @@ PROCESSORS = {
     "transformers.transformer_ernie_image": "ErnieImageSingleStreamAttnProcessor",
     "transformers.transformer_flux": "FluxAttnProcessor FluxIPAdapterAttnProcessor",
     "transformers.transformer_flux2": "Flux2AttnProcessor Flux2ParallelSelfAttnProcessor",
+    "transformers.transformer_flux3": "Flux3AttnProcessor",
     "transformers.transformer_glm_image": "GlmImageAttnProcessor",
     "transformers.transformer_helios": "HeliosAttnProcessor",
     "transformers.transformer_hidream_image": "HiDreamAttnProcessor",
     "transformers.transformer_hunyuan_video": "HunyuanVideoAttnProcessor2_0",
     "transformers.transformer_hunyuan_video15": "HunyuanVideo15AttnProcessor2_0",
     "transformers.transformer_hunyuanimage": "HunyuanImageAttnProcessor",
+    "transformers.transformer_ideogram4": "Ideogram4AttnProcessor",
+    "transformers.transformer_joyimage": "JoyImageAttnProcessor",
+    "transformers.transformer_joyimage_edit_plus": "JoyImageEditPlusAttnProcessor",
     "transformers.transformer_kandinsky": "Kandinsky5AttnProcessor",
+    "transformers.transformer_kandinsky6": "Kandinsky6AttnProcessor",
     "transformers.transformer_krea2": "Krea2AttnProcessor",
     "transformers.transformer_longcat_image": "LongCatImageAttnProcessor",
     "transformers.transformer_ltx": "LTXVideoAttnProcessor",
     "transformers.transformer_ltx2": "LTX2AudioVideoAttnProcessor LTX2PerturbedAttnProcessor",
     "transformers.transformer_lumina2": "Lumina2AttnProcessor2_0",
+    "transformers.transformer_minimax_h3": "MiniMaxH3AttnProcessor",
     "transformers.transformer_motif_video": "MotifVideoAttnProcessor2_0",
     "transformers.transformer_nucleusmoe_image": "NucleusMoEAttnProcessor2_0",
     "transformers.transformer_ovis_image": "OvisImageAttnProcessor",
@@ -52,25 +60,32 @@ PROCESSORS = {
 CALLS = {"dispatch_attention_fn", "scaled_dot_product_attention"}
 # forward arguments that adapters read, besides hidden_states
 ARGUMENTS = {
+    "BriaFibo2Transformer2DModel": "context_latents encoder_attention_mask",
     "BriaFiboTransformer2DModel": "img_ids",
     "BriaTransformer2DModel": "img_ids",
-    "ChromaTransformer2DModel": "img_ids",
-    "Flux2Transformer2DModel": "img_ids",
+    "ChromaTransformer2DModel": "img_ids controlnet_block_samples controlnet_single_block_samples",
+    "Flux2Transformer2DModel": "img_ids kv_cache_mode",
+    "Flux3Transformer2DModel": "img_ids image_cond_ids image_cond_hidden_states",
     "FluxTransformer2DModel": "img_ids encoder_hidden_states controlnet_block_samples "
     "controlnet_single_block_samples",
     "HunyuanVideoFramepackTransformer3DModel": "latents_clean latents_history_2x "
     "latents_history_4x",
+    "GlmImageTransformer2DModel": "kv_caches attention_mask",
+    "Ideogram4Transformer2DModel": "indicator segment_ids position_ids",
+    "JoyImageEditPlusTransformer3DModel": "shape_list",
     "Kandinsky5Transformer3DModel": "sparse_params",
     "Krea2Transformer2DModel": "position_ids",
     "LTX2VideoTransformer3DModel": "num_frames height width timestep",
     "LTXVideoTransformer3DModel": "num_frames height width timestep",
     "LongCatImageTransformer2DModel": "img_ids",
+    "Lumina2Transformer2DModel": "encoder_attention_mask",
+    "MiniMaxH3Transformer3DModel": "video_indices position_ids",
     "NucleusMoEImageTransformer2DModel": "img_shapes",
     "OvisImageTransformer2DModel": "img_ids",
     "QwenImageTransformer2DModel": "img_shapes",
     "WanTransformer3DModel": "timestep",
     "WanVACETransformer3DModel": "timestep control_hidden_states",
-    "ZImageTransformer2DModel": "x patch_size f_patch_size",
+    "ZImageTransformer2DModel": "x patch_size f_patch_size controlnet_block_samples",
 }
 DISPATCH = (
     "query key value attn_mask dropout_p is_causal scale enable_gqa attention_kwargs backend "

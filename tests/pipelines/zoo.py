@@ -21,8 +21,8 @@ class Case:
     family: the models it stands for. axes: of its latents. grid: tokens (T, H, W); where latents
     are packed ("N") one row is one token, elsewhere a token is 2 × 2 latent pixels of one frame.
     layers: attention modules to be patched. mask: what the calls see. history: tokens in front of
-    the latents. mixes: blocks in front of the first patched one let visual tokens attend.
-    note: what a user of this model should know.
+    the latents. ahead: rows of packed latents in front, that stand for text. mixes: blocks in front
+    of the first patched one let visual tokens attend. note: what a user of this model should know.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Case:
     layers: int = 2
     mask: str = "none"
     history: int = 0
+    ahead: int = 0
     mixes: bool = False
     note: str = ""
 
@@ -53,7 +54,7 @@ class Case:
         """`arguments` with the latents of one token of the first sample changed."""
         arguments = self.arguments()
         latents = arguments["x"][0] if "x" in arguments else arguments["hidden_states"]
-        where = {"B": 0, "T": t, "H": 2 * h, "W": 2 * w, "N": token}
+        where = {"B": 0, "T": t, "H": 2 * h, "W": 2 * w, "N": self.ahead + token}
         latents[tuple(where.get(axis, slice(None)) for axis in self.axes)] += 1
         return arguments
 

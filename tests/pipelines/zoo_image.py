@@ -1,5 +1,6 @@
 """Image transformers: 16 × 16 tokens, two heads of 64."""
 
+import torch
 from zoo import TEXT, Image, at, padding, x
 
 DIT = {"num_attention_heads": 2, "attention_head_dim": 64, "in_channels": 4, "num_layers": 2}
@@ -188,6 +189,58 @@ IMAGES = (
         },
         lambda: latents(attention_mask=padding(12, 20)),
         mask="key padding",
+    ),
+    Image(
+        "LuminaNextDiT2DModel",
+        "Lumina-Next",
+        {
+            "sample_size": 32,
+            "hidden_size": 128,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "cross_attention_dim": 16,
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 32, 32),
+            "timestep": at(0.5, 0.5),
+            "encoder_hidden_states": x(2, TEXT, 16),
+            "encoder_mask": padding(12, 20),
+            "image_rotary_emb": torch.polar(torch.ones(16, 16, 32), x(16, 16, 32)),
+            "cross_attention_kwargs": {},
+        },
+        mask="key padding, expanded",
+    ),
+    Image(
+        "BriaFibo2Transformer2DModel",
+        "Bria Fibo 2",
+        {
+            "in_channels": 4,
+            "dim": 128,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "cap_feat_dim": 16,
+            "injection_layer_ids": (1,),
+            "perceiver_num_layers": 1,
+            "min_num_gist_tokens": 8,
+            "max_num_gist_tokens": 16,
+            "gist_step": 8,
+            "gist_min_text_len": 8,
+            "gist_max_text_len": 16,
+            "axes_dims": (16, 24, 24),
+            "axes_lens": (64, 64, 64),
+        },
+        lambda: {
+            "hidden_states": x(2, 4, 32, 32),
+            "timestep": at(0.5, 0.5),
+            "encoder_hidden_states": x(2, 2, TEXT, 16),
+            "encoder_attention_mask": padding(8, 20),
+        },
+        mask="key padding",
+        mixes=True,
+        note="pruning refuses the images it is made from",
     ),
     Image(
         "Lumina2Transformer2DModel",

@@ -41,6 +41,21 @@ def krea_ids():
     return torch.cat([torch.zeros(TEXT, 3), image_ids(16, 16)])
 
 
+def ideogram():
+    """Text that is padded in front, then the picture."""
+    text, n = padding(12, 20).flip(1), TEXT + 256
+    picture = torch.ones(2, 256).bool()
+    positions = torch.cat([torch.arange(TEXT)[:, None].expand(-1, 3), image_ids(16, 16).long() + 9])
+    return {
+        "hidden_states": x(2, n, 16),
+        "encoder_hidden_states": x(2, n, 16),
+        "timestep": at(0.5, 0.5),
+        "position_ids": positions.expand(2, -1, -1),
+        "segment_ids": torch.cat([text, picture], dim=1) * 2 - 1,
+        "indicator": torch.cat([text * 3, picture * 2], dim=1),
+    }
+
+
 PACKS = (
     Packed(
         "FluxTransformer2DModel",
@@ -54,6 +69,42 @@ PACKS = (
         dict(PACKED, axes_dims_rope=(16, 16, 16, 16), timestep_guidance_channels=32),
         lambda: packed(axes=4, guidance=at(1.0)),
         note="with a key-value cache for reference images it stays dense, unbooked",
+    ),
+    Packed(
+        "Flux3Transformer2DModel",
+        "Flux.3",
+        {
+            "in_channels": 16,
+            "cond_in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "timestep_channels": 16,
+            "mlp_ratio": 1.0,
+            "axes_dims_rope": (16, 16, 16, 16),
+        },
+        lambda: packed(axes=4),
+        layers=3,
+        note="with reference images its first blocks stay dense; pruning spans the joint blocks",
+    ),
+    Packed(
+        "Ideogram4Transformer2DModel",
+        "Ideogram 4",
+        {
+            "in_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "adaln_dim": 16,
+            "llm_features_dim": 16,
+            "mrope_section": (12, 10, 10),
+        },
+        ideogram,
+        ahead=TEXT,
+        mask="product of valid queries and valid keys",
     ),
     Packed(
         "ChromaTransformer2DModel",

@@ -43,6 +43,36 @@ def hunyuan(*lengths, channels=4, **more):
     )
 
 
+JOY = {
+    "in_channels": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "text_dim": 16,
+    "num_layers": 2,
+    "rope_dim_list": [16, 24, 24],
+}
+
+
+def minimax():
+    """Text, sound and the clip in one row."""
+    clip, sound = 192, 6
+    start = TEXT + sound
+    cells = torch.cartesian_prod(*(torch.arange(n) for n in (3, 8, 8)))
+    outside = torch.zeros(start, 3)
+    return {
+        "hidden_states": x(1, clip, 16),
+        "audio_hidden_states": x(1, sound, 8),
+        "encoder_hidden_states": x(1, TEXT, 16),
+        "timestep": at(0.5, 0.0),
+        "timestep_indices": torch.cat([torch.ones(TEXT), torch.zeros(sound + clip)]).long(),
+        "token_tags": torch.tensor([0] * TEXT + [1] * sound + [2] * clip),
+        "position_ids": torch.cat([outside, cells * 0.5]).double(),
+        "video_indices": torch.arange(start, start + clip),
+        "audio_indices": torch.arange(TEXT, start),
+        "text_indices": torch.arange(TEXT),
+    }
+
+
 def cog(**more):
     return dict(
         hidden_states=x(2, 3, 4, 16, 16),
@@ -328,6 +358,84 @@ VIDEOS = (
         },
         axes="BTHWC",
         note="checkpoints that bring their own NABLA mask stay dense",
+    ),
+    Video(
+        "Kandinsky6Transformer3DModel",
+        "Kandinsky 6",
+        {
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 16,
+            "time_dim": 32,
+            "model_dim": 128,
+            "ff_dim": 64,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (16, 24, 24),
+            "visual_cond": False,
+            "in_audio_dim": 4,
+            "out_audio_dim": 4,
+            "ca_rope": True,
+            "cross_gates": True,
+            "fix_modulation": True,
+        },
+        lambda: {
+            "hidden_states": x(1, 3, 16, 16, 4),
+            "audio_hidden_states": x(1, 6, 4),
+            "encoder_hidden_states": x(1, TEXT, 16),
+            "timestep": at(500.0),
+            "pooled_projections": x(1, 16),
+        },
+        axes="BTHWC",
+        note="audio and audio-video attention stay dense",
+    ),
+    Video(
+        "JoyImageEditTransformer3DModel",
+        "JoyImage Edit",
+        JOY,
+        lambda: {
+            "hidden_states": x(2, 4, 3, 16, 16),
+            "encoder_hidden_states": x(2, TEXT, 16),
+            "timestep": at(500.0, 500.0),
+        },
+    ),
+    Video(
+        "JoyImageEditPlusTransformer3DModel",
+        "JoyImage Edit Plus",
+        JOY,
+        lambda: {
+            "hidden_states": x(2, 192, 4, 1, 2, 2),
+            "encoder_hidden_states": x(2, TEXT, 16),
+            "encoder_hidden_states_mask": padding(12, 20),
+            "timestep": at(500.0, 500.0),
+            "shape_list": [[(1, 8, 8)] * 3] * 2,
+        },
+        axes="BNC",
+        mask="key padding",
+        note="batches of several sizes stay dense",
+    ),
+    Video(
+        "MiniMaxH3Transformer3DModel",
+        "MiniMax H3",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "hidden_size": 96,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 64,
+            "in_channels": 4,
+            "audio_in_channels": 8,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 32,
+            "time_embed_dim": 32,
+            "rope_freq_dim": 8,
+        },
+        lambda: minimax(),
+        axes="BNC",
+        note="sound and reference images are read by every query",
     ),
     Video(
         "LatteTransformer3DModel",

@@ -75,7 +75,7 @@ class Context:
                 f"{tuple(mask.shape)} and {mask.dtype}; take context='drop'"
             )
         if id(mask) not in self._masks:
-            seen = mask.any(-1, keepdim=True).expand(*mask.shape[:-1], n)
+            seen = mask[..., visual].any(-1, keepdim=True).expand(*mask.shape[:-1], n)
             parts = [mask[..., : visual.start], seen, mask[..., visual.stop :]]
             self._masks[id(mask)] = (mask, torch.cat(parts, dim=-1))
         return self._masks[id(mask)][1]

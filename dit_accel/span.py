@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dit_accel import step_cache
 from dit_accel.clock import Clock
+from dit_accel.keys import narrow
 from dit_accel.pipelines.base import SpanSite
 from dit_accel.prune import TokenPruning
 from dit_accel.prune_context import Context
@@ -265,11 +266,14 @@ class Span:
             self.context.remember(name, k[:, visual], v[:, visual])
             return k, v, mask
         whole = self.context.complete(name, k, v, visual, self._index, n)
-        return *whole, self.context.mask(mask, visual, n, self.clock.geometry.same_mask)
+        product = self.clock.geometry.same_mask
+        return *whole, self.context.mask(narrow(mask), visual, n, product)
 
     def watch_attention(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """An attention call [B, n, H, D] comes; those of probe blocks tell who reads the text."""
         if self.prune.criterion != "text" or not self.running or self._entered is not None:
+            return
+        if self._start is None:  # a block before those of the span's lists
             return
         n, n_keys = self._start.shape[1], k.shape[1]
         first = (n_keys - n) * self.clock.geometry.text_first
@@ -321,14 +325,20 @@ def blocks_class(kind: type) -> type:
             inner = super().__iter__()
             if span is None or not span.running:  # a slice has none
                 return inner
-            return (_wrapped(span, n, block, single) for n, block in enumerate(inner, first))
+            return (_Wrapped(span, n, block, single) for n, block in enumerate(inner, first))
 
     SpanList.__name__ = kind.__name__
     return SpanList
 
 
-def _wrapped(span: Span, number: int, block: nn.Module, single: bool) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return span.run(number, block, args, kwargs, single)
+class _Wrapped:
+    """A block that runs as the span says; its attributes are its own."""
 
-    return call
+    def __init__(self, span: Span, number: int, block: nn.Module, single: bool) -> None:
+        self.__dict__.update(_run=functools.partial(span.run, number, block), _at=(block, single))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs, self._at[1])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._at[0], name)

@@ -54,6 +54,7 @@ def test_the_rows_of_tokens_that_run_are_those_of_the_full_step(model):
     """Positions, modulation and masks: each argument that a block of the span is handed."""
     case, built, _ = model
     site, seen, hooks, known = registry.find(built).span, [], [], set()
+    names = dict.fromkeys(name for name, _, _ in site.rows)
     for blocks in site.lists(built):
         for block in blocks:
             forward_of = inspect.signature(type(block).forward)
@@ -61,7 +62,7 @@ def test_the_rows_of_tokens_that_run_are_those_of_the_full_step(model):
 
             def spy(module, args, kwargs, forward_of=forward_of):
                 given = forward_of.bind(module, *args, **kwargs).arguments
-                found = [leaf for row in site.rows for leaf in tensors(given, *row)]
+                found = [leaf for name in names for leaf in tensors(given, name, site.rows)]
                 tokens = given[site.hidden].transpose(0, 1 - site.tokens_first)
                 seen.append((found, tokens.shape[0]))
 
@@ -79,22 +80,28 @@ def test_the_rows_of_tokens_that_run_are_those_of_the_full_step(model):
     half = len(seen) // 2
     for (full, before), (part, after) in zip(seen[:half], seen[half:], strict=True):
         assert after == before - n + len(index)
-        for (whole, dim), (rows, _) in zip(full, part, strict=True):
-            text = torch.arange(whole.shape[dim] - n)
-            ran = [text, index + len(text)] if text_first else [index, n + text]
-            assert torch.equal(rows, whole.index_select(dim, torch.cat(ran)))
+        for (whole, dims), (rows, _) in zip(full, part, strict=True):
+            for dim in dims:
+                text = torch.arange(whole.shape[dim] - n)
+                ran = [text, index + len(text)] if text_first else [index, n + text]
+                whole = whole.index_select(dim, torch.cat(ran))
+            assert torch.equal(rows, whole)
     assert not site.rows or seen[0][0]
     assert {name.partition(".")[0] for name, _, _ in site.rows} <= known
 
 
-def tensors(given, name, dim, rank):
-    """(tensor, dim) of each per-token tensor behind a row of a span."""
-    name, _, part = name.partition(".")
-    value = given.get(name)
+def tensors(given, name, rows):
+    """(tensor, dims) of each tensor behind an argument with rows per token."""
+    argument, _, part = name.partition(".")
+    value = given.get(argument)
     if part and value is not None:
         value = value.get(part) if isinstance(value, dict) else value[int(part)]
-    leaves = [x for x in unrolled(value) if torch.is_tensor(x)]
-    return [(x, dim) for x in leaves if x.ndim == rank and x.shape[dim] > 1]
+    found = []
+    for x in unrolled(value):
+        if torch.is_tensor(x):
+            dims = [dim for other, dim, rank in rows if other == name and x.ndim == rank]
+            found.append((x, [dim for dim in dims if x.shape[dim] > 1]))
+    return [(x, dims) for x, dims in found if dims]
 
 
 def unrolled(value):
@@ -181,10 +188,47 @@ def test_no_token_is_first_block_cache(name):
 
 
 @pytest.mark.parametrize(
+    ("name", "residuals"),
+    [
+        ("ChromaTransformer2DModel", ("controlnet_block_samples", [(1, 256, 128)])),
+        ("ChromaTransformer2DModel", ("controlnet_single_block_samples", [(1, 256, 128)])),
+        ("FluxTransformer2DModel", ("controlnet_block_samples", [(1, 256, 128)])),
+        ("FluxTransformer2DModel", ("controlnet_single_block_samples", [(1, 256, 128)])),
+        ("BriaTransformer2DModel", ("controlnet_block_samples", [(1, 256, 128)])),
+        ("QwenImageTransformer2DModel", ("controlnet_block_samples", [(2, 256, 128)] * 2)),
+        ("SD3Transformer2DModel", ("block_controlnet_hidden_states", [(2, 256, 128)])),
+        ("ZImageTransformer2DModel", ("controlnet_block_samples", {0: (2, 320, 128)})),
+    ],
+)
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_controlnet_residuals_reach_each_token(name, residuals, keep):
+    """They are added to all tokens between blocks, where those that run lie among the others."""
+    case, (argument, shapes) = ZOO[name], residuals
+    built = case.build()
+    torch.manual_seed(3)
+    if isinstance(shapes, dict):
+        samples = {number: torch.randn(shape) for number, shape in shapes.items()}
+    else:
+        samples = [torch.randn(shape) for shape in shapes]
+    prune = TokenPruning(**{**SPAN, "keep": keep, "context": "stale", "block": 16})
+    pipe = Pipe(built, steps=2)
+
+    def arguments():
+        return {**case.arguments(), argument: samples}
+
+    stock = forward(built, arguments())
+    assert not torch.allclose(stock, forward(built, case.arguments()), atol=1e-3)
+    with dit_accel.accelerated(pipe, Dense(), prune=prune, **NOW) as handle:
+        for out in pipe.steps(arguments):
+            torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
+        assert handle.report().steps[-1]["tokens"] < 1
+
+
+@pytest.mark.parametrize(
     ("name", "argument"),
     [
-        ("FluxTransformer2DModel", {"controlnet_block_samples": [torch.zeros(2, 256, 128)]}),
         ("SD3Transformer2DModel", {"skip_layers": [0]}),
+        ("Flux2Transformer2DModel", {"kv_cache_mode": "extract"}),
     ],
 )
 def test_what_acts_between_blocks_is_refused_by_name(name, argument):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dit_accel.engine import Engine
 
 _LOG = logging.getLogger(__name__)
+_SHARE = 0.75  # of the free memory, which a state may take where layers can run without theirs
 
 
 class StateTooLarge(RuntimeError):
@@ -30,7 +31,8 @@ class Announcer:
         self._seen: set[str] = set()
 
     def __call__(self, engine: Engine, q: Tensor, v: Tensor) -> None:
-        """q, v [B, N, H, D]. Logs the bytes; StateTooLarge when they do not fit in free memory."""
+        """q, v [B, N, H, D]. Logs the bytes. Where they do not fit in free memory, layers of a
+        divisible method do without from `engine.stateless_from` on; else StateTooLarge."""
         clock, method = engine.clock, engine.config.method
         if clock.generation != self._generation:
             self._generation, self._covered, self._seen = clock.generation, 0, set()
@@ -42,13 +44,22 @@ class Announcer:
         passes = max(1, clock.passes - self._covered)
         self._covered += passes
         sparse = set(engine.plan.sparse_layers())
-        layers = sum(book.number in sparse for book in engine.layers)
+        numbers = sorted(book.number for book in engine.layers if book.number in sparse)
+        layers = len(numbers)
         shape = (q.shape[0], q.shape[2], engine.geometry.n_visual, q.shape[3])
-        total = method.state_bytes(shape, v.dtype) * layers * passes
+        each = method.state_bytes(shape, v.dtype) * passes
+        total = each * layers
         what = f"the state of {method.name} takes {total / 2**20:.1f} MiB: "
         what += f"{layers} layers in {passes} guidance pass{'es' * (passes > 1)}"
-        _LOG.info(what)
         free = free_bytes(q.device)
+        if method.divisible and free is not None and total > _SHARE * free:
+            first = numbers[int(_SHARE * free) // each]
+            before = engine.stateless_from
+            engine.stateless_from = first if before is None else min(first, before)
+            what += f", but {q.device} has {free / 2**20:.1f} MiB free: layers from "
+            _LOG.info(f"{what}{engine.stateless_from} on run without one")
+            return
+        _LOG.info(what)
         if free is not None and total > free:
             raise StateTooLarge(
                 f"{what}, but {q.device} has {free / 2**20:.1f} MiB free; take residual='fp8', "

@@ -107,6 +107,7 @@ class Engine:
     carried: bool = False
     span: Span | None = None
     spans: list[Span] = field(default_factory=list)
+    stateless_from: int | None = None
     _ordered: tuple[str, tuple[int, int, int], torch.device] | None = None
     _announce: Announcer = field(default_factory=Announcer)
     _keys: dict[Any, tuple[torch.Tensor | None, Keys | str]] = field(default_factory=dict)
@@ -128,6 +129,7 @@ class Engine:
         """
         if self.clock.tick(geometry, timestep):
             self.state.clear()
+            self.stateless_from = None
             self._forced.clear()
             self.forwards.clear()
         self._keys.clear()
@@ -184,6 +186,9 @@ class Engine:
     ) -> torch.Tensor:
         """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them."""
         if not self.forwards:  # a module called outside of its transformer's forward
+            return dense(q, k, v, mask)
+        g = self.clock.geometry
+        if g.segments and (q.shape[1], k.shape[1]) != (self._queries, self._queries + g.n_text):
             return dense(q, k, v, mask)
         number = self._calls.get(layer, 0)  # some models call once per sample of the batch
         self._calls[layer] = number + 1
@@ -251,7 +256,7 @@ class Engine:
         keyed: Keys,
         scale: float | None,
     ) -> Call:
-        clock = self.clock
+        clock, place = self.clock, self.layers[layer].number
 
         def note(table: BlockTable | None) -> None:
             kept = 1.0 if table is None else table.density()
@@ -267,12 +272,13 @@ class Engine:
             text_first=keyed.text_first,
             index=None if self._pruned else self.index,
             kv_len=keyed.length,
-            layer=self.layers[layer].number,
+            layer=place,
             layers=self.plan.sparse_layers(),
             step=clock.step,
             steps=clock.steps,
             passname=clock.passname,
             refresh=action.refresh,
+            stateless=self.stateless_from is not None and place >= self.stateless_from,
             state=self.state.setdefault((clock.passname, (layer, number)), {}),
             note=note,
         )

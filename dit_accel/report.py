@@ -29,6 +29,7 @@ class Report:
     unplanned: dict[str, int]
     implementations: dict[str, int]
     state_bytes: int
+    stateless_from: int | None
     generations: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,6 +46,8 @@ class Report:
         served = ", ".join(f"{name} × {n}" for name, n in sorted(self.implementations.items()))
         lines += [f"  kernels: {served}"] if served else []
         lines += [f"  state: {self.state_bytes / 2**20:.1f} MiB"] if self.state_bytes else []
+        if self.stateless_from is not None:
+            lines.append(f"  no room for the state of the layers from {self.stateless_from} on")
         return "\n".join(lines)
 
 
@@ -74,6 +77,7 @@ def build(engine: Engine, model: str) -> Report:
         unplanned={k: n for k, n in engine.reasons.items() if k in engine.unplanned},
         implementations=dict(engine.implementations),
         state_bytes=engine.state_bytes(),
+        stateless_from=engine.stateless_from,
         generations=engine.clock.generation,
     )
 

@@ -33,6 +33,7 @@ class Call:
         layer, step, steps, passname: where in the run; steps is None when unknown.
         layers: numbers of the model's layers that run sparse, this one among them.
         refresh: the schedule asks methods with a state to rebuild it now.
+        stateless: this layer's state finds no room: keep nothing.
         state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
         note: takes the table that is read, for the report; None when everything is.
     """
@@ -51,6 +52,7 @@ class Call:
     steps: int | None = None
     passname: str = ""
     refresh: bool = False
+    stateless: bool = False
     state: dict[str, Any] = field(default_factory=dict)
     note: Callable[[BlockTable | None], None] = lambda table: None
 
@@ -76,6 +78,7 @@ class Method:
     paper: ClassVar[str] = ""
     finetuning: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dit_accel import ops
 from dit_accel.methods.base import Call
 from dit_accel.methods.dense import Dense
+from dit_accel.methods.pooled import Pooled
 from dit_accel.methods.remembering import Remembering
 from dit_accel.table import BlockTable
 
@@ -20,11 +21,13 @@ class SharedResidual(Remembering):
 
     Residual sharing is DiTFastAttn's (arXiv 2406.08552), there over a fixed window; here over
     pooled attention, whose blocks are chosen anew at each full step and which drops nothing.
-    `period`, `residual` and what is raised are Remembering's.
+    `period`, `residual` and what is raised are Remembering's, but that layers whose state finds no
+    room run pooled, at every step: the last ones, since the first ones err most without R.
     """
 
     keep: float = 0.2
 
+    divisible: ClassVar[bool] = True
     name: ClassVar[str] = "shared"
     description: ClassVar[str] = "pooled attention, completed by an earlier full step's residual"
     paper: ClassVar[str] = "arXiv 2406.08552 (residual sharing)"
@@ -33,6 +36,12 @@ class SharedResidual(Remembering):
         "balanced": {"keep": 0.2, "period": 5},
         "fast": {"keep": 0.1, "period": 8},
     }
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        if call.stateless:
+            pooled = Pooled(self.keep, self.block_q, self.block_k)
+            return pooled(q, k, v, call)
+        return super().__call__(q, k, v, call)
 
     def full(
         self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call

@@ -6,7 +6,7 @@ from runs import on, run
 from tiny import tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel import Pooled, Rettention, Schedule, SharedResidual, ops
+from dit_accel import Pooled, Rettention, Schedule, SharedResidual, announce, ops
 from dit_accel.methods import Call
 
 
@@ -55,3 +55,27 @@ def test_the_bytes_announced_are_the_bytes_kept(residual: str):
         run(handle._patches[0].engine.clock._pipe())
         measured = handle.report().state_bytes
     assert measured == method.state_bytes((1, 2, 192, 64), torch.float32) * 2 * 2
+
+
+def test_layers_whose_state_finds_no_room_run_pooled(monkeypatch, caplog):
+    method, pipe = SharedResidual(keep=0.5, period=2), tiny_wan(layers=3)
+    each = method.state_bytes((1, 2, 192, 64), torch.float32) * 2
+    with on(pipe, method, schedule=Schedule(warmup=1)) as handle:
+        whole = run(pipe, steps=4)
+        monkeypatch.setattr(announce, "free_bytes", lambda device: int(2 * each / 0.75))
+        with caplog.at_level("INFO"):
+            partly = run(pipe, steps=4)
+        report = handle.report()
+        assert report.stateless_from == 2 and report.state_bytes == 2 * each
+        assert "MiB free: layers from 2 on run without one" in caplog.text
+        assert "no room for the state of the layers from 2 on" in str(report)
+        monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
+        nowhere = run(pipe, steps=4)
+        assert handle.report().state_bytes == 0
+        monkeypatch.setattr(announce, "free_bytes", lambda device: None)
+        assert torch.equal(run(pipe, steps=4), whole)
+        assert handle.report().stateless_from is None
+    with on(pipe, Pooled(keep=0.5), schedule=Schedule(warmup=1)):
+        pooled = run(pipe, steps=4)
+    assert torch.equal(nowhere, pooled)
+    assert not torch.equal(partly, whole) and not torch.equal(partly, pooled)

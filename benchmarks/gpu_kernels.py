@@ -28,6 +28,7 @@ from gpu_checks import checks
 from gpu_run import SHAPES, Plan, Run, random_table, shared
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.runtime.errors import OutOfResources
 
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
@@ -251,6 +252,30 @@ def sweep(r: Run, shape: tuple[int, ...]) -> Plan:
     return plan
 
 
+def coefficient_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
+    """r and C, their means known, for several launches."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    options = {"return_means": True, "spreads": True}
+    table, means = tables.block_table(q, k, 0.05, block_q, 64, **options)
+    row, ms = find("coefficients", capability_of(q), shape[3], block_q), {}
+    expected = rectified.coefficients(q, k, v, table, means=means)[0]
+    for tile, warps, stages in product((16, 32, 64), (4, 8), (1, 2, 3)):
+        if r.dry and (tile, warps, stages) != (64, 4, 2):
+            continue
+        new = replace(row, tile=tile, warps=warps, stages=stages, provenance="")
+        name = f"tile {tile} warps {warps} stages {stages}"
+        try:
+            found = rectified.coefficients(q, k, v, table, means=means, launch=new)[0]
+        except OutOfResources as error:
+            ms[name] = str(error)
+            continue
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+        ms[name] = r.ms(
+            lambda new=new: rectified.coefficients(q, k, v, table, means=means, launch=new)
+        )
+    return {"launch": str(row), "ms": ms}
+
+
 def sweep_backward(r: Run, shape: tuple[int, ...]) -> Plan:
     capability = capability_of(torch.empty(0, device=r.device))
     plan: Plan = []
@@ -278,6 +303,8 @@ def timings(r: Run) -> Plan:
             plan.append((f"times {label}", lambda a=(shape, 0.05, block_q): times(r, *a)))
             plan.append((f"map {label}", lambda a=(shape, 0.05, block_q): map_times(r, *a)))
             plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
+    for name, shape in shapes.items():
+        plan.append((f"sweep coefficients {name}", lambda s=shape: coefficient_times(r, s, 128)))
     plan += sweep(r, first)
     if not r.dry:
         plan += sweep(r, (1, 48, 17776, 64))

@@ -163,12 +163,13 @@ def coefficients_case(
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel of r and C, with GAPR."""
     mean, kept = empty(*_SHAPE[:2], 512, head_dim), empty(*_SHAPE[:2], 512, 512, dtype=torch.uint8)
+    half = mean.to(dtype)
     return rectified._rectified_attention_coefficients_fwd_kernel, {
-        "q": mean, "k": mean, "v": mean, "q_far": mean, "k_far": mean, "kept": kept, "kv_len": None,
-        "ratio": mean, "shift": mean, "n_k": _SHAPE[2], "m_q": 512, "m_k": 512, "d": head_dim,
-        "scale": 0.1,
-        "BLOCK_K": 64, "TILE_Q": launch.tile, "TILE_K": launch.tile,
-        "TILE_D": table_kernels.MEAN_TILE, "BLOCK_D": 1 << (head_dim - 1).bit_length(),
+        "q": mean, "q_far": half, "k": half, "k_rest": half, "k_far": half, "v": half,
+        "kept": kept, "kv_len": None, "ratio": mean, "shift": mean, "n_k": _SHAPE[2], "m_q": 512,
+        "m_k": 512, "m_pad": 512, "d": head_dim, "scale": 0.1, "BLOCK_K": 64,
+        "TILE_Q": rectified.TILE_Q, "TILE_K": launch.tile,
+        "D": 1 << (head_dim - 1).bit_length(), "STAGES": launch.stages,
         "PRECISION": launch.precision,
     }  # fmt: skip
 

@@ -4,7 +4,9 @@
     r_n = Σ_{m exact} a_nm,  C_n = Σ_{m not exact} a_nm v̄_m
 
 Exact are the table's blocks and, with GAPR, the blocks whose gain |q̄·k̄| is at most the error
-|mean|q−q̄|·k̄| + |q̄·mean|k−k̄||. No matrix of Mq × Mk scores is written.
+|mean|q−q̄|·k̄| + |q̄·mean|k−k̄||. No matrix of Mq × Mk scores is written. Of 16-bit tokens the means
+of q and k are two 16-bit factors each, the mean and what rounding took from it: q̄·k̄ is then three
+products, and exact to about float32; deviations, weights and v̄ have one.
 """
 
 from __future__ import annotations
@@ -15,20 +17,23 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import attend, supports
-from dit_accel.kernels.block_table.means import block_means, kept_map
-from dit_accel.kernels.block_table.triton import MEAN_TILE, load_means
-from dit_accel.kernels.launch import capability_of, find, padded, run
+from dit_accel.kernels.block_table.means import block_means, kept_map, pooled_blocks
+from dit_accel.kernels.block_table.triton import load_means
+from dit_accel.kernels.launch import Launch, capability_of, find, padded, run
 from dit_accel.kernels.tiles import key_limits, log2_scale
 from dit_accel.table import BlockMeans, BlockTable, block_count
 
 __all__ = ["rectified_attention", "supports"]
 
+# Query blocks of a program of the coefficients: one warpgroup's rows.
+TILE_Q = 64
+
 
 @triton.jit(do_not_specialize=["n_k", "m_q", "m_k"])
 def _rectified_attention_coefficients_fwd_kernel(
-    q, k, v, q_far, k_far, kept, kv_len, ratio, shift, n_k, m_q, m_k, d, scale,
-    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    q, q_far, k, k_rest, k_far, v, kept, kv_len, ratio, shift, n_k, m_q, m_k, m_pad, d, scale,
+    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -36,49 +41,51 @@ def _rectified_attention_coefficients_fwd_kernel(
     if kv_len is not None:
         n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
     o_q = tl.program_id(0) * TILE_Q + tl.arange(0, TILE_Q)
-    o_v = tl.arange(0, BLOCK_D)
-    b_c = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
+    o_k, o_d = tl.arange(0, TILE_K), tl.arange(0, D)
+    x_k = i_bh * m_k * d
+    b_whole = load_means(q + i_bh * m_q * d, o_q, o_d, m_q, d)
+    # of a 16-bit mean what rounding took is a second factor
+    b_q = b_whole.to(k.dtype.element_ty)
+    b_rest = (b_whole - b_q.to(tl.float32)).to(k.dtype.element_ty)
+    if q_far is not None:
+        b_qf = load_means(q_far + i_bh * m_q * d, o_q, o_d, m_q, d)
+    p_kept = kept + (i_bh * m_q + tl.minimum(o_q, m_q - 1)[:, None]) * m_pad + o_k[None, :]
+    b_c = tl.zeros([TILE_Q, D], tl.float32)
     b_m = tl.full([TILE_Q], -float("inf"), tl.float32)
     b_l = tl.zeros([TILE_Q], tl.float32)
     b_r = tl.zeros([TILE_Q], tl.float32)
-    for i in range(0, tl.cdiv(n_valid, BLOCK_K), TILE_K):
-        o_k = i + tl.arange(0, TILE_K)
-        b_v = load_means(v + i_bh * m_k * d, o_k, o_v, m_k, d)
-        m_x = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
-        p_x = kept + (i_bh * m_q + o_q[:, None]) * m_k + o_k[None, :]
-        m_exact = tl.load(p_x, mask=m_x, other=1) != 0
-        b_g = tl.zeros([TILE_Q, TILE_K], tl.float32)
-        b_eq = tl.zeros([TILE_Q, TILE_K], tl.float32)
-        b_ek = tl.zeros([TILE_Q, TILE_K], tl.float32)
-        for i_d in range(0, d, TILE_D):
-            o_d = i_d + tl.arange(0, TILE_D)
-            b_q = load_means(q + i_bh * m_q * d, o_q, o_d, m_q, d)
-            b_k = load_means(k + i_bh * m_k * d, o_k, o_d, m_k, d)
-            # [TQ, TD] @ [TD, TK] -> [TQ, TK]
-            b_g = tl.dot(b_q, tl.trans(b_k), b_g, input_precision=PRECISION)
-            if q_far is not None:
-                b_qf = load_means(q_far + i_bh * m_q * d, o_q, o_d, m_q, d)
-                b_kf = load_means(k_far + i_bh * m_k * d, o_k, o_d, m_k, d)
-                b_eq = tl.dot(b_qf.to(tl.float32), tl.trans(b_k), b_eq, input_precision="tf32")
-                b_ek = tl.dot(b_q, tl.trans(b_kf.to(tl.float32)), b_ek, input_precision="tf32")
+    for i in tl.range(0, tl.cdiv(n_valid, BLOCK_K), TILE_K, num_stages=STAGES):
+        b_k = load_means(k + x_k, i + o_k, o_d, m_k, d)
+        b_v = load_means(v + x_k, i + o_k, o_d, m_k, d)
+        m_exact = tl.load(p_kept + i) != 0
         if q_far is not None:
-            m_exact = m_exact | (tl.abs(b_g) <= tl.abs(b_eq) + tl.abs(b_ek))
-        b_size = (n_valid - o_k * BLOCK_K).to(tl.float32)
-        b_bias = tl.log2(tl.clamp(b_size, 1.0, BLOCK_K))
-        b_s = tl.where(b_size[None, :] > 0, b_g * scale + b_bias[None, :], -float("inf"))
+            b_kf = load_means(k_far + x_k, i + o_k, o_d, m_k, d)
+            # [TQ, D] @ [D, TK] -> [TQ, TK]
+            b_e = tl.abs(tl.dot(b_qf, tl.trans(b_k), input_precision=PRECISION))
+            b_e += tl.abs(tl.dot(b_q, tl.trans(b_kf), input_precision=PRECISION))
+        b_g = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if k_rest is not None:
+            b_kr = load_means(k_rest + x_k, i + o_k, o_d, m_k, d)
+            b_g = tl.dot(b_q, tl.trans(b_kr), b_g)
+            b_g = tl.dot(b_rest, tl.trans(b_k), b_g)
+        if q_far is not None:
+            m_exact = m_exact | (tl.abs(b_g) <= b_e)
+        b_size = (n_valid - (i + o_k) * BLOCK_K).to(tl.float32)
+        b_bias = tl.where(b_size > 0, tl.log2(tl.clamp(b_size, 1.0, BLOCK_K)), -float("inf"))
+        b_s = b_g * scale + b_bias[None, :]
         b_new = tl.maximum(b_m, tl.max(b_s, 1))
         b_p = tl.exp2(b_s - b_new[:, None])
         b_a = tl.exp2(b_m - b_new)
         b_l = b_l * b_a + tl.sum(b_p, 1)
         b_r = b_r * b_a + tl.sum(tl.where(m_exact, b_p, 0.0), 1)
+        b_p = tl.where(m_exact, 0.0, b_p).to(b_v.dtype)
         # [TQ, TK] @ [TK, D] -> [TQ, D]
-        b_p = tl.where(m_exact, 0.0, b_p)
-        b_c = tl.dot(b_p, b_v, b_c * b_a[:, None], input_precision="tf32")
+        b_c = tl.dot(b_p, b_v, b_c * b_a[:, None], input_precision=PRECISION)
         b_m = b_new
     b_l = tl.where(b_l > 0, b_l, 1.0)
     tl.store(ratio + i_bh * m_q + o_q, b_r / b_l, mask=o_q < m_q)
-    p_c = shift + (i_bh * m_q + o_q[:, None]) * d + o_v[None, :]
-    tl.store(p_c, b_c / b_l[:, None], mask=(o_q[:, None] < m_q) & (o_v[None, :] < d))
+    p_c = shift + (i_bh * m_q + o_q[:, None]) * d + o_d[None, :]
+    tl.store(p_c, b_c / b_l[:, None], mask=(o_q[:, None] < m_q) & (o_d[None, :] < d))
 
 
 def rectified_attention(
@@ -108,30 +115,28 @@ def coefficients(
     gapr: bool = True,
     kv_len: int | Tensor | None = None,
     means: BlockMeans | None = None,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """r [B, H, Mq] and C [B, H, Mq, D], float32."""
-    if means is None:
-        (q_mean, q_far), (k_mean, k_far) = (
-            block_means(q, table.block_q, spread=gapr),
-            block_means(k, table.block_k, kv_len, spread=gapr),
-        )
-        means = BlockMeans(q_mean, k_mean, q_far, k_far)
-    ratio = means.q.new_empty(means.q.shape[:3])
-    shift = torch.empty_like(means.q)
-    launch = find("coefficients", capability_of(q), q.shape[-1], table.block_q)
-    limits = key_limits(k, kv_len)
+    """r [B, H, Mq] and C [B, H, Mq, D], float32; launch None is the table's row."""
+    q_mean, q_far = (
+        block_means(q, table.block_q, spread=gapr) if means is None else (means.q, means.q_far)
+    )
+    k_mean, v_mean, k_rest, k_far = pooled_blocks(
+        k, v, table.block_k, kv_len, means and means.k, rest=k.element_size() == 2, spread=gapr
+    )
+    ratio, shift = q_mean.new_empty(q_mean.shape[:3]), torch.empty_like(q_mean)
+    launch = launch or find("coefficients", capability_of(q), q.shape[-1], table.block_q)
+    kept, limits = kept_map(table, launch.tile), key_limits(k, kv_len)
     limits.pop("PADDED")
     arguments = {
-        "q": means.q, "k": means.k, "v": block_means(v, table.block_k, kv_len)[0],
-        "q_far": means.q_far if gapr else None,
-        "k_far": means.k_far if gapr else None,
-        "kept": kept_map(table), "ratio": ratio, "shift": shift, **limits, "m_q": means.q.shape[2],
-        "m_k": means.k.shape[2], "d": q.shape[-1], "scale": log2_scale(scale, q),
-        "BLOCK_K": table.block_k,
-        "TILE_Q": launch.tile, "TILE_K": launch.tile, "TILE_D": MEAN_TILE,
-        "BLOCK_D": padded(q.shape[-1]),
+        "q": q_mean, "q_far": q_far if gapr else None, "k": k_mean, "k_rest": k_rest,
+        "k_far": (k_far if means is None else means.k_far) if gapr else None, "v": v_mean,
+        "kept": kept, "ratio": ratio, "shift": shift, **limits, "m_q": q_mean.shape[2],
+        "m_k": k_mean.shape[2], "m_pad": kept.shape[3], "d": q.shape[-1],
+        "scale": log2_scale(scale, q), "BLOCK_K": table.block_k, "TILE_Q": TILE_Q,
+        "TILE_K": launch.tile, "D": padded(q.shape[-1]), "STAGES": launch.stages,
         "PRECISION": launch.precision,
     }  # fmt: skip
-    grid = (block_count(means.q.shape[2], launch.tile), q.shape[1], q.shape[0])
+    grid = (block_count(q_mean.shape[2], TILE_Q), q.shape[1], q.shape[0])
     run(_rectified_attention_coefficients_fwd_kernel, grid, arguments, launch)
     return ratio, shift

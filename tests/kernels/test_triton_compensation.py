@@ -8,6 +8,7 @@ from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
+from dit_accel.kernels.rectified_attention import torch as rectified_torch
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import WIDER, assert_close, references
@@ -87,6 +88,18 @@ def test_rectified(case, kv_len, gapr, device):
     out = rectified.rectified_attention(q, k, v, table, None, gapr, kv_len)
     arguments = (q, k, v, table, None, gapr, kv_len)
     assert_close("out", out, *references(rectified_reference.rectified_attention, *arguments))
+
+
+def test_a_small_r_is_as_exact_as_a_large_one(device):
+    q, k, v, table = inputs(65, 300, 64, 64, 32, HALF, device)
+    q, k, scale = 2 * q + 1, 2 * k + 1, 1.0  # of the logits of means 16 bits keep one decimal
+    least = tables.block_table(-q, k, 0.2, 64, 32)
+    for kept in (table, least):
+        found = rectified.coefficients(q, k, v, kept, scale, gapr=False)
+        exact = rectified_torch.coefficients(q, k, v, kept, scale, gapr=False)
+        torch.testing.assert_close(found[0], exact[0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(found[1], exact[1], rtol=1e-3, atol=2e-3)
+    assert 0 < exact[0].max() < 1e-4
 
 
 @pytest.mark.parametrize("gapr", [True, False])

@@ -215,7 +215,7 @@ class Span:
             self._update(None, found - entered, text if text is None else text - text_before)
             return out
         if index.numel() == 0:
-            text = None if known.text is None else text_before + known.text
+            text = _moved(text_before, known.text)
         ran = found if found.shape[1] == index.numel() else found[:, index]
         fresh = ran - entered[:, index]
         past = Past(known, self.clock.step, index, fresh, entered, self._grid(), self._order)
@@ -271,9 +271,8 @@ class Span:
 
     def watch_attention(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """An attention call [B, n, H, D] comes; those of probe blocks tell who reads the text."""
-        if self.prune.criterion != "text" or not self.running or self._entered is not None:
-            return
-        if self._start is None:  # a block before those of the span's lists
+        probing = self.running and self._start is not None and self._entered is None
+        if self.prune.criterion != "text" or not probing:
             return
         n, n_keys = self._start.shape[1], k.shape[1]
         first = (n_keys - n) * self.clock.geometry.text_first
@@ -331,14 +330,21 @@ def blocks_class(kind: type) -> type:
     return SpanList
 
 
+def _moved(text: Tensor | None, by: Tensor | None) -> Tensor | None:
+    """Text tokens with their residual; as they are where it is that of others (a filled cache)."""
+    if text is None or by is None:
+        return None
+    return text + by if text.shape == by.shape else text
+
+
 class _Wrapped:
     """A block that runs as the span says; its attributes are its own."""
 
     def __init__(self, span: Span, number: int, block: nn.Module, single: bool) -> None:
-        self.__dict__.update(_run=functools.partial(span.run, number, block), _at=(block, single))
+        self._span, self._number, self._block, self._single = span, number, block, single
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(args, kwargs, self._at[1])
+        return self._span.run(self._number, self._block, args, kwargs, self._single)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._at[0], name)
+        return getattr(self._block, name)

@@ -71,7 +71,7 @@ class Rows:
     def gather(self, arguments: dict[str, Any], text: Tensor | None) -> None:
         """A block's arguments with the per-token rows of the tokens that run."""
         text = arguments.get(self.site.keys) if text is None else text
-        n_text = 0 if text is None else text.shape[1]
+        n_text = max(0 if text is None else text.shape[1], self.geometry.n_text or 0)
         for name, dim, rank in self.site.rows:
             name, _, part = name.partition(".")
             value = arguments.get(name)

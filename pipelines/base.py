@@ -18,6 +18,8 @@ class Geometry(NamedTuple):
     tokens cannot pass through the model, or "": then each attention call permutes its own.
     same_mask: all layers get the same key padding, perhaps as a fresh tensor or as the product of
     valid queries and valid keys, so it is read once.
+    segments: attention comes in several calls, of which only that with the visual queries and all
+    keys (n_text is a number) is this one; the others are the text's own and run dense, unbooked.
     dense: why this forward must stay dense, or "".
     """
 
@@ -26,6 +28,7 @@ class Geometry(NamedTuple):
     text_first: bool = False
     fixed_order: str = ""
     same_mask: bool = False
+    segments: bool = False
     dense: str = ""
 
     @property

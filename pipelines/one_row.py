@@ -1,11 +1,14 @@
 """Families that are handed one row of tokens, and indices of those that are the picture."""
 
+from math import prod
+
 from torch import Tensor
 
 from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
 from dit_accel.pipelines.grids import grid_of_ids
 
 _PICTURE = 2  # Ideogram's indicator of image tokens
+_SLOT = 4  # latent tokens in an image slot of Qwen's text encoder
 
 
 def _ideogram(transformer, args) -> Geometry:
@@ -85,5 +88,34 @@ MINIMAX = Adapter(
         probes=("attn", "ff"),
         single=("transformer_blocks",),
         refuses=_clip_last,
+    ),
+)
+
+
+def _qwen21(transformer, args) -> Geometry:
+    """Text and reference images, which attend to what lies before them, then the image. A slot of
+    the text encoder stands for four latent tokens; those of the image are not yet among them."""
+    shapes = args["img_shapes"][0]
+    references = sum(prod(shape) for shape in shapes[:-1])
+    n_text = args["encoder_hidden_states"].shape[1] + references - references // _SLOT
+    return Geometry(tuple(shapes[-1]), n_text, True, same_mask=True, segments=True)
+
+
+# rotary_emb [N, D / 2]; target_token_mask [N]; key_valid [B, N]; attention_mask [B, 1, 1, N] with a
+# filled cache. N: of all, or of the image where the others are in the cache
+QWEN21 = Adapter(
+    classes=("QwenImage21Transformer2DModel",),
+    attention=("transformer_blocks.*.attn",),
+    geometry=_qwen21,
+    span=SpanSite(
+        ("transformer_blocks",),
+        rows=(
+            ("rotary_emb", 0, 2),
+            ("target_token_mask", 0, 1),
+            ("key_valid", 1, 2),
+            ("attention_mask", 3, 4),
+        ),
+        probes=("attn", "img_mlp"),
+        single=("transformer_blocks",),
     ),
 )

@@ -224,6 +224,29 @@ def test_controlnet_residuals_reach_each_token(name, residuals, keep):
         assert handle.report().steps[-1]["tokens"] < 1
 
 
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_a_filled_cache_of_the_text_goes_with_pruning(keep):
+    """Qwen-Image 2.1 hands its blocks text and image at the first step, the image alone later."""
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    case = ZOO["QwenImage21Transformer2DModel"]
+    built, cache = case.build(), QwenImage21KVCache(2)
+    modes = iter(["extract", "cached", "cached"] * 2)
+
+    def arguments():
+        return {**case.arguments(), "kv_cache": cache, "kv_cache_mode": next(modes)}
+
+    stock = [forward(built, arguments())[:, -256:] for _ in range(3)]
+    options = {**SPAN, "keep": keep, "context": "stale", "block": 16}
+    pipe, method = Pipe(built, steps=3), dit_accel.TopK(0.999)
+    with dit_accel.accelerated(pipe, method, prune=TokenPruning(**options), **NOW) as handle:
+        for out, expected in zip(pipe.steps(arguments), stock, strict=True):
+            torch.testing.assert_close(out[:, -256:], expected, rtol=1e-4, atol=1e-4)
+        report = handle.report()
+    assert [step["tokens"] < 1 for step in report.steps] == [False, True, True]
+    assert not report.fallbacks
+
+
 @pytest.mark.parametrize(
     ("name", "argument"),
     [

@@ -37,6 +37,17 @@ def qwen(**more):
     )
 
 
+def qwen21():
+    return {
+        "hidden_states": x(2, 256, 16),
+        "encoder_hidden_states": x(2, TEXT, 16),
+        "encoder_hidden_states_mask": padding(12, 20),
+        "timestep": at(0.5, 0.5),
+        "img_shapes": [[(1, 16, 16)]] * 2,
+        "img_mask": (torch.arange(TEXT + 64) >= TEXT).expand(2, -1),
+    }
+
+
 def krea_ids():
     return torch.cat([torch.zeros(TEXT, 3), image_ids(16, 16)])
 
@@ -148,6 +159,22 @@ PACKS = (
         },
         qwen,
         mask="key padding",
+    ),
+    Packed(
+        "QwenImage21Transformer2DModel",
+        "Qwen-Image 2.1",
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "context_in_dim": 16,
+            "axes_dims_rope": (16, 24, 24),
+        },
+        qwen21,
+        mask="key padding",
+        note="text and reference images attend causally, dense and unbooked",
     ),
     Packed(
         "NucleusMoEImageTransformer2DModel",

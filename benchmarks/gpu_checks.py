@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
 from gpu_run import Plan, Run, random_table
 
+from dit_accel import dispatch, ops
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import reference as table_reference
@@ -16,9 +18,9 @@ from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
-from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.kernels.window_attention import reference as window_reference
 from dit_accel.kernels.window_attention import triton as window
+from dit_accel.table import BlockTable
 from dit_accel.testing import WIDER, assert_close, references
 
 
@@ -65,16 +67,32 @@ def check_table(r: Run, n: int, d: int, keep: float) -> dict[str, Any]:
     return {"rows_that_differ": (ours.to_mask() != naive.to_mask()).any(-1).sum().item()}
 
 
-def check_linear(r: Run, n: int, d: int, excluded: bool) -> dict[str, Any]:
-    q, k, v = (r.tokens(1, 2, n, d) for _ in range(3))
-    table = random_table(r, q, n, 64, 64, 0.5)
+def check_linear(r: Run, n: int, d: int, block_q: int, mode: str) -> dict[str, Any]:
+    """The operator as it is registered: its result, and the gradients that autograd finds."""
+    q, k, v, grad = (r.tokens(1, 2, n, d) for _ in range(4))
+    table, skip = (random_table(r, q, n, block_q, 64, keep) for keep in (0.5, 0.2))
     weight = torch.randn(d, d, device=r.device) / d**0.5
-    options = {"excluded": table if excluded else None}
-    out = linear.sparse_linear_attention(q, k, v, table, weight, **options)
-    ref = linear_reference.sparse_linear_attention
-    wide, same = references(ref, q, k, v, table, weight, **options)
-    assert_close("sparse_linear", out, wide, same)
-    return {"relative_error": ((out.float() - wide).norm() / wide.norm()).item()}
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, weight)]
+    options = {"linear": mode, "skip": skip if mode == "marginal" else None}
+    with dispatch.recording() as used:
+        out = ops.sparse_linear_attention(*leaves[:3], table, leaves[3], **options)
+        grads = torch.autograd.grad(out, leaves, grad)
+    assert all(name.endswith("/triton") for name in used), used
+    mask = table.to_mask() | skip.to_mask() if mode == "marginal" else table.to_mask()
+    excluded = None if mode == "all" else BlockTable.from_mask(mask, block_q, 64, n, n)
+    found = []
+    for dtype in (WIDER[q.dtype], q.dtype):
+        *x, w = (y.detach().to(dtype).requires_grad_() for y in leaves)
+        ref = linear_reference.sparse_linear_attention
+        result = ref(*x, table, w, excluded=excluded, dtype=dtype)
+        found.append((result, *torch.autograd.grad(result, (*x, w), grad.to(dtype))))
+    errors = {}
+    for name, x, wide, same in zip(
+        ("out", "dq", "dk", "dv", "dw"), (out, *grads), *found, strict=True
+    ):
+        assert_close(name, x, wide, same)
+        errors[name] = ((x.float() - wide).norm() / wide.norm()).item()
+    return {"relative_error": errors}
 
 
 def check_window(r: Run, n: int, d: int, block_q: int) -> dict[str, Any]:
@@ -107,9 +125,9 @@ def checks(r: Run) -> Plan:
         name = f"check backward d{d_} block {block}"
         plan.append((name, lambda a=(few, d_, block): check_backward(r, *a)))
     for d_ in sorted({kind[0] for kind in kinds}):
-        for flag in (False, True):
-            name = f"check linear d{d_} excluded {flag}"
-            plan.append((name, lambda a=(few, d_, flag): check_linear(r, *a)))
+        for block_q, mode in product((64,) if r.dry else (64, 128), ("all", "rest", "marginal")):
+            name = f"check linear d{d_} block_q {block_q} {mode}"
+            plan.append((name, lambda a=(few, d_, block_q, mode): check_linear(r, *a)))
         for block in (64, 128):
             name = f"check window d{d_} block {block}"
             plan.append((name, lambda a=(few, d_, block): check_window(r, *a)))

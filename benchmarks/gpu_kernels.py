@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str
         "pooled": lambda t, m=None: pooled.pooled_attention(q, k, v, t, k_mean=m and m.k),
         "rectified": lambda t, m=None: rectified.rectified_attention(q, k, v, t, means=m),
         "sla": lambda t: linear.sparse_linear_attention(q, k, v, t, weight),
+        "sla rest": lambda t: linear.sparse_linear_attention(q, k, v, t, weight, excluded=t),
     }
     means = {"pooled": {"return_means": True}}
     means["rectified"] = means["pooled"] | {"spreads": True}
@@ -194,19 +196,25 @@ def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict
     return {"ms": ms}
 
 
-def other_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
-    """The linear branch with excluded blocks, and a full step of Re-ttention."""
-    q, k, v = (r.tokens(*shape) for _ in range(3))
+def linear_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """The linear branch alone, over all keys and without the table's blocks, and its gradients."""
+    base, q, k, v = (r.tokens(*shape) for _ in range(4))
     table = tables.block_table(q, k, keep, block_q, 64)
     weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
-    ms = {
-        "sparse_linear rest": r.ms(
-            lambda: linear.sparse_linear_attention(q, k, v, table, weight, excluded=table)
-        ),
-    }
-    if shape[2] < 40000:
-        ms["window full step"] = r.ms(lambda: window.window_attention(q, k, v, table))
-    return {"ms": ms}
+    found: dict[str, Any] = {"ms": {}, "peak_bytes": {}}
+    for name, excluded in (("all", None), ("rest", table)):
+        for fn in (linear.linear_branch, linear.linear_branch_backward):
+            call = partial(fn, base, q, k, v, excluded, weight)
+            found["ms"][f"{name} {fn.__name__}"] = r.ms(call)
+            found["peak_bytes"][f"{name} {fn.__name__}"] = r.peak(call)
+    return found | {"inputs_bytes": 3 * q.numel() * q.element_size()}
+
+
+def other_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """A full step of Re-ttention."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    table = tables.block_table(q, k, keep, block_q, 64)
+    return {"ms": {"window full step": r.ms(lambda: window.window_attention(q, k, v, table))}}
 
 
 def scaling(r: Run, n: int) -> dict[str, Any]:
@@ -302,7 +310,9 @@ def timings(r: Run) -> Plan:
             label = f"{name} keep 0.05 block_q {block_q}"
             plan.append((f"times {label}", lambda a=(shape, 0.05, block_q): times(r, *a)))
             plan.append((f"map {label}", lambda a=(shape, 0.05, block_q): map_times(r, *a)))
-            plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
+            plan.append((f"linear {label}", lambda a=(shape, 0.05, block_q): linear_times(r, *a)))
+            if shape[2] < 40000:
+                plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
     for name, shape in shapes.items():
         plan.append((f"sweep coefficients {name}", lambda s=shape: coefficient_times(r, s, 128)))
     plan += sweep(r, first)

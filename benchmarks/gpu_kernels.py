@@ -38,6 +38,7 @@ from dit_accel.kernels.block_table.means import pooled_blocks
 from dit_accel.kernels.launch import Launch, capability_of, find, run
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.kernels.sparse_linear_attention import states
 from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.kernels.window_attention import triton as window
 
@@ -207,6 +208,11 @@ def linear_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> d
             call = partial(fn, base, q, k, v, excluded, weight)
             found["ms"][f"{name} {fn.__name__}"] = r.ms(call)
             found["peak_bytes"][f"{name} {fn.__name__}"] = r.peak(call)
+    memory, call = states._MEMORY, partial(linear.linear_branch, base, q, k, v, table, weight)
+    for bits in (25, 27, 28):
+        states._MEMORY = 2**bits
+        found["ms"][f"rest linear_branch, states of {2**bits} bytes"] = r.ms(call)
+    states._MEMORY = memory
     return found | {"inputs_bytes": 3 * q.numel() * q.element_size()}
 
 

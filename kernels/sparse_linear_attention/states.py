@@ -24,8 +24,8 @@ from dit_accel.table import BlockTable, block_count
 
 # Programs that fill the GPU: the tokens of a head are split so that about this many run.
 _PROGRAMS = 256
-# Bytes that the states of a part of the heads may take, if a tenth of q, k and v is less.
-_MEMORY = 2**27
+# Bytes of the states of a part of the heads, if one head's are fewer: about what an L2 cache holds.
+_MEMORY = 2**26
 
 
 @triton.jit
@@ -204,15 +204,13 @@ class Part(NamedTuple):
     eps: Tensor
 
 
-def parts(k: Tensor, v: Tensor, excluded: BlockTable, query_bytes: int) -> Iterator[Part]:
-    """Parts of the heads, each with what its rows hold; states of a part fit the memory."""
+def parts(k: Tensor, excluded: BlockTable) -> Iterator[Part]:
+    """Parts of the heads, each with what its rows hold; the states of a part fit the memory."""
     batch, heads, _, d = k.shape
     # cuBLAS wants rows of whole 16 bytes; the blocks beyond the last are empty
     blocks = block_count(excluded.key_blocks, 8) * 8
-    inputs = query_bytes + 2 * k.numel() * k.element_size()
     one = batch * (blocks + excluded.query_blocks) * d * (d + 1) * k.element_size()
-    count = block_count(heads, max(1, max(_MEMORY, inputs // 10) // one))
-    size = block_count(heads, count)
+    size = block_count(heads, block_count(heads, max(1, _MEMORY // one)))
     mask = torch.nn.functional.pad(excluded.to_mask(), (0, blocks - excluded.key_blocks))
     share = (1 / (excluded.key_blocks - excluded.counts).clamp(min=1)).to(k.dtype)
     eps = share.float() * (EPS / excluded.block_k)

@@ -110,8 +110,8 @@ def linear_branch(
         run(_linear_branch_fwd_kernel, *branch_case(tensors, q.shape[2], launch, feature_map))
         return out
     launch = find("linear", capability_of(q), q.shape[3], excluded.block_q)
-    weight, sizes = weight.to(q.dtype).contiguous(), q.numel() * q.element_size()
-    for part in parts(k, v, excluded, sizes):
+    weight = weight.to(q.dtype).contiguous()
+    for part in parts(k, excluded):
         here = part.heads
         keys = (k[:, here], v[:, here], excluded.block_k, part.held.shape[3])
         states = block_states(*keys, feature_map, kv_len, weight=weight)

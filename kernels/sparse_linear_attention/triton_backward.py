@@ -175,7 +175,7 @@ def _rest_backward(
     tensors = {**tensors, "v": values, "center": _value_mean(values, kv_len)}
     launch = find("linear_backward", capability_of(v), v.shape[3], 128)
     spans, rows = (excluded.block_q, excluded.block_k), excluded.query_blocks
-    for part in parts(tensors["k"], v, excluded, v.element_size() * tensors["q"].numel()):
+    for part in parts(v, excluded):
         here = {name: x[:, part.heads] for name, x in tensors.items()}
         here["center"] = here["center"].contiguous()
         options = (feature_map, kv_len, here["center"])

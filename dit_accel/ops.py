@@ -177,10 +177,7 @@ def sparse_linear_attention(
     if weight is None:
         return base
     rows = None if linear == "all" else table
-    if linear == "marginal":
-        mask, width = table.to_mask() | skip.to_mask(), table.indices.shape[3]
-        width = min(table.key_blocks, width + skip.indices.shape[3])
-        rows = BlockTable.from_mask(mask, table.block_q, table.block_k, table.n_q, table.n_k, width)
+    rows = table.union(skip) if linear == "marginal" else rows
     indices, counts = (None, None) if rows is None else (rows.indices, rows.counts)
     sizes = (table.block_q, table.block_k)
     return library.linear_branch(

@@ -122,6 +122,18 @@ class BlockTable:
         kept = self.indices.long().masked_fill(~self.valid(), self.key_blocks)
         return mask.scatter(-1, kept, True)[..., :-1]
 
+    def union(self, other: BlockTable) -> BlockTable:
+        """The pairs that either table keeps, of the same blocks; does not wait for the device."""
+        blocks = self.key_blocks
+        rows = (x.indices.masked_fill(~x.valid(), blocks) for x in (self, other))
+        merged = torch.cat(tuple(rows), -1).sort(-1).values
+        again = merged[..., 1:] == merged[..., :-1]
+        merged[..., 1:].masked_fill_(again, blocks)
+        merged = merged.sort(-1).values[..., :blocks]
+        counts = (merged < blocks).sum(-1, dtype=torch.int32)
+        indices = merged.clamp(max=blocks - 1).contiguous()
+        return BlockTable(indices, counts, self.block_q, self.block_k, self.n_q, self.n_k)
+
     @classmethod
     def from_mask(
         cls, mask: Tensor, block_q: int, block_k: int, n_q: int, n_k: int, width: int | None = None

@@ -46,6 +46,16 @@ def test_kept_blocks(keep: float, blocks: int, kept: int):
     assert table_width(keep, blocks, None) == blocks
 
 
+def test_a_union_keeps_the_pairs_of_either():
+    masks = [torch.rand(2, 3, 5, 9) < keep for keep in (0.3, 0.5)]
+    masks[0][0], masks[1][0, 0], masks[1][1, 0] = False, False, True
+    tables = [BlockTable.from_mask(mask, 64, 32, 300, 270) for mask in masks]
+    union = tables[0].union(tables[1])
+    assert torch.equal(union.to_mask(), masks[0] | masks[1])
+    assert (union.indices.diff() >= 0).all() and union.indices.max() < 9
+    assert torch.equal(union.counts, (masks[0] | masks[1]).sum(-1).int())
+
+
 def test_bad_tables_say_why():
     indices, counts = torch.zeros(1, 1, 2, 1).int(), torch.ones(1, 1, 2).int()
     with pytest.raises(TypeError, match="int32"):

@@ -132,7 +132,8 @@ def render() -> str:
     lines += [f"- `{name}`: {why}." for name, why in sorted(REFUSED.items())]
     lines += ["", "Pipelines, by model and transformer:", ""]
     lines += [
-        f"- {case.family}, `{name}`: {', '.join(pipelines[name])}" for name, case in cases.items()
+        f"- {case.family}, `{name}`: {', '.join(pipelines[name]) or 'modular ones only'}"
+        for name, case in cases.items()
     ]
     return "\n".join([*lines, "", END])
 

@@ -173,8 +173,8 @@ def test_models_left_alone_say_why(name):
 
 
 def test_the_zoo_is_the_registry():
-    assert sorted(ZOO) == registry.known() and len(ZOO) >= 45
+    assert sorted(ZOO) == registry.known() and len(ZOO) >= 54
 
 
 def test_most_pipelines_of_diffusers_are_served():
-    assert sum(map(len, known_pipelines().values())) >= 100
+    assert sum(map(len, known_pipelines().values())) >= 130

@@ -193,6 +193,7 @@ PACKS = (
         },
         qwen,
         mask="key padding",
+        note="pruned, its experts choose among the tokens that run",
     ),
     Packed(
         "Krea2Transformer2DModel",

@@ -43,8 +43,9 @@ def check(row: dict) -> None:
 
 
 def test_the_main_rows():
-    rows = compile_rows("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
-    assert len(rows) == 19
+    wanted = ("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
+    rows = compile_rows(*wanted, "state@80", "linear@80", "linear_backward@80")
+    assert len(rows) == 24
     for row in rows:
         check(row)
 

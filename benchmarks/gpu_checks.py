@@ -125,7 +125,8 @@ def checks(r: Run) -> Plan:
         name = f"check backward d{d_} block {block}"
         plan.append((name, lambda a=(few, d_, block): check_backward(r, *a)))
     for d_ in sorted({kind[0] for kind in kinds}):
-        for block_q, mode in product((64,) if r.dry else (64, 128), ("all", "rest", "marginal")):
+        blocks = sorted({kind[1] for kind in kinds if kind[0] == d_})
+        for block_q, mode in product(blocks, ("all", "rest", "marginal")):
             name = f"check linear d{d_} block_q {block_q} {mode}"
             plan.append((name, lambda a=(few, d_, block_q, mode): check_linear(r, *a)))
         for block in (64, 128):

@@ -37,7 +37,7 @@ from dit_accel.table import BlockTable, block_count
 __all__ = ["linear_branch", "linear_branch_backward", "sparse_linear_attention", "supports"]
 
 
-@triton.jit(do_not_specialize=["n_q", "n_span"])
+@triton.jit(do_not_specialize=["eps", "n_q", "n_span"])
 def _linear_branch_fwd_kernel(
     base, q, o, state, total, eps, bias, s_c, s_q, s_o, s_h, s_z, n_q, n_span, d,
     BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,

@@ -48,7 +48,7 @@ def _features_bwd(b_g, b_y, PHI: tl.constexpr):
     return b_g
 
 
-@triton.jit(do_not_specialize=["n_q", "n_span"])
+@triton.jit(do_not_specialize=["eps", "n_q", "n_span"])
 def _linear_branch_bwd_dq_kernel(
     q, do, dq, state, total, eps, center, ratio, delta, s_q, s_do, s_dq, s_h, s_z, n_q, n_span, d,
     TILE: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,

@@ -29,6 +29,27 @@ def inputs(n_q, n_k, d, block_q, block_k, dtype, device="cpu", keep=0.4):
     return q, k, v, table, weight, bias
 
 
+def leaves_of(dtype: torch.dtype, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.detach().to(dtype).requires_grad_() for x in tensors]
+
+
+def check_backward(args: tuple, grad: torch.Tensor) -> None:
+    """args: q, k, v, excluded, weight, feature map and kv_len."""
+    q, k, v, excluded, weight, *rest = args
+    found = triton.linear_branch_backward(grad, *args)
+
+    def naive(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        *x, w = leaves_of(dtype, q, k, v, weight)
+        base = torch.zeros_like(q, dtype=dtype)
+        out = reference.linear_branch(base, *x, excluded, w, None, *rest, dtype=dtype)
+        return torch.autograd.grad(out, (*x, w), grad.to(dtype))
+
+    for name, *x in zip(
+        ("dq", "dk", "dv", "dw"), found, naive(WIDER[q.dtype]), naive(q.dtype), strict=True
+    ):
+        assert_close(name, *x)
+
+
 @pytest.mark.parametrize("mode", ["all", "rest"])
 @pytest.mark.parametrize("case,kv_len", CASES, ids=str)
 def test_forward(case, kv_len, mode: str, device: str):
@@ -57,11 +78,20 @@ def test_a_row_that_excludes_everything_has_no_linear_part(device: str):
 @pytest.mark.parametrize("dtype", [FULL, HALF])
 def test_parts_of_the_heads_give_the_same_bits(dtype: torch.dtype, device: str, monkeypatch):
     q, k, v, table, weight, bias = inputs(65, 100, 64, 64, 32, dtype, device)
-    args = (torch.randn_like(q), q, k, v, table, weight, bias)
-    whole = triton.linear_branch(*args)
+    q, k, v = (torch.cat((x, x.flip(2))) for x in (q, k, v))
+    rows = (torch.cat((x, x.flip(1))) for x in (table.indices, table.counts))
+    table = BlockTable(*rows, 64, 32, 65, 100)
+    kv_len, grad = torch.tensor([100, 70], device=device), torch.randn_like(q)
+    check_backward((q, k, v, table, weight, "elu", kv_len), grad)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out = triton.linear_branch(grad, q, k, v, table, weight, bias, "elu", kv_len)
+        return out, *triton.linear_branch_backward(grad, q, k, v, table, weight, "elu", kv_len)
+
+    whole = run()
     monkeypatch.setattr(states, "_MEMORY", 0)
     assert len(list(states.parts(k, table))) == 2
-    assert torch.equal(triton.linear_branch(*args), whole)
+    assert all(map(torch.equal, run(), whole))
 
 
 @pytest.mark.parametrize("mode", ["all", "rest"])
@@ -85,27 +115,6 @@ def test_padding_is_never_read(device: str):
         grads = triton.linear_branch_backward(q, q, k, v, excluded, weight, kv_len=70)
         assert all(x.isfinite().all() for x in grads)
         assert not any(x[:, :, 70:].any() for x in grads[1:3])
-
-
-def leaves_of(dtype: torch.dtype, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [x.detach().to(dtype).requires_grad_() for x in tensors]
-
-
-def check_backward(args: tuple, grad: torch.Tensor) -> None:
-    """args: q, k, v, excluded, weight, feature map and kv_len."""
-    q, k, v, excluded, weight, *rest = args
-    found = triton.linear_branch_backward(grad, *args)
-
-    def naive(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        *x, w = leaves_of(dtype, q, k, v, weight)
-        base = torch.zeros_like(q, dtype=dtype)
-        out = reference.linear_branch(base, *x, excluded, w, None, *rest, dtype=dtype)
-        return torch.autograd.grad(out, (*x, w), grad.to(dtype))
-
-    for name, *x in zip(
-        ("dq", "dk", "dv", "dw"), found, naive(WIDER[q.dtype]), naive(q.dtype), strict=True
-    ):
-        assert_close(name, *x)
 
 
 @pytest.mark.parametrize("mode", ["all", "rest"])

@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import torch
 from tables import REFUSED, graphs, known_pipelines, repeats
-from zoo import TEXT, Case, Pipe, forward, zoo
+from zoo import TEXT, Case, Pipe, at, forward, image_ids, x, zoo
 
 import dit_accel
 from dit_accel import Dense, Rettention, Schedule, TopK
@@ -143,6 +143,58 @@ def test_passes_with_texts_of_different_length(name):
         for arguments, expected in zip((case.arguments(), short), stock, strict=True):
             torch.testing.assert_close(forward(built, arguments), expected, rtol=1e-4, atol=1e-4)
         assert not handle.report().fallbacks
+
+
+def qwen_with_reference():
+    """A reference of 8 × 8 tokens, 16 slots of the text encoder, between two halves of the text."""
+    half = torch.zeros(1, TEXT // 2).bool()
+    return {
+        "hidden_states": x(1, 64 + 256, 16),
+        "encoder_hidden_states": x(1, TEXT + 16, 16),
+        "encoder_hidden_states_mask": None,
+        "timestep": at(0.5),
+        "img_shapes": [[(1, 8, 8), (1, 16, 16)]],
+        "img_mask": torch.cat([half, ~half.new_zeros(1, 16), half, ~half.new_zeros(1, 64)], dim=1),
+    }
+
+
+# inputs of another kind than the zoo's, and why a call stays dense, or ""
+OTHERS = {
+    "QwenImage21Transformer2DModel": (qwen_with_reference, ""),
+    "BriaFibo2Transformer2DModel": (
+        lambda: {"context_latents": [x(2, 4, 32, 32), x(2, 4, 16, 16)]},
+        "",
+    ),
+    "Flux3Transformer2DModel": (
+        lambda: {
+            "image_cond_hidden_states": x(1, 64, 16),
+            "image_cond_ids": image_ids(8, 8, 4),
+        },
+        "256 × 256 tokens where the model's geometry says 320",
+    ),
+    "JoyImageEditTransformer3DModel": (lambda: {"hidden_states": x(2, 3, 4, 1, 16, 16)}, ""),
+    "JoyImageEditPlusTransformer3DModel": (
+        lambda: {"shape_list": [[(1, 8, 8)] * 3, [(1, 8, 8), (1, 6, 8)]]},
+        "the images of the batch differ in size",
+    ),
+    "Ideogram4Transformer2DModel": (
+        lambda: {"segment_ids": torch.arange(TEXT + 256).expand(2, -1) // 140},
+        "several samples share a row",
+    ),
+    "HiDreamImageTransformer2DModel": (lambda: {"hidden_states": x(2, 4, 16, 32)}, ""),
+    "Kandinsky6Transformer3DModel": (lambda: {"audio_hidden_states": None}, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_inputs_of_another_kind(name):
+    """Reference images, ragged batches, oblong images, no sound: equal to dense, or said to be."""
+    case, (more, why) = ZOO[name], OTHERS[name]
+    built, arguments = case.build(), {**case.arguments(), **more()}
+    stock = forward(built, arguments)
+    with dit_accel.accelerated(Pipe(built), ALL, **NOW) as handle:
+        torch.testing.assert_close(forward(built, arguments), stock, rtol=1e-4, atol=1e-4)
+        assert list(handle.report().fallbacks) == ([why] if why else [])
 
 
 def test_samples_that_are_attended_one_by_one_keep_their_own_state():

@@ -224,6 +224,57 @@ def test_controlnet_residuals_reach_each_token(name, residuals, keep):
         assert handle.report().steps[-1]["tokens"] < 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "LTX2VideoTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "Flux2Transformer2DModel",
+        "QwenImage21Transformer2DModel",
+        "ErnieImageTransformer2DModel",
+    ],
+)
+def test_pruned_steps_share_their_graphs(name):
+    """Regional compile breaks no graph and makes none anew for the second pruned step, be there
+    sound, hints, single rows, several calls or tokens first."""
+    case, compiled, after = ZOO[name], [], []
+    built = case.build()
+    stock = forward(built, case.arguments())
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    built.compile_repeated_blocks(fullgraph=True, backend=count)
+    options = {**SPAN, "keep": 0.5, "context": "stale", "block": 16}
+    pipe, method = Pipe(built, steps=3), dit_accel.TopK(0.999)
+    with dit_accel.accelerated(pipe, method, prune=TokenPruning(**options), **NOW) as handle:
+
+        def arguments():
+            after.append(len(compiled))
+            return case.arguments()
+
+        for out in pipe.steps(arguments):
+            torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
+        assert not handle.report().fallbacks
+    torch._dynamo.reset()
+    assert after[0] == 0 < after[1] and len(compiled) == after[2]
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.0])
+def test_oblong_images_are_pruned_among_their_padding(keep):
+    case = ZOO["HiDreamImageTransformer2DModel"]
+    built, arguments = case.build(), case.arguments()
+    arguments["hidden_states"] = arguments["hidden_states"][:, :, :16]
+    stock = forward(built, arguments)
+    options = {**SPAN, "keep": keep, "context": "stale", "block": 16}
+    pipe = Pipe(built, steps=2)
+    with dit_accel.accelerated(pipe, Dense(), prune=TokenPruning(**options), **NOW):
+        for out in pipe.steps(lambda: arguments):
+            torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.0])
 def test_a_filled_cache_of_the_text_goes_with_pruning(keep):
     """Qwen-Image 2.1 hands its blocks text and image at the first step, the image alone later."""

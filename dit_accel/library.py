@@ -269,6 +269,33 @@ def _(base, q, *rest):
     return torch.empty_like(q)
 
 
+@torch.library.custom_op("dit_accel::add_linear_branch", mutates_args={"base"})
+def add_linear_branch(
+    base: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    feature_map: str,
+    length: Tensor | None,
+    limit: int | None,
+) -> None:
+    excluded = _excluded(q, k, indices, counts, block_q, block_k)
+    chosen = dispatch.select(_BRANCH, q, block_q=block_q, block_k=block_k)
+    kv_len = limit if length is None else length
+    chosen.fn(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
+
+
+@add_linear_branch.register_fake
+def _(base, *rest):
+    return None
+
+
 @torch.library.custom_op("dit_accel::linear_branch_backward", mutates_args=())
 def linear_branch_backward(
     grad: Tensor,

@@ -180,9 +180,13 @@ def sparse_linear_attention(
     rows = table.union(skip) if linear == "marginal" else rows
     indices, counts = (None, None) if rows is None else (rows.indices, rows.counts)
     sizes = (table.block_q, table.block_k)
-    return library.linear_branch(
-        base, q, k, v, indices, counts, *sizes, weight, bias, feature_map, *split_kv_len(kv_len, k)
-    )
+    arguments = (q, k, v, indices, counts, *sizes, weight, bias, feature_map)
+    arguments += split_kv_len(kv_len, k)
+    learning = any(x is not None and x.requires_grad for x in (base, q, k, v, weight, bias))
+    if torch.is_grad_enabled() and learning:
+        return library.linear_branch(base, *arguments)
+    library.add_linear_branch(base, *arguments)  # no second output beside base
+    return base
 
 
 def window_attention(

@@ -46,18 +46,21 @@ def linear_branch(
     bias: Tensor | None = None,
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
+    into: Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """base + (A v / (rowsum A + ε)) Wᵀ + b, A = φ(q)φ(k)ᵀ without the blocks of `excluded`.
 
     base, q [B, H, N_q, D], k, v [B, H, N_k, D], weight [D, D], bias [D] or None.
+    into: where the result goes.
     """
     result, work = dtype or base.dtype, dtype or torch.float32
     a, fv, *_ = _weights(q, k, v, excluded, feature_map, kv_len, work)
     out = (a / (a.sum(-1, keepdim=True) + EPS)) @ fv @ weight.to(work).mT
     out = out if bias is None else out + bias.to(work)
-    return (base.to(work) + out).to(result)
+    out = (base.to(work) + out).to(result)
+    return out if into is None else into.copy_(out)
 
 
 def linear_branch_backward(

@@ -54,10 +54,12 @@ def linear_branch(
     bias: Tensor | None = None,
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """base plus the projected linear attention over all key blocks but `excluded`'s (None: all).
 
     base, q [B, H, N_q, D], k, v [B, H, N_k, D], weight [D, D], bias [D] or None.
+    into: where the result goes.
     """
     out = torch.empty(q.shape, device=q.device)
     w = weight.float().mT
@@ -67,7 +69,8 @@ def linear_branch(
         head.put(out, branch)
     if bias is not None:
         out += bias.float()
-    return out.add_(base).to(base.dtype)
+    out = out.add_(base).to(base.dtype)
+    return out if into is None else into.copy_(out)
 
 
 def linear_branch_backward(

@@ -84,7 +84,7 @@ def sparse_linear_attention(
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
         return base
-    return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len)
+    return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
 
 
 def linear_branch(
@@ -97,9 +97,13 @@ def linear_branch(
     bias: Tensor | None = None,
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """base plus the projected linear attention over all key blocks but `excluded`'s (None: all)."""
-    out = torch.empty_like(q)
+    """base plus the projected linear attention over all key blocks but `excluded`'s (None: all).
+
+    into: where the result goes, base itself perhaps.
+    """
+    out = torch.empty_like(q) if into is None else into
     bias = None if bias is None else bias.contiguous()
     if excluded is None:
         state, total, share = mean_state(*whole_state(k, v, feature_map, kv_len), k, kv_len)

@@ -61,10 +61,13 @@ class Rows:
         return (text, visual) if self.site.visual else (visual, text)
 
     def visual(self, x: Tensor) -> Tensor:
-        """[B, n, C] of any rows: without those of text, zeros where frames of history have none."""
+        """[B, n, C] of any rows: without those of text, zeros where history or references have
+        none."""
         x = x.flatten(1, -2)
-        if x.shape[1] < self.n:
-            return F.pad(x, (0, 0, self.n - x.shape[1], 0))
+        missing = self.n - x.shape[1]
+        if missing > 0:
+            last = self.site.references_last
+            return F.pad(x, (0, 0, 0, missing) if last else (0, 0, missing, 0))
         first = (x.shape[1] - self.n) * self.geometry.text_first
         return x[:, first : first + self.n]
 

@@ -66,8 +66,9 @@ class SpanSite(NamedTuple):
     tokens. count: the argument that says how many visual tokens there are. whole: something is
     added to all tokens between blocks, so that they stay together there and each block takes its
     own; True, or the forward's arguments of which one must be given. leave: the projection whose
-    output is the model's. refuses: (transformer, forward arguments by name) → why this forward
-    cannot be pruned, or "".
+    output is the model's; where that has fewer tokens than the blocks, those of history in front
+    are missing, or, references_last, those of references behind. refuses: (transformer, forward
+    arguments by name) → why this forward cannot be pruned, or "".
     """
 
     blocks: tuple[str, ...]
@@ -84,6 +85,7 @@ class SpanSite(NamedTuple):
     count: str = ""
     whole: bool | tuple[str, ...] = False
     leave: str = "proj_out"
+    references_last: bool = False
     refuses: Callable[[nn.Module, dict[str, Any]], str] | None = None
 
     @property

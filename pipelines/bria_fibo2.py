@@ -2,7 +2,7 @@
 
 from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
 
-from dit_accel.pipelines.base import Adapter, Geometry, SpanSite, unless_given
+from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
 from dit_accel.pipelines.grids import grid_of, grid_of_images
 
 
@@ -34,6 +34,6 @@ ADAPTER = Adapter(
         ("attention", "feed_forward"),
         single=("layers",),
         leave="final_layer",
-        refuses=unless_given("context_latents"),
+        references_last=True,
     ),
 )

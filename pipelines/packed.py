@@ -58,7 +58,7 @@ FLUX3 = Adapter(
         probes=("attn", "ff"),
         text="encoder_hidden_states",
         visual=1,
-        refuses=unless_given("image_cond_hidden_states"),
+        references_last=True,
     ),
 )
 # each block makes the product of valid queries and valid keys anew

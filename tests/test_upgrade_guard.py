@@ -66,7 +66,7 @@ ARGUMENTS = {
     "BriaTransformer2DModel": "img_ids",
     "ChromaTransformer2DModel": "img_ids controlnet_block_samples controlnet_single_block_samples",
     "Flux2Transformer2DModel": "img_ids kv_cache_mode",
-    "Flux3Transformer2DModel": "img_ids image_cond_ids image_cond_hidden_states",
+    "Flux3Transformer2DModel": "img_ids image_cond_ids",
     "FluxTransformer2DModel": "img_ids encoder_hidden_states controlnet_block_samples "
     "controlnet_single_block_samples",
     "HunyuanVideoFramepackTransformer3DModel": "latents_clean latents_history_2x "

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from zoo import Pipe, forward, zoo
+from zoo import Pipe, forward, image_ids, x, zoo
 
 import dit_accel
 from dit_accel import Dense, Schedule, TokenPruning
@@ -97,17 +97,17 @@ def tensors(given, name, rows):
     if part and value is not None:
         value = value.get(part) if isinstance(value, dict) else value[int(part)]
     found = []
-    for x in unrolled(value):
-        if torch.is_tensor(x):
-            dims = [dim for other, dim, rank in rows if other == name and x.ndim == rank]
-            found.append((x, [dim for dim in dims if x.shape[dim] > 1]))
-    return [(x, dims) for x, dims in found if dims]
+    for leaf in unrolled(value):
+        if torch.is_tensor(leaf):
+            dims = [dim for other, dim, rank in rows if other == name and leaf.ndim == rank]
+            found.append((leaf, [dim for dim in dims if leaf.shape[dim] > 1]))
+    return [(leaf, dims) for leaf, dims in found if dims]
 
 
 def unrolled(value):
     """The values in nested tuples and lists."""
     if isinstance(value, (tuple, list)):
-        return [x for part in value for x in unrolled(part)]
+        return [leaf for part in value for leaf in unrolled(part)]
     return [value]
 
 
@@ -260,6 +260,33 @@ def test_pruned_steps_share_their_graphs(name):
         assert not handle.report().fallbacks
     torch._dynamo.reset()
     assert after[0] == 0 < after[1] and len(compiled) == after[2]
+
+
+REFERENCES = {
+    "Flux3Transformer2DModel": lambda: {
+        "image_cond_hidden_states": x(1, 64, 16),
+        "image_cond_ids": image_ids(8, 8, 4),
+    },
+    "BriaFibo2Transformer2DModel": lambda: {"context_latents": [x(2, 4, 16, 16)]},
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("criterion", ["stratified", "velocity"])
+def test_references_that_follow_the_image_are_pruned_with_it(name, criterion):
+    """The model's output has no tokens for them: their velocity counts as zero."""
+    case = ZOO[name]
+    built, arguments = case.build(), {**case.arguments(), **REFERENCES[name]()}
+    stock = forward(built, arguments)
+    options = {**SPAN, "keep": 0.5, "context": "stale", "block": 16, "criterion": criterion}
+    pipe = Pipe(built, steps=2)
+    with dit_accel.accelerated(pipe, Dense(), prune=TokenPruning(**options), **NOW) as handle:
+        for out in pipe.steps(lambda: arguments):
+            torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
+        assert handle.report().steps[-1]["tokens"] == 0.5
+        index = handle._engine.spans[0]._chosen[2]
+    if criterion == "velocity":
+        assert int(index.max()) < 256
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.0])

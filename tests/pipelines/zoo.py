@@ -111,9 +111,11 @@ Packed = partial(Case, axes="BNC", grid=(1, 16, 16))
 
 def zoo() -> dict[str, Case]:
     """Class name → case."""
+    from zoo_cog import COGS
+    from zoo_hunyuan import HUNYUANS
     from zoo_image import IMAGES
     from zoo_packed import PACKS
     from zoo_video import VIDEOS
     from zoo_wan import WANS
 
-    return {case.name: case for case in (*WANS, *VIDEOS, *PACKS, *IMAGES)}
+    return {case.name: case for case in (*WANS, *HUNYUANS, *COGS, *VIDEOS, *PACKS, *IMAGES)}

@@ -240,7 +240,6 @@ IMAGES = (
         },
         mask="key padding",
         mixes=True,
-        note="pruning refuses the images it is made from",
     ),
     Image(
         "Lumina2Transformer2DModel",

@@ -3,46 +3,6 @@
 import torch
 from zoo import TEXT, Video, at, padding, x
 
-HUNYUAN = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "num_layers": 1,
-    "num_single_layers": 1,
-    "num_refiner_layers": 1,
-    "patch_size": 2,
-    "patch_size_t": 1,
-    "text_embed_dim": 16,
-    "rope_axes_dim": (16, 24, 24),
-}
-COG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 16,
-    "text_embed_dim": 16,
-    "num_layers": 2,
-    "sample_width": 16,
-    "sample_height": 16,
-    "sample_frames": 9,
-    "patch_size": 2,
-    "max_text_seq_length": TEXT,
-}
-
-
-def hunyuan(*lengths, channels=4, **more):
-    b = len(lengths)
-    return dict(
-        hidden_states=x(b, channels, 3, 16, 16),
-        timestep=at(*[500.0] * b),
-        encoder_hidden_states=x(b, TEXT, 16),
-        encoder_attention_mask=padding(*lengths),
-        **more,
-    )
-
-
 JOY = {
     "in_channels": 4,
     "hidden_size": 128,
@@ -73,43 +33,6 @@ def minimax():
     }
 
 
-def cog(**more):
-    return dict(
-        hidden_states=x(2, 3, 4, 16, 16),
-        encoder_hidden_states=x(2, TEXT, 16),
-        timestep=at(500.0, 500.0),
-        **more,
-    )
-
-
-def framepack():
-    frames = {
-        "indices_latents": [3, 4, 5],
-        "indices_latents_clean": [0, 12],
-        "indices_latents_history_2x": [1, 2],
-    }
-    frames["indices_latents_history_4x"] = [6, 7, 8, 9]
-    return dict(
-        **hunyuan(12),
-        pooled_projections=x(1, 8),
-        guidance=at(1000.0),
-        image_embeds=x(1, 5, 16),
-        latents_clean=x(1, 4, 2, 16, 16),
-        latents_history_2x=x(1, 4, 2, 16, 16),
-        latents_history_4x=x(1, 4, 4, 16, 16),
-        **{name: at(*ids).long() for name, ids in frames.items()},
-    )
-
-
-def hunyuan15():
-    return dict(
-        **hunyuan(12, 7),
-        encoder_hidden_states_2=x(2, 6, 8),
-        encoder_attention_mask_2=padding(4, 6, of=6),
-        image_embeds=x(2, 3, 8),
-    )
-
-
 def ltx(**more):
     return dict(
         hidden_states=x(2, 192, 8),
@@ -124,90 +47,6 @@ def ltx(**more):
 
 
 VIDEOS = (
-    Video(
-        "HunyuanVideoTransformer3DModel",
-        "HunyuanVideo, SkyReels I2V",
-        dict(HUNYUAN, pooled_projection_dim=8),
-        lambda: dict(hunyuan(12, 20), pooled_projections=x(2, 8), guidance=at(1000.0, 1000.0)),
-        mask="key padding",
-    ),
-    Video(
-        "HunyuanVideoFramepackTransformer3DModel",
-        "FramePack",
-        dict(
-            HUNYUAN,
-            pooled_projection_dim=8,
-            has_image_proj=True,
-            image_proj_dim=16,
-            has_clean_x_embedder=True,
-        ),
-        framepack,
-        grid=(1, 1, 340),
-        history=148,
-        note="history and new frames in one row of tokens, so the order stays raster",
-    ),
-    Video(
-        "HunyuanVideo15Transformer3DModel",
-        "HunyuanVideo 1.5",
-        {
-            "in_channels": 4,
-            "out_channels": 4,
-            "num_attention_heads": 2,
-            "attention_head_dim": 64,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "patch_size": 2,
-            "text_embed_dim": 16,
-            "text_embed_2_dim": 8,
-            "image_embed_dim": 8,
-            "rope_axes_dim": (16, 24, 24),
-        },
-        hunyuan15,
-        mask="key padding, in place of diffusers' N × N mask",
-        note="dense calls, too, are freed of the N × N mask",
-    ),
-    Video(
-        "MotifVideoTransformer3DModel",
-        "Motif-Video",
-        {**{k: v for k, v in HUNYUAN.items() if k != "num_refiner_layers"}, "num_layers": 2},
-        lambda: hunyuan(12, 20),
-        layers=3,
-        mask="key padding",
-        note="pruning spans the dual-stream blocks",
-    ),
-    Video(
-        "CogVideoXTransformer3DModel",
-        "CogVideoX 1.0 and 1.5",
-        COG,
-        lambda: cog(image_rotary_emb=(x(192, 64), x(192, 64))),
-        axes="BTCHW",
-    ),
-    Video(
-        "ConsisIDTransformer3DModel",
-        "ConsisID",
-        dict(
-            COG,
-            is_train_face=True,
-            cross_attn_interval=1,
-            cross_attn_dim_head=8,
-            cross_attn_num_heads=2,
-            LFE_id_dim=16,
-            LFE_vit_dim=16,
-            LFE_depth=5,
-            LFE_dim_head=8,
-            LFE_num_heads=2,
-            LFE_num_id_token=2,
-            LFE_num_querie=4,
-            LFE_output_dim=85,
-            LFE_ff_mult=1,
-        ),
-        lambda: cog(
-            image_rotary_emb=(x(192, 64), x(192, 64)),
-            id_cond=x(2, 16),
-            id_vit_hidden=[x(2, 7, 16) for _ in range(5)],
-        ),
-        axes="BTCHW",
-    ),
     Video(
         "LTXVideoTransformer3DModel",
         "LTX-Video",

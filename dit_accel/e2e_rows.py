@@ -190,7 +190,7 @@ def whole_run(row: Row, steps: int) -> list[str]:
             kind = "skipped"
         elif method is None:
             kind = "dense"
-        elif method.stateful and (remembered is None or step - remembered >= method.period):
+        elif method.stateful and (remembered is None or step - remembered >= method.every(steps)):
             kind, remembered = "full", step
         elif "prune" in row.added and prune.prunes(step, steps, full):
             kind = "pruned"

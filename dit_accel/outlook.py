@@ -155,7 +155,7 @@ def dense_steps(method: Method, steps: int) -> int:
     plan = Plan(Schedule(), 0.5, 1)
     dense = [plan.action(step, steps, 0).keep is None for step in range(steps)]
     if isinstance(method, Remembering):
-        return sum(dense) + -(-(steps - sum(dense)) // method.period)
+        return sum(dense) + -(-(steps - sum(dense)) // method.every(steps))
     return sum(dense)
 
 

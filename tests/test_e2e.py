@@ -129,7 +129,7 @@ def test_how_a_run_is_made_up():
     assert counts == {
         "stock": {"dense": 50},
         "pooled@0.1": {"dense": 8, "sparse": 42},
-        "shared@0.1": {"dense": 8, "full": 9, "sparse": 33},
+        "shared@0.1": {"dense": 8, "full": 4, "sparse": 38},
         "pooled@0.1+prune": {"dense": 8, "pruned": 30, "sparse": 12},
         "stock+cache": {"dense": 29, "skipped": 21},
     }

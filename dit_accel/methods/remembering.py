@@ -10,9 +10,11 @@ from torch import Tensor
 
 from dit_accel.kernels.block_table.torch import block_means
 from dit_accel.methods.base import Call, Method
+from dit_accel.schedule import count_steps
 from dit_accel.table import BlockTable, block_count
 
 _RESIDUALS = ("full", "fp8", "pooled", "none")
+_UNKNOWN = 20
 _FP8 = torch.float8_e4m3fn
 
 
@@ -21,8 +23,8 @@ class Remembering(Method):
     """A full step runs dense and keeps R; the partial steps after it add R to what they compute.
 
     Args:
-        period: a full step comes at the latest this many steps after the last one; a schedule's
-            `refresh` can ask for more.
+        period: a full step comes at the latest this long after the last one: a share of the run
+            (float in (0, 1]) or a number of steps (int). A schedule's `refresh` can ask for more.
         residual: how R is kept: "full" (the model's dtype), "fp8" (a scale per row), "pooled" (one
             mean per query block) or "none" (not at all).
 
@@ -30,17 +32,27 @@ class Remembering(Method):
     bytes of its state are logged, and a RuntimeError says when they do not fit in free memory.
     """
 
-    period: int = 5
+    period: float | int = 0.25
     residual: str = "full"
 
     stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.period < 1:
-            raise ValueError(f"period is a number of steps ≥ 1, not {self.period}")
+        share = isinstance(self.period, float)
+        if isinstance(self.period, bool) or self.period <= 0 or (share and self.period > 1):
+            raise ValueError(
+                f"period is a number of steps ≥ 1 or a share of them in (0, 1], not {self.period}"
+            )
         if self.residual not in _RESIDUALS:
             raise ValueError(f"residual is one of {', '.join(_RESIDUALS)}, not {self.residual!r}")
+
+    def every(self, steps: int | None) -> int:
+        """Steps from one full step to the next in a run of so many (unknown: 20); of a share at
+        least two, for else none would be sparse."""
+        if isinstance(self.period, int):
+            return self.period
+        return max(2, count_steps(self.period, _UNKNOWN if steps is None else steps))
 
     def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
         """Bytes kept for one layer in one guidance pass.
@@ -70,7 +82,7 @@ class Remembering(Method):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         state = call.state
         known = state.get("shape") == (q.shape, q.dtype)
-        if not known or call.refresh or call.step - state["step"] >= self.period:
+        if not known or call.refresh or call.step - state["step"] >= self.every(call.steps):
             call.note(None)
             for name in ("residual", "scale", "table"):  # the old go before the new come
                 state.pop(name, None)

@@ -147,7 +147,7 @@ def select_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel that chooses the blocks of a row, for as many as it serves; extra: "mass"."""
-    width = (1024 if extra else 2048) * launch.warps
+    width = 1024 * launch.warps
     top_p = {"mass": 0.3, "scale": 0.1} if extra else {"mass": None, "scale": None}
     kept, flags = table(64, 64), empty(1, 1, 1, 2048, dtype=torch.uint8)
     return table_kernels._block_select_fwd_kernel, {

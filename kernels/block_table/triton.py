@@ -2,9 +2,10 @@
 
     score_nm = mean(q in n) · mean(k in m),   K = max(1, ceil(keep · M)) best of each row
 
-q and k are read once. The K-th largest score of a row is found by bisection over the bits of an
-order-preserving int32, and so is the score above which a mass p of the softmax lies (top-p,
-arXiv 2511.19835); a prefix sum compacts the chosen blocks, so rows come out sorted.
+q and k are read once. A score that K of a row reach is found by bisection between the least and the
+largest, and so is the one above which a mass p of the softmax lies (top-p, arXiv 2511.19835); a
+prefix sum compacts the chosen blocks, so rows come out sorted. Scores are products of float32 means
+in three bfloat16 products each, of a mean's upper and lower 8 bits.
 """
 
 from __future__ import annotations
@@ -46,9 +47,35 @@ def _block_scores_fwd_kernel(
         b_q = load_means(q + i_bh * m_q * d, o_q, o_d, m_q, d)
         b_k = load_means(k + i_bh * m_k * d, o_k, o_d, m_k, d)
         # [TQ, TD] @ [TD, TK] -> [TQ, TK]
-        b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
+        if PRECISION == "bf16x3":
+            b_qh, b_kh = b_q.to(tl.bfloat16), b_k.to(tl.bfloat16)
+            b_ql = (b_q - b_qh.to(tl.float32)).to(tl.bfloat16)
+            b_kl = (b_k - b_kh.to(tl.float32)).to(tl.bfloat16)
+            b_s = tl.dot(b_ql, tl.trans(b_kh), b_s)
+            b_s = tl.dot(b_qh, tl.trans(b_kl), b_s)
+            b_s = tl.dot(b_qh, tl.trans(b_kh), b_s)
+        else:
+            b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
     m_s = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
     tl.store(score + (i_bh * m_q + o_q[:, None]) * m_k + o_k[None, :], b_s, mask=m_s)
+
+
+@triton.jit
+def _key(x):
+    """int32 that sorts as the float32 does."""
+    i = x.to(tl.int32, bitcast=True)
+    return i ^ ((i >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _between(low, high, step):
+    """A key between two that differ by more than one: first of the mean of their floats, which
+    lies among the scores, later their own mean, which ends after 32 steps."""
+    x = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    y = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    middle = _key(0.5 * x + 0.5 * y)
+    halves = (low >> 1) + (high >> 1) + (low & high & 1)
+    return tl.where((step < 16) & (middle > low) & (middle < high), middle, halves)
 
 
 @triton.jit(do_not_specialize=["i_first", "n_heads", "n_k", "m_k", "n_want", "width"])
@@ -83,23 +110,45 @@ def _block_select_fwd_kernel(
         b_a = tl.where(m_valid, tl.exp2(b_s - tl.max(tl.where(m_valid, b_s, -float("inf")))), 0.0)
         b_a = b_a / tl.sum(b_a)
         held = tl.sum(tl.where(m_kept, b_a, 0.0))
-    # int32 that sorts as the float does
-    b_i = b_s.to(tl.int32, bitcast=True)
-    b_i = tl.where(m_free, b_i ^ ((b_i >> 31) & 0x7FFFFFFF), -2147483648)
+    b_i = tl.where(m_free, _key(b_s), -2147483648)
     n_want = tl.minimum(n_want, tl.sum(m_free.to(tl.int32)))
 
-    least = tl.where(tl.sum((b_i >= 0).to(tl.int32)) >= n_want, 0, -2147483648)
-    for bit in range(31):
-        higher = least | (1 << (30 - bit))
-        least = tl.where(tl.sum((b_i >= higher).to(tl.int32)) >= n_want, higher, least)
+    # of the scores at or above `least` there are n_want, or less without those equal to it
+    first = tl.min(tl.where(m_free, b_i, 2147483647))
+    last = tl.max(b_i)
+    n_last = tl.sum((b_i == last).to(tl.int32))
+    least = tl.where(n_last >= n_want, last, first)
+    n_least = tl.where(n_last >= n_want, n_want, tl.sum(m_free.to(tl.int32)))
+    above = last
+    step = 0
+    while (n_least != n_want) & (least < above - 1):
+        middle = _between(least, above, step)
+        n_over = tl.sum((b_i >= middle).to(tl.int32))
+        enough = n_over >= n_want
+        least = tl.where(enough, middle, least)
+        n_least = tl.where(enough, n_over, n_least)
+        above = tl.where(enough, above, middle)
+        step += 1
     n_some = 0
     if mass is not None:
         b_a = tl.where(m_free, b_a, 0.0)
-        lower = tl.where(held + tl.sum(tl.where(b_i >= 0, b_a, 0.0)) > mass, 0, -2147483648)
-        for bit in range(31):
-            higher = lower | (1 << (30 - bit))
-            enough = held + tl.sum(tl.where(b_i >= higher, b_a, 0.0)) > mass
-            lower = tl.where(enough, higher, lower)
+        lower = first
+        above = last
+        n_lower = tl.sum(m_free.to(tl.int32))
+        n_above = n_last
+        step = 0
+        alone = held + tl.sum(tl.where(b_i == last, b_a, 0.0)) > mass
+        while (n_lower - n_above > 1) & (lower < above - 1) & (alone == 0):
+            middle = _between(lower, above, step)
+            n_over = tl.sum((b_i >= middle).to(tl.int32))
+            enough = held + tl.sum(tl.where(b_i >= middle, b_a, 0.0)) > mass
+            lower = tl.where(enough, middle, lower)
+            n_lower = tl.where(enough, n_over, n_lower)
+            above = tl.where(enough, above, middle)
+            n_above = tl.where(enough, n_above, n_over)
+            step += 1
+        # what lies between is one score, or equal ones
+        lower = tl.where(alone, last, tl.max(tl.where(b_i < above, b_i, -2147483648)))
         # equal scores have equal shares: as many of them as pass p
         share = tl.max(tl.where(b_i == lower, b_a, 0.0))
         over = held + tl.sum(tl.where(b_i > lower, b_a, 0.0))
@@ -234,7 +283,7 @@ def _choose(
     arguments = {
         "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "d": d, "TILE_Q": tile,
         "TILE_K": tile,
-        "TILE_D": MEAN_TILE, "PRECISION": launch.precision,
+        "TILE_D": MEAN_TILE, "PRECISION": launch.precision if q.is_cuda else "ieee",
     }  # fmt: skip
     run(_block_scores_fwd_kernel, grid, arguments, launch)
     width = padded(m_k)
@@ -244,10 +293,11 @@ def _choose(
         "n_heads": heads,
         "m_k": m_k, "width": indices.shape[-1], "M": width, **select,
     }  # fmt: skip
-    launch = select_launch(width, select["mass"] is not None)
+    launch = select_launch(width)
     run(_block_select_fwd_kernel, (m_q, n, 1), arguments, launch)
 
 
-def select_launch(width: int, top_p: bool = False) -> Launch:
-    """One warp for up to 2048 blocks, 1024 with top-p, so that a reduction needs no barrier."""
-    return Launch("select", 80, 128, 128, 16, min(16, max(1, width // (2048 >> top_p))), 1)
+def select_launch(width: int) -> Launch:
+    """One warp for each 1024 blocks of a row: with more a thread's share does not fit in its
+    registers."""
+    return Launch("select", 80, 128, 128, 16, min(16, max(1, width // 1024)), 1)

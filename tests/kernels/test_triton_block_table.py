@@ -62,6 +62,14 @@ def test_mass_and_near_blocks(mass, keep, kv_len, device):
     assert_same(kernel.block_table(*arguments), reference.block_table(*arguments))
 
 
+def test_scores_of_all_sizes_and_signs(device):
+    q, k = inputs(65, 300, 64, torch.float32, device)
+    sizes = 10 ** (20 * torch.rand(1, 2, 300, 1, device=device) - 10)
+    for keys in (k * sizes, -k.abs() * sizes, torch.where(sizes > 1e9, k * sizes, 1e-30 * k)):
+        arguments = (q, keys, 0.35, 64, 16)
+        assert_same(kernel.block_table(*arguments), reference.block_table(*arguments))
+
+
 def test_equal_shares_go_to_the_first_blocks(device):
     q, k = inputs(65, 320, 64, HALF, device)
     table = kernel.block_table(q, torch.ones_like(k), 0.1, 64, 32, mass=0.45)

@@ -187,7 +187,9 @@ def options(column: str, all_kept: bool) -> dict[str, Any]:
     else:
         prune, method = None, resolve(column).method
     if method.name != "dense":
-        method = type(method)(keep=0.999 if all_kept else 0.5)
+        # in so short a run a period by share makes every second step a full one
+        rare = {"period": STEPS} if method.stateful else {}
+        method = type(method)(keep=0.999 if all_kept else 0.5, **rare)
     return {"method": method, "prune": prune, **NOW}
 
 

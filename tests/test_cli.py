@@ -164,13 +164,17 @@ def test_generate_says_which_words_mean_nothing(capsys, model):
 
 
 def test_a_state_is_announced_and_refused_in_one_sentence(capsys, model, monkeypatch):
-    arguments = ["generate", "a cat", "--model", model, *SPARSE, "--method", "shared"]
-    assert cli.run(arguments) == 0
-    assert capsys.readouterr().err.count("note: the state of shared takes") == 1
+    arguments = ["generate", "a cat", "--model", model, *SPARSE, "--method"]
+    assert cli.run([*arguments, "rettention"]) == 0
+    assert capsys.readouterr().err.count("note: the state of rettention takes") == 1
     monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
-    assert cli.run(arguments) == 2
+    assert cli.run([*arguments, "rettention"]) == 2
     said = capsys.readouterr().err
-    assert "error: the state of shared takes" in said and "Traceback" not in said
+    assert "error: the state of rettention takes" in said and "Traceback" not in said
+    assert cli.run([*arguments, "shared"]) == 0
+    said = capsys.readouterr()
+    assert "layers from 0 on run without one" in said.err
+    assert "no room for the state of the layers from 0 on" in said.out
 
 
 def test_a_single_frame_is_a_picture(model, tmp_path):

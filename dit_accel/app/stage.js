@@ -69,7 +69,8 @@ function update(side, now) {
   side.video.onloadeddata = () => {
     side.loaded = true;
     if (both()) seek(0);
-    if (wanted && clips().every((s) => s.loaded)) start(); else show();
+    // one clip alone does not start: playing it takes time from the other, which still forms
+    if (wanted && both() && clips().every((s) => s.loaded)) start(); else show();
   };
 }
 function render() {

@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from gpu_run import environment
 from torch.profiler import ProfilerActivity, profile
 
 from dit_accel import Schedule, accelerated
-from dit_accel.config import named
+from dit_accel.boost import compiled_blocks
 from dit_accel.e2e_models import MODELS, build, inputs
+from dit_accel.e2e_rows import Row
 
 ROWS = ("stock", "topk@0.1", "pooled@0.1", "shared@0.1", "stock+compile", "topk@0.1+compile")
 KINDS = {
@@ -65,16 +66,14 @@ def profiled(pipe: Any, call: dict[str, Any], device: torch.device) -> dict[str,
 
 def row(pipe: Any, call: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
     """One row: its kinds, and its longest kernels outside of attention and products."""
-    base, *added = name.split("+")
-    method, _, keep = base.partition("@")
-    if "compile" in added:
-        pipe.transformer.compile_repeated_blocks(fullgraph=True)
-    on = nullcontext()
-    if method != "stock":
-        kind = type(named(method))
-        least = None if device.type == "cuda" else 0
-        on = accelerated(pipe, kind(float(keep)), schedule=Schedule(warmup=0), min_tokens=least)
-    with on:
+    recipe = Row.parse(name)
+    least = None if device.type == "cuda" else 0
+    with ExitStack() as stack:
+        if "compile" in recipe.added:
+            stack.enter_context(compiled_blocks(pipe.transformer))
+        if recipe.method is not None:
+            options = {"schedule": Schedule(warmup=0), "min_tokens": least}
+            stack.enter_context(accelerated(pipe, recipe.method, **options))
         kernels = profiled(pipe, call, device)
     kinds: Counter[str] = Counter()
     for kernel, ms in kernels.items():
@@ -94,7 +93,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    options.rows.sort(key=lambda name: "+compile" in name)  # compiled blocks stay compiled
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     pipe = build(MODELS[options.model], device, dtype, options.tiny)

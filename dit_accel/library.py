@@ -247,14 +247,17 @@ def linear_branch(
     length: Tensor | None,
     limit: int | None,
 ) -> Tensor:
-    excluded = _excluded(q, k, indices, counts, block_q, block_k)
-    chosen = dispatch.select(_BRANCH, q, block_q=block_q, block_k=block_k)
-    kv_len = limit if length is None else length
-    out = chosen.fn(base, q, k, v, excluded, weight, bias, feature_map, kv_len)
-    return _laid_out_as(q, out)
+    rows, kv_len = (indices, counts, block_q, block_k), limit if length is None else length
+    return _laid_out_as(q, _branch(base, q, k, v, rows, weight, bias, feature_map, kv_len))
 
 
 _BRANCH = "sparse_linear_attention.linear_branch"
+
+
+def _branch(base, q, k, v, rows, *options, into=None) -> Tensor:
+    """The linear branch by whichever implementation serves it; rows: those of `_excluded`."""
+    chosen = dispatch.select(_BRANCH, q, block_q=rows[2], block_k=rows[3])
+    return chosen.fn(base, q, k, v, _excluded(q, k, *rows), *options, into=into)
 
 
 def _excluded(q, k, indices, counts, block_q, block_k) -> BlockTable | None:
@@ -285,10 +288,8 @@ def add_linear_branch(
     length: Tensor | None,
     limit: int | None,
 ) -> None:
-    excluded = _excluded(q, k, indices, counts, block_q, block_k)
-    chosen = dispatch.select(_BRANCH, q, block_q=block_q, block_k=block_k)
-    kv_len = limit if length is None else length
-    chosen.fn(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
+    rows, kv_len = (indices, counts, block_q, block_k), limit if length is None else length
+    _branch(base, q, k, v, rows, weight, bias, feature_map, kv_len, into=base)
 
 
 @add_linear_branch.register_fake

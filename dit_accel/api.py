@@ -20,9 +20,8 @@ from dit_accel.pipelines.base import Adapter
 from dit_accel.prune import TokenPruning
 from dit_accel.prune import resolve as pruning
 from dit_accel.schedule import Plan, Schedule
+from dit_accel.slots import transformers_of
 from dit_accel.span import Span
-
-_SLOTS = ("transformer", "transformer_2")
 
 
 class Handle:
@@ -191,8 +190,7 @@ def _holder(transformer: nn.Module) -> Handle | None:
 
 
 def _transformers(pipe: Any) -> list[nn.Module]:
-    found = [getattr(pipe, slot, None) for slot in _SLOTS]
-    found = [t for t in found if isinstance(t, nn.Module)]
+    found = transformers_of(pipe)
     if not found:
         kind = "a UNet" if hasattr(pipe, "unet") else "no transformer"
         raise TypeError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.slots import transformers_of
+
 
 @dataclass(frozen=True)
 class Boost:
@@ -69,12 +71,6 @@ class Boost:
                 transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
                 stack.callback(transformer.disable_cache)
             yield
-
-
-def transformers_of(pipe: Any) -> list[nn.Module]:
-    """The pipeline's denoising transformers: one, or two experts."""
-    found = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
-    return [module for module in found if module is not None]
 
 
 @contextmanager

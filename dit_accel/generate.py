@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dit_accel.loading import Defaults
+from dit_accel.slots import transformers_of
 
 ProgressFn = Callable[[str, int, int | None], None]
 StepFn = Callable[[int, torch.Tensor | None], None]
@@ -221,11 +222,9 @@ class Watch:
     @contextmanager
     def listening(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name in ("transformer", "transformer_2"):
-                module = getattr(self.pipe, name, None)
-                if module is not None:
-                    stack.callback(module.register_forward_pre_hook(self._before).remove)
-                    stack.callback(module.register_forward_hook(self._after).remove)
+            for module in transformers_of(self.pipe):
+                stack.callback(module.register_forward_pre_hook(self._before).remove)
+                stack.callback(module.register_forward_hook(self._after).remove)
             decoder = getattr(getattr(self.pipe, "vae", None), "decoder", None)
             if decoder is not None:
                 stack.callback(decoder.register_forward_hook(self._piece_decoded).remove)

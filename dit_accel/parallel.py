@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.slots import transformers_of
+
 RING = (
     "ring attention hands over the keys in parts, and blocks are chosen among all of them: "
     "set ulysses_degree instead of ring_degree"
 )
-_SLOTS = ("transformer", "transformer_2")
 Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -108,7 +109,7 @@ def share(pipe: Any, degree: int | None = None, *, anything: bool = False) -> No
     degree = degree or world
     if degree != world:
         raise ValueError(f"degree is the number of processes, {world} here, not {degree}")
-    models = [m for slot in _SLOTS if isinstance(m := getattr(pipe, slot, None), nn.Module)]
+    models = transformers_of(pipe)
     for model in models:
         if not getattr(model, "_cp_plan", None):
             raise ValueError(f"diffusers has no plan to split the tokens of {type(model).__name__}")

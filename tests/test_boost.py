@@ -8,11 +8,12 @@ import torch
 from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
 from dit_accel import Pooled, Schedule, TokenPruning, batch, boost, cli
-from dit_accel.boost import Boost, compiled_blocks, transformers_of
+from dit_accel.boost import Boost, compiled_blocks
 from dit_accel.compare import compare
 from dit_accel.config import AccelConfig
 from dit_accel.generate import Request
 from dit_accel.loading import Defaults
+from dit_accel.slots import transformers_of
 
 
 def latents(pipe) -> torch.Tensor:

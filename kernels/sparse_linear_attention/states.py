@@ -95,17 +95,23 @@ def _linear_state_fwd_kernel(
         b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
         if center is not None:
             b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
-            b_v = (b_v.to(tl.float32) - b_c[None, :]).to(b_v.dtype)
+            if b_v.dtype == tl.float32:
+                b_v -= b_c[None, :]
         if ratio is not None:
             p_r = i_bh * n_k + o_k
             b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
             b_d = tl.load(delta + p_r, mask=o_k < n_k, other=0.0)
             b_z += tl.sum(b_k * b_d[:, None], 0)
-        else:
-            b_z += tl.sum(b_k, 0)
         # [BD, TK] @ [TK, BD] -> [BD, BD]
         b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
         b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
+        if ratio is None:
+            b_s = tl.sum(b_k.to(tl.float32), 0)
+            b_z += b_s
+            if center is not None:
+                if b_v.dtype != tl.float32:
+                    # 16-bit v - c would be rounded, by the same for all v of a size
+                    b_h -= b_s[:, None] * b_c[None, :]
     b_h *= scale
     if weight is not None:
         b_w = load_rows(weight, o_d, d, d, 1, d, BLOCK_D)

@@ -104,6 +104,16 @@ def test_features_that_never_meet_stay_finite(mode: str, device: str):
     assert all(x.isfinite().all() for x in (out, *grads))
 
 
+def test_the_mean_of_the_values_is_taken_off_unrounded(device: str):
+    """Values of one size would all lose the same where a small mean is taken off each."""
+    q, k, v, _, weight, _ = inputs(64, 60, 64, 64, 32, HALF, device)
+    v = torch.randint(2, v.shape, device=device).to(HALF) * 2 - 1
+    args = (torch.ones_like(q), q, k, v, None, weight)
+    *_, dw = triton.linear_branch_backward(*args)
+    *_, naive = reference.linear_branch_backward(*args)
+    assert (dw - naive).norm() < 2e-4 * naive.norm()
+
+
 def test_padding_is_never_read(device: str):
     q, k, v, table, weight, _ = inputs(65, 100, 64, 64, 32, torch.float32, device)
     base = torch.randn_like(q)

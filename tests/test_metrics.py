@@ -26,6 +26,16 @@ def test_ssim_is_its_definition_away_from_the_edges():
     assert metrics.ssim(a, a + 10) == pytest.approx(brighter)
 
 
+def test_ssim_is_the_mean_over_its_windows():
+    a, b = noise(3)[0], (noise(3)[0] // 2 + noise(4)[0] // 3).astype(np.uint8)
+    windows = [np.lib.stride_tricks.sliding_window_view(x / 255, (7, 7), (0, 1)) for x in (a, b)]
+    x, y = (w.reshape(*w.shape[:3], 49) for w in windows)
+    (mx, my), cov = (x.mean(-1), y.mean(-1)), (x * y).mean(-1) - x.mean(-1) * y.mean(-1)
+    found = (2 * mx * my + 1e-4) * (2 * cov + 9e-4)
+    found /= (mx**2 + my**2 + 1e-4) * (x.var(-1) + y.var(-1) + 9e-4)
+    assert metrics.ssim(a, b) == pytest.approx(found.mean())
+
+
 def test_a_tensor_is_measured_as_an_array():
     a, b = noise(0), noise(1)
     assert metrics.quality(torch.from_numpy(a), torch.from_numpy(b)) == metrics.quality(a, b)

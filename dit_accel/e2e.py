@@ -44,6 +44,7 @@ class Benchmark:
         out: a JSON file, written after each row; rows that it holds already are not run again.
         tiny: a few hundred tokens and two or three layers, to try the path.
         compiler: torch.compile's backend.
+        min_tokens: attend densely below this many; None: the crossover.
         echo: takes each row as a line of text when it is ready.
     """
 
@@ -54,6 +55,7 @@ class Benchmark:
     out: Path | None = None
     tiny: bool = False
     compiler: str = "inductor"
+    min_tokens: int | None = None
     echo: Callable[[str], None] = print
     rows: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -128,7 +130,7 @@ class Benchmark:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
-        min_tokens = 0 if self.tiny else None
+        min_tokens = 0 if self.tiny else self.min_tokens
         with switched_on(pipe, course, min_tokens, self.compiler) as handle:
             seconds = self._steps(pipe, call, course, until)
             report = None if handle is None else handle.report()
@@ -324,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--tiny", action="store_true", help="small models, to try the path")
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
+    parser.add_argument("--min-tokens", type=int, help="attend densely below this many")
     parser.add_argument("--out", type=Path, help="a JSON file to write, and to go on with")
     parser.add_argument("--table", type=Path, help="only print the table of such a file")
     parser.add_argument("--csv", action="store_true", help="--table as CSV instead of Markdown")
@@ -337,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()  # it remarks on embeddings that come without a mask
     rows = [Row.parse(name) for name in given.rows]
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {"minutes": given.minutes, "out": given.out, "compiler": given.compiler}
+    options = {name: getattr(given, name) for name in ("minutes", "out", "compiler", "min_tokens")}
     benchmark = Benchmark(device, given.rounds, given.steps, tiny=given.tiny, **options)
     benchmark.run([MODELS[name] for name in given.model], rows)
     print(e2e_table.markdown(benchmark.record()))

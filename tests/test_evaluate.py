@@ -66,9 +66,35 @@ def test_presets_and_files_are_rows_too(tmp_path):
     assert found[1].config.order == "tile"
 
 
+def test_rows_add_pruning_and_a_step_cache():
+    found = rows(["pooled+prune+cache@0.2", "dense+cache", "pooled"], (0.3, 0.1), 25, TEMPLATE)
+    assert [row.name for row in found[:3]] == [
+        "pooled 10% + prune + cache@0.2", "pooled 30% + prune + cache@0.2", "dense+cache"
+    ]  # fmt: skip
+    assert found[0].config.prune.keep == 0.5 and found[0].boost.step_cache == 0.2
+    assert found[2].config.method == dit_accel.Dense() and found[2].boost.step_cache == 0.1
+    assert len({row.digest for row in found}) == 5
+
+
+def test_what_a_step_cache_skips_is_no_work(loaded, tmp_path):
+    pipe, defaults = loaded
+    study = Study(pipe, defaults, BASE, tmp_path)
+    skipping, computing = rows(["dense+cache@1e9", "dense+cache@1e-9"], (), 4, TEMPLATE)
+    found = study.cell(skipping, "a cat", 0)
+    layers = len(pipe.transformer.blocks)  # the first step runs all, the others the first block
+    assert found["work_kept"] == pytest.approx((layers + study.steps - 1) / layers / study.steps)
+    assert study.cell(computing, "a cat", 0)["work_kept"] == 1
+    assert study.cell(computing, "a cat", 0)["psnr"] == 100
+
+
 @pytest.mark.parametrize(
     ("names", "says"),
-    [(["magic"], "unknown method 'magic'"), ([], "no rows")],
+    [
+        (["magic"], "unknown method 'magic'"),
+        ([], "no rows"),
+        (["topk+magic"], "adds 'magic'; it can add prune and cache@0.1"),
+        (["topk+cache@x"], "has the threshold 'x'; write cache@0.1"),
+    ],
 )
 def test_rows_that_are_none(names, says):
     with pytest.raises(ValueError, match=says):

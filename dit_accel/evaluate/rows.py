@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dit_accel.boost import Boost
 from dit_accel.config import AccelConfig, resolve
 from dit_accel.methods import Method, find
 from dit_accel.prune import TokenPruning
@@ -38,7 +39,7 @@ class Row:
 
     family: rows that a plot joins by a line. steps: of the run; None takes as many as the dense
     reference. transformer: folder of fine-tuned weights to run instead of the model's. rank: rows
-    of a low one are measured first.
+    of a low one are measured first. boost: what runs beside the method.
     """
 
     name: str
@@ -47,11 +48,14 @@ class Row:
     steps: int | None = None
     transformer: str | None = None
     rank: int = 0
+    boost: Boost = Boost()
 
     @property
     def digest(self) -> str:
-        """Same configuration, learned weights and steps, same digest."""
-        text = json.dumps([self.config.to_dict(), self.steps], sort_keys=True).encode()
+        """Same configuration, learned weights, boost and steps, same digest."""
+        beside = [] if self.boost == Boost() else [asdict(self.boost)]
+        facts = [self.config.to_dict(), self.steps, *beside]
+        text = json.dumps(facts, sort_keys=True).encode()
         weights = getattr(self.config.method, "weights", None)
         learned = Path(weights).read_bytes() if weights else b""
         parts = sorted(Path(self.transformer).iterdir()) if self.transformer else []
@@ -70,7 +74,8 @@ def rows(
     """The rows of these names, the controls included where they are named.
 
     names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a method of
-    `DEFAULT`, else a preset or preset file. keeps: the first is measured first, in all methods.
+    `DEFAULT` or "dense", to which "+prune" and "+cache@0.1" (First-Block-Cache and its threshold)
+    may be added, else a preset or preset file. keeps: the first is measured first, in all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
     for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for. Raises
     ValueError for a name or a keep that is none, and for no rows at all.
@@ -81,8 +86,8 @@ def rows(
             found += _fewer(steps)
         elif name == "prune":
             found += [replace(row, rank=len(keeps) + 1) for row in _pruned(template)]
-        elif name in _METHODS:
-            found += _at_each(name, _METHODS[name], keeps, template)
+        elif name.partition("+")[0] in (*_METHODS, "dense"):
+            found += _combined(name, keeps, template)
         else:
             found.append(Row(name, name, resolve(name)))
     for path in sla:
@@ -109,6 +114,32 @@ def _pruned(template: AccelConfig) -> list[Row]:
         )
         for criterion in CRITERIA
     ]
+
+
+def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[Row]:
+    """A method, or dense attention, with what a name adds to it."""
+    base, *added = name.split("+")
+    boost = Boost()
+    for part in added:
+        what, _, threshold = part.partition("@")
+        if part == "prune":
+            template = replace(template, prune=TokenPruning(keep=PRUNED))
+        elif what == "cache":
+            boost = Boost(step_cache=_number(name, threshold or "0.1"))
+        else:
+            raise ValueError(f"row {name!r} adds {part!r}; it can add prune and cache@0.1")
+    if base == "dense":
+        return [Row(name, name, replace(template, method=find("dense")()), boost=boost)]
+    rows = _at_each(base, _METHODS[base], keeps, template)
+    tail = "".join(f" + {part}" for part in added)
+    return [replace(row, name=row.name + tail, family=name, boost=boost) for row in rows]
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"row {name!r} has the threshold {text!r}; write cache@0.1") from None
 
 
 def _at_each(

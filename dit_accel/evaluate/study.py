@@ -186,7 +186,7 @@ class Study:
         requests = [replace(self.base, prompt=p, seed=s, steps=steps) for p, s in pairs]
         with self._weights(row):
             self._warm_up(row, requests)
-            with accelerated(self.pipe, row.config) as handle:
+            with row.boost.cached(self.pipe), accelerated(self.pipe, row.config) as handle:
                 made = clips.make(self.pipe, self.defaults, requests)
                 ran = handle.report()
                 attention, work = kept_work(handle, share)
@@ -258,14 +258,16 @@ def kept_work(handle: Handle, share: float) -> tuple[float, float]:
     """(attention, all) FLOPs of the generation that ran, over those of a dense one of its steps.
 
     share: of attention in a dense forward. Where t of the tokens run a part f of the blocks,
-    attention is 1 − f(1 − t²) and the rest 1 − f(1 − t) of a whole forward; overheads of a method
-    (block scores, pooled keys) are not counted.
+    attention is 1 − f(1 − t²) and the rest 1 − f(1 − t) of a whole forward; of a step that a cache
+    skips, the layers that ran count. Overheads of a method (block scores, pooled keys) do not.
     """
     spans = handle._engine.spans
     part = (spans[0].last - spans[0].first) / spans[0].blocks if spans else 0.0
     steps = handle.report().steps
-    attention = [s["kept"] * (1 - part * (1 - s["tokens"] ** 2)) for s in steps]
-    rest = [1 - part * (1 - s["tokens"]) for s in steps]
+    calls = [s["sparse"] + s["dense"] for s in steps]
+    ran = [(count / max(calls), s) for count, s in zip(calls, steps, strict=True)]
+    attention = [r * s["kept"] * (1 - part * (1 - s["tokens"] ** 2)) for r, s in ran]
+    rest = [r * (1 - part * (1 - s["tokens"])) for r, s in ran]
     mean = sum(attention) / len(steps)
     return mean, share * mean + (1 - share) * sum(rest) / len(steps)
 

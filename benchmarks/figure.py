@@ -1,6 +1,6 @@
 """The figure of benchmarks/: time and memory of the whole operators against the length.
 
-    python benchmarks/figure.py benchmarks/results/h100-scaling.json benchmarks/scaling.svg
+    python benchmarks/figure.py benchmarks/results/h100-kernels.json benchmarks/scaling.svg
 
 Reads the cases named "scaling" of benchmarks/gpu_kernels.py.
 """

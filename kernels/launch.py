@@ -16,7 +16,7 @@ import torch
 HEAD_DIMS = (64, 80, 96, 128)
 BLOCKS = (16, 32, 64, 128)
 _AOT = "not measured: no spill in the ahead-of-time report"
-_H100 = "fastest of a sweep on an H100: benchmarks/results/h100-kernels.json"
+_H100 = "fastest of a sweep on an H100: benchmarks/results/h100-sweeps.json"
 _GLUON = "fastest of a sweep on an H100: benchmarks/results/h100-gluon.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
 

@@ -108,10 +108,9 @@ def _linear_state_fwd_kernel(
         if ratio is None:
             b_s = tl.sum(b_k.to(tl.float32), 0)
             b_z += b_s
-            if center is not None:
-                if b_v.dtype != tl.float32:
-                    # 16-bit v - c would be rounded, by the same for all v of a size
-                    b_h -= b_s[:, None] * b_c[None, :]
+            if center is not None and b_v.dtype != tl.float32:
+                # 16-bit v - c would be rounded, by the same for all v of a size
+                b_h -= b_s[:, None] * b_c[None, :]
     b_h *= scale
     if weight is not None:
         b_w = load_rows(weight, o_d, d, d, 1, d, BLOCK_D)

@@ -215,8 +215,8 @@ def test_a_fine_tuned_model_is_a_row_of_its_own(loaded, tmp_path):
     dense = generate(pipe, defaults, Request("a cat", seed=0))
     near = metrics.quality(dense.frames, made.frames)
     assert cell["psnr"] == pytest.approx(near.psnr_mean)
-    (moved / "lora").mkdir()
-    with pytest.raises(ValueError, match="holds a LoRA"):
-        rows([], (0.4,), 4, TEMPLATE, sla=[str(moved)])
+    (moved / "transformer").rename(moved / "lora")
+    (adapted,) = rows([], (0.4,), 4, TEMPLATE, sla=[str(moved)])
+    assert adapted.transformer == str(moved / "lora")
     with pytest.raises(ValueError, match="lacks preset.json"):
         rows([], (0.4,), 4, TEMPLATE, sla=[str(tmp_path)])

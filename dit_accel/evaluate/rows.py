@@ -38,8 +38,8 @@ class Row:
     """One line of the table.
 
     family: rows that a plot joins by a line. steps: of the run; None takes as many as the dense
-    reference. transformer: folder of fine-tuned weights to run instead of the model's. rank: rows
-    of a low one are measured first. boost: what runs beside the method.
+    reference. transformer: folder of fine-tuned weights to run instead of the model's, or of a LoRA
+    to run on them. rank: rows of a low one are measured first. boost: what runs beside the method.
     """
 
     name: str
@@ -161,19 +161,18 @@ def _learned(path: Path, keeps: Sequence[float], template: AccelConfig) -> list[
     if not path.is_dir():
         weights = str(path)
         return _at_each("sla", lambda keep: find("sla")(keep, weights=weights), keeps, template)
-    preset, weights, model = (path / n for n in ("preset.json", "sla.safetensors", "transformer"))
+    preset, weights = path / "preset.json", path / "sla.safetensors"
     if not (preset.is_file() and weights.is_file()):
         raise ValueError(f"{path} is no result of fine-tuning: it lacks {preset.name}")
-    if (path / "lora").is_dir():
-        raise ValueError(f"{path} holds a LoRA: load it into the model and give that with --model")
     data = json.loads(preset.read_text())
     data["method"]["weights"] = str(weights)  # the folder may have moved since
     method = AccelConfig.from_dict(data).method
+    models = [str(path / name) for name in ("transformer", "lora") if (path / name).is_dir()]
     return [
         Row(
             f"sla {method.keep:.0%}, {path.name}",
             "sla",
             replace(template, method=method),
-            transformer=str(model) if model.is_dir() else None,
+            transformer=models[0] if models else None,
         )
     ]

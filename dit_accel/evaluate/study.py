@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -235,7 +236,7 @@ class Study:
         stock = self.pipe.transformer
         if self._tuned is None or self._tuned[0] != row.transformer:
             self._tuned = None
-            tuned = type(stock).from_pretrained(row.transformer, torch_dtype=stock.dtype)
+            tuned = with_weights(stock, Path(row.transformer))
             self._tuned = row.transformer, tuned.to(self.pipe._execution_device).eval()
         self.pipe.transformer = self._tuned[1]
         try:
@@ -252,6 +253,16 @@ class Study:
         with accelerated(self.pipe, replace(row.config, schedule=schedule)):
             clips.warm(self.pipe, self.defaults, requests, 2 if method.stateful else 1)
         self._warm.add((method.name, len(requests)))
+
+
+def with_weights(stock: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """A transformer of this folder's weights, or of the stock ones and this folder's LoRA."""
+    if (folder / "config.json").is_file():
+        return type(stock).from_pretrained(folder, torch_dtype=stock.dtype)
+    tuned = copy.deepcopy(stock)
+    tuned.load_lora_adapter(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    tuned.fuse_lora()
+    return tuned
 
 
 def kept_work(handle: Handle, share: float) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import dit_accel
 from dit_accel import SLA, cli
 from dit_accel.finetune import Settings, finetune
+from dit_accel.evaluate.study import with_weights
 from dit_accel.finetune.checkpoint import checkpoints
 from dit_accel.finetune.data import LatentData
 from dit_accel.finetune.student import Student, Teacher
@@ -124,17 +125,23 @@ def test_trained_weights_are_written_in_diffusers_format(settings, done, tmp_pat
     finetune(asked)
     before = WanPipeline.from_pretrained(settings.model)
     if train == "full":
-        tuned = WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+        written = tmp_path / "transformer"
+        tuned = WanTransformer3DModel.from_pretrained(written)
     else:
+        written = tmp_path / "lora"
         pipe = WanPipeline.from_pretrained(settings.model)
-        pipe.load_lora_weights(tmp_path / "lora")
+        pipe.load_lora_weights(written)
         tuned = pipe.transformer
     batch = LatentData(data, "WanTransformer3DModel").draw(1, 5, 0.0)
     with torch.no_grad():
         a, b = (
             m(batch.noisy, batch.time, **batch.conditions)[0] for m in (before.transformer, tuned)
         )
+        evaluated = with_weights(before.transformer, written)(
+            batch.noisy, batch.time, **batch.conditions
+        )[0]
     assert not torch.equal(a, b) and (a - b).norm() < 0.5 * a.norm()
+    torch.testing.assert_close(evaluated, b, rtol=1e-4, atol=1e-4)
     stored = load_file(tmp_path / "checkpoint-00000002" / "tensors.safetensors")
     assert any("attn1.to_q" in name for name in stored)
     SLA(keep=0.3, weights=str(tmp_path / "sla.safetensors"))

@@ -32,7 +32,7 @@ class TokenPruning:
         start, end: steps at both ends that run all tokens: a share (float) or a number (int).
         first, last: the span's block numbers, first ≤ block < last; negative ones count from the
             model's end, None is its end.
-        criterion: what makes a token worth running; "random", "stratified" and "lru" are controls;
+        criterion: what makes a token worth running; "random", "stratified" and "lru" look at none;
             "text" is for joint text-image models.
         threshold: with criterion="drift": only blocks that drifted at least so much since they ran
             last run, at most `keep` of all; None: always `keep` of all.
@@ -53,7 +53,7 @@ class TokenPruning:
     end: float | int = 2
     first: int = 1
     last: int | None = -1
-    criterion: str = "drift"
+    criterion: str = "stratified"
     threshold: float | None = None
     restore: str = "reuse"
     context: str = "drop"

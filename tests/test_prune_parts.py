@@ -140,13 +140,13 @@ def pruned(pipe, method=None, **options):
 
 
 def test_dynamic_pruning_runs_from_none_to_all_of_the_tokens(pipe, stock):
-    out, report = pruned(pipe, keep=1.0, threshold=0.0)
+    out, report = pruned(pipe, keep=1.0, threshold=0.0, criterion="drift")
     torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-4)
     assert all(step["tokens"] == 1 for step in report.steps)
-    out, report = pruned(pipe, keep=1.0, threshold=1e9)
+    out, report = pruned(pipe, keep=1.0, threshold=1e9, criterion="drift")
     assert torch.equal(out, pruned(pipe, keep=0.0)[0])
     assert [step["tokens"] for step in report.steps] == [1, 1, 0, 0, 0, 0, 0, 0]
-    _, report = pruned(pipe, keep=1.0, threshold=0.17, block=16)
+    _, report = pruned(pipe, keep=1.0, threshold=0.17, criterion="drift", block=16)
     shares = {step["tokens"] for step in report.steps[2:]}
     assert any(0 < share < 1 for share in shares), shares
 

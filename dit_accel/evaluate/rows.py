@@ -119,7 +119,7 @@ def _pruned(template: AccelConfig) -> list[Row]:
 def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[Row]:
     """A method, or dense attention, with what a name adds to it."""
     base, *added = name.split("+")
-    boost = Boost()
+    template, boost = replace(template, method=find("dense")()), Boost()
     for part in added:
         what, _, threshold = part.partition("@")
         if part == "prune":
@@ -129,7 +129,7 @@ def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[
         else:
             raise ValueError(f"row {name!r} adds {part!r}; it can add prune and cache@0.1")
     if base == "dense":
-        return [Row(name, name, replace(template, method=find("dense")()), boost=boost)]
+        return [Row(name, name, template, boost=boost)]
     rows = _at_each(base, _METHODS[base], keeps, template)
     tail = "".join(f" + {part}" for part in added)
     return [replace(row, name=row.name + tail, family=name, boost=boost) for row in rows]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 import dit_accel
 from dit_accel import SLA, cli
-from dit_accel.finetune import Settings, finetune
 from dit_accel.evaluate.study import with_weights
+from dit_accel.finetune import Settings, finetune
 from dit_accel.finetune.checkpoint import checkpoints
 from dit_accel.finetune.data import LatentData
 from dit_accel.finetune.student import Student, Teacher

@@ -54,6 +54,7 @@ def _add_training(words: argparse.ArgumentParser) -> None:
     train.add_argument("--lr", type=float, help="rate of weights [1e-5] or LoRA [1e-4]")
     train.add_argument("--lr-projection", type=float, help="rate of SLA's tensors [1e-3]")
     train.add_argument("--lr-warmup", type=int, help="steps of linear warm-up [100]")
+    train.add_argument("--lr-decay", type=float, help="share of the steps that fall to rate 0 [0]")
     train.add_argument("--weight-decay", type=float, help="[0.01]")
     train.add_argument("--clip", type=float, help="largest gradient norm [1]")
     train.add_argument("--ema", type=float, help="decay of the averaged weights, 0: off [0.999]")

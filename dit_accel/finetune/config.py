@@ -14,7 +14,8 @@ TRAIN = ("projection", "lora", "full")
 OBJECTIVES = ("teacher", "diffusion")
 PRECISIONS = ("no", "bf16", "fp16")
 _RATES = {"projection": 0.0, "lora": 1e-4, "full": 1e-5}
-# What a resumed run may change: none of it alters the steps that were already made.
+# What a resumed run may change: none of it alters the steps that were already made (with a decay,
+# `steps` would).
 _FREE = ("out", "steps", "save_every", "validate_every", "log_every", "clips", "validation")
 _FREE += ("warmup", "device")
 
@@ -36,6 +37,7 @@ class Settings:
         steps, batch, accumulate: optimizer steps; clips in a batch; batches in a step.
         lr, lr_projection: AdamW rates of weights or LoRA (None: 1e-5 or 1e-4) and of projections.
         lr_warmup: steps of linear warm-up.
+        lr_decay: share of the steps, at the end, over which the rates fall linearly to zero.
         weight_decay, clip: of AdamW; largest gradient norm.
         ema: decay of the averaged weights that are saved; 0 saves the last ones.
         drop_prompt: share of batches that see the negative prompt.
@@ -68,6 +70,7 @@ class Settings:
     lr: float | None = None
     lr_projection: float = 1e-3
     lr_warmup: int = 100
+    lr_decay: float = 0.0
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.999
@@ -107,7 +110,7 @@ class Settings:
         for name in ("lr_projection", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is a number > 0, not {getattr(self, name)}")
-        for name in ("ema", "drop_prompt", "warmup"):
+        for name in ("ema", "drop_prompt", "warmup", "lr_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} lies in [0, 1), not {getattr(self, name)}")
         if self.device not in (None, "cpu"):
@@ -132,11 +135,8 @@ class Settings:
     def check_resumes(self, stored: dict[str, Any]) -> None:
         """ValueError naming what differs from the run that is to be continued."""
         mine = self.to_dict()
-        wrong = [
-            f"{name}={stored.get(name)!r}"
-            for name in mine
-            if name not in _FREE and mine[name] != stored.get(name)
-        ]
+        bound = [name for name in mine if name not in _FREE or (name == "steps" and self.lr_decay)]
+        wrong = [f"{n}={stored.get(n)!r}" for n in bound if mine[n] != stored.get(n)]
         if wrong:
             raise ValueError(
                 f"the run in {self.out} was started with {', '.join(wrong)}: "

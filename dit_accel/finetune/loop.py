@@ -48,9 +48,12 @@ def draw_seed(settings: Settings, *place: int) -> int:
     return int(state[0] >> np.uint64(1))
 
 
-def learning_rate(step: int, warmup: int) -> float:
-    """Factor of the rates at the step after `step` others: a linear rise to 1."""
-    return min(1.0, (step + 1) / max(1, warmup))
+def learning_rate(step: int, settings: Settings) -> float:
+    """Factor of the rates at the step after `step` others: a linear rise to 1, and at the end of
+    the run, over the share `lr_decay` of its steps, a linear fall."""
+    rise = (step + 1) / max(1, settings.lr_warmup)
+    fall = (settings.steps - step) / max(1.0, settings.lr_decay * settings.steps)
+    return min(1.0, rise, fall)
 
 
 def parameter_groups(student: Student, settings: Settings) -> list[dict[str, Any]]:
@@ -103,7 +106,7 @@ class Trainer:
         """One optimizer step; its mean loss and gradient norm, 0-d on the device."""
         s, done = self.settings, self.training.step
         for base, group in zip(self.base, self.optimizer.param_groups, strict=True):
-            group["lr"] = base * learning_rate(done, s.lr_warmup)
+            group["lr"] = base * learning_rate(done, s)
         total = torch.zeros((), device=self.accelerator.device)
         rank = self.accelerator.process_index
         for part in range(s.accumulate):

@@ -14,6 +14,7 @@ from dit_accel.evaluate.study import with_weights
 from dit_accel.finetune import Settings, finetune
 from dit_accel.finetune.checkpoint import checkpoints
 from dit_accel.finetune.data import LatentData
+from dit_accel.finetune.loop import learning_rate
 from dit_accel.finetune.student import Student, Teacher
 from dit_accel.finetune.validate import velocity_error
 
@@ -49,6 +50,15 @@ def done(settings):
 def lines(out):
     with open(f"{out}/log.jsonl") as log:
         return [json.loads(line) for line in log]
+
+
+def test_the_rates_rise_and_with_a_decay_fall_at_the_end(settings):
+    plain = [learning_rate(step, settings) for step in range(STEPS)]
+    assert plain == [0.25, 0.5, 0.75] + [1.0] * (STEPS - 3)
+    falling = replace(settings, lr_decay=0.2)
+    assert [learning_rate(step, falling) for step in range(STEPS)] == plain[:-3] + [0.75, 0.5, 0.25]
+    with pytest.raises(ValueError, match="was started with steps=10"):
+        falling.check_resumes(replace(falling, steps=10).to_dict())
 
 
 def test_training_brings_the_sparse_velocity_nearer_to_the_dense_one(settings, done):

@@ -1,6 +1,7 @@
 """200 and more jobs under injected faults, and throughput against a naive loop.
 
     python benchmarks/batch_campaign.py [--model FOLDER] [--json FILE]
+    python benchmarks/batch_campaign.py --model assets/emoji --device cuda    throughput alone
 
 Faults: workers killed with SIGKILL at random moments, the whole run killed and started again, a
 disk that fills up and is made larger (a small tmpfs, which takes root; "disk_filled" says whether
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -175,11 +177,13 @@ def _plays(path: Path) -> bool:
         return False
 
 
-def throughput(model: Path, work: Path, count: int = 24) -> dict[str, Any]:
-    """Clips a minute: a naive loop, this queue, and this queue with calls of four clips."""
-    pipe, defaults = load_pipeline(model, "cpu")
+def throughput(
+    model: Path | None, work: Path, device: str = "cpu", count: int = 24, clip: dict = SMALL
+) -> dict[str, Any]:
+    """Clips a minute: a naive loop, this queue, and this queue with calls of several clips."""
+    pipe, defaults = load_pipeline(model, device)
     prompts = [f"a {WORDS[n % 2]} on red" for n in range(count)]
-    size = {k: v for k, v in SMALL.items() if k != "method"}
+    size = {k: v for k, v in clip.items() if k != "method"}
     generate(pipe, defaults, Request("a cat", **size))
     found = {}
     began = time.perf_counter()
@@ -187,8 +191,9 @@ def throughput(model: Path, work: Path, count: int = 24) -> dict[str, Any]:
         frames = generate(pipe, defaults, Request(prompt, seed=seed, **size)).frames
         video.save(work / f"naive-{seed}.mp4", frames, defaults.fps)
     found["naive loop"] = time.perf_counter() - began
-    jobs = [Job(prompt, seed=seed, **SMALL) for seed, prompt in enumerate(prompts)]
-    for name, batch in (("batch", 1), ("batch, four clips a call", 4)):
+    jobs = [Job(prompt, seed=seed, **clip) for seed, prompt in enumerate(prompts)]
+    for batch in (1, 4) if device == "cpu" else (1, 4, 16):
+        name = f"batch, {batch} clips a call" if batch > 1 else "batch"
         out = work / f"throughput-{batch}"
         began = time.perf_counter()
         summary = run(jobs, out, pipe=pipe, settings=Settings(batch=batch), show="none")
@@ -219,18 +224,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="pipeline folder; default: a tiny random Wan")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/batch.json")
+    parser.add_argument("--device", help="only the throughput, there, of the model's own clips")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the small disk is unmounted too
     work = Path(tempfile.mkdtemp(prefix="batch-campaign-"))
     try:
         model = options.model or tiny_model(work / "model")
-        found = {
-            "model": options.model.name if options.model else "tiny random Wan (tests/tiny.py)",
-            "clip": SMALL,
-            "machine": machine(load_pipeline(model, "cpu")[0]),
-            "clips_a_minute": throughput(model, work),
-            "campaign": campaign(poisoned_copy(model, work / "poisoned"), work),
-        }
+        if options.device:
+            found = {
+                "command": shlex.join(["python", *sys.argv]),
+                "model": model.name,
+                "machine": machine(load_pipeline(model, options.device)[0]),
+                "clips_a_minute": throughput(model, work, options.device, 64, {"method": "dense"}),
+            }
+        else:
+            found = {
+                "model": options.model.name if options.model else "tiny random Wan (tests/tiny.py)",
+                "clip": SMALL,
+                "machine": machine(load_pipeline(model, "cpu")[0]),
+                "clips_a_minute": throughput(model, work),
+                "campaign": campaign(poisoned_copy(model, work / "poisoned"), work),
+            }
     finally:
         shutil.rmtree(work, ignore_errors=True)
     options.json.parent.mkdir(exist_ok=True)

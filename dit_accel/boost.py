@@ -1,10 +1,12 @@
-"""What multiplies with sparse attention and is not ours: compiled blocks, diffusers' step cache."""
+"""What goes beside sparse attention and is not ours: compiled blocks, a step cache, a LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ class Boost:
         compile: torch.compile for the blocks of the transformer, each kind of them once.
         step_cache: threshold of diffusers' First-Block-Cache: a step whose first block gives the
             same as before but for so much (relative) skips the others. None: no cache.
+        lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
 
-    Raises ValueError for a threshold that is not positive.
+    Raises ValueError for a threshold that is not positive, and for a LoRA with compiled blocks.
     """
 
     compile: bool = False
     step_cache: float | None = None
+    lora: str | None = None
 
     def __post_init__(self) -> None:
         if self.step_cache is not None and not self.step_cache > 0:
@@ -34,9 +38,13 @@ class Boost:
                 "step_cache is a relative change > 0 below which a step is skipped, not "
                 f"{self.step_cache}; 0.05 is cautious"
             )
+        if self.lora is not None and self.compile:
+            raise ValueError("a LoRA changes the compiled blocks: fuse it first, pipe.fuse_lora()")
 
     def check(self, pipe: Any) -> None:
-        """ValueError where a transformer of the pipeline has no step caches."""
+        """ValueError where the pipeline has no step caches, or cannot take the LoRA."""
+        if self.lora is not None:
+            _check_lora(pipe, Path(self.lora))
         for transformer in transformers_of(pipe):
             if self.step_cache is not None and not hasattr(transformer, "enable_cache"):
                 kind = type(transformer).__name__
@@ -45,8 +53,10 @@ class Boost:
                 )
 
     def switch_on(self, pipe: Any) -> ExitStack:
-        """Both, until the returned stack is closed."""
+        """All of it, until the returned stack is closed; ValueError as `check`."""
+        self.check(pipe)
         with ExitStack() as stack:
+            stack.enter_context(self.adapted(pipe))
             stack.enter_context(self.compiled(pipe))
             stack.enter_context(self.cached(pipe))
             return stack.pop_all()
@@ -61,16 +71,39 @@ class Boost:
             yield
 
     @contextmanager
+    def adapted(self, pipe: Any) -> Iterator[None]:
+        """The LoRA, if there is one, for the length of a block."""
+        if self.lora is None:
+            yield
+            return
+        pipe.load_lora_weights(self.lora)
+        try:
+            yield
+        finally:
+            pipe.unload_lora_weights()
+
+    @contextmanager
     def cached(self, pipe: Any) -> Iterator[None]:
-        """The step cache, if it is wanted, for the length of a block; ValueError as `check`."""
+        """The step cache, if it is wanted, for the length of a block."""
         from diffusers import FirstBlockCacheConfig
 
-        self.check(pipe)
         with ExitStack() as stack:
             for transformer in transformers_of(pipe) if self.step_cache is not None else ():
                 transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
                 stack.callback(transformer.disable_cache)
             yield
+
+
+def _check_lora(pipe: Any, path: Path) -> None:
+    """ValueError with the reason why this LoRA cannot be loaded."""
+    if not path.exists():
+        raise ValueError(f"there is no LoRA at {path}: give the folder that fine-tuning wrote")
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} takes no LoRA in diffusers: leave it out")
+    if not find_spec("peft"):
+        raise ValueError("a LoRA needs peft: pip install peft")
+    if any(getattr(t, "peft_config", None) for t in transformers_of(pipe)):
+        raise ValueError("the pipeline has a LoRA already: fuse or unload it first")
 
 
 @contextmanager

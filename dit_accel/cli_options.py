@@ -65,6 +65,9 @@ class Common:
     step_cache: Annotated[
         float | None, _option("Skip steps that change less than this, such as 0.05.", _HOW)
     ] = None
+    lora: Annotated[
+        str | None, _option("LoRA of a fine-tuned SLA; the dense run goes without.", _HOW)
+    ] = None
     order: Annotated[str | None, _option("Token order: raster, tile or hilbert.", _HOW)] = None
     min_tokens: Annotated[int | None, _option("Attend densely below this many tokens.", _HOW)] = (
         None
@@ -132,7 +135,7 @@ class Common:
         """What runs beside the method; ValueError for a bad value."""
         from dit_accel.boost import Boost
 
-        return Boost(self.compile, self.step_cache)
+        return Boost(self.compile, self.step_cache, self.lora)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -49,9 +49,9 @@ def compare(
     """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
-    boost: compilation is for both, the step cache for the accelerated run. The pipeline is left
-    stock. Raises ValueError before anything runs when the request does not
-    suit the pipeline or `out` cannot be written.
+    boost: compilation is for both, step cache and LoRA are for the accelerated run. The pipeline is
+    left stock. Raises ValueError before anything runs when the request does not suit the pipeline
+    or `out` cannot be written.
     """
     values = arguments(pipe, defaults, request)
     folder = video.check_folder(out)
@@ -60,7 +60,7 @@ def compare(
     with boost.compiled(pipe):
         _warm_up(pipe, defaults, request, config, progress)
         dense = generate(pipe, defaults, request, _named("dense", progress))
-        with boost.cached(pipe), accelerated(pipe, config) as handle:
+        with boost.adapted(pipe), boost.cached(pipe), accelerated(pipe, config) as handle:
             fast = generate(pipe, defaults, request, _named(config.method.name, progress))
             ran = handle.report().to_dict()
     progress("writing", 0, None)

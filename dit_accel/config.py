@@ -139,4 +139,10 @@ def _read(path: Path) -> AccelConfig:
         raise ValueError(f"preset file {path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"preset file {path} holds a {type(data).__name__}, not an object")
+    method = data.get("method")
+    if isinstance(method, dict) and method.get("weights"):
+        weights = Path(method["weights"])
+        beside = path.parent / weights.name  # wherever the folder has moved
+        if beside.is_file() and not (weights.is_absolute() and weights.is_file()):
+            data["method"] = {**method, "weights": str(beside)}
     return AccelConfig.from_dict(data)

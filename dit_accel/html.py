@@ -160,6 +160,7 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
     beside = [f"{prune['keep']:.0%} of the tokens in pruned steps"] if prune else []
     beside += ["compiled blocks, dense run too"] if boost.get("compile") else []
     beside += [f"step cache at {cache:g}, accelerated run only"] if cache is not None else []
+    beside += [f"LoRA {boost['lora']}, accelerated run only"] if boost.get("lora") else []
     clip = f"{width} × {height}" + (f", {count} frames at {data['fps']:g} fps" if count > 1 else "")
     return {
         "model": f"{data['model']} ({data['pipeline']}, {data['dtype']})",

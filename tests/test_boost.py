@@ -1,16 +1,18 @@
-"""Compiled blocks and step cache: switched on for a while, gone afterwards."""
+"""Compiled blocks, step cache, LoRA: switched on for a while, gone afterwards."""
 
 import json
 from contextlib import contextmanager
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
 from dit_accel import Pooled, Schedule, TokenPruning, batch, boost, cli
 from dit_accel.boost import Boost, compiled_blocks
 from dit_accel.compare import compare
 from dit_accel.config import AccelConfig
+from dit_accel.finetune.student import add_lora
 from dit_accel.generate import Request
 from dit_accel.loading import Defaults
 from dit_accel.slots import transformers_of
@@ -61,7 +63,31 @@ def test_the_step_cache_skips_and_is_gone():
     assert torch.equal(latents(pipe), expected)
 
 
-def test_bad_values():
+def test_the_lora_is_the_accelerated_runs_alone(tmp_path):
+    pipe = tiny_wan()
+    expected = latents(pipe)
+    add_lora(pipe.transformer, 2)
+    for name, p in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p)
+    assert not torch.equal(latents(pipe), expected)
+    layers = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    with pytest.raises(ValueError, match="has a LoRA already"):
+        Boost(lora=str(tmp_path / "lora")).check(pipe)
+    adapted = latents(pipe)
+    pipe.unload_lora_weights()
+    stack = Boost(lora=str(tmp_path / "lora")).switch_on(pipe)
+    torch.testing.assert_close(latents(pipe), adapted)
+    stack.close()
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_bad_values(tmp_path):
+    with pytest.raises(ValueError, match="a LoRA changes the compiled blocks"):
+        Boost(compile=True, lora="x")
+    with pytest.raises(ValueError, match="there is no LoRA at"):
+        Boost(lora=str(tmp_path / "none")).check(tiny_wan())
     with pytest.raises(ValueError, match="step_cache is a relative change > 0"):
         Boost(step_cache=-1.0)
     pipe = tiny_wan()
@@ -78,8 +104,8 @@ def test_compare_with_everything(tmp_path):
     request = Request("a cat", height=64, width=64, frames=9, steps=4)
     cache = Boost(step_cache=10.0)
     done = compare(pipe, Defaults.from_pipeline(pipe), request, config, tmp_path, boost=cache)
-    assert done.data["boost"] == {"compile": False, "step_cache": 10.0}
-    assert "Boost(compile=False, step_cache=10.0).switch_on(pipe)" in done.data["python"]
+    assert done.data["boost"] == {"compile": False, "step_cache": 10.0, "lora": None}
+    assert "Boost(compile=False, step_cache=10.0, lora=None).switch_on(pipe)" in done.data["python"]
     compile(done.data["python"], "recipe", "exec")
     page = (tmp_path / "report.html").read_text()
     assert "50% of the tokens in pruned steps; step cache at 10" in page

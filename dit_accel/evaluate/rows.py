@@ -164,9 +164,7 @@ def _learned(path: Path, keeps: Sequence[float], template: AccelConfig) -> list[
     preset, weights = path / "preset.json", path / "sla.safetensors"
     if not (preset.is_file() and weights.is_file()):
         raise ValueError(f"{path} is no result of fine-tuning: it lacks {preset.name}")
-    data = json.loads(preset.read_text())
-    data["method"]["weights"] = str(weights)  # the folder may have moved since
-    method = AccelConfig.from_dict(data).method
+    method = resolve(preset).method
     models = [str(path / name) for name in ("transformer", "lora") if (path / name).is_dir()]
     return [
         Row(

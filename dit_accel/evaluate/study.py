@@ -187,6 +187,7 @@ class Study:
         requests = [replace(self.base, prompt=p, seed=s, steps=steps) for p, s in pairs]
         with self._weights(row):
             self._warm_up(row, requests)
+            row.boost.check(self.pipe)
             with row.boost.cached(self.pipe), accelerated(self.pipe, row.config) as handle:
                 made = clips.make(self.pipe, self.defaults, requests)
                 ran = handle.report()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,10 @@ def save_result(out: Path, pipe: Any, student: Student, settings: Settings) -> l
     frozen = {name: x.detach() for name, x in student.tensors().items()}
     with atomic(weights) as temporary:
         settings.method.with_weights(frozen).save(temporary)
-    method = replace(settings.method, weights=str(weights.absolute()))
+    config = inference_config(settings.method, settings).to_dict()
+    config["method"]["weights"] = weights.name  # found beside the preset: the folder can move
     with atomic(preset) as temporary:
-        inference_config(method, settings).save(temporary)
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
     written = [weights, preset]
     if settings.train == "full":
         written.append(_folder(out / "transformer", student.transformer.save_pretrained))

@@ -1,7 +1,7 @@
 """Sparse-linear attention in one kernel on Hopper: checks that may hang apart, then times.
 
-    python benchmarks/gpu_linear_fused.py --out fused.json             90 seconds on an H100
-    python benchmarks/gpu_linear_fused.py --out /tmp/x.json --dry-run  tiny, without the fused kernel
+    python benchmarks/gpu_linear_fused.py --out fused.json            90 seconds on an H100
+    python benchmarks/gpu_linear_fused.py --out /tmp/x.json --dry-run  without the fused kernel
 
 Each kind of head and blocks is checked in a process of its own, with rows of no block and an output
 of NaN; the times are taken in another, in milliseconds. All are killed at their deadline: a
@@ -50,9 +50,7 @@ def row_of(block_q: int) -> Launch:
     return next(row for row in gluon.CANDIDATES if row.block == block_q)
 
 
-def unfused(
-    q: Tensor, k: Tensor, v: Tensor, table: Any, weight: Tensor, *options: Any
-) -> Tensor:
+def unfused(q: Tensor, k: Tensor, v: Tensor, table: Any, weight: Tensor, *options: Any) -> Tensor:
     """The operator as two kernels and the states."""
     base = sparse.block_sparse_attention(q, k, v, table)
     return linear.linear_branch(base, q, k, v, None, weight, *options, into=base)
@@ -60,7 +58,7 @@ def unfused(
 
 def check(r: Run, kind: tuple[int, int, int], n: int, feature_map: str) -> dict[str, Any]:
     """Errors of both forms against the naive one, and the largest difference between them."""
-    (d, block_q, block_k), row = kind, row_of(kind[1])
+    (d, _, block_k), row = kind, row_of(kind[1])
     q, k, v, table = problem(r, row, n, d, block_k)
     weight, bias = (torch.randn(*s, d, device=r.device) / d**0.5 for s in ((d,), ()))
     if feature_map == "relu":

@@ -307,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--crossover", action="store_true", help="only the crossover lengths")
+    parser.add_argument("--sweep", action="store_true", help="launches for this GPU, the fastest")
     parser.add_argument("--out", help="a JSON file to write")
     parser.add_argument("--e2e", action="store_true", help="whole models; see --e2e --help")
     given = parser.parse_args(words)
@@ -320,6 +321,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"D={row['head_dim']} keep={row['keep']}: from {row['faster_from']} ({ratios})")
         if given.out:
             store(found, given.out)
+        return 0
+    if given.sweep:
+        from dit_accel import sweep
+
+        try:
+            sweep.sweep(
+                given.shape or sweep.SHAPES, (given.keep or [0.05])[0], given.out, echo=print
+            )
+        except ValueError as error:
+            parser.error(str(error))
         return 0
     dtype = getattr(torch, given.dtype) if given.dtype else None
     options = {"dtype": dtype, "block": given.block, "echo": print, **timing}

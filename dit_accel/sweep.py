@@ -1,0 +1,165 @@
+"""Launches of the block-sparse forward tried on this GPU: `python -m dit_accel.bench --sweep`.
+
+Every candidate is checked against float32 on a short input, then timed on the shape. The fastest of
+each kind of blocks is printed as the row to put into kernels/launch.py, with its gain over the row
+that serves the GPU now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_accel import bench, ops
+from dit_accel.table import BlockTable
+from dit_accel.testing import assert_close, references
+
+BLOCKS = ((128, 64), (64, 64), (128, 128))
+SHAPES = ("wan1.3b-480p", "cogvideox-5b")  # heads of 128 and of 64
+_CHECKED = 1000  # tokens
+
+
+def sweep(
+    shapes: Sequence[str] = SHAPES,
+    keep: float = 0.05,
+    out: str | Path | None = None,
+    *,
+    device: str = "cuda",
+    blocks: Sequence[tuple[int, int]] = BLOCKS,
+    limit: int | None = None,
+    echo: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """One row for each shape, pair of blocks and candidate: milliseconds, or why there are none.
+
+    limit: only so many candidates of each. `out` is rewritten after each pair of blocks. Raises
+    ValueError where there is no GPU, RuntimeError when not one launch gives the right result.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("a sweep times the Triton kernels: it needs an NVIDIA GPU")
+    from dit_accel.kernels.launch import capability_of, find
+
+    rows: list[dict[str, Any]] = []
+    for name, (block_q, block_k) in product(shapes, blocks):
+        shape = bench.SHAPES[name]
+        q, k, v = _tokens(shape, shape.n, device)
+        now = find("forward", capability_of(q), shape.head_dim, block_q)
+        tried = [now, *(c for c in candidates(now, shape.head_dim, block_k) if c != now)]
+        table = ops.block_table(q, k, keep, block_q, block_k)
+        work = 4e-9 * q[..., 0].numel() * shape.n * shape.head_dim * table.density().item()
+        part: list[dict[str, Any]] = []
+        for launch in tried[:limit]:
+            row = {"shape": name, "blocks": [block_q, block_k], "launch": asdict(launch)}
+            row["serves_now"] = launch is now
+            row |= _try(launch, q, k, v, table, work)
+            part.append(row)
+            echo(_line(row))
+        rows += part
+        echo(_verdict(part))
+        if out is not None:
+            bench.store(rows, out)
+    return rows
+
+
+def candidates(now: Any, head_dim: int, block_k: int) -> Iterator[Any]:
+    """Launches like `now` with other tiles, warps, stages and loads; Hopper's own kernel too."""
+    tma = (True, False) if now.capability >= 90 and head_dim in (64, 128) else (False,)
+    plain = replace(now, head_dim=head_dim, specialized=False, provenance="a candidate")
+    for tile, warps, stages, loads in product((64, 32, 128, 16), (4, 8), (2, 3, 4), tma):
+        if tile <= block_k:
+            yield replace(plain, tile=tile, warps=warps, stages=stages, descriptors=loads)
+    if now.capability == 90:
+        from dit_accel.kernels.block_sparse_attention.gluon import CANDIDATES
+
+        for launch in CANDIDATES:
+            if launch.block == now.block and launch.tile <= block_k:
+                yield replace(launch, head_dim=head_dim)
+
+
+def _try(launch: Any, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, work: float) -> dict:
+    from triton.errors import TritonError
+
+    try:
+        _check(launch, q, table)
+        out = torch.empty_like(q)
+        ms = _median(lambda: _attend(launch, q, k, v, out, table))
+    except (TritonError, RuntimeError, AssertionError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+    return {"ms": ms, "kept_tflops": work / ms}
+
+
+def _attend(launch: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, table: BlockTable) -> Tensor:
+    """Exactly this launch; ValueError where it does not serve the call."""
+    from dit_accel.kernels.block_sparse_attention import triton as kernel
+
+    if launch.specialized:
+        from dit_accel.kernels.block_sparse_attention import gluon
+
+        why = gluon.unserved(q, k, v, out, None, table, launch)
+        if why is not None:
+            raise ValueError(why)
+    kernel.attend(q, k, v, out, None, table, launch)
+    return out
+
+
+def _check(launch: Any, like: Tensor, table: BlockTable) -> None:
+    """AssertionError unless the launch is right on a short input of this head dimension."""
+    from dit_accel.kernels.block_sparse_attention import reference
+
+    shape = bench.Shape("check", 1, 2, _CHECKED, like.shape[3])
+    q, k, v = _tokens(shape, min(_CHECKED, like.shape[2]), like.device.type)
+    short = ops.block_table(q, k, 0.5, table.block_q, table.block_k)
+    wide, same = references(reference.block_sparse_attention, q, k, v, short)
+    poisoned = torch.full_like(q, float("nan"))
+    assert_close("forward", _attend(launch, q, k, v, poisoned, short), wide, same)
+
+
+def _tokens(shape: bench.Shape, n: int, device: str) -> Iterator[Tensor]:
+    """q, k and v [B, H, n, D] as diffusers gives them."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float16
+    size = (shape.batch, n, shape.heads, shape.head_dim)
+    return (torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
+
+
+def _median(fn: Callable[[], Any]) -> float:
+    """Median milliseconds; one call where there is no GPU."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return do_bench(fn, warmup=30, rep=150, return_mode="median")
+    began = time.perf_counter()
+    fn()
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _written(launch: dict[str, Any]) -> str:
+    """The launch as a row of kernels/launch.py."""
+    from dit_accel.kernels.launch import Launch
+
+    defaults = {f.name: f.default for f in fields(Launch)}
+    first = ("op", "capability", "head_dim", "block", "tile", "warps", "stages")
+    given = [repr(launch[name]) for name in first]
+    rest = ("descriptors", "specialized", "precision", "bits")
+    given += [f"{n}={launch[n]!r}" for n in rest if launch[n] != defaults[n]]
+    return f"Launch({', '.join(given)})"
+
+
+def _line(row: dict[str, Any]) -> str:
+    block_q, block_k = row["blocks"]
+    found = row.get("error") or f"{row['ms']:.3f} ms, {row['kept_tflops']:.0f} TFLOP/s"
+    return f"{row['shape']} {block_q}x{block_k} {_written(row['launch'])}: {found}"
+
+
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    timed = sorted((row for row in rows if "ms" in row), key=lambda row: row["ms"])
+    if not timed:
+        raise RuntimeError(f"no launch gives the right result: {rows[0]['error']}")
+    best, now = timed[0], next((row for row in timed if row["serves_now"]), None)
+    gain = f"{now['ms'] / best['ms']:.2f}× the row in use" if now else "the row in use fails"
+    return f"fastest: {_written(best['launch'])}, {gain}"

@@ -1,0 +1,60 @@
+"""The sweep of launches, in Triton's interpreter."""
+
+import json
+
+import pytest
+import torch
+from interpreter import interpreted
+
+from dit_accel import bench, sweep
+
+pytest.importorskip("triton")
+with interpreted():
+    from dit_accel.kernels.block_sparse_attention import triton as kernel
+
+TINY = bench.Shape("tiny", 1, 1, 70, 64)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench.SHAPES, "tiny", TINY)
+    monkeypatch.setattr(sweep, "_CHECKED", 70)
+    if torch.cuda.is_available():
+        pytest.skip("the sweep of a GPU takes minutes")
+
+
+def run(**options):
+    lines = []
+    found = sweep.sweep(
+        ["tiny"], 0.5, device="cpu", blocks=[(64, 64)], limit=2, echo=lines.append, **options
+    )
+    return found, lines
+
+
+def test_candidates_are_checked_timed_and_written(tmp_path):
+    out = tmp_path / "sweep.json"
+    rows, lines = run(out=out)
+    assert [row["serves_now"] for row in rows] == [True, False]
+    assert all(row["ms"] > 0 and row["kept_tflops"] > 0 for row in rows)
+    assert json.loads(out.read_text())["rows"] == rows
+    assert lines[-1].startswith("fastest: Launch(") and "the row in use" in lines[-1]
+
+
+def test_a_wrong_launch_is_no_winner(monkeypatch: pytest.MonkeyPatch):
+    right = kernel.attend
+
+    def wrong(q, k, v, out, lse, table, launch):
+        right(q, k, v, out, lse, table, launch)
+        if launch.provenance == "a candidate":
+            out += 1
+
+    monkeypatch.setattr(kernel, "attend", wrong)
+    rows, lines = run()
+    assert "ms" in rows[0] and rows[1]["error"].startswith("AssertionError")
+    assert "1.00× the row in use" in lines[-1]
+
+
+def test_without_a_gpu_it_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--sweep"])
+    assert "it needs an NVIDIA GPU" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import dit_accel
 from dit_accel.loading import EMBEDDED
 
 pipe = WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
-handle = dit_accel.accelerate(pipe, dit_accel.Rettention(keep=0.25, period=3))
+handle = dit_accel.accelerate(pipe, dit_accel.Rettention(keep=0.25, period=0.15))
 output = pipe(
     prompt="octopus on a yellow background",
     height=256,

@@ -103,7 +103,7 @@ def _prepare(
     adapters = [registry.find(t) for t in transformers]
     found = [_attentions(a, t) for a, t in zip(adapters, transformers, strict=True)]
     for modules in found:
-        config.method.check(_head_dim(next(iter(modules.values()))), len(modules))
+        config.method.check(head_dim(next(iter(modules.values()))), len(modules))
     plan = Plan(config.schedule, config.method.keep, len(found[0]))
     engine = Engine(config, plan, Clock(pipe))
     patches = []
@@ -200,7 +200,7 @@ def _transformers(pipe: Any) -> list[nn.Module]:
     return found
 
 
-def _head_dim(module: nn.Module) -> int | None:
+def head_dim(module: nn.Module) -> int | None:
     """Channels of one head, where the attention module's query projection tells."""
     out = getattr(getattr(module, "to_q", None), "out_features", None)
     heads = getattr(module, "heads", None)

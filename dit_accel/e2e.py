@@ -290,7 +290,7 @@ def complete(rows: list[dict[str, Any]], steps: int) -> None:
         kinds = whole_run(recipe, steps)
         dense = row["seconds"].get("dense")
         for name in (recipe.stock, "stock"):
-            if dense is None and (row["model"], name) in by_name:
+            if "dense" in kinds and dense is None and (row["model"], name) in by_name:
                 dense = by_name[row["model"], name]["seconds"].get("dense")
                 row["dense_from"] = name
         known = {"dense": dense, **{k: v for k, v in row["seconds"].items() if k != "dense"}}

@@ -2,8 +2,9 @@
 
 A row's name is its recipe: a base ("stock", "none", or a method and its kept share as in
 "pooled@0.1") and what is added to it: "+cudnn" or "+flash" (backend of dense attention),
-"+compile", "+prune", "+cache", "+fp8" (how a state is kept). "none" leaves the attention core out:
-no attention method can be faster.
+"+compile", "+prune", "+cache", "+fp8" (how a state is kept), "+nowarmup" (no dense step, as
+fine-tuned SLA runs). "none" leaves the attention core out: no attention method can be faster. "sla"
+runs its linear branch in every layer, with random projections: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel import Schedule, TokenPruning, accelerated
+from dit_accel import SLA, Schedule, TokenPruning, accelerated
+from dit_accel.api import head_dim
 from dit_accel.boost import compiled_blocks
 from dit_accel.config import named
 from dit_accel.methods import Call, Method
+from dit_accel.pipelines import registry
 from dit_accel.schedule import Plan
 from dit_accel.step_cache import LEADERS
 
-ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8")
+ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "nowarmup")
 TOGETHER = "pooled@0.1+cudnn+compile+prune+cache"
 _METHODS = ("pooled", "topk", "shared", "rectified", "rettention", "sla")
 # The most telling first: what a short budget leaves out is at the end.
@@ -43,6 +47,8 @@ ROWS = (
     *(f"{name}@0.1" for name in _METHODS[2:]),
     "shared@0.1+fp8",
     *(f"{name}@{keep}" for keep in (0.05, 0.2) for name in _METHODS),
+    *(f"sla@0.05+nowarmup{more}" for more in ("", "+compile", "+compile+prune")),
+    "sla@0.05+nowarmup+compile+prune+cache",
     "stock+cudnn+compile",
     "stock+flash",
 )
@@ -93,6 +99,8 @@ class Row:
             method = replace(method, keep=_number(name, keep)) if at else method
             if kind == "rectified":  # random scores are flat: a mass would keep more than asked
                 method = replace(method, mass=0.0)
+        if "nowarmup" in added and method is None:
+            raise ValueError(f"row {name!r} leaves the warm-up out: it has no method to start with")
         if "prune" in added and (method is None or method.stateful):
             raise ValueError(f"row {name!r} prunes: that needs a method that remembers nothing")
         if "fp8" in added:
@@ -100,6 +108,11 @@ class Row:
                 raise ValueError(f"row {name!r} keeps its state as fp8: its method has none")
             method = replace(method, residual="fp8")
         return cls(name, method, frozenset(added))
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the whole run."""
+        return Schedule(warmup=0) if "nowarmup" in self.added else Schedule()
 
     @property
     def stock(self) -> str:
@@ -140,7 +153,8 @@ class Course:
     @property
     def first(self) -> int:
         """The step from which the method runs."""
-        return self.rounds + 1 if self.dense or self.row.method is None else 0
+        dense = self.dense and "nowarmup" not in self.row.added
+        return self.rounds + 1 if dense or self.row.method is None else 0
 
     @property
     def steps(self) -> int:
@@ -158,10 +172,10 @@ class Course:
         after = step - self.first
         return "cache" in self.row.added and after > 0 and after % 2 == 1
 
-    def options(self, min_tokens: int | None) -> dict[str, Any]:
-        """`accelerate`'s arguments."""
+    def options(self, transformer: nn.Module, min_tokens: int | None) -> dict[str, Any]:
+        """`accelerate`'s arguments for a pipeline of this transformer."""
         row, cached = self.row, "cache" in self.row.added
-        method = row.method
+        method = with_projections(row.method, transformer)
         if method.stateful:
             method = replace(method, period=2)
         prune = None
@@ -179,7 +193,7 @@ def whole_run(row: Row, steps: int) -> list[str]:
     on what the model's weights make of the prompt.
     """
     prune, method = TokenPruning(), row.method
-    plan = Plan(Schedule(), 0.5, 1)
+    plan = Plan(row.schedule, 0.5, 1)
     kinds, full, remembered, first = [], 0, None, None
     for step in range(steps):
         action = plan.action(step, steps, 0)
@@ -226,7 +240,19 @@ def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str
         if row.method is None:
             yield None
         else:
-            yield stack.enter_context(accelerated(pipe, **course.options(min_tokens)))
+            options = course.options(transformer, min_tokens)
+            yield stack.enter_context(accelerated(pipe, **options))
+
+
+def with_projections(method: Method, transformer: nn.Module) -> Method:
+    """SLA with a random projection for every layer of the model; any other method as it is."""
+    if not isinstance(method, SLA):
+        return method
+    layers = registry.find(transformer).attentions(transformer).values()
+    sizes = [head_dim(layer) or transformer.config.attention_head_dim for layer in layers]
+    where = next(transformer.parameters()).device
+    tensors = (torch.randn(d, d, device=where) / d**0.5 for d in sizes)
+    return method.with_weights({f"layers.{i}.weight": x for i, x in enumerate(tensors)})
 
 
 def set_skip(transformer: nn.Module, skip: bool) -> None:

@@ -231,6 +231,34 @@ def _(q, *rest):
     return *outs, *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
 
 
+@torch.library.custom_op("dit_accel::sparse_linear_attention", mutates_args=())
+def sparse_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    block_q: int,
+    block_k: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    feature_map: str,
+    scale: float,
+    length: Tensor | None,
+    limit: int | None,
+) -> Tensor:
+    chosen = dispatch.select("sparse_linear_attention", q, block_q=block_q, block_k=block_k)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    kv_len = limit if length is None else length
+    options = (weight, bias, feature_map, None, scale, kv_len)
+    return _laid_out_as(q, chosen.fn(q, k, v, table, *options))
+
+
+@sparse_linear_attention.register_fake
+def _(q, *rest):
+    return torch.empty_like(q)
+
+
 @torch.library.custom_op("dit_accel::linear_branch", mutates_args=())
 def linear_branch(
     base: Tensor,

@@ -172,18 +172,25 @@ def sparse_linear_attention(
 
     Returns [B, H, N_q, D] in q.dtype. Raises ValueError for arguments that do not fit together.
     """
-    base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
+    check_qkv(q, k, v)
+    check_table(q, k, table)
     check_linear(q, table, weight, bias, feature_map, linear, skip)
+    given = (q, k, v, weight, bias)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    sizes, valid = (table.block_q, table.block_k), split_kv_len(kv_len, k)
+    if weight is not None and linear == "all" and not learning:
+        branch = (weight, bias, feature_map, default_scale(scale, q))
+        return library.sparse_linear_attention(
+            q, k, v, table.indices, table.counts, *sizes, *branch, *valid
+        )
+    base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
         return base
     rows = None if linear == "all" else table
     rows = table.union(skip) if linear == "marginal" else rows
     indices, counts = (None, None) if rows is None else (rows.indices, rows.counts)
-    sizes = (table.block_q, table.block_k)
-    arguments = (q, k, v, indices, counts, *sizes, weight, bias, feature_map)
-    arguments += split_kv_len(kv_len, k)
-    learning = any(x is not None and x.requires_grad for x in (base, q, k, v, weight, bias))
-    if torch.is_grad_enabled() and learning:
+    arguments = (q, k, v, indices, counts, *sizes, weight, bias, feature_map, *valid)
+    if learning:
         return library.linear_branch(base, *arguments)
     library.add_linear_branch(base, *arguments)  # no second output beside base
     return base

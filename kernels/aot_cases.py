@@ -58,7 +58,7 @@ def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
 def forward_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """The forward kernel; `extra` is "", "pool" or "rectify"."""
+    """The forward kernel; `extra` is "", "pool", "rectify" or, where specialized, "linear"."""
     batch, heads, n = _SHAPE
     block_k = launch.tile if launch.specialized else launch.block
     x, kept = tokens(head_dim, dtype), table(launch.block, block_k)
@@ -66,13 +66,16 @@ def forward_case(
     means = empty(batch, heads, 640, head_dim, dtype=dtype)
     pool = (means, means, empty(batch, heads, rows, 640, dtype=torch.uint8))
     rectify = (empty(batch, heads, rows), empty(batch, heads, rows, head_dim))
-    lse = empty(batch, heads, n)
+    lse = empty(batch, heads, n) if extra != "linear" else None
     call = (
         x, x, x, x, lse, kept, launch, None, None,
         pool if extra == "pool" else None, rectify if extra == "rectify" else None,
     )  # fmt: skip
     if launch.specialized:
-        return hopper._block_sparse_attention_hopper_fwd_kernel, hopper.forward(*call)[1]
+        state = empty(batch, heads, head_dim, head_dim, dtype=dtype)
+        total, bias = empty(batch, heads, head_dim), empty(head_dim)
+        linear = hopper.Linear(state, total, bias, 1e-9, "softmax") if extra == "linear" else None
+        return hopper._block_sparse_attention_hopper_fwd_kernel, hopper.forward(*call, linear)[1]
     return forward._block_sparse_attention_fwd_kernel, forward.forward(*call)[1]
 
 
@@ -292,6 +295,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, 128, {"extra": "pool"}
             yield row, 128, {"extra": "rectify"}
             yield row, 64, {}
+            if row.block == 128:
+                yield row, 128, {"extra": "linear"}
     for row in (*LAUNCHES, select_launch(2048), select_launch(4096)):
         place = f"@{row.capability}"
         if row.op in CASES and (not wanted or row.op + place in wanted):

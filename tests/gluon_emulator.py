@@ -236,7 +236,7 @@ def _language() -> types.SimpleNamespace:
         maximum=lambda a, b: torch.maximum(*torch.broadcast_tensors(value(a), value(b))),
         minimum=lambda a, b: torch.minimum(*torch.broadcast_tensors(value(a), value(b))),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
-        exp2=torch.exp2, log2=torch.log2,
+        exp=torch.exp, exp2=torch.exp2, log2=torch.log2, split=lambda x: x.unbind(-1),
     )  # fmt: skip
     for name in ("int32", "int64", "float32"):
         setattr(gl, name, getattr(torch, name))

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 # the rest differ in a number alone, or are contained in another
 LEFT_OUT = ("@0.05", "@0.2", "@0.1+compile", "cudnn+compile")
 KINDS = [name for name in ROWS if not name.endswith(LEFT_OUT)]
+COLD = "sla@0.05+nowarmup+compile+prune"
 OTHERS = ["stock", "none", "topk@0.1", "pooled@0.1+prune+cache"]
 
 
@@ -35,7 +36,8 @@ def made(name):
 def check(row):
     recipe = Row.parse(row["row"])
     assert "error" not in row and "skipped" not in row, row
-    assert set(row["seconds"]) == {"dense", *recipe.kinds()}
+    warm = set() if "nowarmup" in recipe.added else {"dense"}
+    assert set(row["seconds"]) == warm | set(recipe.kinds())
     assert all(count >= 1 for count in row["timed"].values())
     assert sum(row["run_steps"].values()) == 50 and row["run_seconds"] > 0
     assert row["speedup"] > 0 and not row.get("unplanned")
@@ -123,7 +125,7 @@ def test_published_sizes(name, tokens):
 
 def test_how_a_run_is_made_up():
     counts = {}
-    for name in ("stock", "pooled@0.1", "shared@0.1", "pooled@0.1+prune", "stock+cache"):
+    for name in ("stock", "pooled@0.1", "shared@0.1", "pooled@0.1+prune", "stock+cache", COLD):
         kinds = whole_run(Row.parse(name), 50)
         counts[name] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     assert counts == {
@@ -132,6 +134,7 @@ def test_how_a_run_is_made_up():
         "shared@0.1": {"dense": 8, "full": 4, "sparse": 38},
         "pooled@0.1+prune": {"dense": 8, "pruned": 30, "sparse": 12},
         "stock+cache": {"dense": 29, "skipped": 21},
+        COLD: {"pruned": 30, "sparse": 20},
     }
 
 
@@ -156,6 +159,20 @@ def test_speed_ups_are_those_of_whole_runs():
     assert found["topk@0.1+cudnn"]["run_seconds"] == pytest.approx(8 * 1.6 + 42)
     assert found["topk@0.1+prune"]["run_absent"] == "no pruned step was timed"
     assert found["topk@0.1+prune"]["speedup"] is None
+    cold = {"model": "m", "row": "sla@0.1+nowarmup", "seconds": {"sparse": 1.0}}
+    e2e.complete([*rows, cold], 50)
+    assert cold["run_seconds"] == 50 and cold["speedup"] == 2 and "dense_from" not in cold
+
+
+def test_sla_runs_its_linear_branch_in_every_layer():
+    pipe, _ = made("flux-1024")
+    row = Row.parse("sla@0.1")
+    options = Course(row, 1).options(pipe.transformer, 0)
+    layers = registry.find(pipe.transformer).attentions(pipe.transformer)
+    assert len(options["method"]._learned) == len(layers)
+    benchmark = tiny()
+    benchmark.run([MODELS["flux-1024"]], [Row.parse("stock"), row])
+    assert "sparse_linear_attention" in " ".join(benchmark.rows[1]["implementations"])
 
 
 @pytest.mark.parametrize("name", ["shared@0.1", "pooled@0.1+prune"])
@@ -219,7 +236,16 @@ def test_a_row_that_fails_does_not_end_the_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["pooled@x", "pooled+frob", "shared+prune", "stock+fp8", "stock+prune", "best@0.1"]
+    "name",
+    [
+        "pooled@x",
+        "pooled+frob",
+        "stock+nowarmup",
+        "shared+prune",
+        "stock+fp8",
+        "stock+prune",
+        "best@0.1",
+    ],
 )
 def test_names_that_are_no_row(name):
     with pytest.raises(ValueError, match="row|unknown method"):

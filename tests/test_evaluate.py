@@ -18,6 +18,7 @@ from dit_accel.evaluate.rows import DEFAULT, PRUNING, UNTRAINED, Row, rows
 from dit_accel.evaluate.tables import markdown, summary, write
 from dit_accel.generate import Request, generate
 from dit_accel.loading import EMBEDDED, Defaults, load_pipeline
+from dit_accel.methods import find
 from dit_accel.prune_criteria import CRITERIA
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
@@ -304,6 +305,17 @@ def test_learned_weights_are_part_of_a_row(tmp_path):
         digests.add(row.digest)
     assert row.config.method == dit_accel.SLA(0.5, weights=path)
     assert len(digests) == 2
+
+
+def test_pruning_and_a_step_cache_may_be_added_to_learned_weights(tmp_path):
+    path = str(tmp_path / "sla.safetensors")
+    dit_accel.SLA().with_weights({"layers.0.weight": torch.ones(64, 64)}).save(path)
+    template = replace(TEMPLATE, method=find("shared")())  # which cannot be pruned
+    (row,) = rows([], (0.5,), 4, template, sla=[f"{path}+prune+cache@0.2"])
+    assert (row.name, row.family) == ("sla 50% + prune + cache@0.2", "sla+prune+cache@0.2")
+    assert row.config.prune.keep == 0.5 and row.boost.step_cache == 0.2
+    with pytest.raises(ValueError, match="adds 'frob'"):
+        rows([], (0.5,), 4, TEMPLATE, sla=[f"{path}+frob"])
 
 
 def test_a_call_of_several_clips_gives_those_of_single_calls(loaded, tmp_path):

@@ -77,8 +77,9 @@ def rows(
     `DEFAULT` or "dense", to which "+prune" and "+cache@0.1" (First-Block-Cache and its threshold)
     may be added, else a preset or preset file. keeps: the first is measured first, in all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
-    for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for. Raises
-    ValueError for a name or a keep that is none, and for no rows at all.
+    for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for; the
+    same may be added to them. Raises ValueError for a name or a keep that is none, and for no rows
+    at all.
     """
     found: list[Row] = []
     for name in names:
@@ -91,7 +92,10 @@ def rows(
         else:
             found.append(Row(name, name, resolve(name)))
     for path in sla:
-        found += _learned(Path(path), keeps, template)
+        path, *added = [path] if Path(path).exists() else path.split("+")
+        config, boost = _adding("+".join((path, *added)), added, template)
+        family = "+".join(("sla", *added))
+        found += _boosted(_learned(Path(path), keeps, config), added, boost, family)
     unique = {row.name: row for row in found}
     if not unique:
         raise ValueError(f"no rows are named: give some of {', '.join(DEFAULT)}")
@@ -119,6 +123,15 @@ def _pruned(template: AccelConfig) -> list[Row]:
 def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[Row]:
     """A method, or dense attention, with what a name adds to it."""
     base, *added = name.split("+")
+    template, boost = _adding(name, added, template)
+    if base == "dense":
+        return [Row(name, name, template, boost=boost)]
+    rows = _at_each(base, _METHODS[base], keeps, template)
+    return _boosted(rows, added, boost, name)
+
+
+def _adding(name: str, added: Sequence[str], template: AccelConfig) -> tuple[AccelConfig, Boost]:
+    """The template, its method still to come, and the boost with what a name adds."""
     template, boost = replace(template, method=find("dense")()), Boost()
     for part in added:
         what, _, threshold = part.partition("@")
@@ -128,11 +141,12 @@ def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[
             boost = Boost(step_cache=_number(name, threshold or "0.1"))
         else:
             raise ValueError(f"row {name!r} adds {part!r}; it can add prune and cache@0.1")
-    if base == "dense":
-        return [Row(name, name, template, boost=boost)]
-    rows = _at_each(base, _METHODS[base], keeps, template)
+    return template, boost
+
+
+def _boosted(rows: list[Row], added: Sequence[str], boost: Boost, family: str) -> list[Row]:
     tail = "".join(f" + {part}" for part in added)
-    return [replace(row, name=row.name + tail, family=name, boost=boost) for row in rows]
+    return [replace(row, name=row.name + tail, family=family, boost=boost) for row in rows]
 
 
 def _number(name: str, text: str) -> float:

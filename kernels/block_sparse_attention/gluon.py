@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,10 +26,23 @@ CANDIDATES = tuple(
         (64, 64, 2),
     )
 )
+# The numbers of the feature maps in the kernel.
+_FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
 # Bytes of shared memory of a multiprocessor, less what its programs lose to barriers.
 _SHARED = 225 * 1024
 # The compiler's registers per thread where two programs share a multiprocessor.
 _HALF = 128
+
+
+class Linear(NamedTuple):
+    """What a row adds: φ(q) S / (φ(q)·z + ε) + bias; S [B, H, D, D] in the dtype of q,
+    z [B, H, D] float32 and bias [D] or None, contiguous."""
+
+    state: Tensor
+    total: Tensor
+    bias: Tensor | None
+    eps: float
+    feature_map: str
 
 
 def unserved(
@@ -44,6 +57,7 @@ def unserved(
     kv_len: int | Tensor | None = None,
     pool: tuple[Tensor, Tensor, Tensor] | None = None,
     rectify: tuple[Tensor, Tensor] | None = None,
+    linear: Linear | None = None,
 ) -> str | None:
     """Why this kernel cannot serve a call of `forward`, or None."""
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
@@ -58,6 +72,8 @@ def unserved(
         return "it takes kv_len as a positive integer"
     if table.indices.shape[-1] == 0:
         return "the table has no column"
+    if linear is not None and (lse is not None or pool or rectify):
+        return "it adds a linear branch to nothing but the plain output, without LSE"
     step = 16 // q.element_size()
     for x in (q, k, v, out):
         whole = all(s > 0 and s % step == 0 for s in x.stride()[:-1])
@@ -83,12 +99,13 @@ def forward(
     kv_len: int | Tensor | None = None,
     pool: tuple[Tensor, Tensor, Tensor] | None = None,
     rectify: tuple[Tensor, Tensor] | None = None,
+    linear: Linear | None = None,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
     """Grid, arguments and launch, as of forward in triton.py, for calls that `unserved` accepts."""
     batch, heads, n_q, d = q.shape
     n_valid = k.shape[2] if kv_len is None else min(kv_len, k.shape[2])
     # half as many programs' registers, the pooled loop and the epilogue leave none for more
-    narrow = table.block_q == 64 or pool or rectify
+    narrow = table.block_q == 64 or pool or rectify or linear
     tile = min(launch.tile, table.block_k, 64 if narrow else 128)
     stages = launch.stages * launch.tile // tile
     indices, width = table_rows(table)
@@ -97,22 +114,29 @@ def forward(
         live = table.valid() & (table.indices < block_count(n_valid, table.block_k))
         counts = live.sum(-1, dtype=torch.int32)
     pool_k, pool_v, kept = pool or (None, None, None)
+    pool_tiles = block_count(block_count(n_valid, table.block_k), tile)
     ratio, shift = rectify or (None, None)
+    total, bias, eps, phi = (None, None, None, 0)
+    if linear is not None:
+        # one more slot of a row: the state in the places of pooled keys and values
+        pool_k, pool_v, pool_tiles = linear.state, linear.state, 1
+        total, bias, eps = linear.total, linear.bias, linear.eps
+        phi = _FEATURES[linear.feature_map]
     rows = counts.numel()
     shared = 2 * d * (2 * table.block_q + 2 * stages * tile)
     per_sm = 2 if table.block_q == 64 and 2 * shared <= _SHARED else 1
     arguments = {
         "d_q": _descriptor(q, n_q, 64), "d_k": _descriptor(k, n_valid, tile),
         "d_v": _descriptor(v, n_valid, tile), "d_o": _descriptor(out, n_q, 64),
-        "d_pk": None if pool is None else _descriptor(pool_k, pool_k.shape[2], tile),
-        "d_pv": None if pool is None else _descriptor(pool_v, pool_v.shape[2], tile),
-        "lse": lse, "kept": kept, "ratio": ratio, "shift": shift,
+        "d_pk": None if pool_k is None else _descriptor(pool_k, pool_k.shape[2], tile),
+        "d_pv": None if pool_v is None else _descriptor(pool_v, pool_v.shape[2], tile),
+        "lse": lse, "kept": kept, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
         "indices": indices, "counts": counts.contiguous(), "n_q": n_q, "n_valid": n_valid,
         "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": rows,
         "n_pool": 0 if kept is None else kept.shape[-1],
-        "n_pool_tiles": block_count(block_count(n_valid, table.block_k), tile),
-        "scale": log2_scale(scale, q), "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,
-        "TILE": tile, "D": d, "STAGES": stages,
+        "n_pool_tiles": pool_tiles, "scale": log2_scale(scale, q), "eps": eps,
+        "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile, "D": d,
+        "STAGES": stages, "PHI": phi,
     }  # fmt: skip
     if table.block_q == 64:
         arguments["maxnreg"] = _HALF

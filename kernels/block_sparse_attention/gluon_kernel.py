@@ -70,7 +70,9 @@ def _copy(desc, i_b, i_h, i_n, bar, x_s):
 
 
 @gluon.jit
-def _produce(d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr):
+def _produce(
+    d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr, LINEAR: gl.constexpr
+):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
@@ -116,6 +118,8 @@ def _produce(d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.conste
                 if pooled:
                     i_k = (i - n_tiles) * TILE
                     _copy(d_pk, i_b, i_h, i_k, full.index(st), k_s.index(st))
+                    if LINEAR:
+                        i_k += D - TILE
                 else:
                     _copy(d_k, i_b, i_h, i_k, full.index(st), k_s.index(st))
                 if v_pool > 0:
@@ -170,8 +174,57 @@ def _step(
 
 
 @gluon.jit
+def _features(b_x, PHI: gl.constexpr):
+    """φ of rows in fp32: softmax, elu + 1 or relu."""
+    b_x = b_x.to(gl.float32)
+    if PHI == 0:
+        b_x = gl.exp(b_x - gl.max(b_x, 1)[:, None])
+        b_x = b_x * (1.0 / gl.sum(b_x, 1))[:, None]
+    elif PHI == 1:
+        b_x = gl.where(b_x > 0, b_x + 1.0, gl.exp(gl.minimum(b_x, 0.0)))
+    else:
+        b_x = gl.maximum(b_x, 0.0)
+    return b_x
+
+
+@gluon.jit
+def _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI: gl.constexpr):
+    """p·v of a row's last tile and, under it, φ(q) and n = φ(q)·z + ε; then n/l·o + φ(q)·S.
+
+    Slot g holds the first TILE rows of S in the place of K. What is left of S is the V of the next
+    slot and φ(q) for it the p that is returned, with o, whose sum of weights is then n: nothing is
+    divided before the products, as 1/n may be beyond float16.
+    """
+    k_s, v_s, full, empty = ring
+    STAGES: gl.constexpr = k_s.shape[0]
+    TILE: gl.constexpr = k_s.shape[1]
+    D: gl.constexpr = k_s.shape[2]
+    LAYOUT: gl.constexpr = b_q.type.layout
+    st = g % STAGES
+    # [64, TILE] @ [TILE, D] -> [64, D]
+    o_token = warpgroup_mma(b_p, v_s.index(st), b_o, is_async=True)
+    b_f = _features(b_q, PHI)
+    b_z = gl.load(p_z + gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT)))
+    b_n = gl.convert_layout(gl.sum(b_f * b_z[None, :], 1), b_l.type.layout) + eps
+    b_r = b_n / gl.where(b_l > 0, b_l, 1.0)
+    mbarrier.wait(full.index((g + 1) % STAGES), (g + 1) // STAGES & 1)
+    b_o = warpgroup_mma_wait(0, (o_token,))
+    b_o = b_o * gl.convert_layout(b_r, gl.SliceLayout(1, b_o.type.layout))[:, None]
+    b_f = b_f.to(k_s.dtype)
+    if D > TILE:
+        b_f0, b_f = gl.split(b_f.reshape((64, 2, TILE)).permute((0, 2, 1)))
+        # [64, TILE] @ [TILE, D] -> [64, D]
+        b_f0 = gl.convert_layout(b_f0, b_p.type.layout)
+        o_token = warpgroup_mma(b_f0, k_s.index(st), b_o, is_async=True)
+        b_o = warpgroup_mma_wait(0, (o_token,))
+    mbarrier.arrive(empty.index(st), count=1)
+    return gl.convert_layout(b_f, b_p.type.layout), b_n, b_o
+
+
+@gluon.jit
 def _finish(
-    d_o, o_s, lse, ratio, shift, b_o, b_m, b_l, i_row, i_q, n_q, m_q, n_heads, D: gl.constexpr
+    d_o, o_s, lse, ratio, shift, bias, b_o, b_m, b_l, i_row, i_q, n_q, m_q, n_heads,
+    D: gl.constexpr,
 ):  # fmt: skip
     """Store 64 rows: r·O + C, and their LSE; zeros and -inf without a valid key."""
     i_b, i_h, _ = _place(i_row, m_q, n_heads)
@@ -187,6 +240,9 @@ def _finish(
     if shift is not None:
         o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
         b_o += gl.load(shift + i_row.to(gl.int64) * D + o_d)[None, :]
+    if bias is not None:
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
+        b_o += gl.load(bias + o_d).to(gl.float32)[None, :]
     # the store before this one may still read the memory
     tma.store_wait(0)
     o_s.store(b_o.to(o_s.dtype))
@@ -196,13 +252,14 @@ def _finish(
 
 @gluon.jit
 def _consume(
-    PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes,
-    BLOCK_K: gl.constexpr,
+    PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+    BLOCK_K: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, scale = sizes
+    total, bias, eps = linear
     PARTS: gl.constexpr = q_s.shape[0]
     TILE: gl.constexpr = k_s.shape[1]
     D: gl.constexpr = k_s.shape[2]
@@ -243,8 +300,8 @@ def _consume(
             i_done = i_row - step
             i_q = (i_done % m_q * PARTS + PART) * 64
             _finish(
-                d_o, o_s.index(PART), lse, ratio, shift, b_o, b_m, b_l, i_done, i_q, n_q, m_q,
-                n_heads, D,
+                d_o, o_s.index(PART), lse, ratio, shift, bias, b_o, b_m, b_l, i_done, i_q, n_q,
+                m_q, n_heads, D,
             )  # fmt: skip
         b_o = gl.zeros([64, D], gl.float32, MMA_O)
         b_m, b_l = b_m1, b_l1
@@ -270,6 +327,11 @@ def _consume(
                 )
                 b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
                 g += 1
+        if total is not None:  # noqa: SIM102 (known to the compiler, unlike the next)
+            if live:
+                p_z = total + (i_row // m_q).to(gl.int64) * D
+                b_p, b_l, b_o = _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI)
+                g += 1
         p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
         n_left = n_valid - gl.load(p_last) * BLOCK_K
     tma.store_wait(0)
@@ -280,12 +342,13 @@ _SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_po
 
 @gluon.jit(do_not_specialize=_SIZES)
 def _block_sparse_attention_hopper_fwd_kernel(
-    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, indices, counts,
-    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale,
+    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, total, bias, indices, counts,
+    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale, eps,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES > 1)
+    LINEAR: gl.constexpr = total is not None
     PARTS: gl.constexpr = BLOCK_Q // 64
     dtype: gl.constexpr = d_k.dtype
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -307,14 +370,18 @@ def _block_sparse_attention_hopper_fwd_kernel(
     memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, scale)
+    linear = (total, bias, eps)
     if PARTS == 2:
         gl.warp_specialize([
-            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes, BLOCK_K)),
-            (_consume, (1, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes, BLOCK_K)),
-            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K)),
+            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+                        BLOCK_K, PHI)),
+            (_consume, (1, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+                        BLOCK_K, PHI)),
+            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K, LINEAR)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, memory, table, sizes, BLOCK_K)),
-            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K)),
+            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+                        BLOCK_K, PHI)),
+            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K, LINEAR)),
         ], [1], [40])  # fmt: skip

@@ -54,7 +54,7 @@ def features(b_x, o_x, n_x, d, BLOCK_D: tl.constexpr, PHI: tl.constexpr):
     if PHI == 0:
         b_x = tl.where(o_d[None, :] < d, b_x, -float("inf"))
         b_x = tl.exp(b_x - tl.max(b_x, 1)[:, None])
-        b_x = b_x / tl.sum(b_x, 1)[:, None]
+        b_x = b_x * (1.0 / tl.sum(b_x, 1))[:, None]
     elif PHI == 1:
         b_x = tl.where(b_x > 0, b_x + 1.0, tl.exp(tl.minimum(b_x, 0.0)))
     elif PHI == 2:
@@ -87,30 +87,29 @@ def _linear_state_fwd_kernel(
     x_k = k + i_b.to(tl.int64) * s_k[0] + i_h.to(tl.int64) * s_k[1]
     x_v = v + i_b.to(tl.int64) * s_v[0] + i_h.to(tl.int64) * s_v[1]
     b_h = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    b_z = tl.zeros([BLOCK_D], tl.float32)
+    b_s = tl.zeros([TILE_K, BLOCK_D], tl.float32)  # summed over the rows once, after the loop
+    if center is not None:
+        b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
     for i_k in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_valid), TILE_K):
         o_k = i_k + tl.arange(0, TILE_K)
         b_k = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
         b_k = features(b_k, o_k, n_valid, d, BLOCK_D, PHI)
         b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
-        if center is not None:
-            b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
-            if b_v.dtype == tl.float32:
-                b_v -= b_c[None, :]
+        if center is not None and b_v.dtype == tl.float32:
+            b_v -= b_c[None, :]
         if ratio is not None:
             p_r = i_bh * n_k + o_k
             b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
-            b_d = tl.load(delta + p_r, mask=o_k < n_k, other=0.0)
-            b_z += tl.sum(b_k * b_d[:, None], 0)
+            b_s += b_k * tl.load(delta + p_r, mask=o_k < n_k, other=0.0)[:, None]
         # [BD, TK] @ [TK, BD] -> [BD, BD]
         b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
         b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
         if ratio is None:
-            b_s = tl.sum(b_k.to(tl.float32), 0)
-            b_z += b_s
-            if center is not None and b_v.dtype != tl.float32:
-                # 16-bit v - c would be rounded, by the same for all v of a size
-                b_h -= b_s[:, None] * b_c[None, :]
+            b_s += b_k.to(tl.float32)
+    b_z = tl.sum(b_s, 0)
+    if center is not None and v.dtype.element_ty != tl.float32:
+        # 16-bit v - c would be rounded, by the same for all v of a size
+        b_h -= b_z[:, None] * b_c[None, :]
     b_h *= scale
     if weight is not None:
         b_w = load_rows(weight, o_d, d, d, 1, d, BLOCK_D)
@@ -174,15 +173,16 @@ def whole_state(
     kv_len: int | Tensor | None = None,
     center: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Σ φ(k_j)ᵀ (v_j − center) [B, H, D, D] and Σ φ(k_j) [B, H, D] over all keys, float32; factors
-    as in `state_case`."""
+    and scale as in `state_case`."""
     batch, heads, n, d = k.shape
     launch = find("state", capability_of(k), d, 64)
     spans, span = split(n, batch * heads, launch.tile)
     state = k.new_empty((batch, heads, spans, d, d), dtype=torch.float32)
     total = k.new_empty((batch, heads, spans, d), dtype=torch.float32)
-    options = (feature_map, kv_len, center, None, factors)
+    options = (feature_map, kv_len, center, None, factors, scale)
     case = state_case(k, v, state, total, span, launch, *options)
     run(_linear_state_fwd_kernel, *case)
     return state.sum(2), total.sum(2)

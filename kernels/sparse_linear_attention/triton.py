@@ -5,6 +5,9 @@
 H_n and Z_n are means, so that they fit float16, with W in them. With nothing excluded there is one
 of each per head. With excluded blocks, H_n sums the states of the blocks that row n holds: nothing
 is ever subtracted. See states.py.
+
+Hopper's forward kernel adds the branch over all keys itself, at the end of each row, where it
+serves the call: O_sparse is then neither written nor read.
 """
 
 from __future__ import annotations
@@ -81,10 +84,46 @@ def sparse_linear_attention(
     kv_len: int | Tensor | None = None,
 ) -> Tensor:
     """See ops.sparse_linear_attention; `excluded` as in `linear_branch`."""
+    if weight is not None and excluded is None:
+        out = torch.empty_like(q)
+        launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
+        call = (q, k, v, out, None, table, launch, scale, kv_len)
+        if unfused(*call) is None:
+            attend(call, weight, bias, feature_map)
+            return out
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
         return base
     return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
+
+
+def unfused(*call: Any) -> str | None:
+    """Why no kernel adds the branch over all keys to what it computes with these arguments of
+    `block_sparse_attention.triton.attend`, or None."""
+    if not call[6].specialized or not call[0].is_cuda:
+        return "the launch table names no kernel with roles here"
+    from dit_accel.kernels.block_sparse_attention import gluon as hopper
+
+    return hopper.unserved(*call)
+
+
+def attend(call: tuple[Any, ...], weight: Tensor, bias: Tensor | None, feature_map: str) -> None:
+    """Run Hopper's forward kernel with the branch over all keys."""
+    from dit_accel.kernels.block_sparse_attention import gluon as hopper
+
+    k, v, kv_len = call[1], call[2], call[8]
+    state, total, share = projected_state(k, v, weight, feature_map, kv_len)
+    bias = None if bias is None else bias.contiguous()
+    hopper.attend(*call, None, None, hopper.Linear(state, total, bias, EPS * share, feature_map))
+
+
+def projected_state(
+    k: Tensor, v: Tensor, weight: Tensor, feature_map: str, kv_len: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """The mean state of all keys times Wᵀ in the dtype of v, the mean of φ(k), and 1/n."""
+    share = 1 / min(k.shape[2], kv_len or k.shape[2])
+    state, total = whole_state(k, v, feature_map, kv_len, scale=share)
+    return (state @ weight.float().mT).to(v.dtype), total, share
 
 
 def linear_branch(

@@ -18,6 +18,8 @@ from gluon_machine import Deadlock
 from dit_accel.kernels.block_sparse_attention import gluon, reference
 from dit_accel.kernels.block_sparse_attention import triton as plain
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
+from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
+from dit_accel.kernels.sparse_linear_attention.features import EPS, FEATURE_MAPS, features
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
 
@@ -133,6 +135,87 @@ def test_the_epilogue_rectifies():
     assert_close("out", out, *expected)
 
 
+LINEAR = [
+    # n_q, n_k, d, block_q, block_k, tile, stages, programs
+    (150, 300, 64, 128, 64, 64, 2, 2),
+    (200, 300, 128, 64, 128, 64, 2, 3),
+    (300, 200, 128, 128, 128, 128, 2, 1),
+]
+
+
+def add_linear(case, q, k, v, table, kv_len, feature_map, weight, bias, **options):
+    """Output of the emulated kernel with the linear branch over all keys."""
+    n = min(k.shape[2], kv_len or k.shape[2])
+    fk = features(k[:, :, :n].float(), feature_map)
+    state = (fk.mT @ v[:, :, :n].float() @ weight.mT / n).to(q.dtype)
+    linear = gluon.Linear(state, fk.sum(2) / n, bias, EPS / n, feature_map)
+    row = replace(gluon.CANDIDATES[0], block=case[3], tile=case[5], stages=case[6])
+    out = torch.empty_like(q)
+    call = (q, k, v, out, None, table, row, None, kv_len, None, None, linear)
+    assert gluon.unserved(*call) is None
+    grid, arguments, _ = gluon.forward(*call)
+    options.pop("run", EMULATED)(arguments, min(case[7], *grid), options.get("seed", 0))
+    return out
+
+
+def check_linear(out, *args):
+    assert_close("out", out, *references(linear_reference.sparse_linear_attention, *args))
+
+
+@pytest.mark.parametrize("kv_len", [None, 130])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_a_row_ends_with_the_linear_branch(case, feature_map, kv_len):
+    d = case[2]
+    for seed, dtype in enumerate((HALF, torch.bfloat16)):
+        q, k, v, table = inputs(*case[:5], dtype)
+        weight, bias = torch.randn(d, d) / d**0.5, torch.randn(d)
+        if feature_map == "relu":
+            # no key has the features of these queries
+            q[:, :, :70] = -1.0
+        k[:, :, kv_len or k.shape[2] :], v[:, :, kv_len or k.shape[2] :] = torch.nan, torch.nan
+        out = add_linear(case, q, k, v, table, kv_len, feature_map, weight, bias, seed=seed)
+        check_linear(out, q, k, v, table, weight, bias, feature_map, None, None, kv_len)
+
+
+def test_the_linear_branch_without_a_bias_of_rows_with_and_without_blocks():
+    for keep in (0.0, 2.0):
+        case = (260, 500, 128, 128, 64, 64, 2, 2)
+        q, k, v, table = inputs(*case[:5], keep=keep)
+        weight = torch.randn(128, 128) / 128**0.5
+        for seed in range(4):
+            out = add_linear(case, q, k, v, table, None, "softmax", weight, None, seed=seed)
+            check_linear(out, q, k, v, table, weight)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("i_k += D - TILE", "pass"),
+        ("(g + 1) // STAGES & 1)\n    b_o = warp", "g // STAGES & 1)\n    b_o = warp"),
+        ("wait(0, (o_token,))\n    b_o = b_o *", "wait(1, (o_token,))\n    b_o = b_o *"),
+        ("wait(0, (o_token,))\n    mb", "wait(1, (o_token,))\n    mb"),
+        ("mbarrier.arrive(empty.index(st), count=1)\n    return gl", "return gl"),
+    ],
+    ids=lambda pair: pair[0][:30],
+)
+def test_an_error_in_the_linear_end_of_a_row_is_noticed(change):
+    broken = emulated(TEXT, KERNEL, change)
+    case = (300, 300, 128, 128, 64, 64, 2, 1)
+    q, k, v, table = inputs(*case[:5])
+    weight = torch.randn(128, 128) / 128**0.5
+    noticed = False
+    for seed in range(12):
+        try:
+            options = {"seed": seed, "run": broken}
+            out = add_linear(case, q, k, v, table, None, "softmax", weight, None, **options)
+            check_linear(out, q, k, v, table, weight)
+        except (AssertionError, Deadlock):
+            noticed = True
+            break
+    assert noticed
+
+
 @pytest.mark.parametrize("change", ERRORS, ids=lambda pair: pair[0][:40] + " > " + pair[1][:20])
 def test_an_error_in_the_protocol_is_noticed(change):
     broken = emulated(TEXT, KERNEL, change)
@@ -173,14 +256,14 @@ def test_a_declined_call_takes_the_plain_kernel(device):
     check((out, lse), reference.block_sparse_attention, q, k, v, table, None, True, kv_len)
 
 
-# Prints the PTX of the first candidate, a line, and its machine code.
+# Prints the PTX of the first candidate, with an extra, a line, and its machine code.
 LISTING = """
-import subprocess, tempfile, torch, triton
+import subprocess, sys, tempfile, torch, triton
 from pathlib import Path
 from dit_accel.kernels.aot import compile_for
 from dit_accel.kernels.aot_cases import forward_case
 from dit_accel.kernels.block_sparse_attention.gluon import CANDIDATES
-kernel, arguments = forward_case(CANDIDATES[0], 128, torch.bfloat16)
+kernel, arguments = forward_case(CANDIDATES[0], 128, torch.bfloat16, *sys.argv[1:])
 options = {"num_warps": 4, "enable_fp_fusion": False}
 asm = compile_for(kernel, arguments, 90, options).asm
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -237,10 +320,17 @@ def test_what_the_protocol_and_the_pipeline_ask_of_the_compiler():
     assert len(beside) == 4 and min(beside) >= 60, beside
 
 
+def test_products_of_the_linear_branch_are_waited_for_together():
+    _, code = fresh("-c", LISTING, "linear").split("\n=====\n")
+    # the compiler waits for each alone if an operand is made while another product runs
+    assert code.count("HGMMA") == 64 and code.count("WARPGROUP.DEPBAR") == 12
+
+
 @pytest.mark.slow
 def test_compiles_with_extras():
     rows = compiled("hopper+@90")
-    assert len(rows) == 3 * len(gluon.CANDIDATES)
+    wide = [row for row in gluon.CANDIDATES if row.block == 128]
+    assert len(rows) == 3 * len(gluon.CANDIDATES) + len(wide)
     for row in rows:
         check_compiled(row)
 

@@ -122,6 +122,20 @@ def test_torch_library_finds_no_fault():
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     args = (*leaves, *sizes, weight, bias, "softmax", None, 50)
     torch.library.opcheck(torch.ops.dit_accel.linear_branch.default, args)
+    args = (q, k, v, *sizes, weight.detach(), bias.detach(), "softmax", 0.25, None, 50)
+    torch.library.opcheck(torch.ops.dit_accel.sparse_linear_attention.default, args)
+
+
+@pytest.mark.parametrize("kv_len", [None, 50])
+def test_inference_is_one_call_with_the_result_of_training(kv_len: int | None):
+    q, k, v, table, weight, bias = inputs(65, 70, 16)
+    args = (q, k, v, table, weight, bias)
+    with dispatch.recording() as used:
+        out = ops.sparse_linear_attention(*args, kv_len=kv_len)
+    assert [name.split("/")[0] for name in used] == ["sparse_linear_attention"]
+    learned = ops.sparse_linear_attention(*args[:4], weight.requires_grad_(), bias, kv_len=kv_len)
+    assert learned.requires_grad and not out.requires_grad
+    torch.testing.assert_close(out, learned.detach())
 
 
 def test_wrong_arguments_are_named():

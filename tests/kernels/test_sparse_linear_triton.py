@@ -145,3 +145,22 @@ def test_backward_of_values_far_from_zero(
     q, k, v, table, weight, _ = inputs(65, 300, 64, 64, 32, dtype, device)
     excluded = table if mode == "rest" else None
     check_backward((q, k, v + 3, excluded, weight, feature_map, None), torch.randn_like(q))
+
+
+@pytest.mark.parametrize("kv_len", [None, 90, 500])
+def test_the_mean_state_for_the_fused_kernel(kv_len: int | None, device: str):
+    _, k, v, _, weight, _ = inputs(65, 200, 64, 64, 64, HALF, device)
+    state, total, share = triton.projected_state(k, v, weight, "softmax", kv_len)
+    n = min(kv_len or 200, 200)
+    fk, fv = k[:, :, :n].float().softmax(-1), v[:, :, :n].float()
+    torch.testing.assert_close(total, fk.mean(2), rtol=2e-3, atol=1e-5)
+    expected = fk.mT @ fv @ weight.mT / n
+    torch.testing.assert_close(state.float(), expected, rtol=2e-3, atol=1e-5)
+    assert share == 1 / n and state.is_contiguous() and total.is_contiguous()
+
+
+def test_without_its_gpu_no_kernel_adds_the_branch(device: str):
+    q, k, v, table, *_ = inputs(65, 100, 64, 64, 64, HALF)
+    launch = triton.find("forward", 90, 64, 128)
+    assert launch.specialized
+    assert "launch table" in triton.unfused(q, k, v, q, None, table, launch, None, None)

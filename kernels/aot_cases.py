@@ -216,17 +216,23 @@ def linear_states(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Te
     return states.unpack(empty(*_SHAPE[:2], blocks, head_dim * (head_dim + 1), dtype=dtype))
 
 
-def state_case(
-    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel of the state of linear attention; extra "block": the projected ones of blocks."""
-    x = tokens(head_dim, dtype)
+def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the state of linear attention over all keys."""
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
-    options: dict[str, Any] = {"span": 1600}
-    if extra:
-        state, total = linear_states(launch, head_dim, dtype)
-        options = {"span": launch.block, "weight": empty(head_dim, head_dim, dtype=dtype)}
-    _, arguments, _ = states.state_case(x, x, state, total, launch=launch, **options)
+    return _state(launch, tokens(head_dim, dtype), state, total, span=1600)
+
+
+def block_state_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[Any, dict[str, Any]]:
+    """The same kernel for the projected states of blocks."""
+    weight = empty(head_dim, head_dim, dtype=dtype)
+    both = linear_states(launch, head_dim, dtype)
+    return _state(launch, tokens(head_dim, dtype), *both, span=launch.block, weight=weight)
+
+
+def _state(launch: Launch, x: Tensor, *both: Tensor, **options: Any) -> tuple[Any, dict[str, Any]]:
+    _, arguments, _ = states.state_case(x, x, *both, launch=launch, **options)
     return states._linear_state_fwd_kernel, arguments
 
 
@@ -266,6 +272,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "select": select_case,
     "coefficients": coefficients_case,
     "state": state_case,
+    "block_state": block_state_case,
     "linear": linear_case,
     "linear_backward": linear_backward_case,
     "int8": int8_case,
@@ -305,8 +312,6 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {"extra": "mass"}
         if row.op == "means" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
-        if row.op == "state" and (not wanted or row.op + place in wanted):
-            yield row, row.head_dim, {"extra": "block"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "keys"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):

@@ -18,6 +18,7 @@ BLOCKS = (16, 32, 64, 128)
 _AOT = "not measured: no spill in the ahead-of-time report"
 _H100 = "fastest of a sweep on an H100: benchmarks/results/h100-sweeps.json"
 _GLUON = "fastest of a sweep on an H100: benchmarks/results/h100-gluon.json"
+_FUSED = "fastest of a sweep on an H100: benchmarks/results/h100-linear-fused.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
 
 
@@ -102,6 +103,9 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("coefficients", 120, 128, 128, 32, 8, 2),
     Launch("rows", 80, 128, 128, 16, 4, 1),
     Launch("state", 80, 128, 128, 64, 8, 2),
+    Launch("state", 90, 128, 128, 32, 8, 3, provenance=_FUSED),
+    Launch("state", 100, 128, 128, 64, 8, 2),
+    Launch("block_state", 80, 128, 128, 64, 8, 2),
     Launch("linear", 80, 128, 128, 64, 8, 1),
     Launch("linear_backward", 80, 128, 128, 64, 8, 1),
     Launch("int8", 80, 128, 64, 32, 8, 2),

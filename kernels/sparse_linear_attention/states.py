@@ -241,7 +241,7 @@ def block_states(
     as in `state_case`."""
     batch, heads, _, d = k.shape
     states = k.new_empty(batch, heads, blocks, d * d + d)
-    launch = find("state", capability_of(k), d, 64)
+    launch = find("block_state", capability_of(k), d, 64)
     options = (feature_map, kv_len, center, weight, factors, 1 / block)
     case = state_case(k, v, *unpack(states), block, launch, *options)
     run(_linear_state_fwd_kernel, *case)

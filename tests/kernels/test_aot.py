@@ -44,8 +44,9 @@ def check(row: dict) -> None:
 
 def test_the_main_rows():
     wanted = ("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
-    rows = compile_rows(*wanted, "state@80", "linear@80", "linear_backward@80")
-    assert len(rows) == 24
+    linear = ("state@80", "state@90", "block_state@80", "linear@80", "linear_backward@80")
+    rows = compile_rows(*wanted, *linear)
+    assert len(rows) == 25
     for row in rows:
         check(row)
 

@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="pipeline folder; default: a tiny random Wan")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results/batch.json")
     parser.add_argument("--device", help="only the throughput, there, of the model's own clips")
+    parser.add_argument("--clips", type=int, default=64, help="clips of that throughput")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the small disk is unmounted too
     work = Path(tempfile.mkdtemp(prefix="batch-campaign-"))
@@ -234,8 +235,11 @@ def main() -> None:
             found = {
                 "command": shlex.join(["python", *sys.argv]),
                 "model": model.name,
+                "clips": options.clips,
                 "machine": machine(load_pipeline(model, options.device)[0]),
-                "clips_a_minute": throughput(model, work, options.device, 64, {"method": "dense"}),
+                "clips_a_minute": throughput(
+                    model, work, options.device, options.clips, {"method": "dense"}
+                ),
             }
         else:
             found = {

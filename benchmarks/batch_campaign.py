@@ -243,6 +243,7 @@ def main() -> None:
             }
         else:
             found = {
+                "command": shlex.join(["python", *sys.argv]),
                 "model": options.model.name if options.model else "tiny random Wan (tests/tiny.py)",
                 "clip": SMALL,
                 "machine": machine(load_pipeline(model, "cpu")[0]),

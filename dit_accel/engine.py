@@ -26,9 +26,10 @@ from dit_accel.span import Span
 from dit_accel.table import BlockTable
 
 # Tokens below which dense attention is the faster one. cpu: `dit-accel bench --crossover` on two
-# cores; cuda: an H100 with 12 heads at keep 0.1, where cuDNN wins at 4,096 and loses at 8,192
-# (benchmarks/results/h100-kernels.json, "scaling").
-CROSSOVER = {"cpu": 512, "cuda": 8192}
+# cores; cuda: whole models on an H100 at keep 0.1, where a sparse step of LTX (6,144 tokens) and of
+# Qwen-Image (6,953) is 12 to 15 % faster, one of Flux (4,608) 0 to 4 %
+# (benchmarks/results/h100-e2e-short.json).
+CROSSOVER = {"cpu": 512, "cuda": 6144}
 
 Dense = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 

@@ -71,7 +71,7 @@ def _add_training(words: argparse.ArgumentParser) -> None:
     run.add_argument("--log-every", type=int, help="steps between lines of log.jsonl [10]")
     run.add_argument("--clips", type=int, help="validation clips [2]")
     run.add_argument("--validation", help="text file of their prompts [those of --prompts]")
-    run.add_argument("--warmup", type=float, help="dense share of their steps [0.15]")
+    run.add_argument("--warmup", type=float, help="dense share of their steps [0]")
 
 
 def settings(options: argparse.Namespace) -> Settings:

@@ -79,7 +79,7 @@ class Settings:
     precision: str = "no"
     checkpointing: bool = False
     order: str = "raster"
-    warmup: float = 0.15
+    warmup: float = 0.0
     seed: int = 0
     clips: int = 2
     validation: str | None = None

@@ -23,9 +23,9 @@ class Pooled(Method):
     description: ClassVar[str] = "exact on the best key blocks, one pooled key and value for others"
     paper: ClassVar[str] = "arXiv 2107.05768 (Combiner)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.5},
-        "balanced": {"keep": 0.25},
-        "fast": {"keep": 0.1},
+        "safe": {"keep": 0.6},
+        "balanced": {"keep": 0.5},
+        "fast": {"keep": 0.3},
     }
 
     def __call__(

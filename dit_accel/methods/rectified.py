@@ -35,9 +35,9 @@ class Rectified(Method):
     description: ClassVar[str] = "sparse attention rescaled to its mass, plus pooled values"
     paper: ClassVar[str] = "arXiv 2511.19835"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.5},
-        "balanced": {"keep": 0.25},
-        "fast": {"keep": 0.1},
+        "safe": {"keep": 0.7},
+        "balanced": {"keep": 0.5},
+        "fast": {"keep": 0.3},
     }
 
     def __post_init__(self) -> None:

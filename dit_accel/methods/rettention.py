@@ -42,8 +42,8 @@ class Rettention(Remembering):
     description: ClassVar[str] = "a spatial window, rescaled and completed by an earlier full step"
     paper: ClassVar[str] = "arXiv 2505.22918"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.25, "period": 0.15},
-        "balanced": {"keep": 0.1, "period": 0.25},
+        "safe": {"keep": 0.05, "period": 0.15},
+        "balanced": {"keep": 0.05, "period": 0.25},
         "fast": {"keep": 0.05, "period": 0.4},
     }
 

@@ -32,9 +32,9 @@ class SharedResidual(Remembering):
     description: ClassVar[str] = "pooled attention, completed by an earlier full step's residual"
     paper: ClassVar[str] = "arXiv 2406.08552 (residual sharing)"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.3, "period": 0.15},
-        "balanced": {"keep": 0.2, "period": 0.25},
-        "fast": {"keep": 0.1, "period": 0.4},
+        "safe": {"keep": 0.1, "period": 0.25},
+        "balanced": {"keep": 0.05, "period": 0.25},
+        "fast": {"keep": 0.05, "period": 0.4},
     }
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:

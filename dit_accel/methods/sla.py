@@ -48,9 +48,9 @@ class SLA(Method):
     paper: ClassVar[str] = "arXiv 2509.24006"
     finetuning: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.5},
-        "balanced": {"keep": 0.25},
-        "fast": {"keep": 0.1},
+        "safe": {"keep": 0.7},
+        "balanced": {"keep": 0.6},
+        "fast": {"keep": 0.3},
     }
 
     def __post_init__(self) -> None:

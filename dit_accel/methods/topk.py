@@ -23,9 +23,9 @@ class TopK(Method):
     name: ClassVar[str] = "topk"
     description: ClassVar[str] = "exact attention to the key blocks with the highest mean score"
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.5},
-        "balanced": {"keep": 0.25},
-        "fast": {"keep": 0.1},
+        "safe": {"keep": 0.7},
+        "balanced": {"keep": 0.6},
+        "fast": {"keep": 0.3},
     }
 
     precision: str | None = None

@@ -24,8 +24,10 @@ from dit_accel.table import BlockTable, block_count
 
 # Programs that fill the GPU: the tokens of a head are split so that about this many run.
 _PROGRAMS = 256
-# Bytes of the states of a part of the heads, if one head's are fewer: about what an L2 cache holds.
+# Bytes of the states of a part of the heads: about what an L2 cache holds, or this share of k, 1/15
+# of q, k and v together, which fewer launches are worth; more if one head's are.
 _MEMORY = 2**26
+_SHARE = 1 / 5
 
 
 @triton.jit
@@ -215,7 +217,8 @@ def parts(k: Tensor, excluded: BlockTable) -> Iterator[Part]:
     # cuBLAS wants rows of whole 16 bytes; the blocks beyond the last are empty
     blocks = block_count(excluded.key_blocks, 8) * 8
     one = batch * (blocks + excluded.query_blocks) * d * (d + 1) * k.element_size()
-    size = block_count(heads, block_count(heads, max(1, _MEMORY // one)))
+    memory = max(_MEMORY, int(_SHARE * k.numel() * k.element_size()))
+    size = block_count(heads, block_count(heads, max(1, memory // one)))
     mask = torch.nn.functional.pad(excluded.to_mask(), (0, blocks - excluded.key_blocks))
     share = (1 / (excluded.key_blocks - excluded.counts).clamp(min=1)).to(k.dtype)
     eps = share.float() * (EPS / excluded.block_k)

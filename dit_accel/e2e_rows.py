@@ -245,14 +245,14 @@ def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str
 
 
 def with_projections(method: Method, transformer: nn.Module) -> Method:
-    """SLA with a random projection for every layer of the model; any other method as it is."""
+    """SLA with a random projection for every layer, always the same; any other method as it is."""
     if not isinstance(method, SLA):
         return method
     layers = registry.find(transformer).attentions(transformer).values()
     sizes = [head_dim(layer) or transformer.config.attention_head_dim for layer in layers]
-    where = next(transformer.parameters()).device
-    tensors = (torch.randn(d, d, device=where) / d**0.5 for d in sizes)
-    return method.with_weights({f"layers.{i}.weight": x for i, x in enumerate(tensors)})
+    where, chance = next(transformer.parameters()).device, torch.Generator().manual_seed(0)
+    tensors = [torch.randn(d, d, generator=chance) / d**0.5 for d in sizes]
+    return method.with_weights({f"layers.{i}.weight": x.to(where) for i, x in enumerate(tensors)})
 
 
 def set_skip(transformer: nn.Module, skip: bool) -> None:

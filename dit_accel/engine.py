@@ -162,7 +162,7 @@ class Engine:
     @property
     def _queries(self) -> int:
         """The visual queries of the call at hand."""
-        return self.span.live if self._pruned else self.geometry.n_visual
+        return self.span.queries if self._pruned else self.geometry.n_visual
 
     def _order(self, geometry: Geometry, device: torch.device, carried: bool) -> None:
         lines = sum(n > 1 for n in geometry.grid) < 2  # a row of tokens has one order only

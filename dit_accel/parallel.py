@@ -39,6 +39,14 @@ def obstacle(config: Any, mask: Tensor | None) -> str:
     return ""
 
 
+def place(config: Any) -> tuple[int, int]:
+    """(rank, ranks) of this process among those that share a sequence by Ulysses."""
+    import torch.distributed as dist
+
+    context = config.context_parallel_config
+    return dist.get_rank(context._ulysses_mesh.get_group()), context.ulysses_degree
+
+
 def gathered(
     q: Tensor,
     k: Tensor,

@@ -21,7 +21,7 @@ from torch import nn
 
 from dit_accel import parallel, seam, step_cache
 from dit_accel.engine import Engine
-from dit_accel.pipelines.base import Adapter, Site, matching
+from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
 from dit_accel.span import Span, blocks_class
 
 _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
@@ -98,11 +98,12 @@ class Patch:
             bound = signature.bind_partial(module, *args, **kwargs).arguments
             geometry = self.adapter.geometry(module, bound)
             device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
-            shared = any(parallel.config_of(layer.processor) for layer in self.layers)
+            found = (parallel.config_of(layer.processor) for layer in self.layers)
+            shared = next((config for config in found if config is not None), None)
             if self.span is not None:
-                self._check_prunable(bound, shared)
+                self._check_prunable(bound, geometry, shared)
                 self.span.whole = self.adapter.span.stays_whole(bound)
-            carried = self.adapter.leave is not None and not shared
+            carried = self.adapter.leave is not None and shared is None
             self.engine.begin(geometry, device, carried, self.span, bound.get("timestep"))
 
         @torch.compiler.disable
@@ -112,10 +113,15 @@ class Patch:
         self._keep(self.transformer.register_forward_pre_hook(before, with_kwargs=True))
         self._keep(self.transformer.register_forward_hook(after))
 
-    def _check_prunable(self, args: dict[str, Any], shared: bool) -> None:
+    def _check_prunable(self, args: dict[str, Any], geometry: Geometry, shared: Any) -> None:
         """RuntimeError for a forward whose tokens cannot be pruned."""
-        span, refuses = self.span, self.adapter.span.refuses
-        why = "its tokens are shared between devices (context parallelism)" if shared else ""
+        span, refuses, why = self.span, self.adapter.span.refuses, ""
+        span.place = (0, 1)
+        if shared is not None and shared.context_parallel_config.ring_degree > 1:
+            why = parallel.RING
+        elif shared is not None:
+            span.place = parallel.place(shared)
+            why = span.unshared(geometry)
         why = why or step_cache.obstacle(self.transformer, span.first, span.last, span.blocks)
         why = why or (refuses(self.transformer, args) if refuses else "")
         if why:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dit_accel import step_cache
 from dit_accel.clock import Clock
 from dit_accel.keys import narrow
-from dit_accel.pipelines.base import SpanSite
+from dit_accel.pipelines.base import Geometry, SpanSite
 from dit_accel.prune import TokenPruning
 from dit_accel.prune_context import Context
 from dit_accel.prune_criteria import (
@@ -32,6 +32,13 @@ from dit_accel.prune_restore import RESTORES, Memory, Past
 from dit_accel.span_rows import Rows
 from dit_accel.table import block_count, kept_blocks
 
+# What looks at all tokens, or at the model's output.
+_OF_ONE_DEVICE = {
+    "criterion": ("velocity", "cfg", "text"),
+    "restore": ("blend",),
+    "context": ("pooled", "stale"),
+}
+
 
 @dataclass
 class Span:
@@ -40,7 +47,8 @@ class Span:
     blocks: how many the model has, in all its lists. `live` is the number of visual tokens that run
     just now, None for all; `inside`: a block of the span runs; `share`: of this forward's tokens,
     those that run the span. whole: in this forward
-    the tokens that run go back among the others after each block.
+    the tokens that run go back among the others after each block. place: (rank, ranks) where the
+    tokens are shared between devices: each then chooses as many of its own.
     """
 
     prune: TokenPruning
@@ -57,6 +65,7 @@ class Span:
     inside: bool = False
     running: bool = False
     share: float = 1.0
+    place: tuple[int, int] = (0, 1)
     generation: int = -1
     _order: Tensor | None = None
     _cached: bool = False
@@ -111,7 +120,8 @@ class Span:
         self._rows.geometry = self.clock.geometry
         tokens, text = self._rows.read(bound.arguments, single, self._visual)
         if number == 0:
-            self._start, self._rows.n = tokens, tokens.shape[1]
+            self._start = self._own(tokens)
+            self._rows.n = self._start.shape[1]
         if number == self.first and not self._cached:
             self._enter(tokens, text)
         self.inside = self.first <= number < self.last and not self._cached
@@ -127,6 +137,35 @@ class Span:
             out = self._leave(out, single)
         self.inside = False
         return out
+
+    def unshared(self, geometry: Geometry) -> str:
+        """Why this pruning does not run on tokens shared between devices, or ""."""
+        prune, ranks = self.prune, self.place[1]
+        if ranks == 1:
+            return ""
+        if self.site.text or self.site.single or self.site.count:
+            return "its text is shared between devices, too (context parallelism)"
+        if self.first == 0:
+            return "its tokens are shared between devices inside the first block: take first=1"
+        if geometry.n_visual % ranks:
+            return f"{geometry.n_visual} tokens do not divide by {ranks} devices"
+        for name, values in _OF_ONE_DEVICE.items():
+            if (value := getattr(prune, name)) in values:
+                return f"{name}={value!r} does not run on tokens shared between devices"
+        if prune.threshold is not None or prune.anchor_frames:
+            return "threshold and anchor_frames would run more tokens on one device than on another"
+        return ""
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """This device's tokens, where the first block is still handed all of them."""
+        rank, ranks = self.place
+        whole = tokens.shape[1] == self.clock.geometry.n_visual
+        return tokens.tensor_split(ranks, dim=1)[rank] if whole else tokens
+
+    @property
+    def queries(self) -> int | None:
+        """How many visual tokens of all devices run just now, None for all."""
+        return None if self.live is None else self.live * self.place[1]
 
     @property
     def _visual(self) -> int:
@@ -198,6 +237,9 @@ class Span:
 
     def _anchors(self, n: int) -> Tensor | None:
         """bool [N]: the tokens of the frames that always run."""
+        if self.place[1] > 1:  # with a short last block chosen here and not there, counts differ
+            tail = n % self.prune.block if self.prune.keep else 0
+            return torch.arange(n, device=self._entered[0].device) >= n - tail if tail else None
         if not self.prune.anchor_frames:
             return None
         _, h, w = self.clock.geometry.grid
@@ -287,7 +329,7 @@ class Span:
     @property
     def visual_keys(self) -> int | None:
         """How many visual tokens the keys of a call stand for while tokens are pruned."""
-        return self.live if self.context is None or self.live is None else self._chosen[1]
+        return self.queries if self.context is None or self.live is None else self._chosen[1]
 
     def watch_transition(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Forward hook of a probe module; of joint attention the visual part is first."""

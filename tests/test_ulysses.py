@@ -10,8 +10,9 @@ from diffusers import ContextParallelConfig, ParallelConfig
 from tiny import tiny_flux, tiny_wan
 
 import dit_accel
-from dit_accel import Schedule, parallel
+from dit_accel import Schedule, TokenPruning, parallel, prune_criteria, span
 from dit_accel.config import named
+from dit_accel.table import block_count, kept_blocks
 
 NOW = Schedule(warmup=0)
 WAN = {"build": "wan", "num_frames": 9, "max_sequence_length": 16}
@@ -25,6 +26,9 @@ CASES = {
     "wan-pooled": {**WAN, "method": "pooled"},
     "wan-sla": {**WAN, "method": "sla"},
     "wan-anything": {**WAN, "anything": True},
+    "wan-pruned": {**WAN, "prune": {"criterion": "stratified"}},
+    "wan-pruned-drift": {**WAN, "prune": {"criterion": "drift", "block": 20}},
+    "wan-skipped": {**WAN, "prune": {"keep": 0.0, "block": 20}},
     "flux": {**FLUX},
     "flux-dense": {**FLUX, "method": "dense"},
     "flux-hilbert": {**FLUX, "options": {"order": "hilbert"}},
@@ -32,8 +36,32 @@ CASES = {
 }
 
 
-def generate(pipe, build, method="topk", options=(), anything=False, **kwargs):
-    """Latents of two steps, and the share of attention work kept; stock for "dense"."""
+REFUSED = {
+    "text is shared": ("flux", {}),
+    "take first=1": ("wan", {"first": 0}),
+    "criterion='cfg' does not run": ("wan", {"criterion": "cfg"}),
+    "restore='blend' does not run": ("wan", {"restore": "blend"}),
+    "context='stale' does not run": ("wan", {"context": "stale"}),
+    "anchor_frames would run more": ("wan", {"anchor_frames": 1}),
+}
+
+
+def in_halves(prune):
+    """What two processes pick: as many blocks in each half of the tokens."""
+
+    def pick(scores, count, block, always=None, threshold=None):
+        n = scores.numel() // 2
+        count = kept_blocks(prune.keep, block_count(n, block)) if prune.keep else 0
+        short = torch.arange(n) >= n - n % block if n % block and prune.keep else None
+        halves = [scores[:n]] * 2 if prune.criterion == "stratified" else scores.split(n)
+        chosen = [prune_criteria.pick(half, count, block, short) for half in halves]
+        return torch.cat([chosen[0], chosen[1] + n])
+
+    return pick
+
+
+def generate(pipe, build, method="topk", options=(), anything=False, prune=None, **kwargs):
+    """Latents of three steps, and the report; stock for "dense"."""
     size = {"height": 128, "width": 128, **kwargs}
     generator = torch.Generator().manual_seed(0)
 
@@ -51,6 +79,9 @@ def generate(pipe, build, method="topk", options=(), anything=False, **kwargs):
     if method == "dense":
         return call(), None
     kind = type(named(method))
+    if prune is not None:
+        pruning = TokenPruning(refresh=2, start=1, end=0, last=None, **{"block": 16, **prune})
+        options = {**dict(options), "prune": pruning}
     with dit_accel.accelerated(
         pipe, kind(keep=0.3), schedule=NOW, min_tokens=0, **dict(options)
     ) as handle:
@@ -65,14 +96,27 @@ def work(rank, port, folder):
     found = {}
     for name, case in CASES.items():
         pipe = tiny_wan() if case["build"] == "wan" else tiny_flux()
+        whole = span.pick
+        if "prune" in case:
+            span.pick = in_halves(TokenPruning(**case["prune"]))
         alone, report = generate(pipe, **case)
+        span.pick = whole
         parallel.share(pipe, anything=case.get("anything", False))
         together, shared = generate(pipe, **case)
         found[name] = {
             "error": float((alone - together).abs().max() / alone.abs().max()),
             "kept": (report.kept, shared.kept) if report else None,
             "unplanned": shared.unplanned if shared else None,
+            "tokens": [[f["tokens"] for f in r.steps] for r in (report, shared) if r],
         }
+    found["refused"] = {}
+    for says, (build, prune) in REFUSED.items():
+        pipe = tiny_wan() if build == "wan" else tiny_flux()
+        parallel.share(pipe)
+        try:
+            generate(pipe, build, prune=prune)
+        except RuntimeError as error:
+            found["refused"][says] = str(error)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -92,10 +136,19 @@ def test_two_processes_give_what_one_gives(found, name):
     for rank in found:
         result = rank[name]
         assert result["error"] < 1e-5
+        if "prune" in CASES[name]:
+            alone, together = result["tokens"]
+            assert alone == together and min(alone) < 0.7
         if result["kept"]:
             alone, together = result["kept"]
             assert together < 0.9 and together == pytest.approx(alone, abs=0.05)
             assert result["unplanned"] == {}
+
+
+def test_pruning_of_shared_tokens_is_refused_by_reason(found):
+    for rank in found:
+        for says in REFUSED:
+            assert says in rank["refused"][says]
 
 
 def test_places_of_shared_tokens():

@@ -11,6 +11,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from selenium import webdriver
@@ -49,7 +51,9 @@ def wait(driver: webdriver.Chrome, code: str, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def main() -> None:
+@contextmanager
+def served() -> Iterator[tuple[webdriver.Chrome, str]]:
+    """A browser, and the address of the page with the embedded model."""
     with tempfile.TemporaryDirectory() as folder:
         jobs = Path(folder) / "jobs"
         jobs.mkdir()
@@ -57,6 +61,15 @@ def main() -> None:
         options = {"server_name": "127.0.0.1", "prevent_thread_lock": True}
         _, address, _ = demo.launch(**options, **server.settings(jobs))
         driver = browser(Path(folder) / "profile")
+        try:
+            yield driver, address
+        finally:
+            driver.quit()
+            demo.close()
+
+
+def main() -> None:
+    with served() as (driver, address):
         driver.get(address)
         wait(driver, READY, 60)
         time.sleep(2)  # Gradio drops the answer to a click that comes while it mounts the page
@@ -70,8 +83,6 @@ def main() -> None:
             print(
                 driver.execute_script("return document.querySelector('#results').innerText")[:500]
             )
-        driver.quit()
-        demo.close()
 
 
 if __name__ == "__main__":

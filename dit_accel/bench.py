@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", action="append", type=float, help="default: 0.1")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--block", type=int, default=64, choices=(64, 128))
+    parser.add_argument("--block", type=int, choices=(64, 128), help="default: 64")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--crossover", action="store_true", help="only the crossover lengths")
@@ -323,21 +323,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store(found, given.out)
         return 0
     if given.sweep:
-        from dit_accel import sweep
-
-        try:
-            sweep.sweep(
-                given.shape or sweep.SHAPES, (given.keep or [0.05])[0], given.out, echo=print
-            )
-        except ValueError as error:
-            parser.error(str(error))
-        return 0
+        return _sweep(parser, given)
     dtype = getattr(torch, given.dtype) if given.dtype else None
-    options = {"dtype": dtype, "block": given.block, "echo": print, **timing}
+    options = {"dtype": dtype, "block": given.block or 64, "echo": print, **timing}
     rows = run_bench(
         given.op or OPS, given.shape, given.keep or (0.1,), given.device, given.out, **options
     )
     return 0 if all(row["check"] == "passed" for row in rows) else 1
+
+
+def _sweep(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    from dit_accel import sweep
+
+    unused = [name for name in ("op", "device", "dtype", "block") if getattr(given, name)]
+    unused += ["keep"] * (len(given.keep or ()) > 1)
+    if unused:
+        parser.error(
+            "--sweep times the block-sparse forward in bfloat16 on the GPU, with all blocks and at "
+            f"one --keep: leave --{unused[0]} out" + " but once" * (unused[0] == "keep")
+        )
+    try:
+        keep = (given.keep or [0.05])[0]
+        sweep.sweep(given.shape or sweep.SHAPES, keep, given.out, echo=print)
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
 
 
 if __name__ == "__main__":

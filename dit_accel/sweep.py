@@ -53,11 +53,12 @@ def sweep(
         tried = [now, *(c for c in candidates(now, shape.head_dim, block_k) if c != now)]
         table = ops.block_table(q, k, keep, block_q, block_k)
         work = 4e-9 * q[..., 0].numel() * shape.n * shape.head_dim * table.density().item()
+        known = _known(shape, block_q, block_k, device)
         part: list[dict[str, Any]] = []
         for launch in tried[:limit]:
             row = {"shape": name, "blocks": [block_q, block_k], "launch": asdict(launch)}
             row["serves_now"] = launch is now
-            row |= _try(launch, q, k, v, table, work)
+            row |= _try(launch, known, q, k, v, table, work)
             part.append(row)
             echo(_line(row))
         rows += part
@@ -82,11 +83,13 @@ def candidates(now: Any, head_dim: int, block_k: int) -> Iterator[Any]:
                 yield replace(launch, head_dim=head_dim)
 
 
-def _try(launch: Any, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, work: float) -> dict:
+def _try(
+    launch: Any, known: tuple, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, work: float
+) -> dict[str, Any]:
     from triton.errors import TritonError
 
     try:
-        _check(launch, q, table)
+        _check(launch, *known)
         out = torch.empty_like(q)
         ms = _median(lambda: _attend(launch, q, k, v, out, table))
     except (TritonError, RuntimeError, AssertionError, ValueError) as error:
@@ -108,16 +111,23 @@ def _attend(launch: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, table: Bl
     return out
 
 
-def _check(launch: Any, like: Tensor, table: BlockTable) -> None:
-    """AssertionError unless the launch is right on a short input of this head dimension."""
+def _known(shape: bench.Shape, block_q: int, block_k: int, device: str) -> tuple:
+    """A short input of this head dimension, its table, and what is right in float32 and in its own
+    dtype."""
     from dit_accel.kernels.block_sparse_attention import reference
 
-    shape = bench.Shape("check", 1, 2, _CHECKED, like.shape[3])
-    q, k, v = _tokens(shape, min(_CHECKED, like.shape[2]), like.device.type)
-    short = ops.block_table(q, k, 0.5, table.block_q, table.block_k)
-    wide, same = references(reference.block_sparse_attention, q, k, v, short)
+    n = min(_CHECKED, shape.n)
+    q, k, v = _tokens(bench.Shape("check", 1, 2, n, shape.head_dim), n, device)
+    short = ops.block_table(q, k, 0.5, block_q, block_k)
+    return q, k, v, short, references(reference.block_sparse_attention, q, k, v, short)
+
+
+def _check(
+    launch: Any, q: Tensor, k: Tensor, v: Tensor, short: BlockTable, right: tuple[Tensor, Tensor]
+) -> None:
+    """AssertionError unless the launch gives what is right."""
     poisoned = torch.full_like(q, float("nan"))
-    assert_close("forward", _attend(launch, q, k, v, poisoned, short), wide, same)
+    assert_close("forward", _attend(launch, q, k, v, poisoned, short), *right)
 
 
 def _tokens(shape: bench.Shape, n: int, device: str) -> Iterator[Tensor]:

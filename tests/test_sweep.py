@@ -54,6 +54,19 @@ def test_a_wrong_launch_is_no_winner(monkeypatch: pytest.MonkeyPatch):
     assert "1.00× the row in use" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--dtype", "float16"], "leave --dtype out"),
+        (["--keep", "0.1", "--keep", "0.2"], "leave --keep out but once"),
+    ],
+)
+def test_options_that_it_does_not_take_are_named(words, says, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--sweep", *words])
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
 def test_without_a_gpu_it_is_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(["--sweep"])

@@ -5,18 +5,11 @@ PYTHONPATH=benchmarks python docs/img/screenshots.py     needs chromium, chromed
 
 import base64
 import io
-import tempfile
 import time
 from pathlib import Path
 
-from page_time import READY, browser, wait
+from page_time import READY, served, wait
 from PIL import Image
-
-from dit_accel.app import server
-from dit_accel.app.ask import Limits
-from dit_accel.app.desk import Desk
-from dit_accel.app.page import build
-from dit_accel.app.studio import Studio
 
 FOLDER = Path(__file__).parent
 
@@ -43,13 +36,7 @@ def beside(pictures: list[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        jobs = Path(folder) / "jobs"
-        jobs.mkdir()
-        demo = build(Desk(Studio(), jobs), Limits())
-        options = {"server_name": "127.0.0.1", "prevent_thread_lock": True}
-        _, address, _ = demo.launch(**options, **server.settings(jobs))
-        driver = browser(Path(folder) / "profile")
+    with served() as (driver, address):
         pages = [shoot(driver, address, 1280, 1790, dark) for dark in (False, True)]
         results = "document.querySelector('#results').scrollIntoView(); window.scrollBy(0, -520)"
         phones = [
@@ -58,8 +45,6 @@ def main() -> None:
         ]
         wipe = "document.querySelector('.views [data-view=wipe]').click()"
         wiped = shoot(driver, address, 1280, 900, False, wipe)
-        driver.quit()
-        demo.close()
     beside([p.resize((900, 1258)) for p in pages]).save(FOLDER / "page.jpg", quality=85)
     beside(phones, 20).save(FOLDER / "phone.jpg", quality=85)
     wiped.resize((1000, 703)).save(FOLDER / "wipe.jpg", quality=85)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dit_accel.pipelines.base import Geometry
 from dit_accel.slots import transformers_of
 
 RING = (
@@ -53,14 +54,13 @@ def gathered(
     v: Tensor,
     mask: Tensor | None,
     config: Any,
-    n_visual: int,
-    text_first: bool,
+    geometry: Geometry,
     inner: Inner,
 ) -> Tensor:
     """Run `inner` on all tokens of this rank's heads, in the order of one device.
 
     q, k, v [B, N_local, H, D] → [B, N_local, H, D]; `inner` gets [B, N, H_local, D] and the mask of
-    all keys [B, 1, 1, N]. n_visual: visual tokens of all ranks together; the rest is text.
+    all keys [B, 1, 1, N]. geometry: of all ranks together.
     """
     from diffusers.models import attention_dispatch
 
@@ -69,10 +69,11 @@ def gathered(
     def forward_op(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any, **more: Any
     ) -> Tensor:
-        n_text = k.shape[1] - n_visual
-        if n_text <= 0 or q.shape[1] != k.shape[1]:
+        n_text = k.shape[1] - geometry.n_visual
+        if geometry.one_row or n_text <= 0 or q.shape[1] != k.shape[1]:
             return inner(q, k, v, mask)
-        there, back = token_places(n_text, n_visual, text_first, ranks, q.device)
+        places = (n_text, geometry.n_visual, geometry.text_first, ranks, q.device)
+        there, back = token_places(*places)
         mask = None if mask is None else mask.index_select(-1, there)
         out = inner(*(x.index_select(1, there) for x in (q, k, v)), mask)
         return out.index_select(1, back)

@@ -121,7 +121,7 @@ class Patch:
             why = parallel.RING
         elif shared is not None:
             span.place = parallel.place(shared)
-            why = span.unshared(geometry)
+            why = span.unshared(geometry, self.transformer._cp_plan)
         why = why or step_cache.obstacle(self.transformer, span.first, span.last, span.blocks)
         why = why or (refuses(self.transformer, args) if refuses else "")
         if why:

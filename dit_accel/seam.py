@@ -50,7 +50,7 @@ class Layer:
         if why or g is None:
             self.engine.bypass(self.index, why)
             return self.dense(q, k, v, mask, scale, shared)
-        return parallel.gathered(q, k, v, mask, shared, g.n_visual, g.text_first, decide)
+        return parallel.gathered(q, k, v, mask, shared, g, decide)
 
     def dense(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,13 +139,18 @@ class Span:
         self.inside = False
         return out
 
-    def unshared(self, geometry: Geometry) -> str:
-        """Why this pruning does not run on tokens shared between devices, or ""."""
+    def unshared(self, geometry: Geometry, plan: Mapping[str, Any]) -> str:
+        """Why this pruning does not run on tokens shared between devices, or "".
+
+        plan: diffusers' own, by which the transformer's tokens are split.
+        """
         prune, ranks = self.prune, self.place[1]
         if ranks == 1:
             return ""
         if self.site.text or self.site.single or self.site.count:
             return "its text is shared between devices, too (context parallelism)"
+        if f"{self.site.blocks[0]}.0" not in plan:
+            return "its tokens are not split between devices at the first block"
         if self.first == 0:
             return "its tokens are shared between devices inside the first block: take first=1"
         if geometry.n_visual % ranks:

@@ -20,7 +20,8 @@ class Geometry(NamedTuple):
     valid queries and valid keys, so it is read once.
     segments: attention comes in several calls, of which only that with the visual queries and all
     keys (n_text is a number) is this one; the others are the text's own and run dense, unbooked.
-    dense: why this forward must stay dense, or "".
+    dense: why this forward must stay dense, or "". one_row: devices share text and visual tokens as
+    one row; otherwise each has its part of both.
     """
 
     grid: tuple[int, int, int]
@@ -30,6 +31,7 @@ class Geometry(NamedTuple):
     same_mask: bool = False
     segments: bool = False
     dense: str = ""
+    one_row: bool = False
 
     @property
     def n_visual(self) -> int:

@@ -70,7 +70,7 @@ def _last_run(rows: Tensor, positions: Tensor) -> Geometry:
         return Geometry((1, 1, n), None, dense="the clip's tokens do not come last")
     h, w = (len(positions[-n:, axis].unique()) for axis in (1, 2))
     grid = (n // (h * w), h, w) if n % (h * w) == 0 else (1, 1, n)
-    return Geometry(grid, None, text_first=True)
+    return Geometry(grid, None, text_first=True, one_row=True)
 
 
 def _clip_last(transformer, args) -> str:

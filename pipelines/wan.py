@@ -79,7 +79,7 @@ ANYFLOW = Adapter(
 
 def _after_history(transformer, args) -> Geometry:
     grid = grid_of(transformer, args["hidden_states"])
-    return Geometry(grid, n_text=None, text_first=True)
+    return Geometry(grid, n_text=None, text_first=True, one_row=True)
 
 
 # Earlier clips lie before the visual tokens: each query reads them all, as it reads text elsewhere.

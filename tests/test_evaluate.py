@@ -63,7 +63,7 @@ def test_presets_and_files_are_rows_too(tmp_path):
     path = tmp_path / "mine.json"
     AccelConfig(dit_accel.Pooled(0.3), order="tile").save(path)
     found = rows(["topk:fast", str(path)], (), 25, TEMPLATE)
-    assert found[0].config.method == dit_accel.TopK(0.1)
+    assert found[0].config.method == dit_accel.TopK(**dit_accel.TopK.presets["fast"])
     assert found[1].config.order == "tile"
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import diffusers
+import shared
 import torch
 from zoo import Case, Pipe, forward, zoo
 
@@ -87,6 +88,8 @@ def row(case: Case) -> tuple[str, ...]:
         pruned(case, model),
         order,
         compiled,
+        shared.observed().get(case.name, shared.NO_PLAN),
+        offloaded(case),
         case.mask,
         case.note,
     )
@@ -102,6 +105,23 @@ def served(case: Case, model: torch.nn.Module, name: str, **more) -> str:
     return "; ".join(reasons) or "yes"
 
 
+def offloaded(case: Case) -> str:
+    """Whether a sparse run whose blocks come and go one by one gives what it gives without."""
+    if not getattr(diffusers, case.name)._supports_group_offloading:
+        return "no: not in diffusers"
+    outs = []
+    for moves in (False, True):
+        pipe = Pipe(case.build(), steps=2)
+        if moves:
+            cpu = torch.device("cpu")
+            options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+            pipe.transformer.enable_group_offload(onload_device=cpu, **options)
+        with dit_accel.accelerated(pipe, TopK(keep=0.3), **NOW) as handle:
+            outs.append(pipe.steps(case.arguments))
+            assert not handle.report().fallbacks
+    return "yes" if all(map(torch.equal, *outs)) else "no: another result"
+
+
 def pruned(case: Case, model: torch.nn.Module) -> str:
     """The same with half of the tokens pruned."""
     adapter = registry.find(model)
@@ -112,7 +132,8 @@ def pruned(case: Case, model: torch.nn.Module) -> str:
 
 
 METHODS = tuple(name for name in dit_accel.methods() if name != "dense")
-HEAD = ("model", *METHODS, "pruning", "token order", "regional compile", "mask", "notes")
+HEAD = ("model", *METHODS, "pruning", "token order", "regional compile", "Ulysses", "group offload")
+HEAD += ("mask", "notes")
 
 
 def render() -> str:

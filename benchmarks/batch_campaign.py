@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -179,27 +180,29 @@ def _plays(path: Path) -> bool:
 
 def throughput(
     model: Path | None, work: Path, device: str = "cpu", count: int = 24, clip: dict = SMALL
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, float]]:
     """Clips a minute: a naive loop, this queue, and this queue with calls of several clips."""
     pipe, defaults = load_pipeline(model, device)
     prompts = [f"a {WORDS[n % 2]} on red" for n in range(count)]
     size = {k: v for k, v in clip.items() if k != "method"}
     generate(pipe, defaults, Request("a cat", **size))
-    found = {}
     began = time.perf_counter()
     for seed, prompt in enumerate(prompts):
         frames = generate(pipe, defaults, Request(prompt, seed=seed, **size)).frames
         video.save(work / f"naive-{seed}.mp4", frames, defaults.fps)
-    found["naive loop"] = time.perf_counter() - began
+    yield "naive loop", _a_minute(count, began)
     jobs = [Job(prompt, seed=seed, **clip) for seed, prompt in enumerate(prompts)]
     for batch in (1, 4) if device == "cpu" else (1, 4, 16):
         name = f"batch, {batch} clips a call" if batch > 1 else "batch"
         out = work / f"throughput-{batch}"
         began = time.perf_counter()
         summary = run(jobs, out, pipe=pipe, settings=Settings(batch=batch), show="none")
-        found[name] = time.perf_counter() - began
         assert summary.ok, summary
-    return {name: round(60 * count / seconds, 1) for name, seconds in found.items()}
+        yield name, _a_minute(count, began)
+
+
+def _a_minute(count: int, began: float) -> float:
+    return round(60 * count / (time.perf_counter() - began), 1)
 
 
 def poisoned_copy(model: Path, folder: Path) -> Path:
@@ -237,24 +240,30 @@ def main() -> None:
                 "model": model.name,
                 "clips": options.clips,
                 "machine": machine(load_pipeline(model, options.device)[0]),
-                "clips_a_minute": throughput(
-                    model, work, options.device, options.clips, {"method": "dense"}
-                ),
+                "clips_a_minute": {},
             }
+            clip = {"method": "dense"}
+            for name, rate in throughput(model, work, options.device, options.clips, clip):
+                found["clips_a_minute"][name] = rate
+                _write(options.json, found)  # each figure as it is known
         else:
             found = {
                 "command": shlex.join(["python", *sys.argv]),
                 "model": options.model.name if options.model else "tiny random Wan (tests/tiny.py)",
                 "clip": SMALL,
                 "machine": machine(load_pipeline(model, "cpu")[0]),
-                "clips_a_minute": throughput(model, work),
+                "clips_a_minute": dict(throughput(model, work)),
                 "campaign": campaign(poisoned_copy(model, work / "poisoned"), work),
             }
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    options.json.parent.mkdir(exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=2) + "\n")
+    _write(options.json, found)
     print(json.dumps(found, indent=2))
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

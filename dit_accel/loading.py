@@ -45,7 +45,11 @@ class Defaults:
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> Defaults:
-        """The defaults in the signature of the pipeline's `__call__`."""
+        """Those of the folder that the pipeline was loaded from, if it has a generation.json, else
+        those in the signature of its `__call__`."""
+        folder = getattr(pipe.config, "_name_or_path", None)
+        if folder and (file := Path(folder) / GENERATION).is_file():
+            return cls.from_file(file)
         known = inspect.signature(type(pipe).__call__).parameters
         names = [f.name for f in fields(cls) if f.name in known]
         return cls(**{n: known[n].default for n in names if known[n].default is not known[n].empty})
@@ -79,8 +83,7 @@ def load_pipeline(
         raise ValueError(f"{source} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe = _place(pipe, where, offload)
-    extra = Path(source) / GENERATION
-    return pipe, Defaults.from_file(extra) if extra.is_file() else Defaults.from_pipeline(pipe)
+    return pipe, Defaults.from_pipeline(pipe)
 
 
 def _place(pipe: DiffusionPipeline, where: torch.device, offload: bool) -> DiffusionPipeline:

@@ -36,6 +36,15 @@ def test_defaults_of_a_pipeline_without_generation_file():
     assert defaults.height is None
 
 
+def test_a_pipeline_remembers_the_defaults_of_its_folder(folder, tmp_path, monkeypatch):
+    pipe, defaults = load_pipeline(folder, device="cpu")
+    assert Defaults.from_pipeline(pipe) == defaults == Defaults(**GENERATION)
+    # those of the working directory are nobody's
+    (tmp_path / "generation.json").write_text(json.dumps(GENERATION))
+    monkeypatch.chdir(tmp_path)
+    assert Defaults.from_pipeline(tiny_flux()).num_inference_steps == 28
+
+
 def test_a_bad_generation_file_is_named(tmp_path):
     path = tmp_path / "generation.json"
     for text in ("{", '{"hight": 3}', "[1]"):

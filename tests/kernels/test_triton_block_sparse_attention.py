@@ -103,7 +103,8 @@ def test_entries_beyond_the_count_are_ignored(device):
     assert torch.equal(*(kernel.block_sparse_attention(q, k, v, t) for t in (table, other)))
 
 
-@pytest.mark.parametrize("size", [1.0, 300.0, 6e4])
+# sums of 128 squares are exact in float32 in any order: equal keys have equal logits on any CPU
+@pytest.mark.parametrize("size", [1.0, 300.0, 61440.0])
 def test_large_logits_stay_finite(size, device):
     q, k, v, table = inputs(65, 130, 128, 64, 64, HALF, device, keep=2)
     q, k = q.sign() * size, k.sign() * size

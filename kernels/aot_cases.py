@@ -22,6 +22,7 @@ from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import means as means_kernels
 from dit_accel.kernels.block_table import triton as table_kernels
 from dit_accel.kernels.block_table.triton import select_launch
+from dit_accel.kernels.int8_attention import gluon as int8_hopper
 from dit_accel.kernels.int8_attention import quantize as int8_keys
 from dit_accel.kernels.int8_attention import triton as int8
 from dit_accel.kernels.launch import LAUNCHES, Launch, split_head_dim
@@ -197,9 +198,10 @@ def int8_keys_of(
 def int8_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The attention kernel in eight bits."""
     x, keys = int8_keys_of(launch, head_dim, dtype)
-    kept = table(launch.block, launch.tile)
-    _, arguments, _ = int8.forward(x, keys, x, empty(*_SHAPE), kept, launch)
-    return int8._int8_attention_fwd_kernel, arguments
+    call = (x, keys, x, empty(*_SHAPE), table(launch.block, launch.tile), launch)
+    if launch.specialized:
+        return int8_hopper._int8_attention_hopper_fwd_kernel, int8_hopper.forward(*call)[1]
+    return int8._int8_attention_fwd_kernel, int8.forward(*call)[1]
 
 
 def int8_quantize_case(
@@ -293,8 +295,13 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
     """Rows, head dimensions and extras of `op@capability` in wanted; of every row if it is empty.
 
     The op "forward+" is the forward kernel with the narrower heads and the extras, "hopper" the
-    candidates of its specialized form, "hopper+" those with the extras and heads of 64.
+    candidates of its specialized form, "hopper+" those with the extras and heads of 64; "int8+" is
+    the candidates of the specialized form in eight bits, with heads of 128 and 64.
     """
+    for row in int8_hopper.CANDIDATES:
+        if "int8+@90" in wanted:
+            yield row, 128, {}
+            yield row, 64, {}
     for row in hopper.CANDIDATES:
         if "hopper@90" in wanted:
             yield row, 128, {}

@@ -24,6 +24,17 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def right_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """e4m3 as a GPU rounds it, in Triton's interpreter."""
+    from triton.runtime import interpreter
+
+    from dit_accel.testing import repair_interpreter
+
+    monkeypatch.setattr(interpreter, "_convert_float", interpreter._convert_float)
+    repair_interpreter()
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tests/kernels, fresh floating-point memory holds NaN: what a kernel forgets shows."""

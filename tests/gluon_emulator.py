@@ -118,6 +118,8 @@ class Product:
     def happen(self) -> None:
         if self.result is None:
             product = self.a.float() @ self.b.data.float()
+            if isinstance(self.acc, Product):
+                self.acc = self.acc.result  # products happen in the order in which they are issued
             self.result = value(self.acc + product if self.use_acc else product)
 
 
@@ -146,7 +148,7 @@ def _async_load(desc: Descriptor, at: list, bar: Barrier, to: Shared) -> None:
     machine().pause()
     assert list(to.shape) == list(desc.host.block_shape)
     place = [int(i) for i in at]
-    to.data.fill_(torch.nan)
+    to.data.copy_(_poison(to.data.dtype))
 
     def land() -> None:
         inside, where = desc.box(place)
@@ -155,6 +157,11 @@ def _async_load(desc: Descriptor, at: list, bar: Barrier, to: Shared) -> None:
         bar.change(0, -to.data.numel() * to.data.element_size())
 
     machine().events.append(land)
+
+
+def _poison(dtype: torch.dtype) -> Tensor:
+    """What memory holds that nobody may read: NaN, or a number that no operand has."""
+    return torch.tensor(-128 if dtype == torch.int8 else torch.nan).to(dtype)
 
 
 def _async_store(desc: Descriptor, at: list, source: Shared) -> None:
@@ -180,23 +187,25 @@ def _mma(a: Tensor, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool
     machine().role.products.append(product)
     if machine().random.random() < 0.5:
         machine().pause()
-        product.happen()
+        for earlier in machine().role.products:
+            earlier.happen()
     return product
 
 
-def _mma_wait(pending: int, deps: tuple[Product, ...]) -> Value:
+def _mma_wait(pending: int, deps: tuple[Product, ...]) -> Value | tuple[Value, ...]:
     products = machine().role.products
     machine().pause()
     while len(products) > pending:
         products.pop(0).happen()
     assert all(p.result is not None for p in deps), "a product is used before its wait"
-    return deps[0].result
+    results = tuple(p.result for p in deps)
+    return results if len(deps) > 1 else results[0]
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
     if dtype == torch.int64:
         return Barriers(Barrier() for _ in range(shape[0])) if len(shape) > 1 else Barrier()
-    return Shared(torch.full(shape, torch.nan, dtype=dtype))
+    return Shared(_poison(dtype).expand(shape).clone())
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
@@ -237,11 +246,13 @@ def _language() -> types.SimpleNamespace:
         minimum=lambda a, b: torch.minimum(*torch.broadcast_tensors(value(a), value(b))),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
         exp=torch.exp, exp2=torch.exp2, log2=torch.log2, split=lambda x: x.unbind(-1),
+        abs=torch.abs, fma=lambda a, b, c: a * b + c, float8e4nv=torch.float8_e4m3fn,
     )  # fmt: skip
-    for name in ("int32", "int64", "float32"):
+    for name in ("int8", "int32", "int64", "float32"):
         setattr(gl, name, getattr(torch, name))
-    for name in ("NVMMASharedLayout", "NVMMADistributedLayout", "SliceLayout", "DotOperandLayout"):
-        setattr(gl, name, Layout)
+    shared, distributed = ("NVMMAShared", "SwizzledShared"), ("NVMMADistributed", "Blocked")
+    for name in (*shared, *distributed, "Slice", "DotOperand"):
+        setattr(gl, f"{name}Layout", Layout)
 
     def static_assert(condition: bool) -> None:
         assert condition
@@ -271,24 +282,25 @@ def _modules() -> dict[str, Any]:
     }
 
 
-def emulated(path: Path, kernel: str, change: tuple[str, str] | None = None) -> Callable[..., None]:
-    """The kernel of that name in the file, to be called as kernel(arguments, programs, seed);
-    `change` replaces a text of the file, to see that an error would be noticed."""
+def emulated(
+    path: Path,
+    kernel: str,
+    change: tuple[str, str] | None = None,
+    uses: dict[str, Path] | None = None,
+) -> Callable[..., None]:
+    """The kernel of that name in the file, to be called as kernel(arguments, programs, seed).
+
+    change: replaces a text of the file, to see that an error would be noticed. uses: modules that
+    it imports functions of, and their files, which are emulated as well.
+    """
+    fakes = _modules()
+    for name, file in (uses or {}).items():
+        fakes[name] = types.SimpleNamespace(**_executed(file, file.read_text(), fakes))
     text = path.read_text()
     if change:
         assert change[0] in text
         text = text.replace(*change)
-    kept, fakes = {}, _modules()
-    for name, module in fakes.items():
-        kept[name], sys.modules[name] = sys.modules.get(name), module
-    space: dict[str, Any] = {"__name__": "emulated", "range": _range}
-    try:
-        exec(compile(text, str(path), "exec"), space)
-    finally:
-        for name, module in kept.items():
-            sys.modules.pop(name)
-            if module is not None:
-                sys.modules[name] = module
+    space = _executed(path, text, fakes)
     names = space[kernel].__code__.co_varnames[: space[kernel].__code__.co_argcount]
 
     def run(arguments: dict[str, Any], programs: int, seed: int = 0) -> None:
@@ -298,6 +310,21 @@ def emulated(path: Path, kernel: str, change: tuple[str, str] | None = None) -> 
             space[kernel](**ready)
 
     return run
+
+
+def _executed(path: Path, text: str, fakes: dict[str, Any]) -> dict[str, Any]:
+    """The names that the text of a file defines, with fakes in the place of modules."""
+    kept = {name: sys.modules.get(name) for name in fakes}
+    sys.modules.update(fakes)
+    space: dict[str, Any] = {"__name__": "emulated", "range": _range}
+    try:
+        exec(compile(text, str(path), "exec"), space)
+    finally:
+        for name, module in kept.items():
+            sys.modules.pop(name)
+            if module is not None:
+                sys.modules[name] = module
+    return space
 
 
 def _range(*bounds: Any) -> list[Value]:

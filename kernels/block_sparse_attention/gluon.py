@@ -109,10 +109,7 @@ def forward(
     tile = min(launch.tile, table.block_k, 64 if narrow else 128)
     stages = launch.stages * launch.tile // tile
     indices, width = table_rows(table)
-    counts = table.counts
-    if n_valid < k.shape[2]:
-        live = table.valid() & (table.indices < block_count(n_valid, table.block_k))
-        counts = live.sum(-1, dtype=torch.int32)
+    counts = valid_counts(table, n_valid)
     pool_k, pool_v, kept = pool or (None, None, None)
     pool_tiles = block_count(block_count(n_valid, table.block_k), tile)
     ratio, shift = rectify or (None, None)
@@ -126,12 +123,12 @@ def forward(
     shared = 2 * d * (2 * table.block_q + 2 * stages * tile)
     per_sm = 2 if table.block_q == 64 and 2 * shared <= _SHARED else 1
     arguments = {
-        "d_q": _descriptor(q, n_q, 64), "d_k": _descriptor(k, n_valid, tile),
-        "d_v": _descriptor(v, n_valid, tile), "d_o": _descriptor(out, n_q, 64),
-        "d_pk": None if pool_k is None else _descriptor(pool_k, pool_k.shape[2], tile),
-        "d_pv": None if pool_v is None else _descriptor(pool_v, pool_v.shape[2], tile),
+        "d_q": descriptor(q, n_q, 64), "d_k": descriptor(k, n_valid, tile),
+        "d_v": descriptor(v, n_valid, tile), "d_o": descriptor(out, n_q, 64),
+        "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], tile),
+        "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], tile),
         "lse": lse, "kept": kept, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
-        "indices": indices, "counts": counts.contiguous(), "n_q": n_q, "n_valid": n_valid,
+        "indices": indices, "counts": counts, "n_q": n_q, "n_valid": n_valid,
         "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": rows,
         "n_pool": 0 if kept is None else kept.shape[-1],
         "n_pool_tiles": pool_tiles, "scale": log2_scale(scale, q), "eps": eps,
@@ -140,10 +137,18 @@ def forward(
     }  # fmt: skip
     if table.block_q == 64:
         arguments["maxnreg"] = _HALF
-    return (min(rows, per_sm * _multiprocessors(q.device)),), arguments, launch
+    return (min(rows, per_sm * multiprocessors(q.device)),), arguments, launch
 
 
-def _descriptor(x: Tensor, n: int, rows: int) -> TensorDescriptor:
+def valid_counts(table: BlockTable, n_valid: int) -> Tensor:
+    """Counts of a table's rows, contiguous, without the blocks that hold no valid key."""
+    if n_valid == table.n_k:
+        return table.counts.contiguous()
+    live = table.valid() & (table.indices < block_count(n_valid, table.block_k))
+    return live.sum(-1, dtype=torch.int32)
+
+
+def descriptor(x: Tensor, n: int, rows: int) -> TensorDescriptor:
     """Boxes of rows of the first n tokens of [B, H, N, D]; what is beyond reads as zero."""
     shape = [*x.shape[:2], n, x.shape[3]]
     box, layout = [1, 1, rows, x.shape[3]], gl.NVMMASharedLayout(128, 16, rank=4)
@@ -151,7 +156,7 @@ def _descriptor(x: Tensor, n: int, rows: int) -> TensorDescriptor:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

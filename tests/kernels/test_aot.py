@@ -1,25 +1,12 @@
 """What the compiler makes of the kernels for GPUs that are not there: no spill, loads in flight."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from compiling import compiled
 
 # Bytes of shared memory that one program may have.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 SHARED_86 = 99 * 1024
 TILED = ("forward", "dq", "dkdv", "int8")
-
-
-def compile_rows(*wanted: str) -> list[dict]:
-    """A fresh process: in this one the kernels may be interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "dit_accel.kernels.aot_cases", *wanted]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def spill(row: dict) -> int:
@@ -45,7 +32,7 @@ def check(row: dict) -> None:
 def test_the_main_rows():
     wanted = ("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
     linear = ("state@80", "state@90", "block_state@80", "linear@80", "linear_backward@80")
-    rows = compile_rows(*wanted, *linear)
+    rows = compiled(*wanted, *linear)
     assert len(rows) == 25
     for row in rows:
         check(row)
@@ -53,7 +40,7 @@ def test_the_main_rows():
 
 @pytest.mark.slow
 def test_every_row():
-    rows = compile_rows()
+    rows = compiled()
     assert {row["capability"] for row in rows} == set(SHARED)
     for row in rows:
         check(row)

@@ -1,10 +1,6 @@
 """The Hopper kernel: emulated with its roles in random order, compiled, and on a GPU."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
+from compiling import compiled, listing
 from gluon_emulator import emulated
 from gluon_machine import Deadlock
 
@@ -256,40 +253,6 @@ def test_a_declined_call_takes_the_plain_kernel(device):
     check((out, lse), reference.block_sparse_attention, q, k, v, table, None, True, kv_len)
 
 
-# Prints the PTX of the first candidate, with an extra, a line, and its machine code.
-LISTING = """
-import subprocess, sys, tempfile, torch, triton
-from pathlib import Path
-from dit_accel.kernels.aot import compile_for
-from dit_accel.kernels.aot_cases import forward_case
-from dit_accel.kernels.block_sparse_attention.gluon import CANDIDATES
-kernel, arguments = forward_case(CANDIDATES[0], 128, torch.bfloat16, *sys.argv[1:])
-options = {"num_warps": 4, "enable_fp_fusion": False}
-asm = compile_for(kernel, arguments, 90, options).asm
-tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(asm["cubin"])
-    file.flush()
-    code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
-print(asm["ptx"], code, sep="\\n=====\\n")
-"""
-
-
-def fresh(*arguments: str) -> str:
-    """The output of Python in a fresh process: in this one kernels are interpreted."""
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def compiled(*wanted: str) -> list[dict]:
-    """What the compiler made of the cases."""
-    lines = fresh("-m", "dit_accel.kernels.aot_cases", *wanted).splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{")]
-
-
 def check_compiled(row: dict) -> None:
     # later compilers than that of triton 3.6 spill what a row's first tile leaves no place for
     version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
@@ -306,7 +269,7 @@ def test_compiles_for_hopper():
 
 
 def test_what_the_protocol_and_the_pipeline_ask_of_the_compiler():
-    ptx, code = fresh("-c", LISTING).split("\n=====\n")
+    ptx, code = listing(gluon.__name__)
     # all four warps of a warpgroup have read what its first thread gives back
     reads, releases = r"wgmma\.wait_group|ldmatrix", r"mbarrier\.arrive\.shared"
     found = re.findall(rf"{reads}|bar(?:rier)?\.sync|{releases}", ptx)
@@ -321,7 +284,7 @@ def test_what_the_protocol_and_the_pipeline_ask_of_the_compiler():
 
 
 def test_products_of_the_linear_branch_are_waited_for_together():
-    _, code = fresh("-c", LISTING, "linear").split("\n=====\n")
+    _, code = listing(gluon.__name__, "linear")
     # the compiler waits for each alone if an operand is made while another product runs
     assert code.count("HGMMA") == 64 and code.count("WARPGROUP.DEPBAR") == 12
 

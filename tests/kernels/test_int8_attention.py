@@ -4,18 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interpreter import interpreted
-from triton.runtime import interpreter
 
 from dit_accel.kernels.block_sparse_attention import reference as exact
-from dit_accel.kernels.int8_attention import reference
+from dit_accel.kernels.int8_attention import quantize, reference
 from dit_accel.kernels.int8_attention import torch as plain
+from dit_accel.kernels.int8_attention import triton as kernel
 from dit_accel.table import BlockTable, block_count
-from dit_accel.testing import WIDER, assert_close, repair_interpreter
-
-with interpreted():
-    from dit_accel.kernels.int8_attention import quantize
-    from dit_accel.kernels.int8_attention import triton as kernel
+from dit_accel.testing import WIDER, assert_close
 
 HALF = torch.float16
 CASES = [
@@ -29,10 +24,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _right_e4m3(monkeypatch):
-    monkeypatch.setattr(interpreter, "_convert_float", interpreter._convert_float)
-    repair_interpreter()
+pytestmark = pytest.mark.usefixtures("right_e4m3")
 
 
 def inputs(n_q, n_k, d, block_q, block_k, dtype, device="cpu", batch=1, keep=0.5):

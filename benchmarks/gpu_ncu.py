@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def calls(shape: tuple[int, ...]) -> None:
         ops.pooled_attention(q, k, v, table)
         ops.rectified_attention(q, k, v, table)
         ops.sparse_linear_attention(q, k, v, table, weight)
-        ops.block_sparse_attention(q, k, v, square, precision="int8")
+        ops.block_sparse_attention(q, k, v, table, precision="int8")
     leaves = [x.requires_grad_() for x in (q, k, v)]
     ops.block_sparse_attention(*leaves, square).sum().backward()
     torch.cuda.synchronize()
@@ -68,6 +69,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="wan1.3b-480p")
+    parser.add_argument("--only", default="kernel", help="a pattern of the kernels' names")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -81,7 +83,15 @@ def main() -> None:
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv"]
     for section in SECTIONS:
         command += ["--section", section]
-    command += ["-k", "regex:kernel", sys.executable, __file__, "--child", "--shape", options.shape]
+    command += [
+        "-k",
+        f"regex:{options.only}",
+        sys.executable,
+        __file__,
+        "--child",
+        "--shape",
+        options.shape,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     try:
         kernels = parsed(done.stdout)
@@ -89,10 +99,10 @@ def main() -> None:
         sys.exit(f"ncu gave no table (exit {done.returncode}): {done.stdout[-600:]}{done.stderr}")
     record = {
         "environment": environment(),
-        "command": f"python benchmarks/gpu_ncu.py --shape {options.shape} --out {options.out}",
+        "command": shlex.join(["python", *sys.argv]),
         "ncu": " ".join(command[:-5]),
         "shape": shape, "keep": KEEP, "blocks": BLOCKS,
-        "int8_and_backward_blocks": (BLOCKS[1], BLOCKS[1]), "dtype": "bfloat16",
+        "backward_blocks": (BLOCKS[1], BLOCKS[1]), "dtype": "bfloat16",
         "kernels": kernels,
     }  # fmt: skip
     options.out.write_text(json.dumps(record, indent=1) + "\n")

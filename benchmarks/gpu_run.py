@@ -24,6 +24,7 @@ from torch import Tensor
 from dit_accel.table import BlockTable, block_count
 
 SHAPES = {"wan1.3b-480p": (1, 12, 32760, 128), "wan14b-720p": (1, 40, 75600, 128)}
+SECONDS = 150  # of the processes that share the cases
 Plan = list[tuple[str, Callable[[], dict[str, Any]]]]
 
 
@@ -116,8 +117,12 @@ def shared(script: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         subprocess.Popen([*command, "--out", str(path), "--shard", f"{i}/{options.workers}"])
         for i, path in enumerate(paths)
     ]
+    deadline = time.monotonic() + SECONDS
     for child in children:
-        child.wait()
+        try:
+            child.wait(max(1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:  # a deadlock on the GPU, perhaps
+            child.kill()
     lines = []
     for path in filter(Path.exists, paths):
         lines += json.loads(path.read_text())["cases"]

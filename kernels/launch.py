@@ -35,6 +35,7 @@ class Launch:
         warps, stages: Triton's num_warps and software pipelining depth.
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
         specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
+        turns: the two warpgroups of a specialized kernel start their products in turn.
         precision: of float32 products, "bf16x3" in three of bfloat16; half-width inputs always
             multiply exactly.
         bits: width of the input's dtype.
@@ -50,6 +51,7 @@ class Launch:
     stages: int
     descriptors: bool = False
     specialized: bool = False
+    turns: bool = False
     precision: str = "ieee"
     bits: int = 16
     provenance: str = _AOT

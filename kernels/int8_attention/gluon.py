@@ -17,8 +17,9 @@ from dit_accel.table import BlockTable
 
 # What benchmarks/gpu_int8.py tries; the launch table has the fastest.
 CANDIDATES = tuple(
-    Launch("int8", 90, 128, 128, 64, 4, stages, True, True, provenance="a candidate")
-    for stages in (4, 3, 2)
+    Launch("int8", 90, 128, 128, 64, 4, stages, True, True, turns=turns, provenance="a candidate")
+    for stages in (4, 3)
+    for turns in (True, False)
 )
 # Keys of a row whose e4m3 products the tensor cores may add: 2^-14 of the sum is lost for each 32.
 KEYS = 8192
@@ -69,6 +70,7 @@ def forward(
         "m_q": counts.shape[2], "n_heads": heads, "n_rows": rows,
         "n_groups": keys.k_scale.shape[2], "scale": log2_scale(scale, q),
         "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "D": d, "STAGES": launch.stages,
+        "TURNS": launch.turns,
     }  # fmt: skip
     return (min(rows, hopper.multiprocessors(q.device)),), arguments, launch
 

@@ -34,7 +34,9 @@ from dit_accel.kernels.block_sparse_attention.gluon_kernel import (
     _box_in,
     _copy,
     _finish,
+    _pass_turn,
     _place,
+    _take_turn,
 )
 
 _SCALARS = gl.constexpr(4)  # of a slot: scale and exponent of each of its two groups
@@ -65,7 +67,7 @@ def _get(scalars, i):
 
 @gluon.jit
 def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.constexpr):
-    q_s, q_full, q_empty, ring = memory
+    q_s, q_full, q_empty, ring, turns = memory
     k_s, v_s, scalars, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows, n_groups = table
     PARTS: gl.constexpr = q_s.shape[0]
@@ -136,7 +138,7 @@ def _above(b_m):
 
 
 @gluon.jit
-def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring):
+def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN: gl.constexpr):
     """q·kᵀ of both groups of tile g, and p·v of the tile before added to o. Slot g has landed.
 
     Returns q·kᵀ as float32, the factors of its rows that make it log2 units, the exponents of both
@@ -147,6 +149,7 @@ def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring):
     LAYOUT: gl.constexpr = b_q.type.layout.parent
     st = g % STAGES
     b_s = gl.zeros([64, 64], gl.int32, LAYOUT)
+    _take_turn(turns, g, TURN)
     # [64, D] @ [D, 64] -> [64, 64]
     k_0, k_1 = k_s.index(2 * st).permute((1, 0)), k_s.index(2 * st + 1).permute((1, 0))
     b_s0 = warpgroup_mma(b_q, k_0, b_s, use_acc=False, is_async=True)
@@ -155,6 +158,7 @@ def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring):
     v_0, v_1 = v_s.index(2 * st).permute((1, 0)), v_s.index(2 * st + 1).permute((1, 0))
     b_o = warpgroup_mma(b_p0, v_0, b_o, is_async=True)
     b_o = warpgroup_mma(b_p1, v_1, b_o, is_async=True)
+    _pass_turn(turns, TURN)
     b_c0, e_0 = _get(scalars, st * _SCALARS) * b_a, _get(scalars, st * _SCALARS + 1)
     b_c1, e_1 = _get(scalars, st * _SCALARS + 2) * b_a, _get(scalars, st * _SCALARS + 3)
     b_s0, b_s1, b_o = warpgroup_mma_wait(0, (b_s0, b_s1, b_o))
@@ -204,9 +208,11 @@ def _rounded(b_x, ROW: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    PART: gl.constexpr, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K: gl.constexpr
+    PART: gl.constexpr, d_o, o_s, lse, mean, memory, table, scale,
+    BLOCK_K: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    q_s, q_full, q_empty, ring = memory
+    TURN: gl.constexpr = PART if TURNS else -1
+    q_s, q_full, q_empty, ring, turns = memory
     k_s, v_s, scalars, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows, n_groups = table
     PARTS: gl.constexpr = q_s.shape[0]
@@ -248,7 +254,9 @@ def _consume(
             b_shift1 = gl.convert_layout(gl.sum(b_x * gl.load(p_mean)[None, :], 1), ROW)
         b_q, b_a = _rounded(b_x, ROW)
         mbarrier.wait(full.index(g % STAGES), g // STAGES & 1)
-        b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring)
+        b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(
+            g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN
+        )
         g += 1
         b_s0 = gl.where(o_k[None, :] < n_first, b_s0, -float("inf"))
         b_s1 = gl.where(o_k[None, :] + 64 < n_first, b_s1, -float("inf"))
@@ -276,7 +284,9 @@ def _consume(
             )
             mbarrier.wait(full.index(g % STAGES), g // STAGES & 1)
             b_o = b_o * gl.convert_layout(b_r, ROW_O)[:, None]
-            b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring)
+            b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(
+                g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN
+            )
             g += 1
         b_p0, b_p1, b_r, b_m, b_l, e_o = _softmax(
             b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_m, b_l, e_o, P
@@ -295,6 +305,7 @@ def _int8_attention_hopper_fwd_kernel(
     d_q, d_k, d_v, d_o, k_scale, v_exponent, mean, lse, indices, counts,
     n_q, n_valid, width, m_q, n_heads, n_rows, n_groups, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES > 1)
     gl.static_assert(BLOCK_Q == 128)
@@ -318,11 +329,14 @@ def _int8_attention_hopper_fwd_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(2):
+        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
-    memory = (q_s, q_full, q_empty, (k_s, v_s, scalars, full, empty))
+    memory = (q_s, q_full, q_empty, (k_s, v_s, scalars, full, empty), turns)
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows, n_groups)
     gl.warp_specialize([
-        (_consume, (0, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K)),
-        (_consume, (1, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K)),
+        (_consume, (0, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K, TURNS)),
+        (_consume, (1, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K, TURNS)),
         (_produce, (d_q, d_k, d_v, k_scale, v_exponent, memory, table, BLOCK_K)),
     ], [4, 1], [240, 24])  # fmt: skip

@@ -1,6 +1,7 @@
 """The Hopper kernel in eight bits: emulated with its roles in random order, compiled, on a GPU."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ ERRORS = [
 def emulate(case, q, k, v, table, seed=0, run=EMULATED):
     """Output and LSE of the emulated kernel."""
     _, _, d, block_k, _, kv_len, stages, programs = case
-    row = next(row for row in gluon.CANDIDATES if row.stages == stages)
+    row = replace(gluon.CANDIDATES[0], stages=stages, turns=bool(seed % 2))
     keys = quantize.quantize(k, v, block_k, 64, kv_len)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
     assert gluon.unserved(q, out, table, row, kv_len) is None
@@ -86,7 +87,7 @@ def test_any_order_of_the_roles_gives_the_attention(case, seed):
     q, k, v, table = inputs(*case[:5])
     if case[5] is not None:
         k[:, :, case[5] :], v[:, :, case[5] :] = torch.nan, torch.nan
-    check(emulate(case, q, k, v, table, 100 * seed), q, k, v, table, case[5])
+    check(emulate(case, q, k, v, table, 101 * seed), q, k, v, table, case[5])
 
 
 @pytest.mark.parametrize("change", ERRORS, ids=lambda pair: pair[0].strip()[:40])

@@ -30,6 +30,7 @@ from gpu_sweeps import coefficient_times, sweep, sweep_backward
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_accel import dispatch, ops
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.block_table.means import pooled_blocks
@@ -187,6 +188,32 @@ def other_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> di
     return {"ms": {"window full step": r.ms(lambda: window.window_attention(q, k, v, table))}}
 
 
+def gradient_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """Forward and backward of the operators that train, at the table that q and k choose: key
+    blocks differ in how many rows keep them, unlike those of a random table."""
+    q, k, v, grad = (r.tokens(*shape) for _ in range(4))
+    weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
+    leaves = [x.requires_grad_() for x in (q, k, v, weight)]
+    found: dict[str, Any] = {"ms": {}}
+    with dispatch.recording() as used:
+        table = ops.block_table(q.detach(), k.detach(), keep, block_q, 64)
+        calls = {
+            "sparse": lambda: ops.block_sparse_attention(q, k, v, table),
+            "pooled": lambda: ops.pooled_attention(q, k, v, table),
+            "sla": lambda: ops.sparse_linear_attention(q, k, v, table, weight),
+        }
+        for name, call in calls.items():
+            out = call()
+            needed = leaves if name == "sla" else leaves[:3]
+            both = {"forward": call}
+            both["backward"] = partial(torch.autograd.grad, out, needed, grad, retain_graph=True)
+            for part, fn in both.items():
+                found["ms"][f"{name} {part}"] = r.ms(fn)
+    rows = tables.transpose_table(table)[1]
+    longest, mean = rows.max().item(), rows.float().mean().item()
+    return found | {"rows_of_a_key_block": [longest, mean], "implementations": sorted(set(used))}
+
+
 def scaling(r: Run, n: int) -> dict[str, Any]:
     """Whole operators at one length, 12 heads of 128: a tenth of the blocks, 64 of them, all of
     them (cuDNN); milliseconds and the bytes that a call allocates, its result included."""
@@ -225,6 +252,8 @@ def timings(r: Run) -> Plan:
             plan.append((f"times {label}", lambda a=(shape, 0.05, block_q): times(r, *a)))
             plan.append((f"map {label}", lambda a=(shape, 0.05, block_q): map_times(r, *a)))
             plan.append((f"linear {label}", lambda a=(shape, 0.05, block_q): linear_times(r, *a)))
+            fn = gradient_times
+            plan.append((f"gradients {label}", lambda f=fn, a=(shape, 0.05, block_q): f(r, *a)))
             if shape[2] < 40000:
                 plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
     for name, shape in shapes.items():

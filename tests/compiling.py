@@ -1,5 +1,5 @@
-"""What the compiler makes of kernels for GPUs that are not there, by processes of their own: in that
-of the tests kernels are interpreted."""
+"""What the compiler makes of kernels for GPUs that are not there, by processes of their own: in the
+tests' one kernels are interpreted."""
 
 import json
 import os

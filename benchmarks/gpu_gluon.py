@@ -43,7 +43,7 @@ SECONDS = 60
 
 
 def name_of(row: Launch) -> str:
-    return f"{row.block}x{row.tile}, {row.stages} stages{', in turns' if row.turns else ''}"
+    return f"{row.block}x{row.tile}, {row.stages} stages"
 
 
 def kinds(row: Launch) -> list[tuple[int, int]]:

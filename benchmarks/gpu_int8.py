@@ -50,8 +50,7 @@ def rows(r: Run, d: int, block_q: int) -> dict[str, Launch]:
     capability = capability_of(torch.empty(0, device=r.device))
     found = {"plain": find("int8", capability, d, block_q, specialized=False)}
     if not r.dry and capability == 90 and block_q == 128 and d in (64, 128):
-        for row in hopper.CANDIDATES:
-            found[f"Hopper, {row.stages} stages{', in turns' if row.turns else ''}"] = row
+        found |= {f"Hopper, {row.stages} stages": row for row in hopper.CANDIDATES}
     return found
 
 

@@ -30,7 +30,8 @@ from gpu_sweeps import coefficient_times, sweep, sweep_backward
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel import dispatch, ops
+from dit_accel import dispatch
+from dit_accel import ops as public
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.block_table.means import pooled_blocks
@@ -196,11 +197,11 @@ def gradient_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) ->
     leaves = [x.requires_grad_() for x in (q, k, v, weight)]
     found: dict[str, Any] = {"ms": {}}
     with dispatch.recording() as used:
-        table = ops.block_table(q.detach(), k.detach(), keep, block_q, 64)
+        table = public.block_table(q.detach(), k.detach(), keep, block_q, 64)
         calls = {
-            "sparse": lambda: ops.block_sparse_attention(q, k, v, table),
-            "pooled": lambda: ops.pooled_attention(q, k, v, table),
-            "sla": lambda: ops.sparse_linear_attention(q, k, v, table, weight),
+            "sparse": lambda: public.block_sparse_attention(q, k, v, table),
+            "pooled": lambda: public.pooled_attention(q, k, v, table),
+            "sla": lambda: public.sparse_linear_attention(q, k, v, table, weight),
         }
         for name, call in calls.items():
             out = call()

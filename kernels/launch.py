@@ -20,6 +20,7 @@ _H100 = "fastest of a sweep on an H100: benchmarks/results/h100-sweeps.json"
 _GLUON = "fastest of a sweep on an H100: benchmarks/results/h100-gluon.json"
 _FUSED = "fastest of a sweep on an H100: benchmarks/results/h100-linear-fused.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
+_INT8_GLUON = "fastest of a sweep on an H200: benchmarks/results/h200-int8.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class Launch:
         warps, stages: Triton's num_warps and software pipelining depth.
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
         specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
-        turns: the two warpgroups of a specialized kernel start their products in turn.
         precision: of float32 products, "bf16x3" in three of bfloat16; half-width inputs always
             multiply exactly.
         bits: width of the input's dtype.
@@ -51,7 +51,6 @@ class Launch:
     stages: int
     descriptors: bool = False
     specialized: bool = False
-    turns: bool = False
     precision: str = "ieee"
     bits: int = 16
     provenance: str = _AOT
@@ -116,6 +115,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("int8", 89, 128, 128, 32, 8, 2),
     Launch("int8", 90, 128, 64, 64, 4, 3, descriptors=True, provenance=_INT8),
     Launch("int8", 90, 128, 128, 64, 8, 3, descriptors=True, provenance=_INT8),
+    Launch("int8", 90, 128, 128, 64, 4, 4, True, True, provenance=_INT8_GLUON),
     Launch("int8", 100, 128, 64, 64, 4, 2, descriptors=True),
     Launch("int8", 100, 128, 128, 64, 8, 2, descriptors=True),
     Launch("int8", 120, 128, 64, 32, 8, 2),

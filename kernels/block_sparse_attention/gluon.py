@@ -20,10 +20,11 @@ from dit_accel.table import BlockTable, block_count
 
 # What benchmarks/gpu_gluon.py tries; the launch table has the fastest.
 CANDIDATES = tuple(
-    Launch("forward", 90, 128, *sizes, True, True, turns=turns, provenance="a candidate")
-    for turns in (False, True)
-    for sizes in ((128, 128, 4, 2), (128, 64, 4, 4), (64, 64, 4, 2))
-    if sizes[0] == 128 or not turns
+    Launch("forward", 90, 128, block, tile, 4, stages, True, True, provenance="a candidate")
+    for block, tile, stages in (
+        *((128, 128, 2), (128, 64, 3), (128, 64, 4), (128, 64, 5)),
+        (64, 64, 2),
+    )
 )
 # The numbers of the feature maps in the kernel.
 _FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
@@ -132,7 +133,7 @@ def forward(
         "n_pool": 0 if kept is None else kept.shape[-1],
         "n_pool_tiles": pool_tiles, "scale": log2_scale(scale, q), "eps": eps,
         "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile, "D": d,
-        "STAGES": stages, "PHI": phi, "TURNS": launch.turns and table.block_q == 128,
+        "STAGES": stages, "PHI": phi,
     }  # fmt: skip
     if table.block_q == 64:
         arguments["maxnreg"] = _HALF

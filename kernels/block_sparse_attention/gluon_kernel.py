@@ -73,7 +73,7 @@ def _copy(desc, i_b, i_h, i_n, bar, x_s):
 def _produce(
     d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr, LINEAR: gl.constexpr
 ):  # fmt: skip
-    q_s, q_full, q_empty, ring, turns = memory
+    q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, scale = sizes
@@ -135,22 +135,8 @@ def _produce(
 
 
 @gluon.jit
-def _take_turn(turns, g, TURN: gl.constexpr):
-    """Wait until the other warpgroup has started its products of the step before; its own first."""
-    if TURN >= 0:
-        mbarrier.wait(turns.index(TURN), (g & 1) ^ (1 - TURN))
-
-
-@gluon.jit
-def _pass_turn(turns, TURN: gl.constexpr):
-    """Let the other warpgroup start its products."""
-    if TURN >= 0:
-        mbarrier.arrive(turns.index(1 - TURN), count=1)
-
-
-@gluon.jit
 def _step(
-    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, b_bias, more, ring, scale, turns, TURN: gl.constexpr
+    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, b_bias, more, ring, scale
 ):  # fmt: skip
     """q·kᵀ of tile g beside p·v of the tile before, the softmax of the former under the latter.
 
@@ -163,13 +149,11 @@ def _step(
     TILE: gl.constexpr = k_s.shape[1]
     LAYOUT: gl.constexpr = b_q.type.layout.parent
     st = g % STAGES
-    b_s = gl.zeros([64, TILE], gl.float32, LAYOUT)
-    _take_turn(turns, g, TURN)
     # [64, D] @ [D, TILE] -> [64, TILE]
+    b_s = gl.zeros([64, TILE], gl.float32, LAYOUT)
     s_token = warpgroup_mma(b_q, k_s.index(st).permute((1, 0)), b_s, use_acc=False, is_async=True)
     # [64, TILE] @ [TILE, D] -> [64, D]
     o_token = warpgroup_mma(b_p, v_s.index(st), b_o, is_async=True)
-    _pass_turn(turns, TURN)
     b_s = warpgroup_mma_wait(1, (s_token,)) * scale
     if n_keys is not None:
         b_s = gl.where(o_k[None, :] < n_keys, b_s, -float("inf"))
@@ -204,9 +188,7 @@ def _features(b_x, PHI: gl.constexpr):
 
 
 @gluon.jit
-def _linear(
-    g, b_q, b_p, b_o, b_l, p_z, eps, ring, turns, TURN: gl.constexpr, PHI: gl.constexpr
-):  # fmt: skip
+def _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI: gl.constexpr):
     """p·v of a row's last tile and, under it, φ(q) and n = φ(q)·z + ε; then n/l·o + φ(q)·S.
 
     Slot g holds the first TILE rows of S in the place of K. What is left of S is the V of the next
@@ -219,10 +201,8 @@ def _linear(
     D: gl.constexpr = k_s.shape[2]
     LAYOUT: gl.constexpr = b_q.type.layout
     st = g % STAGES
-    _take_turn(turns, g, TURN)
     # [64, TILE] @ [TILE, D] -> [64, D]
     o_token = warpgroup_mma(b_p, v_s.index(st), b_o, is_async=True)
-    _pass_turn(turns, TURN)
     b_f = _features(b_q, PHI)
     b_z = gl.load(p_z + gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT)))
     b_n = gl.convert_layout(gl.sum(b_f * b_z[None, :], 1), b_l.type.layout) + eps
@@ -273,10 +253,9 @@ def _finish(
 @gluon.jit
 def _consume(
     PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-    BLOCK_K: gl.constexpr, PHI: gl.constexpr, TURNS: gl.constexpr,
+    BLOCK_K: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
-    TURN: gl.constexpr = PART if TURNS else -1
-    q_s, q_full, q_empty, ring, turns = memory
+    q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, scale = sizes
@@ -314,7 +293,7 @@ def _consume(
         b_none = gl.full([64], -float("inf"), gl.float32, ROW)
         b_zero = gl.zeros([64], gl.float32, ROW)
         b_p, b_a, b_m1, b_l1, b_o = _step(
-            g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, ring, scale, turns, TURN
+            g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, ring, scale
         )
         g += 1
         if i_row >= step:
@@ -331,7 +310,7 @@ def _consume(
         n_kept = gl.load(counts + i_next)
         for _ in range(1, n_tiles):
             b_p, b_a, b_m, b_l, b_o = _step(
-                g, b_q, b_p, b_o, b_m, b_l, o_k, None, None, True, ring, scale, turns, TURN
+                g, b_q, b_p, b_o, b_m, b_l, o_k, None, None, True, ring, scale
             )
             b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
             g += 1
@@ -344,14 +323,14 @@ def _consume(
                 b_kept = gl.load(p_kept, mask=o_m < n_pool, other=1)
                 b_bias = gl.where((b_kept == 0) & (n_size > 0), gl.log2(b_size), -float("inf"))
                 b_p, b_a, b_m, b_l, b_o = _step(
-                    g, b_q, b_p, b_o, b_m, b_l, o_k, None, b_bias, True, ring, scale, turns, TURN
+                    g, b_q, b_p, b_o, b_m, b_l, o_k, None, b_bias, True, ring, scale
                 )
                 b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
                 g += 1
         if total is not None:  # noqa: SIM102 (known to the compiler, unlike the next)
             if live:
                 p_z = total + (i_row // m_q).to(gl.int64) * D
-                b_p, b_l, b_o = _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, turns, TURN, PHI)
+                b_p, b_l, b_o = _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI)
                 g += 1
         p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
         n_left = n_valid - gl.load(p_last) * BLOCK_K
@@ -366,7 +345,7 @@ def _block_sparse_attention_hopper_fwd_kernel(
     d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, total, bias, indices, counts,
     n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale, eps,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, PHI: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES > 1)
     LINEAR: gl.constexpr = total is not None
@@ -387,25 +366,22 @@ def _block_sparse_attention_hopper_fwd_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
-    memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty), turns)
+    memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, scale)
     linear = (total, bias, eps)
     if PARTS == 2:
         gl.warp_specialize([
             (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, PHI, TURNS)),
+                        BLOCK_K, PHI)),
             (_consume, (1, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, PHI, TURNS)),
+                        BLOCK_K, PHI)),
             (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K, LINEAR)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, PHI, TURNS)),
+                        BLOCK_K, PHI)),
             (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K, LINEAR)),
         ], [1], [40])  # fmt: skip

@@ -155,16 +155,15 @@ def _block_sparse_attention_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_max", "n_pool"])
 def _block_sparse_attention_bwd_dkdv_kernel(
-    q, k, v, do, lse, delta, dk, dv, order, starts, counts, rows, kv_len,
+    q, k, v, do, lse, delta, dk, dv, starts, counts, rows, kv_len,
     pool_dk, pool_dv, n_pool,
     s_q, s_k, s_v, s_do, s_dk, s_dv, n_q, n_k, n_max, scale2, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_h, i_b = tl.program_id(1), tl.program_id(2)
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
-    i_m = tl.load(order + i_bh * tl.num_programs(0) + tl.program_id(0))
     i_row = i_bh * tl.num_programs(0) + i_m
     n_valid = n_k
     if kv_len is not None:
@@ -335,11 +334,9 @@ def dkdv_launch(
     """
     pool_dk, pool_dv = pool_grads or (None, None)
     starts, counts, rows = transposed
-    # a key block that many rows keep takes long: those of a head begin with the longest
-    order = counts.argsort(-1, descending=True).int()
     arguments = {
         **_common(tensors, table, scale, kv_len, launch, min(launch.tile, table.block_q)),
-        "dk": dk, "dv": dv, "order": order, "starts": starts, "counts": counts, "rows": rows,
+        "dk": dk, "dv": dv, "starts": starts, "counts": counts, "rows": rows,
         "s_dk": dk.stride(), "s_dv": dv.stride(), "n_max": dk.shape[2],
         "pool_dk": pool_dk, "pool_dv": pool_dv,
         "n_pool": 0 if pool_dk is None else pool_dk.shape[2],

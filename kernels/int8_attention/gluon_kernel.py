@@ -14,7 +14,7 @@ its own warpgroup: the other one's products fill the tensor cores meanwhile. Wei
 waited for the next step, as in 16 bits, would be taken apart into bytes and put together again.
 
 q is rounded to int8 by each warpgroup, in registers. The sums of p·v stay in the tensor cores'
-accumulator, which adds e4m3 products to 13 bits: gluon.py says to how many keys that is served.
+accumulator, which adds e4m3 products to 13 bits: gluon.py says up to how many keys that serves.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ from dit_accel.kernels.block_sparse_attention.gluon_kernel import (
     _box_in,
     _copy,
     _finish,
-    _pass_turn,
     _place,
-    _take_turn,
 )
 
 _SCALARS = gl.constexpr(4)  # of a slot: scale and exponent of each of its two groups
@@ -67,7 +65,7 @@ def _get(scalars, i):
 
 @gluon.jit
 def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.constexpr):
-    q_s, q_full, q_empty, ring, turns = memory
+    q_s, q_full, q_empty, ring = memory
     k_s, v_s, scalars, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows, n_groups = table
     PARTS: gl.constexpr = q_s.shape[0]
@@ -138,7 +136,7 @@ def _above(b_m):
 
 
 @gluon.jit
-def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN: gl.constexpr):
+def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring):
     """q·kᵀ of both groups of tile g, and p·v of the tile before added to o. Slot g has landed.
 
     Returns q·kᵀ as float32, the factors of its rows that make it log2 units, the exponents of both
@@ -149,7 +147,6 @@ def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN: gl.constexpr):
     LAYOUT: gl.constexpr = b_q.type.layout.parent
     st = g % STAGES
     b_s = gl.zeros([64, 64], gl.int32, LAYOUT)
-    _take_turn(turns, g, TURN)
     # [64, D] @ [D, 64] -> [64, 64]
     k_0, k_1 = k_s.index(2 * st).permute((1, 0)), k_s.index(2 * st + 1).permute((1, 0))
     b_s0 = warpgroup_mma(b_q, k_0, b_s, use_acc=False, is_async=True)
@@ -158,7 +155,6 @@ def _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN: gl.constexpr):
     v_0, v_1 = v_s.index(2 * st).permute((1, 0)), v_s.index(2 * st + 1).permute((1, 0))
     b_o = warpgroup_mma(b_p0, v_0, b_o, is_async=True)
     b_o = warpgroup_mma(b_p1, v_1, b_o, is_async=True)
-    _pass_turn(turns, TURN)
     b_c0, e_0 = _get(scalars, st * _SCALARS) * b_a, _get(scalars, st * _SCALARS + 1)
     b_c1, e_1 = _get(scalars, st * _SCALARS + 2) * b_a, _get(scalars, st * _SCALARS + 3)
     b_s0, b_s1, b_o = warpgroup_mma_wait(0, (b_s0, b_s1, b_o))
@@ -208,11 +204,9 @@ def _rounded(b_x, ROW: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    PART: gl.constexpr, d_o, o_s, lse, mean, memory, table, scale,
-    BLOCK_K: gl.constexpr, TURNS: gl.constexpr,
+    PART: gl.constexpr, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K: gl.constexpr
 ):  # fmt: skip
-    TURN: gl.constexpr = PART if TURNS else -1
-    q_s, q_full, q_empty, ring, turns = memory
+    q_s, q_full, q_empty, ring = memory
     k_s, v_s, scalars, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows, n_groups = table
     PARTS: gl.constexpr = q_s.shape[0]
@@ -254,9 +248,7 @@ def _consume(
             b_shift1 = gl.convert_layout(gl.sum(b_x * gl.load(p_mean)[None, :], 1), ROW)
         b_q, b_a = _rounded(b_x, ROW)
         mbarrier.wait(full.index(g % STAGES), g // STAGES & 1)
-        b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(
-            g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN
-        )
+        b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring)
         g += 1
         b_s0 = gl.where(o_k[None, :] < n_first, b_s0, -float("inf"))
         b_s1 = gl.where(o_k[None, :] + 64 < n_first, b_s1, -float("inf"))
@@ -284,9 +276,7 @@ def _consume(
             )
             mbarrier.wait(full.index(g % STAGES), g // STAGES & 1)
             b_o = b_o * gl.convert_layout(b_r, ROW_O)[:, None]
-            b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(
-                g, b_q, b_a, b_p0, b_p1, b_o, ring, turns, TURN
-            )
+            b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_o = _multiply(g, b_q, b_a, b_p0, b_p1, b_o, ring)
             g += 1
         b_p0, b_p1, b_r, b_m, b_l, e_o = _softmax(
             b_s0, b_s1, b_c0, b_c1, e_0, e_1, b_m, b_l, e_o, P
@@ -305,7 +295,6 @@ def _int8_attention_hopper_fwd_kernel(
     d_q, d_k, d_v, d_o, k_scale, v_exponent, mean, lse, indices, counts,
     n_q, n_valid, width, m_q, n_heads, n_rows, n_groups, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES > 1)
     gl.static_assert(BLOCK_Q == 128)
@@ -329,14 +318,11 @@ def _int8_attention_hopper_fwd_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
-    memory = (q_s, q_full, q_empty, (k_s, v_s, scalars, full, empty), turns)
+    memory = (q_s, q_full, q_empty, (k_s, v_s, scalars, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows, n_groups)
     gl.warp_specialize([
-        (_consume, (0, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K, TURNS)),
-        (_consume, (1, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K, TURNS)),
+        (_consume, (0, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K)),
+        (_consume, (1, d_o, o_s, lse, mean, memory, table, scale, BLOCK_K)),
         (_produce, (d_q, d_k, d_v, k_scale, v_exponent, memory, table, BLOCK_K)),
     ], [4, 1], [240, 24])  # fmt: skip

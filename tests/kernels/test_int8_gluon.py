@@ -54,7 +54,7 @@ ERRORS = [
 def emulate(case, q, k, v, table, seed=0, run=EMULATED):
     """Output and LSE of the emulated kernel."""
     _, _, d, block_k, _, kv_len, stages, programs = case
-    row = replace(gluon.CANDIDATES[0], stages=stages, turns=bool(seed % 2))
+    row = replace(gluon.CANDIDATES[0], stages=stages)
     keys = quantize.quantize(k, v, block_k, 64, kv_len)
     out, lse = torch.full_like(q, torch.nan), torch.full(q.shape[:3], torch.nan)
     assert gluon.unserved(q, out, table, row, kv_len) is None
@@ -87,7 +87,7 @@ def test_any_order_of_the_roles_gives_the_attention(case, seed):
     q, k, v, table = inputs(*case[:5])
     if case[5] is not None:
         k[:, :, case[5] :], v[:, :, case[5] :] = torch.nan, torch.nan
-    check(emulate(case, q, k, v, table, 101 * seed), q, k, v, table, case[5])
+    check(emulate(case, q, k, v, table, 100 * seed), q, k, v, table, case[5])
 
 
 @pytest.mark.parametrize("change", ERRORS, ids=lambda pair: pair[0].strip()[:40])
@@ -111,8 +111,8 @@ def test_what_it_declines():
     row = gluon.CANDIDATES[0]
     assert gluon.unserved(q, q, table, row) is None
     assert "128 queries" in gluon.unserved(q, q, inputs(64, 64, 64, 64, block_q=64)[3], row)
-    long = inputs(300, 8300, 64, 64, keep=2)[3]
-    assert "8192 keys" in gluon.unserved(q, q, long, row)
+    long = inputs(300, 16500, 64, 64, keep=2)[3]
+    assert "16384 keys" in gluon.unserved(q, q, long, row)
     assert "kv_len" in gluon.unserved(q, q, table, row, torch.tensor([3]))
     assert "16-bit" in gluon.unserved(q.float(), q.float(), table, row)
 

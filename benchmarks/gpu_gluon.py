@@ -43,12 +43,12 @@ SECONDS = 60
 
 
 def name_of(row: Launch) -> str:
-    return f"{row.block}x{row.tile}, {row.stages} stages"
+    return f"{row.block}x{row.tile}, {row.stages} stages{', pairs' if row.pairs else ''}"
 
 
 def kinds(row: Launch) -> list[tuple[int, int]]:
-    """Head dimensions and key blocks; a tile of 128 is for blocks of 128."""
-    return [kind for kind in KINDS if kind[1] >= row.tile]
+    """Head dimensions and key blocks; a tile of 128 is for blocks of 128, or for pairs of 64."""
+    return [kind for kind in KINDS if row.pairs or kind[1] >= row.tile]
 
 
 def problem(r: Run, row: Launch, n: int, d: int, block_k: int) -> tuple[Tensor, ...]:
@@ -150,7 +150,7 @@ def timings(r: Run, passed: list[Launch]) -> Plan:
     plan: Plan = []
     for (name, shape), keep in product(WIDTHS.items(), (0.05, 0.1)):
         for block_q, block_k in ((128, 128), (128, 64), (64, 64), (64, 128)):
-            rows = [x for x in passed if x.block == block_q and x.tile <= block_k]
+            rows = [x for x in passed if x.block == block_q and (x.pairs or x.tile <= block_k)]
             label = f"times {name} keep {keep} blocks {block_q}x{block_k}"
             plan.append((label, lambda a=(shape, keep, block_q, block_k, rows): times(r, *a)))
     return plan

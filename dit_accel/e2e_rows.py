@@ -2,9 +2,10 @@
 
 A row's name is its recipe: a base ("stock", "none", or a method and its kept share as in
 "pooled@0.1") and what is added to it: "+cudnn" or "+flash" (backend of dense attention),
-"+compile", "+prune", "+cache", "+fp8" (how a state is kept), "+nowarmup" (no dense step, as
-fine-tuned SLA runs). "none" leaves the attention core out: no attention method can be faster. "sla"
-runs its linear branch in every layer, with random projections: time does not depend on them.
+"+compile", "+prune", "+cache", "+fp8" (how a state is kept), "+int8" (sparse attention in eight
+bits), "+nowarmup" (no dense step, as fine-tuned SLA runs). "none" leaves the attention core out: no
+attention method can be faster. "sla" runs its linear branch in every layer, with random
+projections: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dit_accel.pipelines import registry
 from dit_accel.schedule import Plan
 from dit_accel.step_cache import LEADERS
 
-ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "nowarmup")
+ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "int8", "nowarmup")
 TOGETHER = "pooled@0.1+cudnn+compile+prune+cache"
 _METHODS = ("pooled", "topk", "shared", "rectified", "rettention", "sla")
 # The most telling first: what a short budget leaves out is at the end.
@@ -46,6 +47,7 @@ ROWS = (
     TOGETHER,
     *(f"{name}@0.1" for name in _METHODS[2:]),
     "shared@0.1+fp8",
+    "topk@0.1+int8",
     *(f"{name}@{keep}" for keep in (0.05, 0.2) for name in _METHODS),
     *(f"sla@0.05+nowarmup{more}" for more in ("", "+compile", "+compile+prune")),
     "sla@0.05+nowarmup+compile+prune+cache",
@@ -107,6 +109,10 @@ class Row:
             if method is None or not method.stateful:
                 raise ValueError(f"row {name!r} keeps its state as fp8: its method has none")
             method = replace(method, residual="fp8")
+        if "int8" in added:
+            if not hasattr(method, "precision"):
+                raise ValueError(f"row {name!r} multiplies in eight bits: its method cannot")
+            method = replace(method, precision="int8")
         return cls(name, method, frozenset(added))
 
     @property

@@ -62,6 +62,7 @@ def forward_case(
     """The forward kernel; `extra` is "", "pool", "rectify" or, where specialized, "linear"."""
     batch, heads, n = _SHAPE
     block_k = launch.tile if launch.specialized else launch.block
+    block_k = 64 if launch.pairs else block_k
     x, kept = tokens(head_dim, dtype), table(launch.block, block_k)
     rows = kept.query_blocks
     means = empty(batch, heads, 640, head_dim, dtype=dtype)
@@ -336,6 +337,7 @@ def main(wanted: list[str]) -> None:
     for launch, head_dim, extra in cases(set(wanted)):
         found = compile_row(launch, head_dim, **extra)
         line = {"op": launch.op, "head_dim": head_dim, "block": launch.block, **extra}
+        line["pairs"] = launch.pairs
         line["provenance"] = launch.provenance
         print(json.dumps({**line, **asdict(found)}), flush=True)
 

@@ -36,6 +36,7 @@ class Launch:
         warps, stages: Triton's num_warps and software pipelining depth.
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
         specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
+        pairs: a tile of a specialized kernel is two groups of 64 keys, perhaps of two blocks.
         precision: of float32 products, "bf16x3" in three of bfloat16; half-width inputs always
             multiply exactly.
         bits: width of the input's dtype.
@@ -51,6 +52,7 @@ class Launch:
     stages: int
     descriptors: bool = False
     specialized: bool = False
+    pairs: bool = False
     precision: str = "ieee"
     bits: int = 16
     provenance: str = _AOT

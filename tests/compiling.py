@@ -3,17 +3,18 @@ tests' one kernels are interpreted."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
-# Prints the PTX of the first candidate of a module, with an extra, a line, and its machine code.
+# Prints the PTX of a candidate of a module, with an extra, a line, and its machine code.
 _LISTING = """
 import importlib, subprocess, sys, tempfile, torch, triton
 from pathlib import Path
 from dit_accel.kernels.aot import compile_for
 from dit_accel.kernels.aot_cases import CASES
-row = importlib.import_module(sys.argv[1]).CANDIDATES[0]
-kernel, arguments = CASES[row.op](row, 128, torch.bfloat16, *sys.argv[2:])
+row = importlib.import_module(sys.argv[1]).CANDIDATES[int(sys.argv[2])]
+kernel, arguments = CASES[row.op](row, 128, torch.bfloat16, *sys.argv[3:])
 options = {"num_warps": 4, "enable_fp_fusion": False}
 asm = compile_for(kernel, arguments, 90, options).asm
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -40,6 +41,25 @@ def compiled(*wanted: str) -> list[dict]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-def listing(module: str, *extra: str) -> list[str]:
-    """PTX and machine code of the first candidate of a module."""
-    return fresh("-c", _LISTING, module, *extra).split("\n=====\n")
+def listing(module: str, *extra: str, candidate: int = 0) -> list[str]:
+    """PTX and machine code of a candidate of a module."""
+    return fresh("-c", _LISTING, module, str(candidate), *extra).split("\n=====\n")
+
+
+def loops(code: str) -> list[str]:
+    """The loops of machine code that multiply, inner ones of up to 1200 instructions."""
+    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    places = {int(at, 16): i for i, (at, _) in enumerate(instructions)}
+    found = []
+    for i, (at, text) in enumerate(instructions):
+        back = re.search(r"BRA.*?0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < int(at, 16) and int(back[1], 16) in places:
+            body = [text for _, text in instructions[places[int(back[1], 16)] : i]]
+            if len(body) < 1200 and any("GMMA" in text for text in body) and "NOP " not in body:
+                found.append("\n".join(body))
+    return found
+
+
+def count(name: str, body: str) -> int:
+    """How many instructions of a kind a loop has."""
+    return len(re.findall(rf"\b{name}", body))

@@ -59,20 +59,27 @@ class Pointer:
 
 
 class Shared:
-    """A view of shared memory."""
+    """A view of shared memory: a tensor, or a function that gives its content when it is read."""
 
-    def __init__(self, data: Any) -> None:
-        self.data = data
-        self.shape = list(data.shape)
-        self.dtype = data.dtype
+    def __init__(self, data: Tensor | Callable[[], Tensor]) -> None:
+        self._data = data
+        self.shape, self.dtype = list(self.data.shape), self.data.dtype
 
-    def index(self, i: Any) -> Any:
+    @property
+    def data(self) -> Tensor:
+        return self._data() if callable(self._data) else self._data
+
+    def index(self, i: Any) -> Shared:
+        if callable(self._data):
+            return Shared(lambda: self.data[int(i)])
         return Shared(self.data[int(i)])
 
     def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.data.permute(order))
+        return Shared(lambda: self.data.permute(order))
 
     def reinterpret(self, dtype: torch.dtype, shape: list[int], _: Layout) -> Shared:
+        if len(shape) == len(self.shape):  # panels of 64 columns as tiles
+            return Shared(lambda: _tiles_of(self.data, *shape))
         return Shared(self.data.view(shape))
 
     def load(self, _: Layout) -> Value:
@@ -82,6 +89,13 @@ class Shared:
     def store(self, x: Tensor) -> None:
         machine().pause()
         self.data.copy_(x)
+
+
+def _tiles_of(panels: Tensor, stages: int, tile: int, d: int) -> Tensor:
+    """[N, R, 64] as NVMMASharedLayout has tiles [tile, d]: all rows of a panel, then the next."""
+    rows = panels.shape[1]
+    parts = panels.view(stages, d // 64, tile // rows, rows, 64)
+    return parts.permute(0, 2, 3, 1, 4).reshape(stages, tile, d)
 
 
 class Barriers(list):

@@ -243,6 +243,8 @@ def test_a_row_that_fails_does_not_end_the_others(monkeypatch):
         "stock+nowarmup",
         "shared+prune",
         "stock+fp8",
+        "stock+int8",
+        "pooled@0.1+int8",
         "stock+prune",
         "best@0.1",
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ CANDIDATES = tuple(
         (64, 64, 2),
     )
 )
+CANDIDATES += (replace(CANDIDATES[0], pairs=True),)
 # The numbers of the feature maps in the kernel.
 _FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
 # Bytes of shared memory of a multiprocessor, less what its programs lose to barriers.
@@ -107,6 +109,9 @@ def forward(
     # half as many programs' registers, the pooled loop and the epilogue leave none for more
     narrow = table.block_q == 64 or pool or rectify or linear
     tile = min(launch.tile, table.block_k, 64 if narrow else 128)
+    # a state takes the place of a tile of values: as many rows as columns, or two tiles
+    paired = launch.pairs and table.block_q == 128 and (linear is None or d == 128)
+    rows, tile = tile, 128 if paired else tile
     stages = launch.stages * launch.tile // tile
     indices, width = table_rows(table)
     counts = valid_counts(table, n_valid)
@@ -119,25 +124,25 @@ def forward(
         pool_k, pool_v, pool_tiles = linear.state, linear.state, 1
         total, bias, eps = linear.total, linear.bias, linear.eps
         phi = _FEATURES[linear.feature_map]
-    rows = counts.numel()
+    n_rows = counts.numel()
     shared = 2 * d * (2 * table.block_q + 2 * stages * tile)
     per_sm = 2 if table.block_q == 64 and 2 * shared <= _SHARED else 1
     arguments = {
-        "d_q": descriptor(q, n_q, 64), "d_k": descriptor(k, n_valid, tile),
-        "d_v": descriptor(v, n_valid, tile), "d_o": descriptor(out, n_q, 64),
-        "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], tile),
-        "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], tile),
+        "d_q": descriptor(q, n_q, 64), "d_k": descriptor(k, n_valid, rows, 64),
+        "d_v": descriptor(v, n_valid, rows, 64), "d_o": descriptor(out, n_q, 64),
+        "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], rows, 64),
+        "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], rows, 64),
         "lse": lse, "kept": kept, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
         "indices": indices, "counts": counts, "n_q": n_q, "n_valid": n_valid,
-        "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": rows,
+        "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": n_rows,
         "n_pool": 0 if kept is None else kept.shape[-1],
         "n_pool_tiles": pool_tiles, "scale": log2_scale(scale, q), "eps": eps,
-        "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile, "D": d,
-        "STAGES": stages, "PHI": phi,
+        "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile,
+        "ROWS": rows, "D": d, "STAGES": stages, "PHI": phi,
     }  # fmt: skip
     if table.block_q == 64:
         arguments["maxnreg"] = _HALF
-    return (min(rows, per_sm * multiprocessors(q.device)),), arguments, launch
+    return (min(n_rows, per_sm * multiprocessors(q.device)),), arguments, launch
 
 
 def valid_counts(table: BlockTable, n_valid: int) -> Tensor:
@@ -148,10 +153,11 @@ def valid_counts(table: BlockTable, n_valid: int) -> Tensor:
     return live.sum(-1, dtype=torch.int32)
 
 
-def descriptor(x: Tensor, n: int, rows: int) -> TensorDescriptor:
-    """Boxes of rows of the first n tokens of [B, H, N, D]; what is beyond reads as zero."""
+def descriptor(x: Tensor, n: int, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """Boxes of rows of the first n tokens of [B, H, N, D], of all columns or so many; what is
+    beyond reads as zero."""
     shape = [*x.shape[:2], n, x.shape[3]]
-    box, layout = [1, 1, rows, x.shape[3]], gl.NVMMASharedLayout(128, 16, rank=4)
+    box, layout = [1, 1, rows, columns or x.shape[3]], gl.NVMMASharedLayout(128, 16, rank=4)
     return TensorDescriptor(x, shape, list(x.stride()), box, layout)
 
 

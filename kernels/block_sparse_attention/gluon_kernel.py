@@ -3,9 +3,10 @@
 One warp copies by TMA; one or two warpgroups of 64 query rows each (BLOCK_Q is 64 or 128) multiply.
 The tiles of all rows of a program are one stream: slot g of the ring of STAGES slots holds K of
 tile g and V of tile g − 1, so that q·kᵀ of a tile runs beside p·v of the one before, and the first
-tile of a row beside the last of the row before. A row's tiles go from its end to its start: the
-only tile with a masked token comes first. Coordinates beyond a tensor read as zeros, and serve
-where there is no tile: V before the first, K after the last, a row without a block.
+tile of a row beside the last of the row before. A tile is one or two groups of ROWS keys, two
+perhaps of different blocks: only the producer sees them apart. A row's tiles go from its end to its
+start: the only tile with a masked token comes first. Coordinates beyond a tensor read as zeros, and
+serve where there is no tile or group: V before the first, K after the last, a row without a block.
 
 Barriers, each with two phases, waited for in turn by the parity of its uses:
     q_full: completes its u-th phase when all rows of the u-th q have landed;
@@ -45,12 +46,26 @@ def _place(i_row, m_q, n_heads):
 
 
 @gluon.jit
-def _tiles(n_left, n_kept, TILE: gl.constexpr, SPLIT: gl.constexpr):
-    """Tiles of a row, and the valid tokens of its last one, given those after the start of its
-    last block; a row without a block has one tile without a token."""
-    n_last = gl.minimum((n_left + TILE - 1) // TILE, SPLIT)
-    n_tiles = gl.where(n_kept > 0, (n_kept - 1) * SPLIT + n_last, 1)
-    return n_tiles, gl.where(n_kept > 0, n_left - (n_last - 1) * TILE, 0)
+def _tiles(n_left, n_kept, ROWS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.constexpr):
+    """Tiles of a row, its groups, and the valid tokens of its last tile, given those after the
+    start of its last block; a row without a block has one tile without a token."""
+    n_last = gl.minimum((n_left + ROWS - 1) // ROWS, SPLIT)
+    n_groups = gl.where(n_kept > 0, (n_kept - 1) * SPLIT + n_last, 0)
+    n_tiles = gl.maximum((n_groups + GROUPS - 1) // GROUPS, 1)
+    n_valid = gl.minimum(n_left - (n_last - 1) * ROWS, ROWS)
+    if GROUPS == 2:
+        n_valid += gl.where(n_groups % 2 == 0, ROWS, 0)
+    return n_tiles, n_groups, gl.where(n_kept > 0, n_valid, 0)
+
+
+@gluon.jit
+def _group(p_idx, j, n_groups, n_valid, BLOCK_K: gl.constexpr, ROWS: gl.constexpr):
+    """Where the keys of group j of a row begin; beyond all keys where there is none."""
+    SPLIT: gl.constexpr = BLOCK_K // ROWS
+    here = j < n_groups
+    j = gl.where(here, j, 0)
+    i_k = gl.load(p_idx + j // SPLIT) * BLOCK_K + j % SPLIT * ROWS
+    return gl.where(here, i_k, n_valid)
 
 
 @gluon.jit
@@ -64,28 +79,52 @@ def _box(x_s, desc):
 
 
 @gluon.jit
+def _whole(x_s, TILE: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """The panels [ROWS, 64] of copied tiles as the tiles [TILE, D] that are multiplied."""
+    ROWS: gl.constexpr = x_s.shape[1]
+    shape: gl.constexpr = [x_s.shape[0] * ROWS * 64 // (TILE * D), TILE, D]
+    if _REINTERPRETS:
+        return x_s.reinterpret(x_s.dtype, shape, LAYOUT)
+    else:
+        return x_s._reinterpret(x_s.dtype, shape, LAYOUT)
+
+
+@gluon.jit
 def _copy(desc, i_b, i_h, i_n, bar, x_s):
     """Start the copy of the rows at i_n of a head into shared memory."""
     _box_in(desc, [i_b, i_h, i_n, 0], bar, _box(x_s, desc))
 
 
 @gluon.jit
+def _copy_tile(desc, i_b, i_h, i_0, i_1, bar, x_s, st, GROUPS: gl.constexpr, D: gl.constexpr):
+    """Start the copies of a tile, whose groups begin at i_0 and i_1, into slot st: its panels of
+    64 columns one after the other, as products read them."""
+    for panel in gl.static_range(D // 64):
+        at = (st * (D // 64) + panel) * GROUPS
+        _box_in(desc, [i_b, i_h, i_0, panel * 64], bar, _box(x_s.index(at), desc))
+        if GROUPS == 2:
+            _box_in(desc, [i_b, i_h, i_1, panel * 64], bar, _box(x_s.index(at + 1), desc))
+
+
+@gluon.jit
 def _produce(
-    d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr, LINEAR: gl.constexpr
+    d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr, TILE: gl.constexpr,
+    LINEAR: gl.constexpr,
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, scale = sizes
     PARTS: gl.constexpr = q_s.shape[0]
-    STAGES: gl.constexpr = k_s.shape[0]
-    TILE: gl.constexpr = k_s.shape[1]
-    D: gl.constexpr = k_s.shape[2]
-    SPLIT: gl.constexpr = BLOCK_K // TILE
+    D: gl.constexpr = q_s.shape[2]
+    ROWS: gl.constexpr = k_s.shape[1]
+    GROUPS: gl.constexpr = TILE // ROWS
+    STAGES: gl.constexpr = k_s.shape[0] // (GROUPS * D // 64)
+    SPLIT: gl.constexpr = BLOCK_K // ROWS
     POOL: gl.constexpr = d_pk is not None
     first, step = gl.program_id(0), gl.num_programs(0)
     g, phase = 0, 0
-    v_b, v_h, v_n, v_pool = 0, 0, n_valid, 0
+    v_b, v_h, v_0, v_1, v_pool = 0, 0, n_valid, n_valid, 0
     n_next = gl.load(counts + first)
     # one step more than rows: see _consume
     for i_step in range(first, n_rows + step, step):
@@ -95,7 +134,7 @@ def _produce(
         n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
-        n_tiles, _ = _tiles(n_left, n_kept, TILE, SPLIT)
+        n_tiles, n_groups, _ = _tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
         i_b, i_h, i_m = _place(i_row, m_q, n_heads)
         mbarrier.wait(q_empty, phase ^ 1)
         phase ^= 1
@@ -107,30 +146,35 @@ def _produce(
         if POOL:
             n_all = n_tiles + gl.where(live, n_pool_tiles, 0)
         for i in range(n_all):
-            j = gl.maximum(n_tiles - 1 - i, 0)
-            i_k = gl.load(p_idx + j // SPLIT) * BLOCK_K + j % SPLIT * TILE
-            i_k = gl.where(n_kept > 0, i_k, n_valid)
+            j = gl.maximum(n_tiles - 1 - i, 0) * GROUPS
+            i_0 = _group(p_idx, j, n_groups, n_valid, BLOCK_K, ROWS)
+            i_1 = i_0
+            if GROUPS == 2:
+                i_1 = _group(p_idx, j + 1, n_groups, n_valid, BLOCK_K, ROWS)
             st = g % STAGES
+            bar = full.index(st)
             mbarrier.wait(empty.index(st), (g // STAGES & 1) ^ 1)
-            mbarrier.expect(full.index(st), 4 * TILE * D)
+            mbarrier.expect(bar, 4 * TILE * D)
             if POOL:
                 pooled = i >= n_tiles
                 if pooled:
-                    i_k = (i - n_tiles) * TILE
-                    _copy(d_pk, i_b, i_h, i_k, full.index(st), k_s.index(st))
+                    i_0 = (i - n_tiles) * TILE
+                    i_1 = i_0 + ROWS
+                    _copy_tile(d_pk, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
                     if LINEAR:
-                        i_k += D - TILE
+                        i_0 += D - TILE
+                        i_1 += D - TILE
                 else:
-                    _copy(d_k, i_b, i_h, i_k, full.index(st), k_s.index(st))
+                    _copy_tile(d_k, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
                 if v_pool > 0:
-                    _copy(d_pv, v_b, v_h, v_n, full.index(st), v_s.index(st))
+                    _copy_tile(d_pv, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
                 else:
-                    _copy(d_v, v_b, v_h, v_n, full.index(st), v_s.index(st))
+                    _copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
                 v_pool = pooled.to(gl.int32)
             else:
-                _copy(d_k, i_b, i_h, i_k, full.index(st), k_s.index(st))
-                _copy(d_v, v_b, v_h, v_n, full.index(st), v_s.index(st))
-            v_b, v_h, v_n = i_b, i_h, i_k
+                _copy_tile(d_k, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
+                _copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
+            v_b, v_h, v_0, v_1 = i_b, i_h, i_0, i_1
             g += 1
 
 
@@ -253,7 +297,7 @@ def _finish(
 @gluon.jit
 def _consume(
     PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-    BLOCK_K: gl.constexpr, PHI: gl.constexpr,
+    BLOCK_K: gl.constexpr, ROWS: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
@@ -263,7 +307,7 @@ def _consume(
     PARTS: gl.constexpr = q_s.shape[0]
     TILE: gl.constexpr = k_s.shape[1]
     D: gl.constexpr = k_s.shape[2]
-    SPLIT: gl.constexpr = BLOCK_K // TILE
+    SPLIT: gl.constexpr = BLOCK_K // ROWS
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA_S)
@@ -284,7 +328,7 @@ def _consume(
     for i_row in range(first, n_rows + step, step):
         live = i_row < n_rows
         n_kept = gl.where(live, n_kept, 0)
-        n_tiles, n_first = _tiles(n_left, n_kept, TILE, SPLIT)
+        n_tiles, _, n_first = _tiles(n_left, n_kept, ROWS, SPLIT, TILE // ROWS)
         mbarrier.wait(q_full, phase)
         phase ^= 1
         b_q = q_s.index(PART).load(gl.DotOperandLayout(0, MMA_S, 2))
@@ -344,8 +388,8 @@ _SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_po
 def _block_sparse_attention_hopper_fwd_kernel(
     d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, total, bias, indices, counts,
     n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale, eps,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, PHI: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES > 1)
     LINEAR: gl.constexpr = total is not None
@@ -355,8 +399,9 @@ def _block_sparse_attention_hopper_fwd_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     q_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
     o_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SHARED)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, TILE, D], SHARED)
+    PANELS: gl.constexpr = STAGES * (TILE // ROWS) * (D // 64)
+    k_s = gl.allocate_shared_memory(dtype, [PANELS, ROWS, 64], SHARED)
+    v_s = gl.allocate_shared_memory(dtype, [PANELS, ROWS, 64], SHARED)
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -367,6 +412,8 @@ def _block_sparse_attention_hopper_fwd_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
     fence_async_shared()
+    copied = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
+    k_s, v_s = _whole(k_s, TILE, D, SHARED), _whole(v_s, TILE, D, SHARED)
     memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, scale)
@@ -374,14 +421,16 @@ def _block_sparse_attention_hopper_fwd_kernel(
     if PARTS == 2:
         gl.warp_specialize([
             (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, PHI)),
+                        BLOCK_K, ROWS, PHI)),
             (_consume, (1, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, PHI)),
-            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K, LINEAR)),
+                        BLOCK_K, ROWS, PHI)),
+            (_produce, (d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
+                        LINEAR)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, PHI)),
-            (_produce, (d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K, LINEAR)),
+                        BLOCK_K, ROWS, PHI)),
+            (_produce, (d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
+                        LINEAR)),
         ], [1], [40])  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from compiling import compiled, listing
+from compiling import compiled, count, listing, loops
 from gluon_emulator import emulated
 from gluon_machine import Deadlock
 
@@ -44,7 +44,7 @@ ERRORS = [
     ("mbarrier.wait(q_full, phase)", "pass"),
     ("(g + 1) // STAGES & 1, pred=more", "g // STAGES & 1, pred=more"),
     ("(g + 1) // STAGES & 1, pred=more", "(g + 1) // STAGES & 1"),
-    ("mbarrier.expect(full.index(st), 4 * TILE * D)", "mbarrier.expect(full.index(st), TILE * D)"),
+    ("mbarrier.expect(bar, 4 * TILE * D)", "mbarrier.expect(bar, TILE * D)"),
     ("b_s = warpgroup_mma_wait(1,", "b_s = warpgroup_mma_wait(2,"),
     ("warpgroup_mma_wait(0, (o_token,))", "warpgroup_mma_wait(1, (o_token,))"),
     ("    tma.store_wait(0)\n    o_s", "    o_s"),
@@ -58,10 +58,16 @@ def inputs(n_q, n_k, d, block_q, block_k, dtype=HALF, device="cpu", keep=0.5):
     return q, k, v, BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k)
 
 
-def emulate(case, q, k, v, table, seed=0, run=EMULATED, **options):
+def launch_of(case, pairs=False):
+    """A launch for a case; with pairs, where 128 queries allow them, groups of 64 keys in twos."""
+    *_, block_q, _, tile, stages, _ = case
+    tile, pairs = (128, True) if pairs and block_q == 128 else (tile, False)
+    return replace(gluon.CANDIDATES[0], block=block_q, tile=tile, stages=stages, pairs=pairs)
+
+
+def emulate(case, q, k, v, table, seed=0, run=EMULATED, pairs=False, **options):
     """Output and LSE of the emulated kernel."""
-    *_, block_q, _, tile, stages, programs = case
-    row = replace(gluon.CANDIDATES[0], block=block_q, tile=tile, stages=stages)
+    row, programs = launch_of(case, pairs), case[-1]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
     assert gluon.unserved(q, k, v, out, lse, table, row, **options) is None
     grid, arguments, _ = gluon.forward(q, k, v, out, lse, table, row, **options)
@@ -77,53 +83,57 @@ def check(outs, ref, *args, **options):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_any_order_of_the_roles_gives_the_attention(case, seed):
+@pytest.mark.parametrize("pairs", [False, True])
+def test_any_order_of_the_roles_gives_the_attention(case, seed, pairs):
     args = inputs(*case[:5])
-    outs = emulate(case, *args, seed=100 * seed)
+    outs = emulate(case, *args, seed=100 * seed, pairs=pairs)
     check(outs, reference.block_sparse_attention, *args, None, True)
     assert not outs[0][0, 0, : case[3]].any() and (outs[1][0, 0, : case[3]] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("keep", [0.0, 0.1, 2.0])
-def test_rows_of_no_block_of_few_and_of_all(keep):
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.4, 2.0])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_rows_of_no_block_of_few_and_of_all(keep, pairs):
     case = (260, 500, 64, 128, 64, 64, 2, 2)
     args = inputs(*case[:5], keep=keep)
-    outs = emulate(case, *args)
+    outs = emulate(case, *args, pairs=pairs)
     check(outs, reference.block_sparse_attention, *args, None, True)
 
 
 @pytest.mark.parametrize("kv_len", [1, 64, 130, 999])
-def test_keys_beyond_kv_len_are_not_read(kv_len):
+@pytest.mark.parametrize("pairs", [False, True])
+def test_keys_beyond_kv_len_are_not_read(kv_len, pairs):
     case = (200, 300, 64, 128, 64, 64, 2, 1)
     q, k, v, table = inputs(*case[:5])
     k[:, :, kv_len:], v[:, :, kv_len:] = torch.nan, torch.nan
-    outs = emulate(case, q, k, v, table, kv_len=kv_len)
+    outs = emulate(case, q, k, v, table, kv_len=kv_len, pairs=pairs)
     check(outs, reference.block_sparse_attention, q, k, v, table, None, True, min(kv_len, 300))
 
 
 def means(x, block, n_valid):
     """Mean rows of the blocks of [1, H, N, D], of their valid tokens, and zeros to a multiple of
-    64."""
+    128."""
     parts = [part.float().mean(2) for part in x[:, :, :n_valid].split(block, 2)]
-    return F.pad(torch.stack(parts, 2), (0, 0, 0, -len(parts) % 64)).to(x.dtype)
+    return F.pad(torch.stack(parts, 2), (0, 0, 0, -len(parts) % 128)).to(x.dtype)
 
 
 @pytest.mark.parametrize("kv_len", [None, 200])
-@pytest.mark.parametrize("block_q", [64, 128])
-def test_pooled_keys_follow_the_kept_ones(kv_len, block_q):
+@pytest.mark.parametrize("block_q,pairs", [(64, False), (128, False), (128, True)])
+def test_pooled_keys_follow_the_kept_ones(kv_len, block_q, pairs):
     case = (150, 300, 64, block_q, 64, 64, 2, 2)
     q, k, v, table = inputs(*case[:5])
-    kept = F.pad(table.to_mask(), (0, 64 - table.key_blocks)).to(torch.uint8)
+    kept = F.pad(table.to_mask(), (0, 128 - table.key_blocks)).to(torch.uint8)
     pool = (*(means(x, 64, kv_len or 300) for x in (k, v)), kept)
-    outs = emulate(case, q, k, v, table, kv_len=kv_len, pool=pool)
+    outs = emulate(case, q, k, v, table, kv_len=kv_len, pool=pool, pairs=pairs)
     check(outs, pooled_reference.pooled_attention, q, k, v, table, None, kv_len, True)
 
 
-def test_the_epilogue_rectifies():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_the_epilogue_rectifies(pairs):
     case = (150, 300, 64, 128, 64, 64, 2, 1)
     q, k, v, table = inputs(*case[:5])
     ratio, shift = torch.rand(1, 2, 2), torch.randn(1, 2, 2, 64)
-    out, _ = emulate(case, q, k, v, table, rectify=(ratio, shift))
+    out, _ = emulate(case, q, k, v, table, rectify=(ratio, shift), pairs=pairs)
     expected = [
         x * ratio.repeat_interleave(128, 2)[:, :, :150, None].to(x.dtype)
         + shift.repeat_interleave(128, 2)[:, :, :150].to(x.dtype)
@@ -146,7 +156,7 @@ def add_linear(case, q, k, v, table, kv_len, feature_map, weight, bias, **option
     fk = features(k[:, :, :n].float(), feature_map)
     state = (fk.mT @ v[:, :, :n].float() @ weight.mT / n).to(q.dtype)
     linear = gluon.Linear(state, fk.sum(2) / n, bias, EPS / n, feature_map)
-    row = replace(gluon.CANDIDATES[0], block=case[3], tile=case[5], stages=case[6])
+    row = launch_of(case, options.pop("pairs", False))
     out = torch.empty_like(q)
     call = (q, k, v, out, None, table, row, None, kv_len, None, None, linear)
     assert gluon.unserved(*call) is None
@@ -171,8 +181,10 @@ def test_a_row_ends_with_the_linear_branch(case, feature_map, kv_len):
             # no key has the features of these queries
             q[:, :, :70] = -1.0
         k[:, :, kv_len or k.shape[2] :], v[:, :, kv_len or k.shape[2] :] = torch.nan, torch.nan
-        out = add_linear(case, q, k, v, table, kv_len, feature_map, weight, bias, seed=seed)
-        check_linear(out, q, k, v, table, weight, bias, feature_map, None, None, kv_len)
+        for pairs in (False, True):
+            options = {"seed": seed, "pairs": pairs}
+            out = add_linear(case, q, k, v, table, kv_len, feature_map, weight, bias, **options)
+            check_linear(out, q, k, v, table, weight, bias, feature_map, None, None, kv_len)
 
 
 def test_the_linear_branch_without_a_bias_of_rows_with_and_without_blocks():
@@ -181,14 +193,15 @@ def test_the_linear_branch_without_a_bias_of_rows_with_and_without_blocks():
         q, k, v, table = inputs(*case[:5], keep=keep)
         weight = torch.randn(128, 128) / 128**0.5
         for seed in range(4):
-            out = add_linear(case, q, k, v, table, None, "softmax", weight, None, seed=seed)
+            options = {"seed": seed, "pairs": bool(seed % 2)}
+            out = add_linear(case, q, k, v, table, None, "softmax", weight, None, **options)
             check_linear(out, q, k, v, table, weight)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        ("i_k += D - TILE", "pass"),
+        ("i_0 += D - TILE", "pass"),
         ("(g + 1) // STAGES & 1)\n    b_o = warp", "g // STAGES & 1)\n    b_o = warp"),
         ("wait(0, (o_token,))\n    b_o = b_o *", "wait(1, (o_token,))\n    b_o = b_o *"),
         ("wait(0, (o_token,))\n    mb", "wait(1, (o_token,))\n    mb"),
@@ -221,7 +234,7 @@ def test_an_error_in_the_protocol_is_noticed(change):
     noticed = False
     for seed in range(12):
         try:
-            outs = emulate(case, *args, seed=seed, run=broken)
+            outs = emulate(case, *args, seed=seed, run=broken, pairs=bool(seed % 2))
             check(outs, reference.block_sparse_attention, *args, None, True)
         except (AssertionError, Deadlock):
             noticed = True
@@ -256,7 +269,8 @@ def test_a_declined_call_takes_the_plain_kernel(device):
 def check_compiled(row: dict) -> None:
     # later compilers than that of triton 3.6 spill what a row's first tile leaves no place for
     version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
-    assert row["stack"] <= (0 if version == (3, 6) else 24), row
+    if not row["pairs"]:  # these spill outside of their loop: see below
+        assert row["stack"] <= (0 if version == (3, 6) else 24), row
     assert row["shared"] <= 227 * 1024 // (1 if row["block"] == 128 else 2), row
     assert row["tma"] > 5 and row["cp_async"] == 0 and row["wgmma"] >= 16, row
 
@@ -281,6 +295,16 @@ def test_what_the_protocol_and_the_pipeline_ask_of_the_compiler():
     waits = [re.split(r"WARPGROUP\.DEPBAR", part)[1:] for part in steps if "DEPBAR" in part]
     beside = [len(re.findall(r"MUFU\.EX2", parts[0])) for parts in waits]
     assert len(beside) == 4 and min(beside) >= 60, beside
+
+
+@pytest.mark.parametrize("extra", [(), ("linear",)], ids=str)
+def test_the_loop_over_pairs_keeps_everything_in_registers(extra):
+    _, code = listing(gluon.__name__, *extra, candidate=-1)
+    found = [body for body in loops(code) if count("HGMMA", body) == 16]
+    assert len(found) == 2  # of each warpgroup
+    for body in found:
+        assert not count("LDL", body) + count("STL", body)
+        assert count("WARPGROUP.DEPBAR", body) == 2
 
 
 def test_products_of_the_linear_branch_are_waited_for_together():

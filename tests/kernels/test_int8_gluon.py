@@ -1,12 +1,11 @@
 """The Hopper kernel in eight bits: emulated with its roles in random order, compiled, on a GPU."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from compiling import compiled, listing
+from compiling import compiled, count, listing, loops
 from gluon_emulator import emulated
 from gluon_machine import Deadlock
 
@@ -126,20 +125,12 @@ def test_compiles_for_hopper():
 
 def test_the_loop_over_tiles_holds_nothing_that_is_not_its_own():
     _, code = listing(gluon.__name__)
-    instructions = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
-    places = {int(at, 16): i for i, (at, _) in enumerate(instructions)}
-    loops = []
-    for i, (at, text) in enumerate(instructions):
-        back = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-        if back and int(back[1], 16) < int(at, 16):
-            body = "\n".join(text for _, text in instructions[places[int(back[1], 16)] : i])
-            loops += [body] if body.count("GMMA") == 12 and "NOP" not in body else []
-    assert len(loops) == 2, [body[:60] for body in loops]  # of each warpgroup
-    for body in loops:
-        count = {name: len(re.findall(rf"\b{name}\b", body)) for name in ("LDL", "STL")}
-        assert not any(count.values()), count  # nothing waits in memory
-        assert len(re.findall(r"WARPGROUP\.DEPBAR", body)) == 1  # products run side by side
-        assert len(re.findall(r"PRMT", body)) <= 20  # weights are never taken apart
+    found = [body for body in loops(code) if count("[IQ]GMMA", body) == 12]
+    assert len(found) == 2  # of each warpgroup
+    for body in found:
+        assert not count("LDL", body) + count("STL", body)  # nothing waits in memory
+        assert count("WARPGROUP.DEPBAR", body) == 1  # products run side by side
+        assert count("PRMT", body) <= 20  # weights are never taken apart
 
 
 @pytest.mark.gpu

@@ -1,16 +1,21 @@
 """Launches of the block-sparse forward tried on this GPU: `python -m dit_accel.bench --sweep`.
 
-Every candidate is checked against float32 on a short input, then timed on the shape. The fastest of
-each kind of blocks is printed as the row to put into kernels/launch.py, with its gain over the row
-that serves the GPU now.
+First processes compile all candidates, into Triton's cache. Then every one is checked against
+float32 on a short input and timed on the shape. The fastest of each kind of blocks is printed as
+the row to put into kernels/launch.py, with its gain over the row that serves the GPU now.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ from dit_accel.testing import assert_close, references
 BLOCKS = ((128, 64), (64, 64), (128, 128))
 SHAPES = ("wan1.3b-480p", "cogvideox-5b")  # heads of 128 and of 64
 _CHECKED = 1000  # tokens
+_WORKERS = 16  # processes that compile, at most
 
 
 def sweep(
@@ -45,17 +51,27 @@ def sweep(
         raise ValueError("a sweep times the Triton kernels: it needs an NVIDIA GPU")
     from dit_accel.kernels.launch import capability_of, find
 
-    rows: list[dict[str, Any]] = []
+    todo = []
     for name, (block_q, block_k) in product(shapes, blocks):
+        capability = capability_of(torch.empty(0, device=device))
+        now = find("forward", capability, bench.SHAPES[name].head_dim, block_q)
+        others = candidates(now, bench.SHAPES[name].head_dim, block_k)
+        tried = [now, *(c for c in others if c != now)][:limit]
+        todo.append((name, block_q, block_k, now, tried))
+    if device == "cuda":
+        _compile(
+            [(name, block_k, launch) for name, _, block_k, _, tried in todo for launch in tried]
+        )
+        echo(f"{sum(len(tried) for *_, tried in todo)} launches compiled")
+    rows: list[dict[str, Any]] = []
+    for name, block_q, block_k, now, tried in todo:
         shape = bench.SHAPES[name]
         q, k, v = _tokens(shape, shape.n, device)
-        now = find("forward", capability_of(q), shape.head_dim, block_q)
-        tried = [now, *(c for c in candidates(now, shape.head_dim, block_k) if c != now)]
         table = ops.block_table(q, k, keep, block_q, block_k)
         work = 4e-9 * q[..., 0].numel() * shape.n * shape.head_dim * table.density().item()
         known = _known(shape, block_q, block_k, device)
         part: list[dict[str, Any]] = []
-        for launch in tried[:limit]:
+        for launch in tried:
             row = {"shape": name, "blocks": [block_q, block_k], "launch": asdict(launch)}
             row["serves_now"] = launch is now
             row |= _try(launch, known, q, k, v, table, work)
@@ -79,8 +95,27 @@ def candidates(now: Any, head_dim: int, block_k: int) -> Iterator[Any]:
         from dit_accel.kernels.block_sparse_attention.gluon import CANDIDATES
 
         for launch in CANDIDATES:
-            if launch.block == now.block and launch.tile <= block_k:
+            if launch.block == now.block and (launch.pairs or launch.tile <= block_k):
                 yield replace(launch, head_dim=head_dim)
+
+
+def _compile(jobs: Sequence[tuple[str, int, Any]]) -> None:
+    """Compile launches, each for a shape and a key block, in processes of their own."""
+    workers = min(_WORKERS, os.cpu_count() or 1, len(jobs))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    with pool, suppress(BrokenProcessPool):  # an aborting compiler costs the others a later start
+        list(pool.map(_compile_one, jobs))
+
+
+def _compile_one(job: tuple[str, int, Any]) -> None:
+    """Run a launch once on a short input; what is wrong with it is told when it is tried."""
+    name, block_k, launch = job
+    shape = bench.SHAPES[name]
+    short = bench.Shape("short", shape.batch, shape.heads, 2 * launch.block, shape.head_dim)
+    q, k, v = _tokens(short, short.n, "cuda")
+    table = ops.block_table(q, k, 0.5, launch.block, block_k)
+    with suppress(Exception):
+        _attend(launch, q, k, v, torch.empty_like(q), table)
 
 
 def _try(
@@ -155,7 +190,7 @@ def _written(launch: dict[str, Any]) -> str:
     defaults = {f.name: f.default for f in fields(Launch)}
     first = ("op", "capability", "head_dim", "block", "tile", "warps", "stages")
     given = [repr(launch[name]) for name in first]
-    rest = ("descriptors", "specialized", "precision", "bits")
+    rest = ("descriptors", "specialized", "pairs", "precision", "bits")
     given += [f"{n}={launch[n]!r}" for n in rest if launch[n] != defaults[n]]
     return f"Launch({', '.join(given)})"
 

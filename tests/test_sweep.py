@@ -1,6 +1,7 @@
 """The sweep of launches, in Triton's interpreter."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dit_accel import bench, sweep
 pytest.importorskip("triton")
 with interpreted():
     from dit_accel.kernels.block_sparse_attention import triton as kernel
+    from dit_accel.kernels.launch import find
 
 TINY = bench.Shape("tiny", 1, 1, 70, 64)
 
@@ -52,6 +54,14 @@ def test_a_wrong_launch_is_no_winner(monkeypatch: pytest.MonkeyPatch):
     rows, lines = run()
     assert "ms" in rows[0] and rows[1]["error"].startswith("AssertionError")
     assert "1.00× the row in use" in lines[-1]
+
+
+def test_hopper_tries_pairs_of_small_key_blocks_too():
+    now = find("forward", 90, 128, 128)
+    tried = {size: list(sweep.candidates(now, 128, size)) for size in (64, 128)}
+    assert all(any(launch.pairs for launch in found) for found in tried.values())
+    assert all(launch.pairs or launch.tile <= 64 for launch in tried[64])
+    assert "pairs=True" in sweep._written(asdict(tried[64][-1]))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ fails here with a list of what moved, before anything else fails with a riddle."
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from importlib import import_module
@@ -98,6 +99,7 @@ ATTRIBUTES = {
     "diffusers.hooks._helpers": "AttentionProcessorRegistry.register "
     "AttentionProcessorRegistry.get",
     "diffusers.models.attention": "AttentionModuleMixin.set_processor",
+    "diffusers.models.attention_dispatch": "_templated_context_parallel_attention",
     "diffusers.models.attention_processor": "Attention.set_processor",
     "diffusers.models.cache_utils": "CacheMixin.cache_context",
     "diffusers.models.embeddings": "apply_rotary_emb",
@@ -105,6 +107,8 @@ ATTRIBUTES = {
     "diffusers.schedulers": "FlowMatchEulerDiscreteScheduler.step_index "
     "FlowMatchEulerDiscreteScheduler.begin_index UniPCMultistepScheduler.step_index",
 }
+# fields of ContextParallelConfig
+SHARED = "ring_degree ulysses_degree ulysses_anything _ulysses_mesh"
 
 
 def gone() -> Iterator[str]:
@@ -121,6 +125,8 @@ def gone() -> Iterator[str]:
             if _get(module, name) is None:
                 yield f"{module} has no {name}"
     yield from _forwards()
+    fields = {field.name for field in dataclasses.fields(diffusers.ContextParallelConfig)}
+    yield from (f"ContextParallelConfig has no {n}" for n in SHARED.split() if n not in fields)
     has = list(inspect.signature(attention_dispatch.dispatch_attention_fn).parameters)
     if has != DISPATCH.split():
         yield f"dispatch_attention_fn takes {' '.join(has)} instead of {DISPATCH}"

@@ -67,6 +67,14 @@ def test_presets_and_files_are_rows_too(tmp_path):
     assert found[1].config.order == "tile"
 
 
+def test_a_row_in_eight_bits():
+    (row,) = rows(["topk-int8"], (0.2,), 25, TEMPLATE)
+    assert row.name == "topk-int8 20%" and row.config.method == dit_accel.TopK(
+        0.2, precision="int8"
+    )
+    assert "topk-int8" not in DEFAULT
+
+
 def test_rows_add_pruning_and_a_step_cache():
     found = rows(["pooled+prune+cache@0.2", "dense+cache", "pooled"], (0.3, 0.1), 25, TEMPLATE)
     assert [row.name for row in found[:3]] == [

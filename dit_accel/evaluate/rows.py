@@ -20,9 +20,11 @@ FEWER = (0.8, 0.66, 0.5, 0.4, 0.3)
 PRUNED = 0.5
 PRUNING = "token pruning"  # the family of its rows, which are criteria at one keep: no line
 UNTRAINED = "sla-untrained"  # top-k exactly, so its cells are top-k's
+EIGHT = "topk-int8"
 _METHODS: dict[str, Callable[[float], Method]] = {
     "topk": lambda keep: find("topk")(keep),
     UNTRAINED: lambda keep: find("topk")(keep),
+    EIGHT: lambda keep: find("topk")(keep, precision="int8"),
     "pooled": lambda keep: find("pooled")(keep),
     "rectified": lambda keep: find("rectified")(keep, gapr=False),
     "rectified-gapr": lambda keep: find("rectified")(keep),
@@ -30,7 +32,7 @@ _METHODS: dict[str, Callable[[float], Method]] = {
     "shared": lambda keep: find("shared")(keep),
     "ditfastattn": lambda keep: find("rettention")(keep, rescale=False),
 }
-DEFAULT = ("steps", *_METHODS, "prune")
+DEFAULT = ("steps", *(name for name in _METHODS if name != EIGHT), "prune")
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def rows(
     """The rows of these names, the controls included where they are named.
 
     names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a method of
-    `DEFAULT` or "dense", to which "+prune" and "+cache@0.1" (First-Block-Cache and its threshold)
-    may be added, else a preset or preset file. keeps: the first is measured first, in all methods.
+    `DEFAULT`, "topk-int8" or "dense", to which "+prune" and "+cache@0.1" (First-Block-Cache and its
+    threshold) may be added, else a preset or preset file. keeps: the first is measured first, in all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
     for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for; the
     same may be added to them. Raises ValueError for a name or a keep that is none, and for no rows

@@ -77,7 +77,8 @@ def rows(
 
     names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a method of
     `DEFAULT`, "topk-int8" or "dense", to which "+prune" and "+cache@0.1" (First-Block-Cache and its
-    threshold) may be added, else a preset or preset file. keeps: the first is measured first, in all methods.
+    threshold) may be added, else a preset or preset file. keeps: the first is measured first, in
+    all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
     for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for; the
     same may be added to them. Raises ValueError for a name or a keep that is none, and for no rows

@@ -34,21 +34,12 @@ from dit_accel.kernels.block_sparse_attention.gluon_kernel import (
     _box_in,
     _copy,
     _finish,
+    _group,
     _place,
+    _tiles,
 )
 
 _SCALARS = gl.constexpr(4)  # of a slot: scale and exponent of each of its two groups
-
-
-@gluon.jit
-def _groups(n_left, n_kept, SPLIT: gl.constexpr):
-    """Tiles of a row, its groups, and the valid tokens of its last tile, given those after the
-    start of its last block; a row without a block has one tile without a token."""
-    n_last = gl.minimum((n_left + 63) // 64, SPLIT)
-    n_groups = gl.where(n_kept > 0, (n_kept - 1) * SPLIT + n_last, 0)
-    n_tiles = gl.maximum((n_groups + 1) // 2, 1)
-    n_valid = gl.minimum(n_left - (n_last - 1) * 64, 64) + gl.where(n_groups % 2 == 0, 64, 0)
-    return n_tiles, n_groups, gl.where(n_kept > 0, n_valid, 0)
 
 
 @gluon.jit
@@ -74,7 +65,8 @@ def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.cons
     SPLIT: gl.constexpr = BLOCK_K // 64
     first, step = gl.program_id(0), gl.num_programs(0)
     g, phase = 0, 0
-    v_b, v_h, v_0, v_1 = 0, 0, n_groups, n_groups
+    n_keys = n_groups * 64  # of a head, rounded up: whatever begins there reads as zero
+    v_b, v_h, v_0, v_1 = 0, 0, n_keys, n_keys
     n_next = gl.load(counts + first)
     # one step more than rows: see _consume
     for i_step in range(first, n_rows + step, step):
@@ -84,7 +76,7 @@ def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.cons
         n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
-        n_tiles, n_here, _ = _groups(n_left, n_kept, SPLIT)
+        n_tiles, n_here, _ = _tiles(n_left, n_kept, 64, SPLIT, 2)
         i_b, i_h, i_m = _place(i_row, m_q, n_heads)
         i_head = (i_row // m_q).to(gl.int64) * n_groups
         mbarrier.wait(q_empty, phase ^ 1)
@@ -95,25 +87,20 @@ def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.cons
             _copy(d_q, i_b, i_h, i_q, q_full, q_s.index(part))
         for i in range(n_tiles):
             j = 2 * (n_tiles - 1 - i)
-            i_0 = gl.load(p_idx + j // SPLIT) * SPLIT + j % SPLIT
-            i_0 = gl.where(n_kept > 0, i_0, n_groups)
-            # a row of an odd number of groups: half of its last tile is read from beyond the keys
-            more = j + 1 < n_here
-            j = gl.where(more, j + 1, j)
-            i_1 = gl.load(p_idx + j // SPLIT) * SPLIT + j % SPLIT
-            i_1 = gl.where(more, i_1, n_groups)
-            at_0 = i_head + gl.minimum(i_0, n_groups - 1)
-            at_1 = gl.where(more, i_head + gl.minimum(i_1, n_groups - 1), at_0)
+            i_0 = _group(p_idx, j, n_here, n_keys, BLOCK_K, 64)
+            i_1 = _group(p_idx, j + 1, n_here, n_keys, BLOCK_K, 64)
+            at_0 = i_head + gl.minimum(i_0 // 64, n_groups - 1)
+            at_1 = gl.where(j + 1 < n_here, i_head + i_1 // 64, at_0)
             w_0, w_1 = gl.load(p_scale + at_0), gl.load(p_scale + at_1)
             e_0, e_1 = gl.load(p_exponent + at_0), gl.load(p_exponent + at_1)
             st = g % STAGES
             bar = full.index(st)
             mbarrier.wait(empty.index(st), (g // STAGES & 1) ^ 1)
             mbarrier.expect(bar, 4 * 64 * D)
-            _copy(d_k, i_b, i_h, i_0 * 64, bar, k_s.index(2 * st))
-            _copy(d_k, i_b, i_h, i_1 * 64, bar, k_s.index(2 * st + 1))
-            _copy_values(d_v, v_b, v_h, v_0 * 64, bar, v_s.index(2 * st))
-            _copy_values(d_v, v_b, v_h, v_1 * 64, bar, v_s.index(2 * st + 1))
+            _copy(d_k, i_b, i_h, i_0, bar, k_s.index(2 * st))
+            _copy(d_k, i_b, i_h, i_1, bar, k_s.index(2 * st + 1))
+            _copy_values(d_v, v_b, v_h, v_0, bar, v_s.index(2 * st))
+            _copy_values(d_v, v_b, v_h, v_1, bar, v_s.index(2 * st + 1))
             _put(scalars, st * _SCALARS, w_0)
             _put(scalars, st * _SCALARS + 1, e_0)
             _put(scalars, st * _SCALARS + 2, w_1)
@@ -235,7 +222,7 @@ def _consume(
     # a step starts its row and finishes the one before, so that there is one step more than rows
     for i_row in range(first, n_rows + step, step):
         n_kept = gl.where(i_row < n_rows, n_kept, 0)
-        n_tiles, _, n_first = _groups(n_left, n_kept, SPLIT)
+        n_tiles, _, n_first = _tiles(n_left, n_kept, 64, SPLIT, 2)
         mbarrier.wait(q_full, phase)
         phase ^= 1
         b_x = q_s.index(PART).load(Q).to(gl.float32) * scale

@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,14 +144,20 @@ def _why(said: str) -> str:
     return (own or [", ".join(ended) or "the processes ended without a word"])[0][:300]
 
 
-def shared(record: Record, part: str, until: float, begins: tuple[str, ...] = ("",)) -> None:
+def shared(
+    record: Record,
+    part: str,
+    until: float,
+    begins: tuple[str, ...] = ("",),
+    only: Sequence[str] = (),
+) -> None:
     """Part "ulysses" or "joint", started anew after the row at which a process failed.
 
-    begins: what the names of the cases begin with.
+    begins: what the names of the cases begin with. only: these rows, unless that is empty.
     """
     setting = record.setting
     wanted = [case for case in cases(part, setting["dry"]) if case.name.startswith(begins)]
-    names = [(case.name, row) for case in wanted for row in case.rows]
+    names = [(case.name, row) for case in wanted for row in case.rows if not only or row in only]
     spec = {"part": part, "until": until, **{n: setting[n] for n in ("rounds", "dry")}}
     todo = record.missing(part, names)
     while todo:
@@ -198,6 +204,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
     parser.add_argument("--cases", default="", help="only those whose names begin so, by commas")
+    parser.add_argument("--rows", default="", help="only these rows of a case, by commas")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each kind")
@@ -220,7 +227,8 @@ def main() -> int:
         if part == "batch":
             batches(record, given.jobs, until)
         else:
-            shared(record, part, until, tuple(given.cases.split(",")))
+            only = given.rows.split(",") if given.rows else ()
+            shared(record, part, until, tuple(given.cases.split(",")), only)
     bad = [key(row) for row in record.rows if not sound(row)]
     print(f"{len(record.rows)} rows; failed, left out or not equal: {bad}")
     return 1 if bad else 0

@@ -93,11 +93,12 @@ def judge(manifest: Manifest, expected: int) -> dict[str, Any]:
     """Counts of a finished run, and its seconds.
 
     seconds: from the first worker that was ready to the last job done. steady: jobs a second
-    between each worker's first and last job done, summed over workers.
+    between each worker's first and last job done, summed over workers. ready, first, last: seconds
+    after that start at which each worker was ready, had done its first job, and its last.
     """
     events = manifest.ask("SELECT kind, time, owner, job FROM events ORDER BY seq")
     done = [event for event in events if event["kind"] == "done"]
-    ready = [event["time"] for event in events if event["kind"] == "ready"]
+    ready = sorted(event["time"] for event in events if event["kind"] == "ready")
     times: dict[str, list[float]] = {}
     for event in done:
         times.setdefault(event["owner"], []).append(event["time"])
@@ -112,6 +113,9 @@ def judge(manifest: Manifest, expected: int) -> dict[str, Any]:
         "exactly_once": states["done"] == len(jobs) == len(done) == expected,
         "taken_over": len(lost),
         "each_worker": sorted(len(at) for at in times.values()),
+        "ready": [round(at - ready[0], 3) for at in ready],
+        "first": [round(at[0] - ready[0], 3) for at in times.values()],
+        "last": [round(at[-1] - ready[0], 3) for at in times.values()],
         "seconds": round(done[-1]["time"] - ready[0], 3) if done else None,
         "steady": round(sum(rates), 4) if rates else None,
     }

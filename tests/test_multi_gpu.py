@@ -53,6 +53,9 @@ def test_a_process_that_fails_costs_its_row_and_the_rest_is_started_anew(monkeyp
     # the same command again: what failed, and only that
     multi_gpu.shared(multi_gpu.Record(tmp_path / "x.json", SETTING), "joint", 0)
     assert asked[2:] == [[names[2]]]
+    # only some rows
+    multi_gpu.shared(multi_gpu.Record(tmp_path / "y.json", SETTING), "joint", 0, only=["sla@0.1"])
+    assert asked[3] == [name for name in names if name[1] == "sla@0.1"]
 
 
 def test_processes_that_never_start_are_not_started_again(monkeypatch, tmp_path):
@@ -92,6 +95,7 @@ def test_jobs_are_counted_in_the_manifest(tmp_path):
     found = batch.judge(books, 2)
     assert found["done_twice"] == 1 and not found["exactly_once"]
     assert found["each_worker"] == [1, 2] and found["seconds"] == 3 and found["steady"] == 1
+    assert (found["ready"], found["first"], found["last"]) == ([0.0], [1.0, 3.0], [2.0, 3.0])
     one = {"seconds": 20.0, "steady": 2.0}
     many = {"seconds": 11.0, "steady": 3.8}
     assert batch.compare(one, many, 2) == {"efficiency": 0.9091, "efficiency_steady": 0.95}

@@ -98,8 +98,8 @@ def _exchanged(
 ) -> Tensor:
     """Ulysses where tokens and heads divide: four exchanges by torch.distributed itself.
 
-    diffusers makes the same ones as functional collectives, each wrapped in a tensor of its own:
-    0.2 ms of Python, which a step of a small model waits for, and one more copy of the result.
+    diffusers makes the same ones as functional collectives, one after the other, each wrapped in a
+    tensor of its own: Python that a step of a small model waits for, and one more copy.
     """
     import torch.distributed as dist
 

@@ -6,7 +6,8 @@ r"""One run on a lent GPU: correctness in bfloat16, times against dense attentio
 First --workers processes share all cases: they check, and compile what will be timed. Then the
 times are taken, alone on the GPU. Each case is written as it ends, with its error if it failed; no
 case starts after --budget seconds. A time is the median in milliseconds, and counts only beside the
-check of the same kernel. Memory errors and races, on a few shapes:
+check of the same kernel. --pairs has Hopper's kernel put two key blocks of 64 into a tile, in all
+operators. Memory errors and races, on a few shapes:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --tool memcheck \
         python benchmarks/gpu_kernels.py --out /tmp/x.json --part checks --workers 1 --match 63x65
@@ -18,6 +19,7 @@ import argparse
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import dispatch
 from dit_accel import ops as public
+from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.block_table.means import pooled_blocks
@@ -271,6 +274,15 @@ def timings(r: Run) -> Plan:
     return plan
 
 
+def in_pairs() -> None:
+    """The launch table with key blocks of 64 in pairs, for this process."""
+    launch.LAUNCHES = tuple(
+        replace(row, pairs=True) if row.op == "forward" and row.specialized else row
+        for row in launch.LAUNCHES
+    )
+    launch.find.cache_clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -278,10 +290,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12, help="processes that check and compile")
     parser.add_argument("--part", choices=["all", "checks", "times"], default="all")
     parser.add_argument("--match", default="", help="only cases with this pattern in their name")
+    parser.add_argument("--pairs", action="store_true", help="key blocks of 64 in pairs")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in the interpreter")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.pairs:
+        in_pairs()
     r = Run(options.out, options.budget, options.dry_run, once=options.shard is not None)
     if options.shard:
         part, parts = map(int, options.shard.split("/"))

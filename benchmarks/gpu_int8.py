@@ -31,7 +31,6 @@ from dit_accel.kernels.int8_attention import triton as kernel
 from dit_accel.kernels.launch import Launch, capability_of, find
 from dit_accel.testing import assert_close, repair_interpreter
 
-KEEP = 0.05
 KEEPS = (0.05, 0.1, 0.25)
 
 
@@ -84,7 +83,7 @@ def check(
 
 
 def times(
-    r: Run, shape: tuple[int, ...], block_q: int, block_k: int, keep: float = KEEP
+    r: Run, shape: tuple[int, ...], block_q: int, block_k: int, keep: float
 ) -> dict[str, Any]:
     """Quantisation, attention by each launch, and both together, beside the kernel in the inputs'
     dtype."""
@@ -117,7 +116,7 @@ def sweep_case(
 ) -> dict[str, Any]:
     """One launch; the result is compared with the kernel in the inputs' dtype."""
     q, k, v = inputs(r, *shape[:3], *shape[2:])
-    table = random_table(r, q, shape[2], row.block, block_k, KEEP)
+    table = random_table(r, q, shape[2], row.block, block_k, KEEPS[0])
     keys, out = quantize.quantize(k, v, block_k, row.tile, dtype=values), torch.empty_like(q)
     kernel.attend(q, keys, out, None, table, row)
     error = relative(out, sparse.block_sparse_attention(q, k, v, table))

@@ -51,20 +51,18 @@ def sweep(
         raise ValueError("a sweep times the Triton kernels: it needs an NVIDIA GPU")
     from dit_accel.kernels.launch import capability_of, find
 
-    todo = []
+    todo, capability = [], capability_of(torch.empty(0, device=device))
     for name, (block_q, block_k) in product(shapes, blocks):
-        capability = capability_of(torch.empty(0, device=device))
         now = find("forward", capability, bench.SHAPES[name].head_dim, block_q)
         others = candidates(now, bench.SHAPES[name].head_dim, block_k)
         tried = [now, *(c for c in others if c != now)][:limit]
-        todo.append((name, block_q, block_k, now, tried))
+        todo.append((name, block_q, block_k, tried))
     if device == "cuda":
-        _compile(
-            [(name, block_k, launch) for name, _, block_k, _, tried in todo for launch in tried]
-        )
-        echo(f"{sum(len(tried) for *_, tried in todo)} launches compiled")
+        jobs = [(name, block_k, launch) for name, _, block_k, tried in todo for launch in tried]
+        _compile(jobs)
+        echo(f"{len(jobs)} launches compiled")
     rows: list[dict[str, Any]] = []
-    for name, block_q, block_k, now, tried in todo:
+    for name, block_q, block_k, tried in todo:
         shape = bench.SHAPES[name]
         q, k, v = _tokens(shape, shape.n, device)
         table = ops.block_table(q, k, keep, block_q, block_k)
@@ -73,7 +71,7 @@ def sweep(
         part: list[dict[str, Any]] = []
         for launch in tried:
             row = {"shape": name, "blocks": [block_q, block_k], "launch": asdict(launch)}
-            row["serves_now"] = launch is now
+            row["serves_now"] = launch is tried[0]
             row |= _try(launch, known, q, k, v, table, work)
             part.append(row)
             echo(_line(row))

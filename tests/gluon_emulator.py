@@ -11,12 +11,16 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from gluon_machine import Barrier, Machine, Role, machine, start
 from torch import Tensor
+
+# Of our own code, what the kernels share.
+PARTS = "dit_accel.kernels.block_sparse_attention.gluon_parts"
 
 
 class Value(torch.Tensor):
@@ -296,25 +300,18 @@ def _modules() -> dict[str, Any]:
     }
 
 
-def emulated(
-    path: Path,
-    kernel: str,
-    change: tuple[str, str] | None = None,
-    uses: dict[str, Path] | None = None,
-) -> Callable[..., None]:
-    """The kernel of that name in the file, to be called as kernel(arguments, programs, seed).
-
-    change: replaces a text of the file, to see that an error would be noticed. uses: modules that
-    it imports functions of, and their files, which are emulated as well.
-    """
-    fakes = _modules()
-    for name, file in (uses or {}).items():
-        fakes[name] = types.SimpleNamespace(**_executed(file, file.read_text(), fakes))
-    text = path.read_text()
+def emulated(path: Path, kernel: str, change: tuple[str, str] | None = None) -> Callable[..., None]:
+    """The kernel of that name in the file, to be called as kernel(arguments, programs, seed), and
+    what it takes from PARTS; `change` replaces a text of either, to see that an error would be
+    noticed."""
+    parts = Path(find_spec(PARTS).origin)
+    texts = [file.read_text() for file in (parts, path)]
     if change:
-        assert change[0] in text
-        text = text.replace(*change)
-    space = _executed(path, text, fakes)
+        assert any(change[0] in text for text in texts)
+        texts = [text.replace(*change) for text in texts]
+    fakes = _modules()
+    fakes[PARTS] = types.SimpleNamespace(**_executed(parts, texts[0], fakes))
+    space = _executed(path, texts[1], fakes)
     names = space[kernel].__code__.co_varnames[: space[kernel].__code__.co_argcount]
 
     def run(arguments: dict[str, Any], programs: int, seed: int = 0) -> None:

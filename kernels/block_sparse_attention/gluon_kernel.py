@@ -32,78 +32,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# triton 3.6 has other names than later ones
-_box_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_box_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-_REINTERPRETS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def _place(i_row, m_q, n_heads):
-    """Batch, head and query block of a row of the table."""
-    i_bh = i_row // m_q
-    return i_bh // n_heads, i_bh % n_heads, i_row % m_q
-
-
-@gluon.jit
-def _tiles(n_left, n_kept, ROWS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.constexpr):
-    """Tiles of a row, its groups, and the valid tokens of its last tile, given those after the
-    start of its last block; a row without a block has one tile without a token."""
-    n_last = gl.minimum((n_left + ROWS - 1) // ROWS, SPLIT)
-    n_groups = gl.where(n_kept > 0, (n_kept - 1) * SPLIT + n_last, 0)
-    n_tiles = gl.maximum((n_groups + GROUPS - 1) // GROUPS, 1)
-    n_valid = gl.minimum(n_left - (n_last - 1) * ROWS, ROWS)
-    if GROUPS == 2:
-        n_valid += gl.where(n_groups % 2 == 0, ROWS, 0)
-    return n_tiles, n_groups, gl.where(n_kept > 0, n_valid, 0)
-
-
-@gluon.jit
-def _group(p_idx, j, n_groups, n_valid, BLOCK_K: gl.constexpr, ROWS: gl.constexpr):
-    """Where the keys of group j of a row begin; beyond all keys where there is none."""
-    SPLIT: gl.constexpr = BLOCK_K // ROWS
-    here = j < n_groups
-    j = gl.where(here, j, 0)
-    i_k = gl.load(p_idx + j // SPLIT) * BLOCK_K + j % SPLIT * ROWS
-    return gl.where(here, i_k, n_valid)
-
-
-@gluon.jit
-def _box(x_s, desc):
-    """Shared memory [R, D] as the box [1, 1, R, D] of a descriptor."""
-    shape: gl.constexpr = [1, 1, x_s.shape[0], x_s.shape[1]]
-    if _REINTERPRETS:
-        return x_s.reinterpret(x_s.dtype, shape, desc.layout)
-    else:
-        return x_s._reinterpret(x_s.dtype, shape, desc.layout)
-
-
-@gluon.jit
-def _whole(x_s, TILE: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """The panels [ROWS, 64] of copied tiles as the tiles [TILE, D] that are multiplied."""
-    ROWS: gl.constexpr = x_s.shape[1]
-    shape: gl.constexpr = [x_s.shape[0] * ROWS * 64 // (TILE * D), TILE, D]
-    if _REINTERPRETS:
-        return x_s.reinterpret(x_s.dtype, shape, LAYOUT)
-    else:
-        return x_s._reinterpret(x_s.dtype, shape, LAYOUT)
-
-
-@gluon.jit
-def _copy(desc, i_b, i_h, i_n, bar, x_s):
-    """Start the copy of the rows at i_n of a head into shared memory."""
-    _box_in(desc, [i_b, i_h, i_n, 0], bar, _box(x_s, desc))
-
-
-@gluon.jit
-def _copy_tile(desc, i_b, i_h, i_0, i_1, bar, x_s, st, GROUPS: gl.constexpr, D: gl.constexpr):
-    """Start the copies of a tile, whose groups begin at i_0 and i_1, into slot st: its panels of
-    64 columns one after the other, as products read them."""
-    for panel in gl.static_range(D // 64):
-        at = (st * (D // 64) + panel) * GROUPS
-        _box_in(desc, [i_b, i_h, i_0, panel * 64], bar, _box(x_s.index(at), desc))
-        if GROUPS == 2:
-            _box_in(desc, [i_b, i_h, i_1, panel * 64], bar, _box(x_s.index(at + 1), desc))
+from dit_accel.kernels.block_sparse_attention.gluon_parts import (
+    copy,
+    copy_tile,
+    finish,
+    group,
+    place,
+    tiles,
+    whole,
+)
 
 
 @gluon.jit
@@ -134,23 +71,23 @@ def _produce(
         n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
-        n_tiles, n_groups, _ = _tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
-        i_b, i_h, i_m = _place(i_row, m_q, n_heads)
+        n_tiles, n_groups, _ = tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
+        i_b, i_h, i_m = place(i_row, m_q, n_heads)
         mbarrier.wait(q_empty, phase ^ 1)
         phase ^= 1
         mbarrier.expect(q_full, PARTS * 64 * D * 2)
         for part in gl.static_range(PARTS):
             i_q = gl.where(live, (i_m * PARTS + part) * 64, n_q)
-            _copy(d_q, i_b, i_h, i_q, q_full, q_s.index(part))
+            copy(d_q, i_b, i_h, i_q, q_full, q_s.index(part))
         n_all = n_tiles
         if POOL:
             n_all = n_tiles + gl.where(live, n_pool_tiles, 0)
         for i in range(n_all):
             j = gl.maximum(n_tiles - 1 - i, 0) * GROUPS
-            i_0 = _group(p_idx, j, n_groups, n_valid, BLOCK_K, ROWS)
+            i_0 = group(p_idx, j, n_groups, n_valid, BLOCK_K, ROWS)
             i_1 = i_0
             if GROUPS == 2:
-                i_1 = _group(p_idx, j + 1, n_groups, n_valid, BLOCK_K, ROWS)
+                i_1 = group(p_idx, j + 1, n_groups, n_valid, BLOCK_K, ROWS)
             st = g % STAGES
             bar = full.index(st)
             mbarrier.wait(empty.index(st), (g // STAGES & 1) ^ 1)
@@ -160,20 +97,20 @@ def _produce(
                 if pooled:
                     i_0 = (i - n_tiles) * TILE
                     i_1 = i_0 + ROWS
-                    _copy_tile(d_pk, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
+                    copy_tile(d_pk, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
                     if LINEAR:
                         i_0 += D - TILE
                         i_1 += D - TILE
                 else:
-                    _copy_tile(d_k, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
+                    copy_tile(d_k, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
                 if v_pool > 0:
-                    _copy_tile(d_pv, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
+                    copy_tile(d_pv, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
                 else:
-                    _copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
+                    copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
                 v_pool = pooled.to(gl.int32)
             else:
-                _copy_tile(d_k, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
-                _copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
+                copy_tile(d_k, i_b, i_h, i_0, i_1, bar, k_s, st, GROUPS, D)
+                copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
             v_b, v_h, v_0, v_1 = i_b, i_h, i_0, i_1
             g += 1
 
@@ -266,35 +203,6 @@ def _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI: gl.constexpr):
 
 
 @gluon.jit
-def _finish(
-    d_o, o_s, lse, ratio, shift, bias, b_o, b_m, b_l, i_row, i_q, n_q, m_q, n_heads,
-    D: gl.constexpr,
-):  # fmt: skip
-    """Store 64 rows: r·O + C, and their LSE; zeros and -inf without a valid key."""
-    i_b, i_h, _ = _place(i_row, m_q, n_heads)
-    b_full = gl.where(b_l > 0, b_l, 1.0)
-    if lse is not None:
-        o_q = i_q + gl.arange(0, 64, layout=b_m.type.layout)
-        b_lse = (b_m + gl.log2(b_full)) * 0.6931471805599453
-        gl.store(lse + (i_row // m_q).to(gl.int64) * n_q + o_q, b_lse, mask=o_q < n_q)
-    b_r = 1.0 / b_full
-    if ratio is not None:
-        b_r = b_r * gl.load(ratio + i_row)
-    b_o = b_o * gl.convert_layout(b_r, gl.SliceLayout(1, b_o.type.layout))[:, None]
-    if shift is not None:
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
-        b_o += gl.load(shift + i_row.to(gl.int64) * D + o_d)[None, :]
-    if bias is not None:
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
-        b_o += gl.load(bias + o_d).to(gl.float32)[None, :]
-    # the store before this one may still read the memory
-    tma.store_wait(0)
-    o_s.store(b_o.to(o_s.dtype))
-    fence_async_shared()
-    _box_out(d_o, [i_b, i_h, i_q, 0], _box(o_s, d_o))
-
-
-@gluon.jit
 def _consume(
     PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
     BLOCK_K: gl.constexpr, ROWS: gl.constexpr, PHI: gl.constexpr,
@@ -328,7 +236,7 @@ def _consume(
     for i_row in range(first, n_rows + step, step):
         live = i_row < n_rows
         n_kept = gl.where(live, n_kept, 0)
-        n_tiles, _, n_first = _tiles(n_left, n_kept, ROWS, SPLIT, TILE // ROWS)
+        n_tiles, _, n_first = tiles(n_left, n_kept, ROWS, SPLIT, TILE // ROWS)
         mbarrier.wait(q_full, phase)
         phase ^= 1
         b_q = q_s.index(PART).load(gl.DotOperandLayout(0, MMA_S, 2))
@@ -343,7 +251,7 @@ def _consume(
         if i_row >= step:
             i_done = i_row - step
             i_q = (i_done % m_q * PARTS + PART) * 64
-            _finish(
+            finish(
                 d_o, o_s.index(PART), lse, ratio, shift, bias, b_o, b_m, b_l, i_done, i_q, n_q,
                 m_q, n_heads, D,
             )  # fmt: skip
@@ -413,7 +321,7 @@ def _block_sparse_attention_hopper_fwd_kernel(
         mbarrier.init(empty.index(i), count=PARTS)
     fence_async_shared()
     copied = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
-    k_s, v_s = _whole(k_s, TILE, D, SHARED), _whole(v_s, TILE, D, SHARED)
+    k_s, v_s = whole(k_s, TILE, D, SHARED), whole(v_s, TILE, D, SHARED)
     memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, scale)

@@ -29,14 +29,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dit_accel.kernels.block_sparse_attention.gluon_kernel import (
-    _box,
-    _box_in,
-    _copy,
-    _finish,
-    _group,
-    _place,
-    _tiles,
+from dit_accel.kernels.block_sparse_attention.gluon_parts import (
+    box,
+    box_in,
+    copy,
+    finish,
+    group,
+    place,
+    tiles,
 )
 
 _SCALARS = gl.constexpr(4)  # of a slot: scale and exponent of each of its two groups
@@ -76,19 +76,19 @@ def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.cons
         n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
-        n_tiles, n_here, _ = _tiles(n_left, n_kept, 64, SPLIT, 2)
-        i_b, i_h, i_m = _place(i_row, m_q, n_heads)
+        n_tiles, n_here, _ = tiles(n_left, n_kept, 64, SPLIT, 2)
+        i_b, i_h, i_m = place(i_row, m_q, n_heads)
         i_head = (i_row // m_q).to(gl.int64) * n_groups
         mbarrier.wait(q_empty, phase ^ 1)
         phase ^= 1
         mbarrier.expect(q_full, PARTS * 64 * D * 2)
         for part in gl.static_range(PARTS):
             i_q = gl.where(live, (i_m * PARTS + part) * 64, n_q)
-            _copy(d_q, i_b, i_h, i_q, q_full, q_s.index(part))
+            copy(d_q, i_b, i_h, i_q, q_full, q_s.index(part))
         for i in range(n_tiles):
             j = 2 * (n_tiles - 1 - i)
-            i_0 = _group(p_idx, j, n_here, n_keys, BLOCK_K, 64)
-            i_1 = _group(p_idx, j + 1, n_here, n_keys, BLOCK_K, 64)
+            i_0 = group(p_idx, j, n_here, n_keys, BLOCK_K, 64)
+            i_1 = group(p_idx, j + 1, n_here, n_keys, BLOCK_K, 64)
             at_0 = i_head + gl.minimum(i_0 // 64, n_groups - 1)
             at_1 = gl.where(j + 1 < n_here, i_head + i_1 // 64, at_0)
             w_0, w_1 = gl.load(p_scale + at_0), gl.load(p_scale + at_1)
@@ -97,8 +97,8 @@ def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.cons
             bar = full.index(st)
             mbarrier.wait(empty.index(st), (g // STAGES & 1) ^ 1)
             mbarrier.expect(bar, 4 * 64 * D)
-            _copy(d_k, i_b, i_h, i_0, bar, k_s.index(2 * st))
-            _copy(d_k, i_b, i_h, i_1, bar, k_s.index(2 * st + 1))
+            copy(d_k, i_b, i_h, i_0, bar, k_s.index(2 * st))
+            copy(d_k, i_b, i_h, i_1, bar, k_s.index(2 * st + 1))
             _copy_values(d_v, v_b, v_h, v_0, bar, v_s.index(2 * st))
             _copy_values(d_v, v_b, v_h, v_1, bar, v_s.index(2 * st + 1))
             _put(scalars, st * _SCALARS, w_0)
@@ -113,7 +113,7 @@ def _produce(d_q, d_k, d_v, p_scale, p_exponent, memory, table, BLOCK_K: gl.cons
 @gluon.jit
 def _copy_values(desc, i_b, i_h, i_n, bar, x_s):
     """Start the copy of 64 columns at i_n of a head, its values with keys last."""
-    _box_in(desc, [i_b, i_h, 0, i_n], bar, _box(x_s, desc))
+    box_in(desc, [i_b, i_h, 0, i_n], bar, box(x_s, desc))
 
 
 @gluon.jit
@@ -222,7 +222,7 @@ def _consume(
     # a step starts its row and finishes the one before, so that there is one step more than rows
     for i_row in range(first, n_rows + step, step):
         n_kept = gl.where(i_row < n_rows, n_kept, 0)
-        n_tiles, _, n_first = _tiles(n_left, n_kept, 64, SPLIT, 2)
+        n_tiles, _, n_first = tiles(n_left, n_kept, 64, SPLIT, 2)
         mbarrier.wait(q_full, phase)
         phase ^= 1
         b_x = q_s.index(PART).load(Q).to(gl.float32) * scale
@@ -245,7 +245,7 @@ def _consume(
             # o in units of 1 by a sum in units of 2^-e; LSE takes both back, and gets scale·q·k̄
             b_top = _above(b_m) - 8.807354922057604 + e_o + b_shift
             b_top = gl.where(b_l > 0, b_top, -float("inf"))
-            _finish(
+            finish(
                 d_o, o_s.index(PART), lse, None, None, None, b_o, b_top, b_l * gl.exp2(-e_o),
                 i_done, i_q, n_q, m_q, n_heads, D,
             )  # fmt: skip

@@ -18,9 +18,7 @@ from dit_accel.testing import WIDER, assert_close
 pytestmark = pytest.mark.usefixtures("right_e4m3")
 KERNEL = "_int8_attention_hopper_fwd_kernel"
 TEXT = Path(gluon.__file__).with_name("gluon_kernel.py")
-WIDE = "block_sparse_attention.gluon_kernel"
-USES = {f"dit_accel.kernels.{WIDE}": TEXT.parents[1] / (WIDE.replace(".", "/") + ".py")}
-EMULATED = emulated(TEXT, KERNEL, uses=USES)
+EMULATED = emulated(TEXT, KERNEL)
 HALF = torch.float16
 CASES = [
     # n_q, n_k, d, block_k, keep, kv_len, stages, programs
@@ -91,7 +89,7 @@ def test_any_order_of_the_roles_gives_the_attention(case, seed):
 
 @pytest.mark.parametrize("change", ERRORS, ids=lambda pair: pair[0].strip()[:40])
 def test_an_error_in_the_protocol_is_noticed(change):
-    broken = emulated(TEXT, KERNEL, change, USES)
+    broken = emulated(TEXT, KERNEL, change)
     case = (300, 500, 64, 64, 0.6, None, 2, 1)
     args = inputs(*case[:5])
     args[2][:, :, 100:300] *= 20  # groups of values with other exponents

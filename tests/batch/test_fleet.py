@@ -74,7 +74,9 @@ def test_the_command_is_killed_and_goes_on(model, tmp_path):
     ]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(out.glob("*.mp4")) and time.monotonic() < deadline:
+    # a clip is there a moment before the manifest says so
+    while not (list(out.glob("*.mp4")) and Manifest(out).counts()["done"]):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     first.kill()
     first.wait()

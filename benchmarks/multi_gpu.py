@@ -180,15 +180,18 @@ def shared(
         todo = left[1:] if begun else []
 
 
-def batches(record: Record, jobs: int, until: float) -> None:
-    """Part "batch"; a model whose queue fails costs its own rows."""
+def batches(
+    record: Record, jobs: dict[str, int], until: float, begins: tuple[str, ...] = ("",)
+) -> None:
+    """Part "batch", so many jobs of each model; one whose queue fails costs its own rows."""
     gpus, dry = record.setting["gpus"], record.setting["dry"]
-    for name, (build, kinds) in batch.QUEUES.items():
+    wanted = {name: queue for name, queue in batch.QUEUES.items() if name.startswith(begins)}
+    for name, (build, kinds) in wanted.items():
         todo = [row for _, row in record.missing("batch", [(name, kind) for kind in kinds])]
         work = Path(tempfile.mkdtemp(prefix="multi-gpu-"))
         try:
             if todo and time.time() < until:
-                for row in batch.rows(build(work, gpus, jobs, dry), gpus, todo):
+                for row in batch.rows(build(work, jobs[name], dry), gpus, todo):
                     record.add({"part": "batch", **row})
             why = {"skipped": "no time left"}
         except Exception as error:
@@ -209,6 +212,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row later")
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each kind")
     parser.add_argument("--jobs", type=int, default=40, help="of the embedded model")
+    parser.add_argument("--clips", type=int, default=8, help="of Wan 1.3B")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="gloo and tiny sizes on the CPU")
     given = parser.parse_args()
@@ -223,12 +227,13 @@ def main() -> int:
     setting = {"gpus": given.gpus, "rounds": given.rounds, "dry": given.dry_run, "margin": MARGIN}
     record = Record(given.out, setting)
     given.out.parent.mkdir(parents=True, exist_ok=True)
+    begins, jobs = tuple(given.cases.split(",")), {batch.EMOJI: given.jobs, batch.WAN: given.clips}
     for part in parts:
         if part == "batch":
-            batches(record, given.jobs, until)
+            batches(record, jobs, until, begins)
         else:
             only = given.rows.split(",") if given.rows else ()
-            shared(record, part, until, tuple(given.cases.split(",")), only)
+            shared(record, part, until, begins, only)
     bad = [key(row) for row in record.rows if not sound(row)]
     print(f"{len(record.rows)} rows; failed, left out or not equal: {bad}")
     return 1 if bad else 0

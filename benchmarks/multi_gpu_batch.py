@@ -155,7 +155,7 @@ def wan_folder(folder: Path, device: torch.device) -> Path:
     return folder
 
 
-def embedded(work: Path, gpus: int, jobs: int, dry: bool) -> Queue:
+def embedded(work: Path, jobs: int, dry: bool) -> Queue:
     """So many jobs of the embedded model."""
     words, small = ("cat", "dog", "rocket", "star"), SMALL if dry else {}
     many = [{"prompt": f"a {words[n % 4]} on red", "seed": n, **small} for n in range(jobs)]
@@ -163,10 +163,10 @@ def embedded(work: Path, gpus: int, jobs: int, dry: bool) -> Queue:
     return Queue(EMOJI, model, many, work, dry)
 
 
-def video(work: Path, gpus: int, jobs: int, dry: bool) -> Queue:
-    """Clips of Wan 1.3B: 8, or 4 for each GPU."""
-    small, clips = (SMALL, 4) if dry else ({"method": "pooled"}, max(8, 4 * gpus))
-    few = [{"prompt": "a cat", "seed": n, **small} for n in range(clips)]
+def video(work: Path, jobs: int, dry: bool) -> Queue:
+    """So many clips of Wan 1.3B."""
+    small = SMALL if dry else {"method": "pooled"}
+    few = [{"prompt": "a cat", "seed": n, **small} for n in range(jobs)]
     folder = work / "wan"
     model = saved_tiny_wan(folder) if dry else wan_folder(folder, torch.device("cuda", 0))
     if not dry:

@@ -115,7 +115,8 @@ class Place:
 class Run:
     """One generation: seconds of each step, and the model's output in the last of the first cycle.
 
-    A cycle has one step of each kind of its row.
+    A cycle has one step of each kind of its row. communicating, computing: shares of the last
+    cycle; what they leave of 1, the GPU has waited for the host.
     """
 
     kinds: tuple[str, ...]
@@ -124,6 +125,7 @@ class Run:
     kept: float | None = None
     implementations: list[str] = field(default_factory=list)
     communicating: float | None = None
+    computing: float | None = None
     peak: int = 0
 
     def facts(self, rounds: int, scale: float) -> dict[str, Any]:
@@ -136,13 +138,14 @@ class Run:
             "kept": None if self.kept is None else round(self.kept, 4),
             "implementations": self.implementations,
             "communicating": self.communicating,
+            "computing": self.computing,
             "peak_gib": round(self.peak / 2**30, 2),
         }
 
 
 def generate(place: Place, pipe: Any, call: dict[str, Any], row: Row, cycles: int, of: int) -> Run:
-    """The first `cycles` of `of` cycles of steps; the last of them under the profiler, for
-    `communicating`."""
+    """The first `cycles` of `of` cycles of steps; the last of them under the profiler, for the
+    shares."""
     run, watch = Run(row.kinds() or ("dense",)), cycles == of
     stride, shown, last = len(run.kinds), [], time.perf_counter()
     activity = ProfilerActivity.CUDA if place.device.type == "cuda" else ProfilerActivity.CPU
@@ -177,20 +180,22 @@ def generate(place: Place, pipe: Any, call: dict[str, Any], row: Row, cycles: in
         raise RuntimeError("the latents are not finite")
     if watch:
         profiler.stop()
-        run.communicating = _communicating(profiler, sum(run.seconds[-stride:]))
+        run.communicating, run.computing = _shares(profiler, sum(run.seconds[-stride:]))
     if place.device.type == "cuda":
         run.peak = torch.cuda.max_memory_allocated(place.device)
     return run
 
 
-def _communicating(profiler: profile, seconds: float) -> float | None:
-    """Share of `seconds` in NCCL's kernels, in which a GPU also waits for the slower one; or in
-    gloo's calls. None where the profiler saw none."""
+def _shares(profiler: profile, seconds: float) -> tuple[float | None, float | None]:
+    """Shares of `seconds` in NCCL's kernels, in which a GPU also waits for the slower one, or in
+    gloo's calls, and in the GPU's other kernels. None where the profiler saw none."""
     events = profiler.events()
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name[:4] == "nccl"]
-    spent = [e for e in kernels if ":" not in e.name] or [e for e in events if "gloo:" in e.name]
-    total = sum(e.time_range.elapsed_us() for e in spent) / 1e6
-    return round(total / seconds, 4) if total else None
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name[:5] != "nccl:"]
+    nccl = [e for e in kernels if e.name[:4] == "nccl"]
+    others = [e for e in kernels if e.name[:4] != "nccl"]
+    spent = (nccl or [e for e in events if "gloo:" in e.name], others)
+    totals = [sum(e.time_range.elapsed_us() for e in of) / 1e6 for of in spent]
+    return tuple(round(total / seconds, 4) if total else None for total in totals)
 
 
 @contextmanager

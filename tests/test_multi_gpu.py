@@ -25,7 +25,7 @@ DONE = {"alone": FACTS, "together": FACTS, "error": 0.0, "bound": 1e-7, "equal":
 
 
 def rehearse(out: Path, *more: str) -> dict:
-    command = [sys.executable, multi_gpu.__file__, "--dry-run", "--rounds", "1"]
+    command = [sys.executable, multi_gpu.__file__, "--dry-run", "--rounds", "1", "--clips", "4"]
     subprocess.run([*command, "--out", str(out), *more], check=True, timeout=900)
     return json.loads(out.read_text())
 

@@ -279,8 +279,8 @@ def _load_for_rank(settings: Settings) -> tuple[Any, loading.Defaults]:
 
 
 def _threads(devices: list[str]) -> int:
-    """CPU workers share the cores; otherwise PyTorch decides."""
-    if len(devices) < 2 or devices[0].startswith("cuda"):
+    """Several workers share the cores, whatever they compute on; one takes PyTorch's choice."""
+    if len(devices) < 2:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (cores or 1) // len(devices))

@@ -12,7 +12,7 @@ import time
 import pytest
 from tiny import saved_tiny_wan
 
-from dit_accel.batch import Settings, run
+from dit_accel.batch import Settings, campaign, run
 from dit_accel.batch import owner as owners
 from dit_accel.batch.manifest import Manifest
 
@@ -117,3 +117,11 @@ def test_the_command_refuses_bad_lines_at_once(tmp_path):
     assert ended.returncode == 2
     assert "line 2: unknown key 'step': did you mean 'steps'?" in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_workers_share_the_cores(device):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert campaign._threads([device]) == 0
+    assert campaign._threads([device] * 2) == max(1, cores // 2)
+    assert campaign._threads([device] * 1000) == 1

@@ -13,6 +13,7 @@ from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import reference as table_reference
 from dit_accel.kernels.block_table import triton as tables
+from dit_accel.kernels.block_table.means import block_means
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
@@ -41,15 +42,21 @@ def check_forward(
     return {"relative_error": errors}
 
 
-def check_backward(r: Run, n: int, d: int, block: int) -> dict[str, Any]:
+def check_backward(r: Run, n: int, d: int, block: int, op: str) -> dict[str, Any]:
+    forward, backward, ref = {
+        "sparse": (
+            sparse.block_sparse_attention, sparse.backward, reference.block_sparse_attention
+        ),
+        "pooled": (pooled.pooled_attention, pooled.backward, pooled_reference.pooled_attention),
+    }[op]  # fmt: skip
     q, k, v, grad = (r.tokens(1, 2, n, d) for _ in range(4))
     table = random_table(r, q, n, block, block, 0.5)
-    out, lse = sparse.block_sparse_attention(q, k, v, table, return_lse=True)
-    grads = sparse.backward(grad, None, q, k, v, out, lse, table)
+    out, lse = forward(q, k, v, table, return_lse=True)
+    grads = backward(grad, None, q, k, v, out, lse, table)
     expected = []
     for dtype in (WIDER[q.dtype], q.dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        result = reference.block_sparse_attention(*leaves, table, dtype=dtype)
+        result = ref(*leaves, table, dtype=dtype)
         expected.append(torch.autograd.grad(result, leaves, grad.to(dtype)))
     for name, *tensors in zip(("dq", "dk", "dv"), grads, *expected, strict=True):
         assert_close(name, *tensors)
@@ -61,7 +68,7 @@ def check_table(r: Run, n: int, d: int, keep: float) -> dict[str, Any]:
     q, k = r.tokens(1, 2, n, d), r.tokens(1, 2, n, d)
     ours, naive = tables.block_table(q, k, keep), table_reference.block_table(q, k, keep)
     assert torch.equal(ours.counts, naive.counts)
-    scores = tables.block_means(q, 64)[0] @ tables.block_means(k, 64)[0].mT
+    scores = block_means(q, 64)[0] @ block_means(k, 64)[0].mT
     sums = [(t.to_mask() * scores).sum(-1) for t in (ours, naive)]
     torch.testing.assert_close(*sums, atol=1e-4, rtol=1e-4)
     return {"rows_that_differ": (ours.to_mask() != naive.to_mask()).any(-1).sum().item()}
@@ -122,8 +129,9 @@ def checks(r: Run) -> Plan:
             plan.append((name, lambda a=(n_q, n_k, *kind): check_forward(r, *a)))
     few = 70 if r.dry else 1000
     for d_, block, _ in [kind for kind in kinds if kind[2] == kind[1]]:
-        name = f"check backward d{d_} block {block}"
-        plan.append((name, lambda a=(few, d_, block): check_backward(r, *a)))
+        for op in ("sparse", "pooled"):
+            name = f"check backward d{d_} block {block} {op}"
+            plan.append((name, lambda a=(few, d_, block, op): check_backward(r, *a)))
     for d_ in sorted({kind[0] for kind in kinds}):
         blocks = sorted({kind[1] for kind in kinds if kind[0] == d_})
         for block_q, mode in product(blocks, ("all", "rest", "marginal")):

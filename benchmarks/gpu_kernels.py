@@ -6,8 +6,8 @@ r"""One run on a lent GPU: correctness in bfloat16, times against dense attentio
 First --workers processes share all cases: they check, and compile what will be timed. Then the
 times are taken, alone on the GPU. Each case is written as it ends, with its error if it failed; no
 case starts after --budget seconds. A time is the median in milliseconds, and counts only beside the
-check of the same kernel. --pairs has Hopper's kernel put two key blocks of 64 into a tile, in all
-operators. Memory errors and races, on a few shapes:
+check of the same kernel. --single: Hopper's kernel takes key blocks of 64 one by one, not in pairs.
+Memory errors and races, on a few shapes:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --target-processes all --tool memcheck \
         python benchmarks/gpu_kernels.py --out /tmp/x.json --part checks --workers 1 --match 63x65
@@ -30,14 +30,21 @@ from gpu_checks import checks
 from gpu_run import SHAPES, Plan, Run, random_table, shared
 from gpu_sweeps import coefficient_times, sweep, sweep_backward
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from dit_accel import dispatch
 from dit_accel import ops as public
 from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import triton as tables
-from dit_accel.kernels.block_table.means import pooled_blocks
+from dit_accel.kernels.block_table.means import (
+    block_means,
+    kept_bits,
+    pooled_blocks,
+    query_key_means,
+)
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import states
@@ -59,33 +66,43 @@ def roofs(r: Run) -> dict[str, Any]:
     }
 
 
-def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
-    """Parts, then whole operators (the table in them), launched one by one and as a CUDA graph."""
-    q, k, v = (r.tokens(*shape) for _ in range(3))
-    weight = torch.randn(shape[3], shape[3], device=r.device) / shape[3] ** 0.5
-    table = tables.block_table(q, k, keep, block_q, 64)
-    kept = 4e-9 * q.shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
-    ops: dict[str, Callable[..., Tensor]] = {
+def operators(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[..., Tensor]]:
+    """Operators of a table and, some of them, of the means that its maker returns."""
+    weight = torch.randn(q.shape[3], q.shape[3], device=q.device) / q.shape[3] ** 0.5
+    return {
         "sparse": lambda t: sparse.block_sparse_attention(q, k, v, t),
         "pooled": lambda t, m=None: pooled.pooled_attention(q, k, v, t, k_mean=m and m.k),
         "rectified": lambda t, m=None: rectified.rectified_attention(q, k, v, t, means=m),
         "sla": lambda t: linear.sparse_linear_attention(q, k, v, t, weight),
         "sla rest": lambda t: linear.sparse_linear_attention(q, k, v, t, weight, excluded=t),
     }
+
+
+def whole_operators(
+    q: Tensor, k: Tensor, v: Tensor, keep: float, block_q: int
+) -> dict[str, Callable[[], Tensor]]:
+    """The same with the table in them."""
     means = {"pooled": {"return_means": True}}
     means["rectified"] = means["pooled"] | {"spreads": True}
 
-    def make(name: str = "") -> tuple:
+    def call(name: str, op: Callable[..., Tensor]) -> Tensor:
         made = tables.block_table(q, k, keep, block_q, 64, **means.get(name, {}))
-        return made if name in means else (made,)
+        return op(*made) if name in means else op(made)
 
-    def call(name: str) -> Callable[[], Tensor]:
-        return lambda: ops[name](*make(name))
+    return {name: partial(call, name, op) for name, op in operators(q, k, v).items()}
 
-    ms = {"table": r.ms(make)} | {name: r.ms(lambda op=op: op(table)) for name, op in ops.items()}
-    extra = {name: r.peak(call(name)) for name in ops}
-    whole = {name: r.ms(call(name)) for name in ops}
-    graph = {name: r.graph_ms(call(name)) for name in ops}
+
+def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """Parts, then whole operators (the table in them), launched one by one and as a CUDA graph."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    table = tables.block_table(q, k, keep, block_q, 64)
+    kept = 4e-9 * q.shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
+    ops, all_of_it = operators(q, k, v), whole_operators(q, k, v, keep, block_q)
+    ms = {"table": r.ms(lambda: tables.block_table(q, k, keep, block_q, 64))}
+    ms |= {name: r.ms(lambda op=op: op(table)) for name, op in ops.items()}
+    extra = {name: r.peak(call) for name, call in all_of_it.items()}
+    whole = {name: r.ms(call) for name, call in all_of_it.items()}
+    graph = {name: r.graph_ms(call) for name, call in all_of_it.items()}
     return {"ms": ms, "whole_ms": whole, "whole_graph_ms": graph,
             "kept_tflops": kept / ms["sparse"], "peak_bytes": extra,
             "inputs_bytes": 3 * q.numel() * q.element_size()}  # fmt: skip
@@ -148,20 +165,42 @@ def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict
     options = {"return_means": True, "spreads": True}
     table, means = tables.block_table(q, k, keep, block_q, 64, **options)
     ms = {
-        "mean q": r.ms(lambda: tables.block_means(q, block_q)),
-        "mean k": r.ms(lambda: tables.block_means(k, 64)),
-        "mean q, spread": r.ms(lambda: tables.block_means(q, block_q, spread=True)),
+        "mean q": r.ms(lambda: block_means(q, block_q)),
+        "mean k": r.ms(lambda: block_means(k, 64)),
+        "means q, k": r.ms(lambda: query_key_means(q, k, block_q, 64)),
+        "means q, k, spread": r.ms(lambda: query_key_means(q, k, block_q, 64, spread=True)),
         "means k, v": r.ms(lambda: pooled_blocks(k, v, 64)),
         "means v": r.ms(lambda: pooled_blocks(k, v, 64, known=means.k)),
         "coefficients": r.ms(lambda: rectified.coefficients(q, k, v, table)),
         "coefficients, means known": r.ms(
             lambda: rectified.coefficients(q, k, v, table, means=means)
         ),
-        "kept map": r.ms(lambda: tables.kept_map(table, 64)),
+        "kept bits": r.ms(lambda: kept_bits(table)),
         "transpose": r.ms(lambda: tables.transpose_table(table)),
         "all": r.ms(lambda: tables.block_table(q, k, keep, block_q, 64)),
     }
+    memory = tables._SCORE_BYTES
+    for bits in (23, 24, 26, 27):
+        tables._SCORE_BYTES = 2**bits
+        ms[f"all, scores of {2**bits} bytes"] = r.ms(
+            lambda: tables.block_table(q, k, keep, block_q, 64)
+        )
+    tables._SCORE_BYTES = memory
     return {"ms": ms}
+
+
+def kernel_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
+    """Microseconds of each kernel of a whole operator, from the profiler's record of ten calls."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    found: dict[str, Any] = {}
+    for name, fn in whole_operators(q, k, v, keep, block_q).items():
+        fn()
+        with profile(activities=[ProfilerActivity.CPU if r.dry else ProfilerActivity.CUDA]) as p:
+            for _ in range(1 if r.dry else 10):
+                fn()
+        kernels = [e for e in p.key_averages() if e.device_type == DeviceType.CUDA]
+        found[name] = {e.key[:60]: round(e.device_time_total / 10, 1) for e in kernels}
+    return {"us": found}
 
 
 def linear_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
@@ -255,6 +294,7 @@ def timings(r: Run) -> Plan:
             label = f"{name} keep 0.05 block_q {block_q}"
             plan.append((f"times {label}", lambda a=(shape, 0.05, block_q): times(r, *a)))
             plan.append((f"map {label}", lambda a=(shape, 0.05, block_q): map_times(r, *a)))
+            plan.append((f"kernels {label}", lambda a=(shape, 0.05, block_q): kernel_times(r, *a)))
             plan.append((f"linear {label}", lambda a=(shape, 0.05, block_q): linear_times(r, *a)))
             fn = gradient_times
             plan.append((f"gradients {label}", lambda f=fn, a=(shape, 0.05, block_q): f(r, *a)))
@@ -274,12 +314,9 @@ def timings(r: Run) -> Plan:
     return plan
 
 
-def in_pairs() -> None:
-    """The launch table with key blocks of 64 in pairs, for this process."""
-    launch.LAUNCHES = tuple(
-        replace(row, pairs=True) if row.op == "forward" and row.specialized else row
-        for row in launch.LAUNCHES
-    )
+def one_by_one() -> None:
+    """The launch table with key blocks of 64 one by one, for this process."""
+    launch.LAUNCHES = tuple(replace(row, pairs=False) for row in launch.LAUNCHES)
     launch.find.cache_clear()
 
 
@@ -290,13 +327,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=12, help="processes that check and compile")
     parser.add_argument("--part", choices=["all", "checks", "times"], default="all")
     parser.add_argument("--match", default="", help="only cases with this pattern in their name")
-    parser.add_argument("--pairs", action="store_true", help="key blocks of 64 in pairs")
+    parser.add_argument("--single", action="store_true", help="key blocks of 64 one by one")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, in the interpreter")
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.pairs:
-        in_pairs()
+    if options.single:
+        one_by_one()
     r = Run(options.out, options.budget, options.dry_run, once=options.shard is not None)
     if options.shard:
         part, parts = map(int, options.shard.split("/"))

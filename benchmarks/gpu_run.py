@@ -113,7 +113,7 @@ def shared(script: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     command = [sys.executable, script, *(["--dry-run"] if options.dry_run else [])]
     for name in ("part", "match"):
         command += [f"--{name}", getattr(options, name)] if getattr(options, name, None) else []
-    command += ["--pairs"] if getattr(options, "pairs", False) else []
+    command += ["--single"] if getattr(options, "single", False) else []
     children = [
         subprocess.Popen([*command, "--out", str(path), "--shard", f"{i}/{options.workers}"])
         for i, path in enumerate(paths)

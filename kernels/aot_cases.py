@@ -66,7 +66,7 @@ def forward_case(
     x, kept = tokens(head_dim, dtype), table(launch.block, block_k)
     rows = kept.query_blocks
     means = empty(batch, heads, 640, head_dim, dtype=dtype)
-    pool = (means, means, empty(batch, heads, rows, 640, dtype=torch.uint8))
+    pool = (means, means, empty(batch, heads, rows, 20, dtype=torch.int32))
     rectify = (empty(batch, heads, rows), empty(batch, heads, rows, head_dim))
     lse = empty(batch, heads, n) if extra != "linear" else None
     call = (
@@ -89,7 +89,7 @@ def dq_case(
     lse = empty(*_SHAPE)
     tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
     means = empty(*_SHAPE[:2], 640, head_dim, dtype=dtype)
-    pool = (means, means, empty(*_SHAPE[:2], kept.query_blocks, 640, dtype=torch.uint8))
+    pool = (means, means, empty(*_SHAPE[:2], kept.query_blocks, 20, dtype=torch.int32))
     pool = pool if extra == "pool" else None
     _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x, pool)
     return backward._block_sparse_attention_bwd_dq_kernel, arguments
@@ -112,7 +112,7 @@ def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     means, sums = empty(1, 12, 640, head_dim, dtype=dtype), empty(1, 1, 12, 640, head_dim)
     return pooled._pooled_attention_bwd_dkdv_kernel, {
         "q": x, "do": x, "pool_k": means, "pool_v": means, "lse": lse, "delta": lse, "kv_len": None,
-        "kept": empty(1, 12, 512, 640, dtype=torch.uint8), "dk": sums, "dv": sums,
+        "bits": empty(1, 12, 512, 20, dtype=torch.int32), "dk": sums, "dv": sums,
         "s_q": x.stride(),
         "s_do": x.stride(), "n_q": _SHAPE[2], "n_k": _SHAPE[2], "n_pool": 640, "m_q": 512,
         "m_part": 256,
@@ -124,17 +124,20 @@ def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
 def means_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """The block mean kernel, with deviations; extra "pool": that of keys and values together."""
+    """The kernel of the block means of q and k, with deviations; extra "pool": that of keys and
+    values."""
     x, width = tokens(head_dim, dtype), 1 << (head_dim - 1).bit_length()
-    common = {"kv_len": None, "n": _SHAPE[2], "d": head_dim, "BLOCK": launch.block}
-    common |= {"BLOCK_D": width}
+    common = {"kv_len": None, "n": _SHAPE[2], "d": head_dim, "BLOCK_D": width}
     blocks = (*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
     mean, half = empty(*blocks), empty(*blocks, dtype=dtype)
     if not extra:
-        arguments = {"x": x, "mean": mean, "far": half, "s_x": x.stride()}
-        return means_kernels._block_mean_fwd_kernel, arguments | common
+        arguments = {"q": x, "k": x, "q_mean": mean, "k_mean": mean, "q_far": half, "k_far": half}
+        arguments |= {"s_q": x.stride(), "s_k": x.stride(), "n_q": _SHAPE[2], "m_q": blocks[2]}
+        arguments |= {"m_k": blocks[2], "BLOCK_Q": launch.block, "BLOCK_K": 64}
+        return means_kernels._block_mean_pair_fwd_kernel, arguments | common
     arguments = {"k": x, "v": x, "known": None, "k_mean": half, "k_rest": half, "k_far": half}
     arguments |= {"v_mean": half, "s_k": x.stride(), "s_v": x.stride(), "m_known": 512}
+    arguments["BLOCK"] = launch.block
     return means_kernels._block_pool_fwd_kernel, arguments | common
 
 
@@ -167,12 +170,12 @@ def coefficients_case(
     launch: Launch, head_dim: int, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel of r and C, with GAPR."""
-    mean, kept = empty(*_SHAPE[:2], 512, head_dim), empty(*_SHAPE[:2], 512, 512, dtype=torch.uint8)
+    mean, bits = empty(*_SHAPE[:2], 512, head_dim), empty(*_SHAPE[:2], 512, 16, dtype=torch.int32)
     half = mean.to(dtype)
     return rectified._rectified_attention_coefficients_fwd_kernel, {
         "q": mean, "q_far": half, "k": half, "k_rest": half, "k_far": half, "v": half,
-        "kept": kept, "kv_len": None, "ratio": mean, "shift": mean, "n_k": _SHAPE[2], "m_q": 512,
-        "m_k": 512, "m_pad": 512, "d": head_dim, "scale": 0.1, "BLOCK_K": 64,
+        "bits": bits, "kv_len": None, "ratio": mean, "shift": mean, "n_k": _SHAPE[2], "m_q": 512,
+        "m_k": 512, "d": head_dim, "scale": 0.1, "BLOCK_K": 64,
         "TILE_Q": rectified.TILE_Q, "TILE_K": launch.tile,
         "D": 1 << (head_dim - 1).bit_length(), "STAGES": launch.stages,
         "PRECISION": launch.precision,

@@ -85,11 +85,18 @@ def whole_blocks(p_idx, n_kept, n_valid, BLOCK: tl.constexpr, PADDED: tl.constex
 
 
 @triton.jit
-def pool_bias(p_kept, o_m, n_valid, BLOCK: tl.constexpr):
+def bit_row(bits, i_row, m_k):
+    """Where the words of a row of `kept_bits` of m_k blocks begin."""
+    return bits + i_row * (tl.cdiv(m_k, 128) * 4)
+
+
+@triton.jit
+def pool_bias(p_bits, o_m, n_valid, BLOCK: tl.constexpr):
     """log2 of the valid tokens of blocks `o_m`; -inf for kept blocks and those without a token."""
     b_size = (n_valid - o_m * BLOCK).to(tl.float32)
     b_bias = tl.log2(tl.clamp(b_size, 1.0, BLOCK))
-    return tl.where((tl.load(p_kept + o_m) == 0) & (b_size > 0), b_bias, -float("inf"))
+    b_kept = (tl.load(p_bits + o_m // 32) >> (o_m % 32)) & 1
+    return tl.where((b_kept == 0) & (b_size > 0), b_bias, -float("inf"))
 
 
 def key_limits(k: Tensor, kv_len: int | Tensor | None) -> dict[str, Any]:

@@ -30,6 +30,9 @@ class Value(torch.Tensor):
     def type(self) -> Layout:
         return Layout()
 
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Value:
+        return self.view(dtype) if bitcast else super().to(dtype)
+
 
 class Layout:
     """Any layout; also the parent of one."""
@@ -258,7 +261,7 @@ def _language() -> types.SimpleNamespace:
         convert_layout=lambda x, _: x, cdiv=lambda a, b: -(-a // b),
         zeros=lambda shape, dtype, _: value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, x, dtype, _: value(torch.full(shape, x, dtype=dtype)),
-        arange=lambda first, last, layout: value(torch.arange(first, last)),
+        arange=lambda first, last, layout: value(torch.arange(first, last, dtype=torch.int32)),
         where=lambda c, a, b: torch.where(value(c), value(a), value(b)),
         maximum=lambda a, b: torch.maximum(*torch.broadcast_tensors(value(a), value(b))),
         minimum=lambda a, b: torch.minimum(*torch.broadcast_tensors(value(a), value(b))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from math import log2
 from typing import Any, NamedTuple
 
 import torch
@@ -108,15 +109,16 @@ def forward(
     n_valid = k.shape[2] if kv_len is None else min(kv_len, k.shape[2])
     # half as many programs' registers, the pooled loop and the epilogue leave none for more
     narrow = table.block_q == 64 or pool or rectify or linear
-    tile = min(launch.tile, table.block_k, 64 if narrow else 128)
+    rows = tile = min(launch.tile, table.block_k, 64 if narrow else 128)
     # a state takes the place of a tile of values: as many rows as columns, or two tiles
-    paired = launch.pairs and table.block_q == 128 and (linear is None or d == 128)
-    rows, tile = tile, 128 if paired else tile
+    if launch.pairs and 64 == table.block_k < table.block_q and (linear is None or d == 128):
+        tile = 128
     stages = launch.stages * launch.tile // tile
     indices, width = table_rows(table)
     counts = valid_counts(table, n_valid)
-    pool_k, pool_v, kept = pool or (None, None, None)
-    pool_tiles = block_count(block_count(n_valid, table.block_k), tile)
+    pool_k, pool_v, bits = pool or (None, None, None)
+    live = block_count(n_valid, table.block_k)
+    pool_tiles = block_count(live, tile)
     ratio, shift = rectify or (None, None)
     total, bias, eps, phi = (None, None, None, 0)
     if linear is not None:
@@ -132,11 +134,13 @@ def forward(
         "d_v": descriptor(v, n_valid, rows, 64), "d_o": descriptor(out, n_q, 64),
         "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], rows, 64),
         "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], rows, 64),
-        "lse": lse, "kept": kept, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
+        "lse": lse, "bits": bits, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
         "indices": indices, "counts": counts, "n_q": n_q, "n_valid": n_valid,
         "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": n_rows,
-        "n_pool": 0 if kept is None else kept.shape[-1],
-        "n_pool_tiles": pool_tiles, "scale": log2_scale(scale, q), "eps": eps,
+        "n_pool": live, "n_pool_tiles": pool_tiles,
+        "n_words": 0 if bits is None else bits.shape[-1],
+        "last": log2((n_valid - (live - 1) * table.block_k) / table.block_k),
+        "scale": log2_scale(scale, q), "eps": eps,
         "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile,
         "ROWS": rows, "D": d, "STAGES": stages, "PHI": phi,
     }  # fmt: skip

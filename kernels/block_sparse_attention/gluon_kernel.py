@@ -40,6 +40,7 @@ from dit_accel.kernels.block_sparse_attention.gluon_parts import (
     place,
     tiles,
     whole,
+    words,
 )
 
 
@@ -51,7 +52,7 @@ def _produce(
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
-    n_pool, n_pool_tiles, scale = sizes
+    n_pool, n_pool_tiles, n_words, last, scale = sizes
     PARTS: gl.constexpr = q_s.shape[0]
     D: gl.constexpr = q_s.shape[2]
     ROWS: gl.constexpr = k_s.shape[1]
@@ -116,14 +117,30 @@ def _produce(
 
 
 @gluon.jit
+def _pooled(b_s, o_k, bits, n_left, last):
+    """Logits of n_left block means: -inf where a block's bit is set, `last` more for the last."""
+    b_w = gl.where(o_k < 32, bits[0], bits[1])
+    if len(bits) == 4:
+        b_w = gl.where(o_k < 64, b_w, gl.where(o_k < 96, bits[2], bits[3]))
+    # a bit as the sign of its word, then as 0 or -inf: in this form a thread shifts a word twice by
+    # what it does not know, and then by constants
+    b_w = (b_w << (7 - o_k % 8)) << (24 - o_k // 8 % 4 * 8)
+    b_w = (b_w >> 31) & -8388608
+    b_s += b_w.to(gl.float32, bitcast=True)[None, :]
+    if n_left <= o_k.shape[0]:
+        b_s += gl.where(o_k == n_left - 1, last, 0.0)[None, :]
+    return b_s
+
+
+@gluon.jit
 def _step(
-    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, b_bias, more, ring, scale
+    g, b_q, b_p, b_o, b_m, b_l, o_k, n_keys, pool, more, ring, scale
 ):  # fmt: skip
     """q·kᵀ of tile g beside p·v of the tile before, the softmax of the former under the latter.
 
-    Only n_keys keys count, unless that is None; b_bias is added to the logits in log2 units, unless
-    it is None. Slot g has landed; if there are more, the next one has at the end. Returns p, the
-    factor of the old sum, m, l, and o.
+    Only n_keys keys count, unless that is None. If pool is not None they are block means, with what
+    _pooled takes and log2 of a block's tokens. Slot g has landed; if there are more, the next one
+    has at the end. Returns p, the factor of the old sum, m, l, and o.
     """
     k_s, v_s, full, empty = ring
     STAGES: gl.constexpr = k_s.shape[0]
@@ -138,12 +155,15 @@ def _step(
     b_s = warpgroup_mma_wait(1, (s_token,)) * scale
     if n_keys is not None:
         b_s = gl.where(o_k[None, :] < n_keys, b_s, -float("inf"))
-    if b_bias is not None:
-        b_s += b_bias[None, :]
-    b_new = gl.maximum(b_m, gl.max(b_s, 1))
+    if pool is not None:
+        b_s = _pooled(b_s, o_k, pool[0], pool[1], pool[2])
+        # what the logits of all means lack is taken from the reference instead
+        b_new = gl.maximum(b_m, gl.max(b_s, 1) + pool[3])
+    else:
+        b_new = gl.maximum(b_m, gl.max(b_s, 1))
     # a row that has seen only masked keys keeps a maximum of -inf, and -inf - -inf is NaN
     b_ref = gl.where(b_new == -float("inf"), 0.0, b_new)
-    b_w = gl.exp2(b_s - b_ref[:, None])
+    b_w = gl.exp2(b_s - (b_ref if pool is None else b_ref - pool[3])[:, None])
     b_a = gl.exp2(b_m - b_ref)
     b_l = b_l * b_a + gl.sum(b_w, 1)
     b_p = gl.convert_layout(b_w.to(k_s.dtype), b_p.type.layout)
@@ -204,18 +224,19 @@ def _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    PART: gl.constexpr, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+    PART: gl.constexpr, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
     BLOCK_K: gl.constexpr, ROWS: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
     indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
-    n_pool, n_pool_tiles, scale = sizes
+    n_pool, n_pool_tiles, n_words, last, scale = sizes
     total, bias, eps = linear
     PARTS: gl.constexpr = q_s.shape[0]
     TILE: gl.constexpr = k_s.shape[1]
     D: gl.constexpr = k_s.shape[2]
     SPLIT: gl.constexpr = BLOCK_K // ROWS
+    FULL: gl.constexpr = 6.0 if BLOCK_K == 64 else 7.0
     MMA_S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     MMA_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA_S)
@@ -260,22 +281,22 @@ def _consume(
         # read early what the next step needs: the tiles of this row hide the latency
         i_next = gl.minimum(i_row + step, n_rows - 1)
         n_kept = gl.load(counts + i_next)
+        if bits is not None:
+            p_bits = bits + gl.minimum(i_row, n_rows - 1).to(gl.int64) * n_words
+            w = words(p_bits, TILE)
         for _ in range(1, n_tiles):
             b_p, b_a, b_m, b_l, b_o = _step(
                 g, b_q, b_p, b_o, b_m, b_l, o_k, None, None, True, ring, scale
             )
             b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
             g += 1
-        if kept is not None:
+        if bits is not None:
             for i in range(gl.where(live, n_pool_tiles, 0)):
-                o_m = i * TILE + o_k
-                n_size = n_valid - o_m * BLOCK_K
-                b_size = gl.minimum(gl.maximum(n_size.to(gl.float32), 1.0), BLOCK_K)
-                p_kept = kept + i_row.to(gl.int64) * n_pool + o_m
-                b_kept = gl.load(p_kept, mask=o_m < n_pool, other=1)
-                b_bias = gl.where((b_kept == 0) & (n_size > 0), gl.log2(b_size), -float("inf"))
+                pool = (w, n_pool - i * TILE, last, FULL)
+                # the words of the next tile are on their way during this one
+                w = words(p_bits + gl.minimum(i + 1, n_pool_tiles - 1) * (TILE // 32), TILE)
                 b_p, b_a, b_m, b_l, b_o = _step(
-                    g, b_q, b_p, b_o, b_m, b_l, o_k, None, b_bias, True, ring, scale
+                    g, b_q, b_p, b_o, b_m, b_l, o_k, None, pool, True, ring, scale
                 )
                 b_o = b_o * gl.convert_layout(b_a, ROW_O)[:, None]
                 g += 1
@@ -290,12 +311,14 @@ def _consume(
 
 
 _SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_pool_tiles"]
+_SIZES += ["n_words", "last"]
 
 
 @gluon.jit(do_not_specialize=_SIZES)
 def _block_sparse_attention_hopper_fwd_kernel(
-    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, kept, ratio, shift, total, bias, indices, counts,
-    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, scale, eps,
+    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, bits, ratio, shift, total, bias, indices, counts,
+    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, n_words, last,
+    scale, eps,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
@@ -324,20 +347,20 @@ def _block_sparse_attention_hopper_fwd_kernel(
     k_s, v_s = whole(k_s, TILE, D, SHARED), whole(v_s, TILE, D, SHARED)
     memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
-    sizes = (n_pool, n_pool_tiles, scale)
+    sizes = (n_pool, n_pool_tiles, n_words, last, scale)
     linear = (total, bias, eps)
     if PARTS == 2:
         gl.warp_specialize([
-            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+            (_consume, (0, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
                         BLOCK_K, ROWS, PHI)),
-            (_consume, (1, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+            (_consume, (1, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
                         BLOCK_K, ROWS, PHI)),
             (_produce, (d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
                         LINEAR)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, d_o, o_s, lse, kept, ratio, shift, linear, memory, table, sizes,
+            (_consume, (0, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
                         BLOCK_K, ROWS, PHI)),
             (_produce, (d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
                         LINEAR)),

@@ -33,6 +33,15 @@ def tiles(n_left, n_kept, ROWS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.co
 
 
 @gluon.jit
+def words(p_bits, TILE: gl.constexpr):
+    """The bits of a tile of blocks, 32 a word."""
+    w = (gl.load(p_bits), gl.load(p_bits + 1))
+    if TILE == 128:
+        w = (w[0], w[1], gl.load(p_bits + 2), gl.load(p_bits + 3))
+    return w
+
+
+@gluon.jit
 def group(p_idx, j, n_groups, n_valid, BLOCK_K: gl.constexpr, ROWS: gl.constexpr):
     """Where the keys of group j of a row begin; beyond all keys where there is none."""
     SPLIT: gl.constexpr = BLOCK_K // ROWS

@@ -28,6 +28,7 @@ from dit_accel.kernels.launch import (
 )
 from dit_accel.kernels.tiles import (
     absorb,
+    bit_row,
     key_limits,
     load_tile,
     log2_scale,
@@ -55,7 +56,7 @@ def _store_tile(p_o, b_o, p_c, o_q, n_q):
 def _block_sparse_attention_fwd_kernel(
     q, k, v, desc_k, desc_v, o, lse, indices, counts, kv_len,
     s_q, s_k, s_v, s_o, n_q, n_k, width, scale,
-    pool_k, pool_v, kept, n_pool, ratio, shift,
+    pool_k, pool_v, bits, n_pool, ratio, shift,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr,
     PADDED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,12 +117,13 @@ def _block_sparse_attention_fwd_kernel(
 
     if pool_k is not None:
         x_p, x_pv = pool_k + i_bh * n_pool * D, pool_v + i_bh * n_pool * D
+        p_bits = bit_row(bits, i_row, n_pool)
         p_k = tile_pointers(x_p, D, 1, TILE_K, D0, 0)
         p_k1 = tile_pointers(x_p, D, 1, TILE_K, D1, D0)
         p_v = tile_pointers(x_pv, D, 1, TILE_K, D0, 0)
         p_v1 = tile_pointers(x_pv, D, 1, TILE_K, D1, D0)
         for i in tl.range(0, tl.cdiv(n_valid, TILE_K * BLOCK_K), num_stages=STAGES):
-            b_bias = pool_bias(kept + i_row * n_pool, i * TILE_K + o_k, n_valid, BLOCK_K)
+            b_bias = pool_bias(p_bits, i * TILE_K + o_k, n_valid, BLOCK_K)
             b_k = load_tile(p_k, i * TILE_K * D, o_k, n_k, False)
             b_v = load_tile(p_v, i * TILE_K * D, o_k, n_k, False)
             b_k1 = load_tile(p_k1, i * TILE_K * D, o_k, n_k, False)
@@ -214,15 +216,15 @@ def forward(
     """Grid, arguments and launch of the forward kernel.
 
     Args:
-        pool: k̄ and v̄ [B, H, Mp, D] and the kept map [B, H, Mq, Mp] uint8, Mp a multiple of 128:
-            skipped blocks join the softmax as one key each.
+        pool: k̄ and v̄ [B, H, Mp, D], Mp key blocks rounded up to whole tiles, and `kept_bits` of
+            the table: skipped blocks join the softmax as one key each.
         rectify: r [B, H, Mq] and C [B, H, Mq, D], float32: the result becomes r·O + C.
     """
     limits = key_limits(k, kv_len)
     d0, d1 = split_head_dim(q.shape[-1])
     tile = min(launch.tile, table.block_k)
     descriptors = _descriptors(k, v, tile) if launch.descriptors and d1 == 0 else (None, None)
-    pool_k, pool_v, kept = pool or (None, None, None)
+    pool_k, pool_v, bits = pool or (None, None, None)
     ratio, shift = rectify or (None, None)
     indices, width = table_rows(table)
     arguments = {
@@ -231,8 +233,8 @@ def forward(
         "indices": indices, "counts": table.counts.contiguous(), **limits,
         "s_q": q.stride(), "s_k": k.stride(), "s_v": v.stride(), "s_o": out.stride(),
         "n_q": q.shape[2], "width": width, "scale": log2_scale(scale, q),
-        "pool_k": pool_k, "pool_v": pool_v, "kept": kept,
-        "n_pool": 0 if kept is None else kept.shape[-1],
+        "pool_k": pool_k, "pool_v": pool_v, "bits": bits,
+        "n_pool": 0 if pool_k is None else pool_k.shape[2],
         "ratio": ratio, "shift": shift, "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,
         "TILE_K": tile,
         "D0": d0, "D1": d1, "STAGES": launch.stages, "PRECISION": launch.precision,

@@ -19,6 +19,7 @@ from torch import Tensor
 from dit_accel.kernels.block_table.triton import transpose_table
 from dit_accel.kernels.launch import Launch, capability_of, find, run, split_head_dim
 from dit_accel.kernels.tiles import (
+    bit_row,
     key_limits,
     load_tile,
     log2_scale,
@@ -60,7 +61,7 @@ def _store(p_x, b_x, o_x, n):
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_pool", "width"])
 def _block_sparse_attention_bwd_dq_kernel(
     q, k, v, o, do, lse, dlse, delta, dq, indices, counts, kv_len,
-    pool_k, pool_v, kept, n_pool,
+    pool_k, pool_v, bits, n_pool,
     s_q, s_k, s_v, s_o, s_do, s_dq, n_q, n_k, width, scale2, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr,
@@ -133,12 +134,13 @@ def _block_sparse_attention_bwd_dq_kernel(
 
     if pool_k is not None:
         x_pk, x_pv = pool_k + i_bh * n_pool * (D0 + D1), pool_v + i_bh * n_pool * (D0 + D1)
+        p_bits = bit_row(bits, i_row, n_pool)
         p_k = tile_pointers(x_pk, D0 + D1, 1, TILE, D0, 0)
         p_k1 = tile_pointers(x_pk, D0 + D1, 1, TILE, D1, D0)
         p_v = tile_pointers(x_pv, D0 + D1, 1, TILE, D0, 0)
         p_v1 = tile_pointers(x_pv, D0 + D1, 1, TILE, D1, D0)
         for i in tl.range(0, tl.cdiv(n_valid, TILE * BLOCK_K), num_stages=STAGES):
-            b_bias = pool_bias(kept + i_row * n_pool, i * TILE + o_k, n_valid, BLOCK_K)
+            b_bias = pool_bias(p_bits, i * TILE + o_k, n_valid, BLOCK_K)
             b_k = load_tile(p_k, i * TILE * (D0 + D1), o_k, n_k, False)
             b_k1 = load_tile(p_k1, i * TILE * (D0 + D1), o_k, n_k, False)
             b_v = load_tile(p_v, i * TILE * (D0 + D1), o_k, n_k, False)
@@ -305,13 +307,13 @@ def dq_launch(
     pool: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
     """Grid, arguments and launch of the dq kernel, which also writes δ; pool as in the forward."""
-    pool_k, pool_v, kept = pool or (None, None, None)
+    pool_k, pool_v, bits = pool or (None, None, None)
     arguments = {
         **_common(tensors, table, scale, kv_len, launch, min(launch.tile, table.block_k)),
         "o": out, "dlse": None if grad_lse is None else grad_lse.contiguous(), "dq": dq,
         "indices": table.indices.contiguous(), "counts": table.counts.contiguous(),
         "s_o": out.stride(), "s_dq": dq.stride(), "pool_k": pool_k, "pool_v": pool_v,
-        "kept": kept, "n_pool": 0 if kept is None else kept.shape[-1],
+        "bits": bits, "n_pool": 0 if pool_k is None else pool_k.shape[2],
         "width": table.indices.shape[-1],
     }  # fmt: skip
     return (table.query_blocks, *_heads(dq)), arguments, launch

@@ -1,4 +1,4 @@
-"""Block means on CUDA, in Triton, and the map of a table.
+"""Block means on CUDA, in Triton, and a table as bytes or bits for each block.
 
 A mean is over the valid tokens of its block, in float32, and zero for a block without one.
 """
@@ -34,6 +34,17 @@ def _mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, BLOCK: tl.cons
     return b_mean
 
 
+@triton.jit
+def _store_mean(
+    x, mean, far, s_x, i_b, i_h, i_m, n_valid, m, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
+    o_d = tl.arange(0, BLOCK_D)
+    o_o = (i_bh * m + i_m) * d + o_d
+    b_mean = _mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, BLOCK, o_d)
+    tl.store(mean + o_o, b_mean, mask=o_d < d)
+
+
 @triton.jit(do_not_specialize=["n"])
 def _block_mean_fwd_kernel(
     x, mean, far, kv_len, s_x, n, d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
@@ -42,11 +53,24 @@ def _block_mean_fwd_kernel(
     n_valid = n
     if kv_len is not None:
         n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n)
-    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
-    o_d = tl.arange(0, BLOCK_D)
-    o_o = (i_bh * tl.num_programs(0) + i_m) * d + o_d
-    b_mean = _mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, BLOCK, o_d)
-    tl.store(mean + o_o, b_mean, mask=o_d < d)
+    m = tl.num_programs(0)
+    _store_mean(x, mean, far, s_x, i_b, i_h, i_m, n_valid, m, d, BLOCK, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["n_q", "n", "m_q", "m_k"])
+def _block_mean_pair_fwd_kernel(
+    q, k, q_mean, k_mean, q_far, k_far, kv_len, s_q, s_k, n_q, n, m_q, m_k, d,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if i_m < m_q:
+        _store_mean(q, q_mean, q_far, s_q, i_b, i_h, i_m, n_q, m_q, d, BLOCK_Q, BLOCK_D)
+    else:
+        n_valid = n
+        if kv_len is not None:
+            n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n)
+        i_m -= m_q
+        _store_mean(k, k_mean, k_far, s_k, i_b, i_h, i_m, n_valid, m_k, d, BLOCK_K, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["n", "m_known"])
@@ -89,6 +113,28 @@ def _kept_map_fwd_kernel(indices, counts, kept, width, m_pad, BLOCK: tl.constexp
         tl.store(p_kept + b_i, tl.full([BLOCK], 1, tl.uint8), mask=i + o_i < n_kept)
 
 
+@triton.jit(do_not_specialize=["width", "n_words", "live"])
+def _kept_bits_fwd_kernel(
+    indices, counts, bits, width, n_words, live, BLOCK: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    i_row = tl.program_id(0).to(tl.int64)
+    n_kept = tl.load(counts + i_row)
+    o_i = tl.arange(0, BLOCK)
+    for i_w in range(0, n_words, WORDS):
+        o_w = i_w + tl.arange(0, WORDS)
+        b_w = tl.zeros([WORDS], tl.int32)
+        for i in range(0, n_kept, BLOCK):
+            b_i = tl.load(indices + i_row * width + i + o_i, mask=i + o_i < n_kept, other=-1)
+            b_bit = tl.full([BLOCK], 1, tl.int32) << (b_i & 31)
+            # no block comes twice, so that a sum of bits is their union
+            b_here = ((b_i >> 5)[:, None] == o_w[None, :]) & (b_i < live)[:, None]
+            b_w += tl.sum(tl.where(b_here, b_bit[:, None], 0), 0)
+        n_live = live - 32 * o_w
+        b_beyond = tl.full([WORDS], -1, tl.int32) << tl.minimum(tl.maximum(n_live, 0), 31)
+        b_w |= tl.where(n_live < 32, b_beyond, 0)
+        tl.store(bits + i_row * n_words + o_w, b_w, mask=o_w < n_words)
+
+
 def block_means(
     x: Tensor, block: int, kv_len: int | Tensor | None = None, spread: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -104,6 +150,29 @@ def block_means(
     launch = find("means", capability_of(x), d, block)
     run(_block_mean_fwd_kernel, (mean.shape[2], heads, batch), arguments, launch)
     return mean, far
+
+
+def query_key_means(
+    q: Tensor,
+    k: Tensor,
+    block_q: int,
+    block_k: int,
+    kv_len: int | Tensor | None = None,
+    spread: bool = False,
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """`block_means` of q and of k, whose tokens end at kv_len, in one launch."""
+    (batch, heads, n_q, d), n_k = q.shape, k.shape[2]
+    m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
+    means = [q.new_empty((batch, heads, m, d), dtype=torch.float32) for m in (m_q, m_k)]
+    far = [torch.empty_like(x, dtype=q.dtype) if spread else None for x in means]
+    arguments = {
+        "q": q, "k": k, "q_mean": means[0], "k_mean": means[1], "q_far": far[0], "k_far": far[1],
+        **_tokens(n_k, kv_len), "s_q": q.stride(), "s_k": k.stride(), "n_q": n_q, "m_q": m_q,
+        "m_k": m_k, "d": d, "BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": padded(d),
+    }  # fmt: skip
+    launch = find("means", capability_of(q), d, max(block_q, block_k))
+    run(_block_mean_pair_fwd_kernel, (m_q + m_k, heads, batch), arguments, launch)
+    return (means[0], far[0]), (means[1], far[1])
 
 
 def pooled_blocks(
@@ -142,9 +211,9 @@ def _tokens(n: int, kv_len: int | Tensor | None) -> dict[str, Tensor | int | Non
     return {"kv_len": None, "n": n if kv_len is None else min(n, kv_len)}
 
 
-def kept_map(table: BlockTable, multiple: int = 1) -> Tensor:
-    """[B, H, Mq, M] uint8, 1 where the table keeps the block; M is Mk rounded up to `multiple`."""
-    m = -(-table.key_blocks // multiple) * multiple
+def kept_map(table: BlockTable) -> Tensor:
+    """[B, H, Mq, Mk] uint8, 1 where the table keeps the block."""
+    m = table.key_blocks
     kept = table.indices.new_empty((*table.counts.shape, m), dtype=torch.uint8)
     arguments = {
         "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), "kept": kept,
@@ -152,3 +221,19 @@ def kept_map(table: BlockTable, multiple: int = 1) -> Tensor:
     }  # fmt: skip
     run(_kept_map_fwd_kernel, (table.counts.numel(), 1, 1), arguments, ROW_LAUNCH)
     return kept
+
+
+def kept_bits(table: BlockTable, kv_len: int | Tensor | None = None) -> Tensor:
+    """[B, H, Mq, W] int32: bit m % 32 of word m // 32 is 1 where the table keeps block m, and
+    beyond the blocks of kv_len, unless that is a tensor. The words are those of whole 128 blocks.
+    """
+    live = block_count(_tokens(table.n_k, kv_len)["n"], table.block_k)
+    n_words = 4 * block_count(table.key_blocks, 128)
+    bits = table.indices.new_empty((*table.counts.shape, n_words), dtype=torch.int32)
+    arguments = {
+        "indices": table.indices.contiguous(), "counts": table.counts.contiguous(), "bits": bits,
+        "width": table.indices.shape[-1], "n_words": n_words, "live": live, "BLOCK": 32,
+        "WORDS": 64,
+    }  # fmt: skip
+    run(_kept_bits_fwd_kernel, (table.counts.numel(), 1, 1), arguments, ROW_LAUNCH)
+    return bits

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_table.means import ROW_LAUNCH, block_means, kept_map
+from dit_accel.kernels.block_table.means import ROW_LAUNCH, kept_map, query_key_means
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.tiles import log2_scale
 from dit_accel.table import BlockMeans, BlockTable, block_count, kept_blocks, table_width
@@ -215,8 +215,7 @@ def block_table(
     most = block_count(limit, block_k)
     width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
     spreads = spreads and return_means
-    q_mean, q_far = block_means(q, block_q, spread=spreads)
-    k_mean, k_far = block_means(k, block_k, kv_len, spread=spreads)
+    (q_mean, q_far), (k_mean, k_far) = query_key_means(q, k, block_q, block_k, kv_len, spreads)
     indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
     select = {

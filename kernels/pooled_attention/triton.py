@@ -21,10 +21,11 @@ from dit_accel.kernels.block_sparse_attention.triton_backward import (
     dq_launch,
     load_lse,
 )
-from dit_accel.kernels.block_table.means import kept_map, pooled_blocks
+from dit_accel.kernels.block_table.means import kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.triton import transpose_table
 from dit_accel.kernels.launch import Launch, capability_of, find, run, split_head_dim
 from dit_accel.kernels.tiles import (
+    bit_row,
     key_limits,
     load_tile,
     log2_scale,
@@ -43,7 +44,7 @@ _PROGRAMS = 256
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_pool", "m_q", "m_part"])
 def _pooled_attention_bwd_dkdv_kernel(
-    q, do, pool_k, pool_v, kept, lse, delta, kv_len, dk, dv,
+    q, do, pool_k, pool_v, bits, lse, delta, kv_len, dk, dv,
     s_q, s_do, n_q, n_k, n_pool, m_q, m_part, n_heads, scale2,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, PRECISION: tl.constexpr,
@@ -79,8 +80,8 @@ def _pooled_attention_bwd_dkdv_kernel(
         b_do1 = load_tile(p_do1, i_q * s_do[2], o_q, n_left, True)
         b_lse = load_lse(lse + i_bh * n_q + i_q, o_q, n_left)
         b_delta = tl.load(delta + i_bh * n_q + i_q + o_q, mask=o_q < n_left, other=0.0)
-        p_kept = kept + (i_bh * m_q + i_n) * n_pool
-        b_bias = pool_bias(p_kept, i_t * TILE + o_k, n_valid, BLOCK_K)
+        p_bits = bit_row(bits, i_bh * m_q + i_n, n_pool)
+        b_bias = pool_bias(p_bits, i_t * TILE + o_k, n_valid, BLOCK_K)
         b_s = scores(b_k, b_k1, b_q, b_q1, PRECISION) * scale2 + b_bias[:, None]
         b_p = tl.exp2(b_s - b_lse[None, :])
         b_dv = dot_add(b_p, b_do, b_dv, PRECISION)
@@ -124,10 +125,9 @@ def pooled_keys(
     tile: int,
     k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """k̄, v̄ [B, H, Mp, D] in the dtype of k, and the kept map [B, H, Mq, Mp]; Mp is Mk in whole
-    tiles."""
+    """k̄, v̄ [B, H, Mp, D] in the dtype of k, Mp being Mk in whole tiles, and the table as bits."""
     pool = pooled_blocks(k, v, table.block_k, kv_len, known=k_mean, multiple=tile)
-    return pool[0], pool[1], kept_map(table, tile)
+    return pool[0], pool[1], kept_bits(table, kv_len)
 
 
 def backward(
@@ -169,7 +169,7 @@ def _pool_gradients(
     pool: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k̄ (before the scale) and v̄, float32 [B, H, Mp, D], from parts of the queries."""
-    q, (k_mean, v_mean, kept) = tensors["q"], pool
+    q, (k_mean, v_mean, bits) = tensors["q"], pool
     (batch, heads, n_pool, d), tile = k_mean.shape, min(launch.tile, table.block_k)
     programs = batch * heads * (n_pool // tile)
     part = block_count(table.query_blocks, block_count(_PROGRAMS, programs))
@@ -180,7 +180,7 @@ def _pool_gradients(
     limits.pop("PADDED")
     arguments = {
         **{name: tensors[name] for name in ("q", "do", "lse", "delta")}, **limits, "pool_k": k_mean,
-        "pool_v": v_mean, "kept": kept, "dk": dk, "dv": dv, "s_q": q.stride(), "n_q": q.shape[2],
+        "pool_v": v_mean, "bits": bits, "dk": dk, "dv": dv, "s_q": q.stride(), "n_q": q.shape[2],
         "s_do": tensors["do"].stride(), "n_pool": n_pool, "m_q": table.query_blocks, "m_part": part,
         "n_heads": heads, "scale2": log2_scale(scale, q), "BLOCK_Q": table.block_q, "TILE": tile,
         "BLOCK_K": table.block_k, "D0": d0, "D1": d1, "PRECISION": launch.precision,

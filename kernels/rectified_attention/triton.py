@@ -17,10 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import attend, supports
-from dit_accel.kernels.block_table.means import block_means, kept_map, pooled_blocks
+from dit_accel.kernels.block_table.means import block_means, kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.triton import load_means
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run
-from dit_accel.kernels.tiles import key_limits, log2_scale
+from dit_accel.kernels.tiles import bit_row, key_limits, log2_scale
 from dit_accel.table import BlockMeans, BlockTable, block_count
 
 __all__ = ["rectified_attention", "supports"]
@@ -31,7 +31,7 @@ TILE_Q = 64
 
 @triton.jit(do_not_specialize=["n_k", "m_q", "m_k"])
 def _rectified_attention_coefficients_fwd_kernel(
-    q, q_far, k, k_rest, k_far, v, kept, kv_len, ratio, shift, n_k, m_q, m_k, m_pad, d, scale,
+    q, q_far, k, k_rest, k_far, v, bits, kv_len, ratio, shift, n_k, m_q, m_k, d, scale,
     BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -42,6 +42,7 @@ def _rectified_attention_coefficients_fwd_kernel(
         n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
     o_q = tl.program_id(0) * TILE_Q + tl.arange(0, TILE_Q)
     o_k, o_d = tl.arange(0, TILE_K), tl.arange(0, D)
+    tl.static_assert(TILE_K <= 32)
     x_k = i_bh * m_k * d
     b_whole = load_means(q + i_bh * m_q * d, o_q, o_d, m_q, d)
     # of a 16-bit mean what rounding took is a second factor
@@ -49,7 +50,7 @@ def _rectified_attention_coefficients_fwd_kernel(
     b_rest = (b_whole - b_q.to(tl.float32)).to(k.dtype.element_ty)
     if q_far is not None:
         b_qf = load_means(q_far + i_bh * m_q * d, o_q, o_d, m_q, d)
-    p_kept = kept + (i_bh * m_q + tl.minimum(o_q, m_q - 1)[:, None]) * m_pad + o_k[None, :]
+    p_bits = bit_row(bits, i_bh * m_q + tl.minimum(o_q, m_q - 1), m_k)
     b_c = tl.zeros([TILE_Q, D], tl.float32)
     b_m = tl.full([TILE_Q], -float("inf"), tl.float32)
     b_l = tl.zeros([TILE_Q], tl.float32)
@@ -57,7 +58,9 @@ def _rectified_attention_coefficients_fwd_kernel(
     for i in tl.range(0, tl.cdiv(n_valid, BLOCK_K), TILE_K, num_stages=STAGES):
         b_k = load_means(k + x_k, i + o_k, o_d, m_k, d)
         b_v = load_means(v + x_k, i + o_k, o_d, m_k, d)
-        m_exact = tl.load(p_kept + i) != 0
+        # a tile lies in one word
+        b_bits = tl.load(p_bits + i // 32)
+        m_exact = ((b_bits[:, None] >> (i + o_k)[None, :] % 32) & 1) != 0
         if q_far is not None:
             b_kf = load_means(k_far + x_k, i + o_k, o_d, m_k, d)
             # [TQ, D] @ [D, TK] -> [TQ, TK]
@@ -126,13 +129,13 @@ def coefficients(
     )
     ratio, shift = q_mean.new_empty(q_mean.shape[:3]), torch.empty_like(q_mean)
     launch = launch or find("coefficients", capability_of(q), q.shape[-1], table.block_q)
-    kept, limits = kept_map(table, launch.tile), key_limits(k, kv_len)
+    limits = key_limits(k, kv_len)
     limits.pop("PADDED")
     arguments = {
         "q": q_mean, "q_far": q_far if gapr else None, "k": k_mean, "k_rest": k_rest,
         "k_far": (k_far if means is None else means.k_far) if gapr else None, "v": v_mean,
-        "kept": kept, "ratio": ratio, "shift": shift, **limits, "m_q": q_mean.shape[2],
-        "m_k": k_mean.shape[2], "m_pad": kept.shape[3], "d": q.shape[-1],
+        "bits": kept_bits(table), "ratio": ratio, "shift": shift, **limits,
+        "m_q": q_mean.shape[2], "m_k": k_mean.shape[2], "d": q.shape[-1],
         "scale": log2_scale(scale, q), "BLOCK_K": table.block_k, "TILE_Q": TILE_Q,
         "TILE_K": launch.tile, "D": padded(q.shape[-1]), "STAGES": launch.stages,
         "PRECISION": launch.precision,

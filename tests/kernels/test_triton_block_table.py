@@ -5,6 +5,7 @@ import torch
 
 from dit_accel.kernels.block_table import reference
 from dit_accel.kernels.block_table import triton as kernel
+from dit_accel.kernels.block_table.means import block_means, kept_bits, query_key_means
 from dit_accel.table import BlockTable, block_count
 
 HALF = torch.float16
@@ -112,8 +113,7 @@ def test_kept_map_and_transpose(device):
     mask = torch.rand(2, 2, 20, 19, device=device) < 0.3
     mask[0, 0, 3], mask[1, 1, :, 4] = False, False
     table = BlockTable.from_mask(mask, 64, 64, 20 * 64, 19 * 64)
-    kept = kernel.kept_map(table, 16)
-    assert torch.equal(kept[..., :19].bool(), mask) and not kept[..., 19:].any()
+    assert torch.equal(kernel.kept_map(table).bool(), mask)
     starts, counts, rows = kernel.transpose_table(table)
     for b, h, m in torch.cartesian_prod(*map(torch.arange, (2, 2, 19))).tolist():
         start = int(starts[b, h, m])
@@ -121,12 +121,38 @@ def test_kept_map_and_transpose(device):
         assert torch.equal(found.long(), mask[b, h, :, m].nonzero()[:, 0])
 
 
+@pytest.mark.parametrize("blocks,kv_len", [(19, None), (40, 33 * 64 - 5), (130, 64), (2100, None)])
+def test_kept_bits(blocks, kv_len, device):
+    mask = torch.rand(1, 2, 3, blocks, device=device) < 0.3
+    mask[0, 0, 0], mask[0, 1, 1] = False, True
+    table = BlockTable.from_mask(mask, 64, 64, 3 * 64, blocks * 64)
+    bits = kept_bits(table, kv_len)
+    assert bits.dtype == torch.int32 and bits.shape[-1] == 4 * block_count(blocks, 128)
+    found = (bits[..., None] >> torch.arange(32, device=device) & 1).flatten(-2).bool()
+    live = block_count(kv_len or blocks * 64, 64)
+    assert torch.equal(found[..., :live], mask[..., :live]) and found[..., live:].all()
+    per_sample = torch.tensor([64], device=device)
+    assert torch.equal(kept_bits(table, per_sample), kept_bits(table))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 def test_means_and_deviations(dtype, device):
     x = inputs(100, 1, 80, dtype, device)[0]
-    mean, far = kernel.block_means(x, 32, 70, spread=True)
+    mean, far = block_means(x, 32, 70, spread=True)
     assert mean.shape == (1, 2, 4, 80) and not mean[:, :, block_count(70, 32) :].any()
     for m, block in enumerate(x[:, :, :70].float().split(32, 2)):
         torch.testing.assert_close(mean[:, :, m], block.mean(2))
         expected = (block - block.mean(2, keepdim=True)).abs().mean(2)
         torch.testing.assert_close(far[:, :, m], expected.to(dtype))
+
+
+@pytest.mark.parametrize("kv_len", [None, 70, torch.tensor([70])], ids=str)
+def test_means_of_queries_and_keys_together_are_those_apart(kv_len, device):
+    q, k = inputs(65, 100, 64, HALF, device)
+    limit = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    for spread in (False, True):
+        found = query_key_means(q, k, 64, 32, limit, spread)
+        apart = block_means(q, 64, None, spread), block_means(k, 32, limit, spread)
+        for a, b in zip(sum(found, ()), sum(apart, ()), strict=True):
+            assert (a is None) == (b is None) == (not spread and a is None)
+            assert a is None or torch.equal(a, b)

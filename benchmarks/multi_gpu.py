@@ -213,8 +213,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each kind")
     parser.add_argument("--jobs", type=int, default=40, help="of the embedded model")
     parser.add_argument("--clips", type=int, default=8, help="of Wan 1.3B")
-    parser.add_argument("--together", type=int, default=parallel.TOGETHER,
-                        help="queries of fewer bytes share an exchange with keys and values")  # fmt: skip
+    parser.add_argument(
+        "--together", type=int, default=parallel.TOGETHER, help="parallel.TOGETHER, in bytes"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="gloo and tiny sizes on the CPU")
     given = parser.parse_args()

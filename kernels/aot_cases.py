@@ -145,7 +145,7 @@ def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
     """The kernel of the scores of block means."""
     mean = empty(*_SHAPE[:2], 512, head_dim)
     return table_kernels._block_scores_fwd_kernel, {
-        "q": mean, "k": mean, "score": mean, "m_q": 512, "m_k": 512, "d": head_dim,
+        "q": mean, "k": mean, "score": mean, "m_q": 512, "m_k": 512, "m_pad": 512, "d": head_dim,
         "TILE_Q": launch.tile, "TILE_K": launch.tile, "TILE_D": table_kernels.MEAN_TILE,
         "PRECISION": launch.precision,
     }  # fmt: skip
@@ -162,7 +162,7 @@ def select_case(
         "score": empty(1, 1), "forced": flags, "near": flags, "indices": kept.indices,
         "counts": kept.counts, "kv_len": None, "wants": None, "s_f": (0, 0, 0, 1), "s_n": (2048, 1),
         "i_first": 0, "n_heads": 12, **top_p, "n_k": 75600,
-        "m_k": 1182, "n_want": 60, "width": 80, "BLOCK_K": 64, "M": width,
+        "m_k": 1182, "m_pad": 1184, "n_want": 60, "width": 80, "BLOCK_K": 64, "M": width,
     }  # fmt: skip
 
 

@@ -98,7 +98,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("dkdv", 120, 128, 128, 16, 8, 2),
     Launch("pool", 80, 128, 64, 32, 8, 2),
     Launch("pool", 80, 128, 128, 16, 8, 1),
-    Launch("means", 80, 128, 128, 16, 4, 1),
+    Launch("means", 80, 128, 128, 16, 2, 1),
     Launch("scores", 80, 128, 128, 64, 4, 2, precision="bf16x3"),
     Launch("coefficients", 80, 128, 128, 32, 8, 2),
     Launch("coefficients", 90, 128, 128, 32, 4, 2),

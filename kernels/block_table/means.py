@@ -5,6 +5,8 @@ A mean is over the valid tokens of its block, in float32, and zero for a block w
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from dit_accel.kernels.launch import capability_of, find, padded, run
 from dit_accel.table import BlockTable, block_count
 
 ROW_LAUNCH = find("rows", 80, 128, 128)
+WORDS_LAUNCH = replace(ROW_LAUNCH, warps=1)
 
 
 @triton.jit
@@ -28,6 +31,9 @@ def _mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, BLOCK: tl.cons
     # [BLOCK, D] -> [D]
     b_mean = tl.sum(b_x.to(tl.float32), 0) / size
     if far is not None:
+        # read anew, from the cache: held in registers, the tile leaves places for fewer programs
+        p_x = x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3]
+        b_x = tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_first")
         b_far = tl.where(m_x, tl.abs(b_x.to(tl.float32) - b_mean[None, :]), 0.0)
         b_far = tl.sum(b_far, 0) / size
         tl.store(far + o_o, b_far.to(far.dtype.element_ty), mask=o_d < d)
@@ -235,5 +241,5 @@ def kept_bits(table: BlockTable, kv_len: int | Tensor | None = None) -> Tensor:
         "width": table.indices.shape[-1], "n_words": n_words, "live": live, "BLOCK": 32,
         "WORDS": 64,
     }  # fmt: skip
-    run(_kept_bits_fwd_kernel, (table.counts.numel(), 1, 1), arguments, ROW_LAUNCH)
+    run(_kept_bits_fwd_kernel, (table.counts.numel(), 1, 1), arguments, WORDS_LAUNCH)
     return bits

@@ -35,7 +35,7 @@ def load_means(x, o_m, o_d, m, d):
 
 @triton.jit(do_not_specialize=["m_q", "m_k"])
 def _block_scores_fwd_kernel(
-    q, k, score, m_q, m_k, d,
+    q, k, score, m_q, m_k, m_pad, d,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILE_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_bh = tl.program_id(2).to(tl.int64)
@@ -57,7 +57,7 @@ def _block_scores_fwd_kernel(
         else:
             b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PRECISION)
     m_s = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
-    tl.store(score + (i_bh * m_q + o_q[:, None]) * m_k + o_k[None, :], b_s, mask=m_s)
+    tl.store(score + (i_bh * m_q + o_q[:, None]) * m_pad + o_k[None, :], b_s, mask=m_s)
 
 
 @triton.jit
@@ -78,10 +78,60 @@ def _between(low, high, step):
     return tl.where((step < 16) & (middle > low) & (middle < high), middle, halves)
 
 
+@triton.jit
+def _words(m_x, M: tl.constexpr):
+    """The bits of a mask [M], 32 a word."""
+    b_bit = tl.full([32], 1, tl.int32) << tl.arange(0, 32)
+    return tl.sum(tl.where(tl.reshape(m_x, [M // 32, 32]), b_bit[None, :], 0), 1)
+
+
+@triton.jit
+def _ones(b_w):
+    """How many bits of each word are set."""
+    b_w -= (b_w >> 1) & 0x55555555
+    b_w = (b_w & 0x33333333) + ((b_w >> 2) & 0x33333333)
+    b_w = (b_w + (b_w >> 4)) & 0x0F0F0F0F
+    return (b_w * 0x01010101) >> 24
+
+
+@triton.jit
+def _lowest(b_w, n):
+    """Of all bits of the words only the first n."""
+    b_n = _ones(b_w)
+    b_left = n - (tl.cumsum(b_n, 0) - b_n)
+    b_out = b_w * 0
+    for _ in tl.range(0, 32, loop_unroll_factor=1):
+        b_low = b_w & -b_w
+        b_out |= tl.where(b_left > 0, b_low, 0)
+        b_w ^= b_low
+        b_left -= 1
+    return b_out
+
+
+@triton.jit
+def _store_places(b_w, p_row, width, M: tl.constexpr):
+    """Store where the bits of the words are, ascending, and zeros up to the width; their number."""
+    b_n = _ones(b_w)
+    b_at = tl.cumsum(b_n, 0) - b_n
+    b_first = 32 * tl.arange(0, M // 32)
+    for _ in range(tl.max(b_n)):
+        b_low = b_w & -b_w
+        # of a power of two the exponent
+        b_bit = ((b_low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        tl.store(p_row + b_at, b_first + b_bit, mask=(b_w != 0) & (b_at < width))
+        b_w ^= b_low
+        b_at += 1
+    n_all = tl.minimum(tl.sum(b_n), width)
+    for i in range(n_all, width, 32):
+        o_i = i + tl.arange(0, 32)
+        tl.store(p_row + o_i, o_i * 0, mask=o_i < width)
+    return n_all
+
+
 @triton.jit(do_not_specialize=["i_first", "n_heads", "n_k", "m_k", "n_want", "width"])
 def _block_select_fwd_kernel(
     score, forced, near, indices, counts, kv_len, wants, s_f, s_n,
-    i_first, n_heads, n_k, m_k, n_want, width, mass, scale,
+    i_first, n_heads, n_k, m_k, m_pad, n_want, width, mass, scale,
     BLOCK_K: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
@@ -92,7 +142,7 @@ def _block_select_fwd_kernel(
         n_want = tl.load(wants + i_b)
     o_k = tl.arange(0, M)
     m_valid = o_k < tl.cdiv(n_k, BLOCK_K)
-    b_s = tl.load(score + i_row * m_k + o_k, mask=o_k < m_k, other=0.0)
+    b_s = tl.load(score + i_row * m_pad + o_k, mask=o_k < m_pad, other=0.0)
     m_free = m_valid
     m_kept = m_valid & False
     if forced is not None:
@@ -156,18 +206,18 @@ def _block_select_fwd_kernel(
         n_some = tl.where(lower <= least, n_some, 0)
         least = tl.minimum(least, lower)
 
-    m_tie = m_free & (b_i == least)
-    m_over = m_free & (b_i > least)
-    n_tie = tl.maximum(n_want - tl.sum(m_over.to(tl.int32)), n_some)
-    m_kept = m_kept | m_over | (m_tie & (tl.cumsum(m_tie.to(tl.int32), 0) <= n_tie))
+    b_w = _words(b_i > least, M)
+    b_tie = _words(b_i == least, M)
+    n_tie = tl.maximum(n_want - tl.sum(_ones(b_w)), n_some)
+    if tl.sum(_ones(b_tie)) > n_tie:  # of equal scores, the lower blocks
+        b_tie = _lowest(b_tie, n_tie)
+    b_w |= b_tie
+    if forced is not None:
+        b_w |= _words(m_kept, M)
     if near is not None:
         m_near = tl.load(near + i_n * s_n[0] + o_k * s_n[1], mask=o_k < m_k, other=0) != 0
-        m_kept = m_kept | (m_near & m_valid)
-    b_at = tl.cumsum(m_kept.to(tl.int32), 0) - 1
-    n_kept = tl.minimum(tl.sum(m_kept.to(tl.int32)), width)
-    tl.store(indices + i_row * width + b_at, o_k, mask=m_kept & (b_at < width))
-    tl.store(indices + i_row * width + o_k, o_k * 0, mask=(o_k >= n_kept) & (o_k < width))
-    tl.store(counts + i_row, n_kept)
+        b_w |= _words(m_near & m_valid, M)
+    tl.store(counts + i_row, _store_places(b_w, indices + i_row * width, width, M))
 
 
 @triton.jit(do_not_specialize=["m_q", "m_k", "m_pad"])
@@ -275,22 +325,23 @@ def _choose(
     """Scores and choice for the heads from `first` on; q, k [b, M, D] means, indices, counts are
     written."""
     (n, m_q, d), m_k = q.shape, k.shape[1]
-    score = q.new_empty((n, m_q, m_k))
+    m_pad = -(-m_k // 16) * 16  # rows that are read in whole vectors
+    score = q.new_empty((n, m_q, m_pad))
     launch = find("scores", capability_of(q), d, 64)
     tile = launch.tile
     grid = (block_count(m_k, tile), block_count(m_q, tile), n)
     arguments = {
-        "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "d": d, "TILE_Q": tile,
-        "TILE_K": tile,
+        "q": q, "k": k, "score": score, "m_q": m_q, "m_k": m_k, "m_pad": m_pad,
+        "d": d, "TILE_Q": tile, "TILE_K": tile,
         "TILE_D": MEAN_TILE, "PRECISION": launch.precision if q.is_cuda else "ieee",
     }  # fmt: skip
     run(_block_scores_fwd_kernel, grid, arguments, launch)
-    width = padded(m_k)
+    width = max(32, padded(m_k))
     arguments = {
         "score": score, "forced": forced, "indices": indices, "counts": counts,
         "s_f": (0, 0, 0, 0) if forced is None else forced.stride(), "i_first": first,
         "n_heads": heads,
-        "m_k": m_k, "width": indices.shape[-1], "M": width, **select,
+        "m_k": m_k, "m_pad": m_pad, "width": indices.shape[-1], "M": width, **select,
     }  # fmt: skip
     launch = select_launch(width)
     run(_block_select_fwd_kernel, (m_q, n, 1), arguments, launch)

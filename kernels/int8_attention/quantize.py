@@ -19,7 +19,7 @@ from dit_accel.kernels.tiles import key_limits
 from dit_accel.table import block_count
 
 # Keys that the mean is taken of, evenly spaced.
-SAMPLES = 1024
+SAMPLES = 256
 # Smallest magnitude that a scale is made for: an all-zero group has a scale too.
 FLOOR = 1e-12
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float16: 1.0, torch.bfloat16: 1.0, torch.float32: 1.0}
@@ -133,7 +133,7 @@ def value_dtype(v: Tensor) -> torch.dtype:
 
 
 def key_mean(k: Tensor, kv_len: int | Tensor | None = None) -> Tensor:
-    """[B, H, D] float32: the mean of up to 1024 evenly spaced valid keys.
+    """[B, H, D] float32: the mean of up to 256 evenly spaced valid keys.
 
     The softmax is the same whatever is subtracted from all keys; the mean makes the rest small.
     """

@@ -9,7 +9,7 @@ from dit_accel.kernels.block_sparse_attention.reference import token_mask
 from dit_accel.table import BlockTable
 
 # Keys that the mean is taken of, evenly spaced, and keys that share a scale.
-SAMPLES, GROUP = 1024, 64
+SAMPLES, GROUP = 256, 64
 _FLOOR, _LOG2E, _LN2 = 1e-12, 1.4426950408889634, 0.6931471805599453
 
 
@@ -60,7 +60,7 @@ def rounded(
 
 
 def _sample_mean(k: Tensor, n: int) -> Tensor:
-    """[H, 1, D] from k [H, N, D]: the mean of up to 1024 evenly spaced keys of the first n."""
+    """[H, 1, D] from k [H, N, D]: the mean of up to 256 evenly spaced keys of the first n."""
     read = k[:, : n : max(1, n // SAMPLES)][:, :SAMPLES]
     return read.sum(1, keepdim=True) / max(1, min(n, SAMPLES))
 

@@ -228,6 +228,16 @@ def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, 
     return _state(launch, tokens(head_dim, dtype), state, total, span=1600)
 
 
+def project_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel that sums the states of spans and projects them."""
+    state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
+    return states._linear_project_fwd_kernel, {
+        "states": state, "totals": total, "weight": state, "state": state.to(dtype),
+        "total": total, "n_spans": 21, "d": head_dim, "ROWS": launch.tile,
+        "BLOCK_D": 1 << (head_dim - 1).bit_length(), "PRECISION": launch.precision,
+    }  # fmt: skip
+
+
 def block_state_case(
     launch: Launch, head_dim: int, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
@@ -278,6 +288,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "select": select_case,
     "coefficients": coefficients_case,
     "state": state_case,
+    "project": project_case,
     "block_state": block_state_case,
     "linear": linear_case,
     "linear_backward": linear_backward_case,

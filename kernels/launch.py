@@ -108,6 +108,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("state", 80, 128, 128, 64, 8, 2),
     Launch("state", 90, 128, 128, 32, 8, 3, provenance=_FUSED),
     Launch("state", 100, 128, 128, 64, 8, 2),
+    Launch("project", 80, 128, 128, 16, 8, 1, precision="tf32x3"),
     Launch("block_state", 80, 128, 128, 32, 8, 2),
     Launch("linear", 80, 128, 128, 64, 8, 1),
     Launch("linear_backward", 80, 128, 128, 64, 8, 1),

@@ -123,6 +123,28 @@ def _linear_state_fwd_kernel(
     tl.store(total + i_out * s_z + o_d, b_z, mask=o_d < d)
 
 
+@triton.jit(do_not_specialize=["n_spans"])
+def _linear_project_fwd_kernel(
+    states, totals, weight, state, total, n_spans, d,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_r, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
+    o_r, o_d = i_r * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_z = tl.zeros([ROWS], tl.float32)
+    for i in tl.range(0, n_spans, loop_unroll_factor=4):  # four loads at a time
+        i_s = i_bh * n_spans + i
+        b_h += load_rows(states + i_s * d * d, o_r, d, d, 1, d, BLOCK_D)
+        b_z += tl.load(totals + i_s * d + o_r, mask=o_r < d, other=0.0)
+    b_w = load_rows(weight, o_d, d, d, 1, d, BLOCK_D).to(tl.float32)
+    # [ROWS, BD] @ [BD, BD] -> [ROWS, BD]
+    b_h = tl.dot(b_h, tl.trans(b_w), input_precision=PRECISION)
+    b_h = finite(b_h, state.dtype.element_ty)
+    store_rows(state + i_bh * d * d, b_h, o_r, d, d, 1, d, BLOCK_D)
+    tl.store(total + i_bh * d + o_r, b_z, mask=o_r < d)
+
+
 def state_case(
     k: Tensor,
     v: Tensor,
@@ -168,7 +190,7 @@ def split(n: int, heads: int, tile: int) -> tuple[int, int]:
     return block_count(tiles, span), span * tile
 
 
-def whole_state(
+def span_states(
     k: Tensor,
     v: Tensor,
     feature_map: str,
@@ -177,8 +199,8 @@ def whole_state(
     factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Σ φ(k_j)ᵀ (v_j − center) [B, H, D, D] and Σ φ(k_j) [B, H, D] over all keys, float32; factors
-    and scale as in `state_case`."""
+    """Σ φ(k_j)ᵀ (v_j − center) [B, H, S, D, D] and Σ φ(k_j) [B, H, S, D] over each of S spans of
+    the keys, float32; factors and scale as in `state_case`."""
     batch, heads, n, d = k.shape
     launch = find("state", capability_of(k), d, 64)
     spans, span = split(n, batch * heads, launch.tile)
@@ -187,7 +209,29 @@ def whole_state(
     options = (feature_map, kv_len, center, None, factors, scale)
     case = state_case(k, v, state, total, span, launch, *options)
     run(_linear_state_fwd_kernel, *case)
+    return state, total
+
+
+def whole_state(*keys: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """The sums over all keys, [B, H, D, D] and [B, H, D]; arguments of `span_states`."""
+    state, total = span_states(*keys, **options)
     return state.sum(2), total.sum(2)
+
+
+def project(states: Tensor, totals: Tensor, weight: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
+    """Σ_s states_s Wᵀ [B, H, D, D] in dtype and Σ_s totals_s [B, H, D] float32, of `span_states`
+    and a weight [D, D]."""
+    batch, heads, spans, d = totals.shape
+    state = states.new_empty((batch, heads, d, d), dtype=dtype)
+    total = totals.new_empty((batch, heads, d))
+    launch = find("project", capability_of(states), d, 64)
+    arguments = {
+        "states": states, "totals": totals, "weight": weight.contiguous(), "state": state,
+        "total": total, "n_spans": spans, "d": d, "ROWS": launch.tile, "BLOCK_D": padded(d),
+        "PRECISION": launch.precision if states.is_cuda else "ieee",
+    }  # fmt: skip
+    run(_linear_project_fwd_kernel, (block_count(d, launch.tile), heads, batch), arguments, launch)
+    return state, total
 
 
 def mean_state(

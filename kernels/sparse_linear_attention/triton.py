@@ -30,6 +30,8 @@ from dit_accel.kernels.sparse_linear_attention.states import (
     load_rows,
     mean_state,
     parts,
+    project,
+    span_states,
     store_rows,
     unpack,
     whole_state,
@@ -122,8 +124,8 @@ def projected_state(
 ) -> tuple[Tensor, Tensor, float]:
     """The mean state of all keys times Wᵀ in the dtype of v, the mean of φ(k), and 1/n."""
     share = 1 / min(k.shape[2], kv_len or k.shape[2])
-    state, total = whole_state(k, v, feature_map, kv_len, scale=share)
-    return (state @ weight.float().mT).to(v.dtype), total, share
+    states = span_states(k, v, feature_map, kv_len, scale=share)
+    return *project(*states, weight, v.dtype), share
 
 
 def linear_branch(

@@ -31,9 +31,10 @@ def check(row: dict) -> None:
 
 def test_the_main_rows():
     wanted = ("forward@80", "forward@90", "dq@90", "dkdv@90", "forward@100", "int8@90")
-    linear = ("state@80", "state@90", "block_state@80", "linear@80", "linear_backward@80")
+    linear = ("state@80", "state@90", "project@80", "block_state@80", "linear@80")
+    linear += ("linear_backward@80",)
     rows = compiled(*wanted, *linear)
-    assert len(rows) == 26
+    assert len(rows) == 27
     for row in rows:
         check(row)
 

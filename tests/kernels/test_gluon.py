@@ -307,6 +307,16 @@ def test_the_loop_over_pairs_keeps_everything_in_registers(extra):
         assert count("WARPGROUP.DEPBAR", body) == 2
 
 
+def test_the_loop_over_pooled_keys_stores_no_register():
+    _, code = listing(gluon.__name__, "pool", candidate=-1)
+    found = sorted((body for body in loops(code) if count("HGMMA", body) == 16), key=len)
+    assert len(found) == 4  # of each warpgroup over kept keys, then over pooled ones
+    assert not any(count("LDL", body) + count("STL", body) for body in found[:2])
+    for body in found[2:]:
+        assert not count("STL", body) and count("WARPGROUP.DEPBAR", body) == 2
+        assert count("LDG", body) == 4  # the words of the next tile
+
+
 def test_products_of_the_linear_branch_are_waited_for_together():
     _, code = listing(gluon.__name__, "linear")
     # the compiler waits for each alone if an operand is made while another product runs

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from gpu_checks import checks
 from gpu_run import SHAPES, Plan, Run, random_table, shared
-from gpu_sweeps import coefficient_times, sweep, sweep_backward
+from gpu_sweeps import coefficient_times, score_times, sweep, sweep_backward
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -302,6 +302,7 @@ def timings(r: Run) -> Plan:
                 plan.append((f"other {label}", lambda a=(shape, 0.05, block_q): other_times(r, *a)))
     for name, shape in shapes.items():
         plan.append((f"sweep coefficients {name}", lambda s=shape: coefficient_times(r, s, 128)))
+        plan.append((f"sweep scores {name}", lambda s=shape: score_times(r, s, 128)))
     plan += sweep(r, first)
     if not r.dry:
         plan += sweep(r, (1, 48, 17776, 64))

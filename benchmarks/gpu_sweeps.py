@@ -10,6 +10,7 @@ import torch
 from gpu_run import Plan, Run, random_table
 from triton.runtime.errors import OutOfResources
 
+from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import triton as tables
@@ -74,6 +75,32 @@ def coefficient_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str,
             lambda new=new: rectified.coefficients(q, k, v, table, means=means, launch=new)
         )
     return {"launch": str(row), "ms": ms}
+
+
+def score_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
+    """The table, for several launches of its scores."""
+    q, k = (r.tokens(*shape) for _ in range(2))
+    rows, columns, ms = launch.LAUNCHES, tables.MEAN_TILE, {}
+    expected = tables.block_table(q, k, 0.05, block_q, 64)
+    try:
+        for width, warps, stages in product((32, 64), (4, 8), (1, 2, 3)):
+            if r.dry and (width, warps, stages) != (32, 4, 2):
+                continue
+            tables.MEAN_TILE = width
+            launch.LAUNCHES = tuple(
+                replace(row, warps=warps, stages=stages) if row.op == "scores" else row
+                for row in rows
+            )
+            launch.find.cache_clear()
+            found = tables.block_table(q, k, 0.05, block_q, 64)
+            same = (found.indices == expected.indices).float().mean().item()
+            assert same > 0.99, same  # a near tie may fall otherwise
+            name = f"columns {width} warps {warps} stages {stages}"
+            ms[name] = r.graph_ms(lambda: tables.block_table(q, k, 0.05, block_q, 64))
+    finally:
+        launch.LAUNCHES, tables.MEAN_TILE = rows, columns
+        launch.find.cache_clear()
+    return {"ms": ms}
 
 
 def sweep(r: Run, shape: tuple[int, ...]) -> Plan:

@@ -3,9 +3,10 @@
     score_nm = mean(q in n) · mean(k in m),   K = max(1, ceil(keep · M)) best of each row
 
 q and k are read once. A score that K of a row reach is found by bisection between the least and the
-largest, and so is the one above which a mass p of the softmax lies (top-p, arXiv 2511.19835); a
-prefix sum compacts the chosen blocks, so rows come out sorted. Scores are products of float32 means
-in three bfloat16 products each, of a mean's upper and lower 8 bits.
+largest, and so is the one above which a mass p of the softmax lies (top-p, arXiv 2511.19835). The
+chosen blocks become words of 32 bits, and the bits before a word its place, so that rows come out
+sorted. Scores are products of float32 means in three bfloat16 products each, of a mean's upper and
+lower 8 bits.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _between(low, high, step):
 
 @triton.jit
 def _words(m_x, M: tl.constexpr):
-    """The bits of a mask [M], 32 a word."""
+    """The bits of a mask [M], 32 a word: [M // 32] int32."""
     b_bit = tl.full([32], 1, tl.int32) << tl.arange(0, 32)
     return tl.sum(tl.where(tl.reshape(m_x, [M // 32, 32]), b_bit[None, :], 0), 1)
 

@@ -37,7 +37,7 @@ from dit_accel.testing import assert_close, references
 LENGTHS = (1, 63, 64, 65, 1000, 4100)
 FEW = (65, 1000)
 KINDS = tuple(product((128, 64), (128, 64)))
-WIDTHS = SHAPES | {"cogvideox-5b": (1, 48, 17776, 64)}
+WIDTHS = SHAPES | {"flux-1024": (1, 24, 4608, 128), "cogvideox-5b": (1, 48, 17776, 64)}
 EXTRAS = {"": LENGTHS, "kv_len": LENGTHS, "pool": FEW, "rectify": FEW}
 SECONDS = 60
 

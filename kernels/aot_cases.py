@@ -25,7 +25,7 @@ from dit_accel.kernels.block_table.triton import select_launch
 from dit_accel.kernels.int8_attention import gluon as int8_hopper
 from dit_accel.kernels.int8_attention import quantize as int8_keys
 from dit_accel.kernels.int8_attention import triton as int8
-from dit_accel.kernels.launch import LAUNCHES, Launch, split_head_dim
+from dit_accel.kernels.launch import LAUNCHES, Launch, find, split_head_dim
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import states
@@ -306,6 +306,11 @@ def compile_row(launch: Launch, head_dim: int | None = None, **extra: str) -> Re
     return report(kernel, arguments, launch.capability, options)
 
 
+def _serves(row: Launch, head_dim: int) -> bool:
+    """Whether the plain kernel takes this row for heads so wide."""
+    return find(row.op, row.capability, head_dim, row.block, specialized=False) is row
+
+
 def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
     """Rows, head dimensions and extras of `op@capability` in wanted; of every row if it is empty.
 
@@ -341,9 +346,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
             yield row, row.head_dim, {"extra": "rectify"}
-            if row.head_dim == 128:
-                yield row, 80, {}
-                yield row, 96, {}
+            served = [d for d in (80, 96) if _serves(row, d)]
+            yield from ((row, d, {}) for d in served)
 
 
 def main(wanted: list[str]) -> None:

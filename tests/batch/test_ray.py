@@ -35,6 +35,7 @@ def kill_one(out, killed):
 
 @pytest.mark.slow
 def test_a_worker_killed_on_a_cluster_costs_no_job(model, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out, killed = tmp_path / "out", []
@@ -56,6 +57,7 @@ def test_a_worker_killed_on_a_cluster_costs_no_job(model, tmp_path, monkeypatch)
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_had_ends_the_run(model, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     (model / "transformer" / "config.json").unlink()
     settings = Settings(model=str(model))

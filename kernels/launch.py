@@ -104,7 +104,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("coefficients", 80, 128, 128, 32, 8, 2),
     Launch("coefficients", 90, 128, 128, 32, 4, 2),
     Launch("coefficients", 100, 128, 128, 32, 4, 2),
-    Launch("coefficients", 120, 128, 128, 32, 8, 2),
+    Launch("coefficients", 120, 128, 128, 16, 8, 2),
     Launch("rows", 80, 128, 128, 16, 4, 1),
     Launch("state", 80, 128, 128, 64, 8, 2),
     Launch("state", 90, 128, 128, 32, 8, 3, provenance=_FUSED),

@@ -26,13 +26,13 @@ def _mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, BLOCK: tl.cons
     m_x = (o_n[:, None] < n_valid) & (o_d[None, :] < d)
     x_x = x + i_b.to(tl.int64) * s_x[0] + i_h.to(tl.int64) * s_x[1]
     # [BLOCK, D]
-    b_x = tl.load(x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3], mask=m_x, other=0.0)
+    p_x = x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3]
+    b_x = tl.load(p_x, mask=m_x, other=0.0)
     size = tl.clamp((n_valid - i_m * BLOCK).to(tl.float32), 1.0, BLOCK)
     # [BLOCK, D] -> [D]
     b_mean = tl.sum(b_x.to(tl.float32), 0) / size
     if far is not None:
         # read anew, from the cache: held in registers, the tile leaves places for fewer programs
-        p_x = x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3]
         b_x = tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_first")
         b_far = tl.where(m_x, tl.abs(b_x.to(tl.float32) - b_mean[None, :]), 0.0)
         b_far = tl.sum(b_far, 0) / size

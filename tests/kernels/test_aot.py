@@ -13,9 +13,8 @@ def spill(row: dict) -> int:
     """Bytes of stack that a row may use."""
     if "benchmarks/results" in row["provenance"]:
         return 512  # the fastest all the same
-    # what the epilogue of the 8-bit kernel needs waits in memory during its loop; on consumer
-    # Blackwell the coefficients' kernel has no register left for an address
-    return {"int8": 32, "coefficients": 8}.get(row["op"], 0)
+    # what the epilogue of the 8-bit kernel needs waits in memory during its loop
+    return 32 if row["op"] == "int8" else 0
 
 
 def check(row: dict) -> None:

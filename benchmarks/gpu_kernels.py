@@ -28,11 +28,9 @@ from typing import Any
 import torch
 from gpu_checks import checks
 from gpu_run import SHAPES, Plan, Run, random_table, shared
-from gpu_sweeps import coefficient_times, score_times, sweep, sweep_backward
+from gpu_sweeps import coefficient_times, score_times, sweep, sweep_backward, table_times
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from dit_accel import dispatch
 from dit_accel import ops as public
@@ -190,17 +188,10 @@ def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict
 
 
 def kernel_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
-    """Microseconds of each kernel of a whole operator, from the profiler's record of ten calls."""
+    """Microseconds of each kernel of a whole operator."""
     q, k, v = (r.tokens(*shape) for _ in range(3))
-    found: dict[str, Any] = {}
-    for name, fn in whole_operators(q, k, v, keep, block_q).items():
-        fn()
-        with profile(activities=[ProfilerActivity.CPU if r.dry else ProfilerActivity.CUDA]) as p:
-            for _ in range(1 if r.dry else 10):
-                fn()
-        kernels = [e for e in p.key_averages() if e.device_type == DeviceType.CUDA]
-        found[name] = {e.key[:60]: round(e.device_time_total / 10, 1) for e in kernels}
-    return {"us": found}
+    calls = whole_operators(q, k, v, keep, block_q)
+    return {"us": {name: r.kernels(fn) for name, fn in calls.items()}}
 
 
 def linear_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
@@ -303,6 +294,7 @@ def timings(r: Run) -> Plan:
     for name, shape in shapes.items():
         plan.append((f"sweep coefficients {name}", lambda s=shape: coefficient_times(r, s, 128)))
         plan.append((f"sweep scores {name}", lambda s=shape: score_times(r, s, 128)))
+        plan.append((f"sweep table {name}", lambda s=shape: table_times(r, s, 128)))
     plan += sweep(r, first)
     if not r.dry:
         plan += sweep(r, (1, 48, 17776, 64))

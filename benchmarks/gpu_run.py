@@ -20,6 +20,8 @@ if "--dry-run" in sys.argv:
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from dit_accel.table import BlockTable, block_count
 
@@ -75,6 +77,15 @@ class Run:
         if self.dry or self.once:
             return self.ms(fn)
         return triton.testing.do_bench_cudagraph(fn, rep=100, return_mode="median")
+
+    def kernels(self, fn: Callable[[], Any]) -> dict[str, float]:
+        """Microseconds of each kernel of a call, by the profiler's record of ten."""
+        fn()
+        with profile(activities=[ProfilerActivity.CPU if self.dry else ProfilerActivity.CUDA]) as p:
+            for _ in range(1 if self.dry else 10):
+                fn()
+        found = [e for e in p.key_averages() if e.device_type == DeviceType.CUDA]
+        return {e.key[:60]: round(e.device_time_total / 10, 1) for e in found}
 
     def peak(self, fn: Callable[[], Any]) -> int:
         """Bytes that one call allocates at its worst moment, its result included."""

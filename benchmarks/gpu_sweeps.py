@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,6 +16,7 @@ from triton.runtime.errors import OutOfResources
 from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
+from dit_accel.kernels.block_table import means
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.launch import Launch, capability_of, find, run
 from dit_accel.kernels.rectified_attention import triton as rectified
@@ -77,29 +81,63 @@ def coefficient_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str,
     return {"launch": str(row), "ms": ms}
 
 
+@contextmanager
+def launched(op: str, **options: int) -> Iterator[None]:
+    """The launch table with other options in the rows of an op."""
+    rows = launch.LAUNCHES
+    launch.LAUNCHES = tuple(replace(row, **options) if row.op == op else row for row in rows)
+    launch.find.cache_clear()
+    try:
+        yield
+    finally:
+        launch.LAUNCHES = rows
+        launch.find.cache_clear()
+
+
+def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
+    """Microseconds of the table's kernels and of its words by their warps."""
+    q, k = (r.tokens(*shape) for _ in range(2))
+    table, found = tables.block_table(q, k, 0.05, block_q, 64), {}
+    for warps in (2, 4, 8):
+        with launched("means", warps=warps):
+            for spread in (False, True):
+                call = partial(means.query_key_means, q, k, block_q, 64, spread=spread)
+                found[f"means{', spread' * spread}, {warps} warps"] = r.kernels(call)
+    row, select = means.WORDS_LAUNCH, tables.select_launch
+    try:
+        for warps in (1, 2, 4):
+            means.WORDS_LAUNCH = replace(row, warps=warps)
+            found[f"words, {warps} warps"] = r.kernels(lambda: means.kept_bits(table))
+        for blocks in (512, 1024, 2048):
+            tables.select_launch = lambda width, n=blocks: replace(
+                select(width), warps=min(16, max(1, width // n))
+            )
+            call = partial(tables.block_table, q, k, 0.05, block_q, 64)
+            assert torch.equal(call().indices, table.indices)
+            found[f"choice, {blocks} blocks a warp"] = r.kernels(call)
+    finally:
+        means.WORDS_LAUNCH, tables.select_launch = row, select
+    return {"us": found}
+
+
 def score_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
     """The table, for several launches of its scores."""
     q, k = (r.tokens(*shape) for _ in range(2))
-    rows, columns, ms = launch.LAUNCHES, tables.MEAN_TILE, {}
-    expected = tables.block_table(q, k, 0.05, block_q, 64)
+    columns, ms = tables.MEAN_TILE, {}
+    call = partial(tables.block_table, q, k, 0.05, block_q, 64)
+    expected = call()
     try:
         for width, warps, stages in product((32, 64), (4, 8), (1, 2, 3)):
             if r.dry and (width, warps, stages) != (32, 4, 2):
                 continue
             tables.MEAN_TILE = width
-            launch.LAUNCHES = tuple(
-                replace(row, warps=warps, stages=stages) if row.op == "scores" else row
-                for row in rows
-            )
-            launch.find.cache_clear()
-            found = tables.block_table(q, k, 0.05, block_q, 64)
-            same = (found.indices == expected.indices).float().mean().item()
-            assert same > 0.99, same  # a near tie may fall otherwise
-            name = f"columns {width} warps {warps} stages {stages}"
-            ms[name] = r.graph_ms(lambda: tables.block_table(q, k, 0.05, block_q, 64))
+            with launched("scores", warps=warps, stages=stages):
+                same = (call().indices == expected.indices).float().mean().item()
+                assert same > 0.99, same  # a near tie may fall otherwise
+                name = f"columns {width} warps {warps} stages {stages}"
+                ms[name] = r.graph_ms(call)
     finally:
-        launch.LAUNCHES, tables.MEAN_TILE = rows, columns
-        launch.find.cache_clear()
+        tables.MEAN_TILE = columns
     return {"ms": ms}
 
 

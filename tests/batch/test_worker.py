@@ -1,54 +1,23 @@
-"""A run in this process with a tiny pipeline: clips, resuming, and every kind of failure."""
+"""A run in this process with a tiny pipeline: clips, resuming, failures and refusals."""
 
-import errno
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
+from small_batches import SMALL, events, files, go
 from tiny import WORDS, tiny_wan
 
-import dit_accel
 from dit_accel import video
-from dit_accel.batch import Settings, memory, run
-from dit_accel.batch import render as render_module
+from dit_accel.batch import Settings, run
 from dit_accel.batch.jobs import Job
-from dit_accel.batch.manifest import DiskFull, Manifest
+from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.render import remembered_prompts, render
 from dit_accel.batch.worker import DeviceLost
-from dit_accel.config import AccelConfig
 from dit_accel.generate import Request, generate
 from dit_accel.loading import Defaults
-
-SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
-QUIET = Settings(retries=0, wait_for_space=0.05)
-
-
-@pytest.fixture(scope="module")
-def stock():
-    return tiny_wan()
-
-
-@pytest.fixture
-def pipe(stock):
-    yield stock
-    dit_accel.restore(stock)
-
-
-def go(pipe, out, jobs, settings=QUIET, **options):
-    return run(jobs, out, pipe=pipe, settings=settings, defaults=SMALL, show="none", **options)
-
-
-def events(out, kind):
-    return [row["text"] for row in Manifest(out).ask("SELECT * FROM events WHERE kind = ?", kind)]
-
-
-def files(out):
-    return sorted(path.name for path in out.glob("*.mp4"))
 
 
 def test_a_clip_is_what_generate_gives(pipe, tmp_path, monkeypatch):
@@ -168,149 +137,6 @@ def test_failed_jobs_stay_failed_until_asked(pipe, tmp_path):
     assert go(pipe, tmp_path, [{"prompt": "a cat"}], retry_failed=True).ok
 
 
-def test_out_of_memory_steps_down_and_says_so(pipe, tmp_path, monkeypatch):
-    decode = pipe.vae.decode
-
-    def hungry(latents, *args, **kwargs):
-        if len(latents) > 1 or not pipe.vae.use_tiling:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return decode(latents, *args, **kwargs)
-
-    monkeypatch.setattr(pipe.vae, "decode", hungry)
-    monkeypatch.setattr(pipe.vae, "use_tiling", False)
-    monkeypatch.setattr(pipe.vae, "use_slicing", False)
-    summary = go(pipe, tmp_path, [{"prompt": "a cat", "seed": [1, 2, 3, 4]}], Settings(batch=4))
-    assert summary.done == 4
-    assert events(tmp_path, "step-down") == [
-        f"out of memory: from here on {what}"
-        for what in ("calls of 2 clip(s)", "calls of 1 clip(s)", "tiled decoding")
-    ]
-    report = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["report"]
-    assert report["after_out_of_memory"] == ["calls of 1 clip(s)", "tiled decoding"]
-
-
-LADDER = (
-    "calls of 1 clip(s)",
-    "tiled decoding",
-    "parts of the model kept off the GPU while they do not run",
-    "layers kept off the GPU while they do not run",
-)
-
-
-@pytest.mark.parametrize("rungs", [3, 4])
-def test_every_step_down_is_taken_and_the_clip_is_the_same(tmp_path, monkeypatch, rungs):
-    """On the CPU diffusers puts up the very hooks; they only move nothing anywhere."""
-    preset = tmp_path / "topk.json"
-    method = dit_accel.TopK(0.4)
-    AccelConfig(method, dit_accel.Schedule(warmup=1), min_tokens=0).save(preset)
-    jobs = [{"prompt": "a cat", "seed": [1, 2], "method": str(preset), "width": 128, "height": 128}]
-    pipe, written = tiny_wan(), {"calm": [], "hungry": []}
-    for name, frames in written.items():
-        if name == "hungry":
-            monkeypatch.setattr(memory, "OFFLOADING", ("cpu",))
-            make_hungry(monkeypatch, rungs)
-            monkeypatch.setattr(type(pipe), "enable_sequential_cpu_offload", offload_layers)
-        save = video.save
-        with monkeypatch.context() as patch:
-            patch.setattr(video, "save", lambda p, f, fps: frames.append(f) or save(p, f, fps))  # noqa: B023
-            assert go(pipe, tmp_path / name, jobs, Settings(batch=2)).done == 2
-    out = tmp_path / "hungry"
-    assert events(out, "step-down") == [
-        f"out of memory: from here on {measure}" for measure in LADDER[:rungs]
-    ]
-    for calm, hungry in zip(written["calm"], written["hungry"], strict=True):
-        assert np.abs(calm.astype(int) - hungry).max() <= 1
-    reports = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert all(line["report"]["after_out_of_memory"] == [*LADDER[:rungs]] for line in reports)
-    assert all(line["report"]["kept"] < 1 for line in reports)
-    layers = any(p.is_meta for p in pipe.transformer.parameters())
-    assert layers == (rungs == 4) and hasattr(pipe.transformer, "_hf_hook")
-
-
-def test_when_nothing_is_left_to_give_up_the_job_fails_with_all_that_was_tried(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(memory, "OFFLOADING", ("cpu",))
-    make_hungry(monkeypatch, len(LADDER) + 1)
-    summary = go(tiny_wan(), tmp_path, [{"prompt": "a cat", "seed": [1, 2]}], Settings(batch=2))
-    assert (summary.done, summary.failed) == (0, 2)
-    (reason,) = {failure["error"] for failure in summary.to_dict()["failures"]}
-    assert reason.startswith("OutOfMemoryError: CUDA out of memory")
-    assert all(measure in reason for measure in LADDER)
-
-
-def offload_layers(self, device) -> None:
-    """diffusers' own asks for "cpu:0", to which a move is a copy that is no parameter any more."""
-    for part in (self.text_encoder, self.transformer, self.vae):
-        cpu_offload(part, device, offload_buffers=len(part._parameters) > 0)
-
-
-def make_hungry(monkeypatch, rungs: int) -> None:
-    """Every call is out of memory until so many measures are in force."""
-    real, taken = render_module.render, []
-    more = memory.Savings.more
-
-    def render_hungry(*arguments):
-        if len(taken) < rungs:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        return real(*arguments)
-
-    monkeypatch.setattr(render_module, "render", render_hungry)
-    monkeypatch.setattr(
-        memory.Savings, "more", lambda self: (said := more(self)) and (taken.append(said) or said)
-    )
-
-
-def test_memory_that_never_suffices_is_a_failure_with_what_was_tried(pipe, tmp_path, monkeypatch):
-    def hungry(*args, **kwargs):
-        raise MemoryError("nothing left")
-
-    monkeypatch.setattr(pipe.vae, "decode", hungry)
-    monkeypatch.setattr(pipe.vae, "use_tiling", False)
-    monkeypatch.setattr(pipe.vae, "use_slicing", False)
-    [failure] = go(pipe, tmp_path, [{"prompt": "a cat"}]).failures
-    assert failure["error"] == "MemoryError: nothing left (in force: tiled decoding)"
-
-
-def test_a_full_disk_is_waited_out(pipe, tmp_path, monkeypatch):
-    save, left = video.save, [2]
-
-    def full(*args, **kwargs):
-        if left[0]:
-            left[0] -= 1
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(*args, **kwargs)
-
-    monkeypatch.setattr(video, "save", full)
-    assert go(pipe, tmp_path, [{"prompt": "a cat"}]).ok
-    assert left == [0] and len(events(tmp_path, "started")) == 1
-
-
-def test_a_disk_that_stays_full_stops_the_run_which_goes_on_later(pipe, tmp_path, monkeypatch):
-    usage, jobs = shutil.disk_usage, [{"prompt": ["a cat", "a dog", "a star"]}]
-
-    def filling(path):
-        space = usage(path)
-        return space._replace(free=space.free if not files(tmp_path) else 0)
-
-    monkeypatch.setattr(shutil, "disk_usage", filling)
-    summary = go(pipe, tmp_path, jobs)
-    assert "the disk is full" in summary.stopped
-    assert summary.done >= 1 and summary.failed == 0 and summary.done + summary.waiting == 3
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    assert go(pipe, tmp_path, jobs).ok
-    assert len(files(tmp_path)) == 3
-
-
-def test_a_clip_that_cannot_be_written_is_told(pipe, tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(video, "save", broken)
-    [failure] = go(pipe, tmp_path, [{"prompt": "a cat"}]).failures
-    assert "could not be written: OSError: [Errno 5] Input/output error" in failure["error"]
-
-
 def test_jobs_the_model_cannot_take(pipe, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     jobs = [
@@ -342,19 +168,6 @@ def test_a_lost_device_ends_the_worker_and_keeps_what_was_made(pipe, tmp_path):
     handle.remove()
     assert Manifest(tmp_path).counts() == {"waiting": 1, "running": 0, "done": 1, "failed": 0}
     assert go(pipe, tmp_path, [{"prompt": ["a cat", "a dog"]}]).ok
-
-
-def test_no_space_for_the_manifest_is_told_before_anything_runs(pipe, tmp_path):
-    manifest = Manifest(tmp_path)
-    jobs = [{"prompt": "a cat", "seed": list(range(200))}]
-
-    def planless(self, *args, **kwargs):
-        raise DiskFull(errno.ENOSPC, f"no space left for {self.path}")
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no space left"):
-        patch.setattr(Manifest, "plan", planless)
-        go(pipe, tmp_path, jobs)
-    assert manifest.counts()["done"] == 0
 
 
 def test_a_picture_to_start_from(tmp_path):

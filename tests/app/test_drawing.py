@@ -1,0 +1,59 @@
+"""What the page shows: heat map, stage, previews."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from asks import ASK
+
+from dit_accel.app import preview, stage, views
+from dit_accel.app.studio import Progress
+
+
+def test_the_heat_map_has_a_cell_per_layer_and_step():
+    layers = [{"name": "blocks.0"}, {"name": "blocks.1"}]
+    html = views.heat_map([[1.0, 0.25], [0.5, None]], layers)
+    assert html.count('title="step ') == 3
+    assert "step 1, blocks.1: 25% kept" in html and "step 1, blocks.0: dense" in html
+
+
+def test_the_stage_keeps_a_finished_side_when_the_other_is_cancelled(alone):
+    value = stage.waiting(ASK)
+    value = stage.finished(value, alone.left, "url/left.mp4", 8)
+    value = stage.moved(value, Progress("right", "denoise", 2, 4))
+    assert value["right"]["share"] == 0.5 and value["right"]["state"] == "denoising, 2 of 4"
+    value = stage.stopped(value, "cancelled")
+    assert value["left"]["src"] == "url/left.mp4"
+    assert value["right"]["state"] == "cancelled" and not value["right"]["busy"]
+
+
+def test_the_clean_clip_is_read_off_two_steps():
+    clean, noise = torch.randn(2, 1, 4, 3, 8, 8)
+    sigmas = torch.tensor([1.0, 0.6, 0.3, 0.0])
+
+    class FlowMatchFake:
+        config: dict = {}
+
+    scheduler = FlowMatchFake()
+    scheduler.sigmas = sigmas
+    drawing = preview.Preview(SimpleNamespace(scheduler=scheduler), ratio=1.0)
+    drawing.before = (1 - sigmas[0]) * clean + sigmas[0] * noise
+    now = (1 - sigmas[1]) * clean + sigmas[1] * noise
+    assert torch.allclose(drawing._clean(1, now), clean, atol=1e-5)
+
+
+def test_colours_are_learnt_from_what_was_decoded():
+    latents = torch.randn(1, 16, 3, 8, 6)
+    mixing = torch.randn(3, 16) * 0.05
+    true = torch.einsum("kc,chw->hwk", mixing, latents[0, :, 0]) + 0.5
+    frame = (true.clamp(0, 1) * 255).round().byte().numpy().repeat(8, 0).repeat(8, 1)
+    colours = preview.fit_colours(latents, frame, ratio=8 / 6)
+    drawn = preview.linear(latents[0, :, 0], colours)
+    assert np.abs(drawn.astype(int) - (true.clamp(0, 1) * 255).numpy()).mean() < 8
+
+
+def test_previews_of_packed_latents_have_the_clips_shape():
+    plane = preview._plane(torch.randn(1, 6 * 12, 16), ratio=0.5)
+    assert plane.shape == (16, 6, 12)
+    picture = preview.principal(plane)
+    assert picture.shape == (6, 12, 3) and picture.dtype == np.uint8 and picture.std() > 0

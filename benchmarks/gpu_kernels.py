@@ -28,7 +28,14 @@ from typing import Any
 import torch
 from gpu_checks import checks
 from gpu_run import SHAPES, Plan, Run, random_table, shared
-from gpu_sweeps import coefficient_times, score_times, sweep, sweep_backward, table_times
+from gpu_sweeps import (
+    coefficient_times,
+    score_times,
+    state_times,
+    sweep,
+    sweep_backward,
+    table_times,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -37,12 +44,9 @@ from dit_accel import ops as public
 from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import triton as tables
-from dit_accel.kernels.block_table.means import (
-    block_means,
-    kept_bits,
-    pooled_blocks,
-    query_key_means,
-)
+from dit_accel.kernels.block_table.means import block_means, query_key_means
+from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.transpose import transpose_table
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import states
@@ -66,7 +70,7 @@ def roofs(r: Run) -> dict[str, Any]:
 
 def operators(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[..., Tensor]]:
     """Operators of a table and, some of them, of the means that its maker returns."""
-    weight = torch.randn(q.shape[3], q.shape[3], device=q.device) / q.shape[3] ** 0.5
+    weight = projection(q)
     return {
         "sparse": lambda t: sparse.block_sparse_attention(q, k, v, t),
         "pooled": lambda t, m=None: pooled.pooled_attention(q, k, v, t, k_mean=m and m.k),
@@ -87,7 +91,17 @@ def whole_operators(
         made = tables.block_table(q, k, keep, block_q, 64, **means.get(name, {}))
         return op(*made) if name in means else op(made)
 
-    return {name: partial(call, name, op) for name, op in operators(q, k, v).items()}
+    def sla(weight: Tensor) -> Tensor:
+        *known, k_mean = linear.key_states(k, v, weight, block_k=64)
+        table = tables.block_table(q, k, keep, block_q, 64, k_mean=k_mean)
+        return linear.sparse_linear_attention(q, k, v, table, weight, states=known)
+
+    calls = {name: partial(call, name, op) for name, op in operators(q, k, v).items()}
+    return calls | {"sla": partial(sla, projection(q))}
+
+
+def projection(q: Tensor) -> Tensor:
+    return torch.randn(q.shape[3], q.shape[3], device=q.device) / q.shape[3] ** 0.5
 
 
 def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
@@ -167,14 +181,13 @@ def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict
         "mean k": r.ms(lambda: block_means(k, 64)),
         "means q, k": r.ms(lambda: query_key_means(q, k, block_q, 64)),
         "means q, k, spread": r.ms(lambda: query_key_means(q, k, block_q, 64, spread=True)),
-        "means k, v": r.ms(lambda: pooled_blocks(k, v, 64)),
-        "means v": r.ms(lambda: pooled_blocks(k, v, 64, known=means.k)),
+        "means k, v and bits": r.ms(lambda: pooled_blocks(k, v, table)),
+        "means v and bits": r.ms(lambda: pooled_blocks(k, v, table, known=means.k)),
         "coefficients": r.ms(lambda: rectified.coefficients(q, k, v, table)),
         "coefficients, means known": r.ms(
             lambda: rectified.coefficients(q, k, v, table, means=means)
         ),
-        "kept bits": r.ms(lambda: kept_bits(table)),
-        "transpose": r.ms(lambda: tables.transpose_table(table)),
+        "transpose": r.ms(lambda: transpose_table(table)),
         "all": r.ms(lambda: tables.block_table(q, k, keep, block_q, 64)),
     }
     memory = tables._SCORE_BYTES
@@ -243,7 +256,7 @@ def gradient_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) ->
             both["backward"] = partial(torch.autograd.grad, out, needed, grad, retain_graph=True)
             for part, fn in both.items():
                 found["ms"][f"{name} {part}"] = r.ms(fn)
-    rows = tables.transpose_table(table)[1]
+    rows = transpose_table(table)[1]
     longest, mean = rows.max().item(), rows.float().mean().item()
     return found | {"rows_of_a_key_block": [longest, mean], "implementations": sorted(set(used))}
 
@@ -295,6 +308,7 @@ def timings(r: Run) -> Plan:
         plan.append((f"sweep coefficients {name}", lambda s=shape: coefficient_times(r, s, 128)))
         plan.append((f"sweep scores {name}", lambda s=shape: score_times(r, s, 128)))
         plan.append((f"sweep table {name}", lambda s=shape: table_times(r, s, 128)))
+        plan.append((f"sweep states {name}", lambda s=shape: state_times(r, s, 64)))
     plan += sweep(r, first)
     if not r.dry:
         plan += sweep(r, (1, 48, 17776, 64))

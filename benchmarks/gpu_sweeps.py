@@ -18,8 +18,21 @@ from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import means
 from dit_accel.kernels.block_table import triton as tables
+from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.transpose import transpose_table
 from dit_accel.kernels.launch import Launch, capability_of, find, run
 from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.kernels.sparse_linear_attention import states
+from dit_accel.kernels.sparse_linear_attention import triton as linear
+
+# Launches of the state kernel.
+STATES = [
+    {"tile": tile, "warps": warps, "stages": stages, "registers": registers}
+    for tile, warps, stages, registers in (
+        *((32, 8, 3, None), (32, 8, 3, 128), (32, 8, 2, 128), (64, 8, 3, None)),
+        *((64, 16, 2, None), (64, 16, 3, None), (64, 16, 4, None)),
+    )
+]
 
 
 def sweep_forward(r: Run, shape: tuple[int, ...], block_q: int, block_k: int, row: Launch) -> dict:
@@ -42,7 +55,7 @@ def backward_times(r: Run, shape: tuple[int, ...], block: int, tiles: dict[str, 
     table = random_table(r, q, shape[2], block, block, 0.05)
     out, lse = sparse.block_sparse_attention(q, k, v, table, return_lse=True)
     tensors = {"q": q, "k": k, "v": v, "do": grad, "lse": lse, "delta": torch.empty_like(lse)}
-    transposed = tables.transpose_table(table)
+    transposed = transpose_table(table)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     common = (tensors, table, None, None)
     dq_call = backward.dq_launch(*common, tiles["dq"], out, None, dq)
@@ -52,7 +65,7 @@ def backward_times(r: Run, shape: tuple[int, ...], block: int, tiles: dict[str, 
         "dkdv": (backward._block_sparse_attention_bwd_dkdv_kernel, *dkdv_call),
     }
     ms = {name: r.ms(lambda call=call: run(*call)) for name, call in calls.items()}
-    ms["transpose"] = r.ms(lambda: tables.transpose_table(table))
+    ms["transpose"] = r.ms(lambda: transpose_table(table))
     ms["forward"] = r.ms(lambda: sparse.block_sparse_attention(q, k, v, table))
     return {"ms": ms, "launches": {name: str(row) for name, row in tiles.items()}}
 
@@ -95,20 +108,23 @@ def launched(op: str, **options: int) -> Iterator[None]:
 
 
 def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
-    """Microseconds of the table's kernels and of its words by their warps."""
-    q, k = (r.tokens(*shape) for _ in range(2))
-    table, found = tables.block_table(q, k, 0.05, block_q, 64), {}
-    for warps in (2, 4, 8):
-        with launched("means", warps=warps):
-            for spread in (False, True):
+    """Microseconds of the table's kernels and of the pool, for several launches."""
+    q, k, v = (r.tokens(*shape) for _ in range(3))
+    options = {"return_means": True, "spreads": True}
+    (table, known), found = tables.block_table(q, k, 0.05, block_q, 64, **options), {}
+    for tile, warps, stages in product((32, 64, 128), (1, 2, 4), (1, 2)):
+        name = f"columns {tile}, {warps} warps, {'' if stages == 1 else 'read anew'}"
+        with launched("means", tile=tile, warps=warps, stages=stages):
+            for spread in (False, True)[stages == 2 :]:
                 call = partial(means.query_key_means, q, k, block_q, 64, spread=spread)
-                found[f"means{', spread' * spread}, {warps} warps"] = r.kernels(call)
-    row, select = means.WORDS_LAUNCH, tables.select_launch
+                found[f"means{', spread' * spread}, {name}"] = r.kernels(call)
+        if stages == 1:
+            with launched("pooled", tile=tile, warps=warps):
+                call = partial(pooled_blocks, k, v, table, known=known.k, rest=True)
+                found[f"pool, {name}"] = r.kernels(call)
+    select = tables.select_launch
     try:
-        for warps in (1, 2, 4):
-            means.WORDS_LAUNCH = replace(row, warps=warps)
-            found[f"words, {warps} warps"] = r.kernels(lambda: means.kept_bits(table))
-        for blocks in (512, 1024, 2048):
+        for blocks in (512, 1024):
             tables.select_launch = lambda width, n=blocks: replace(
                 select(width), warps=min(16, max(1, width // n))
             )
@@ -116,7 +132,29 @@ def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
             assert torch.equal(call().indices, table.indices)
             found[f"choice, {blocks} blocks a warp"] = r.kernels(call)
     finally:
-        means.WORDS_LAUNCH, tables.select_launch = row, select
+        tables.select_launch = select
+    return {"us": found}
+
+
+def state_times(r: Run, shape: tuple[int, ...], block: int) -> dict[str, Any]:
+    """Microseconds of the states of all keys without and with the means of blocks."""
+    k, v = (r.tokens(*shape) for _ in range(2))
+    weight = torch.eye(shape[3], device=r.device)
+    expected, found, programs = linear.key_states(k, v, weight, block_k=block), {}, states._PROGRAMS
+    try:
+        for states._PROGRAMS, row in product((132, 264, 396), STATES):
+            if r.dry and (states._PROGRAMS, row) != (264, STATES[0]):
+                continue
+            with launched("state", **row):
+                name = f"{states._PROGRAMS} programs, {row}"
+                for size in (0, block):
+                    out = linear.key_states(k, v, weight, block_k=size)
+                    for x, y in zip(out[: 2 + (size > 0)], expected, strict=False):
+                        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-2)
+                    call = partial(linear.key_states, k, v, weight, block_k=size)
+                    found[f"{name}{', means' * (size > 0)}"] = r.kernels(call)
+    finally:
+        states._PROGRAMS = programs
     return {"us": found}
 
 

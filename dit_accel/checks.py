@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockMeans, BlockTable
+from dit_accel.table import BlockMeans, BlockTable, KeyStates
 
 PRECISIONS = (None, "int8")
 
@@ -64,13 +64,36 @@ def check_means(
             "the veto reads mean deviations, which these means lack; call block_table with "
             "spreads=True, or this with gapr=False"
         )
-    whole = [
-        None if not isinstance(n, Tensor) and n == k.shape[2] else n for n in (means.kv_len, kv_len)
-    ]
-    tensors = any(isinstance(n, Tensor) for n in whole)
-    if whole[0] is not whole[1] and (tensors or whole[0] != whole[1]):
+    if _differ(k, means.kv_len, kv_len):
         raise ValueError(
             "the means were made with another kv_len; give block_table and this the same int or "
+            "the same tensor"
+        )
+
+
+def _differ(k: Tensor, made: int | Tensor | None, given: int | Tensor | None) -> bool:
+    """Whether two kv_len are not known to be the same."""
+    whole = [None if not isinstance(n, Tensor) and n == k.shape[2] else n for n in (made, given)]
+    tensors = any(isinstance(n, Tensor) for n in whole)
+    return whole[0] is not whole[1] and (tensors or whole[0] != whole[1])
+
+
+def check_states(
+    k: Tensor, states: KeyStates | None, feature_map: str, kv_len: int | Tensor | None
+) -> None:
+    if states is None:
+        return
+    if not isinstance(states, KeyStates):
+        raise TypeError(f"states are the KeyStates of ops.key_states, not {type(states).__name__}")
+    batch, heads, _, d = k.shape
+    if states.state.shape != (batch, heads, d, d) or states.feature_map != feature_map:
+        raise ValueError(
+            f"the states of these keys are {[batch, heads, d, d]} of {feature_map!r}, not "
+            f"{list(states.state.shape)} of {states.feature_map!r}; take those of the same k and v"
+        )
+    if _differ(k, states.kv_len, kv_len):
+        raise ValueError(
+            "the states were made with another kv_len; give key_states and this the same int or "
             "the same tensor"
         )
 
@@ -85,6 +108,14 @@ def check_precision(precision: str | None, *tensors: Tensor) -> None:
         )
 
 
+def check_projection(x: Tensor, weight: Tensor | None, feature_map: str) -> None:
+    if feature_map not in ("softmax", "elu", "relu"):
+        raise ValueError(f"feature_map is 'softmax', 'elu' or 'relu', not {feature_map!r}")
+    d = x.shape[3]
+    if weight is not None and weight.shape != (d, d):
+        raise ValueError(f"weight is {[d, d]}, as wide as the heads, not {list(weight.shape)}")
+
+
 def check_linear(
     q: Tensor,
     table: BlockTable,
@@ -96,8 +127,7 @@ def check_linear(
 ) -> None:
     if linear not in ("all", "rest", "marginal", None):
         raise ValueError(f"linear is 'all', 'rest', 'marginal' or None, not {linear!r}")
-    if feature_map not in ("softmax", "elu", "relu"):
-        raise ValueError(f"feature_map is 'softmax', 'elu' or 'relu', not {feature_map!r}")
+    check_projection(q, None, feature_map)
     d = q.shape[3]
     for name, x, shape in (("weight", weight, (d, d)), ("bias", bias, (d,))):
         if x is not None and (linear is None or x.shape != shape):

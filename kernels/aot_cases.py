@@ -20,12 +20,13 @@ from dit_accel.kernels.block_sparse_attention import gluon as hopper
 from dit_accel.kernels.block_sparse_attention import triton as forward
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import means as means_kernels
+from dit_accel.kernels.block_table import pool as pool_kernels
 from dit_accel.kernels.block_table import triton as table_kernels
 from dit_accel.kernels.block_table.triton import select_launch
 from dit_accel.kernels.int8_attention import gluon as int8_hopper
 from dit_accel.kernels.int8_attention import quantize as int8_keys
 from dit_accel.kernels.int8_attention import triton as int8
-from dit_accel.kernels.launch import LAUNCHES, Launch, find, split_head_dim
+from dit_accel.kernels.launch import LAUNCHES, Launch, compiler_options, find, split_head_dim
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import states
@@ -121,24 +122,33 @@ def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     }  # fmt: skip
 
 
-def means_case(
-    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel of the block means of q and k, with deviations; extra "pool": that of keys and
-    values."""
-    x, width = tokens(head_dim, dtype), 1 << (head_dim - 1).bit_length()
-    common = {"kv_len": None, "n": _SHAPE[2], "d": head_dim, "BLOCK_D": width}
+def means_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the block means of q and k, with deviations."""
+    x = tokens(head_dim, dtype)
     blocks = (*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
     mean, half = empty(*blocks), empty(*blocks, dtype=dtype)
-    if not extra:
-        arguments = {"q": x, "k": x, "q_mean": mean, "k_mean": mean, "q_far": half, "k_far": half}
-        arguments |= {"s_q": x.stride(), "s_k": x.stride(), "n_q": _SHAPE[2], "m_q": blocks[2]}
-        arguments |= {"m_k": blocks[2], "BLOCK_Q": launch.block, "BLOCK_K": 64}
-        return means_kernels._block_mean_pair_fwd_kernel, arguments | common
-    arguments = {"k": x, "v": x, "known": None, "k_mean": half, "k_rest": half, "k_far": half}
-    arguments |= {"v_mean": half, "s_k": x.stride(), "s_v": x.stride(), "m_known": 512}
-    arguments["BLOCK"] = launch.block
-    return means_kernels._block_pool_fwd_kernel, arguments | common
+    return means_kernels._block_means_fwd_kernel, {
+        "q": x, "k": x, "q_mean": mean, "k_mean": mean, "q_far": half, "k_far": half,
+        "kv_len": None, "s_q": x.stride(), "s_k": x.stride(), "n_q": _SHAPE[2], "n": _SHAPE[2],
+        "m_q": blocks[2], "m_k": blocks[2], "d": head_dim, "BLOCK_Q": launch.block, "BLOCK_K": 64,
+        **means_kernels.column_tiles(head_dim, launch),
+    }  # fmt: skip
+
+
+def pooled_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of pooled keys and values and the table's bits; extra "known": of known keys."""
+    x, half = tokens(head_dim, dtype), empty(*_SHAPE[:2], 512, head_dim, dtype=dtype)
+    kept, bits = table(64, launch.block), empty(*_SHAPE[:2], 512, 16, dtype=torch.int32)
+    return pool_kernels._block_pool_fwd_kernel, {
+        "k": x, "v": x, "known": empty(*half.shape) if extra else None, "k_mean": half,
+        "k_rest": half, "k_far": None if extra else half, "v_mean": half, "indices": kept.indices,
+        "counts": kept.counts, "bits": bits, "kv_len": None, "s_k": x.stride(), "s_v": x.stride(),
+        "n": _SHAPE[2], "m": 512, "m_known": 512, "m_q": 512, "width": 26, "n_words": 16,
+        "live": 512, "d": head_dim, "BLOCK": launch.block,
+        **means_kernels.column_tiles(head_dim, launch), "WORDS": 64,
+    }  # fmt: skip
 
 
 def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -222,10 +232,13 @@ def linear_states(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Te
     return states.unpack(empty(*_SHAPE[:2], blocks, head_dim * (head_dim + 1), dtype=dtype))
 
 
-def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The kernel of the state of linear attention over all keys."""
+def state_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the state of linear attention over all keys; extra "means": and of blocks."""
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
-    return _state(launch, tokens(head_dim, dtype), state, total, span=1600)
+    means = {"mean": empty(1, 12, 512, head_dim), "block": 64} if extra else {}
+    return _state(launch, tokens(head_dim, dtype), state, total, span=1600, **means)
 
 
 def project_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -284,6 +297,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "dkdv": dkdv_case,
     "pool": pool_case,
     "means": means_case,
+    "pooled": pooled_case,
     "scores": scores_case,
     "select": select_case,
     "coefficients": coefficients_case,
@@ -301,7 +315,7 @@ def compile_row(launch: Launch, head_dim: int | None = None, **extra: str) -> Re
     """Compile the kernel of a row of the launch table, by default for its own head dimension."""
     head_dim = head_dim or launch.head_dim
     kernel, arguments = CASES[launch.op](launch, head_dim, torch.bfloat16, **extra)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False}
+    options = compiler_options(launch)
     options |= {"maxnreg": arguments["maxnreg"]} if "maxnreg" in arguments else {}
     return report(kernel, arguments, launch.capability, options)
 
@@ -337,8 +351,10 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {}
         if row.op == "select" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "mass"}
-        if row.op == "means" and (not wanted or row.op + place in wanted):
-            yield row, row.head_dim, {"extra": "pool"}
+        if row.op == "pooled" and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "known"}
+        if row.op == "state" and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "means"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "keys"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_table.triton import transpose_table
+from dit_accel.kernels.block_table.transpose import transpose_table
 from dit_accel.kernels.launch import Launch, capability_of, find, run, split_head_dim
 from dit_accel.kernels.tiles import (
     bit_row,

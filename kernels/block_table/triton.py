@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_table.means import ROW_LAUNCH, kept_map, query_key_means
+from dit_accel.kernels.block_table.means import block_means, query_key_means
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.tiles import log2_scale
 from dit_accel.table import BlockMeans, BlockTable, block_count, kept_blocks, table_width
@@ -221,23 +221,6 @@ def _block_select_fwd_kernel(
     tl.store(counts + i_row, _store_places(b_w, indices + i_row * width, width, M))
 
 
-@triton.jit(do_not_specialize=["m_q", "m_k", "m_pad"])
-def _transpose_table_fwd_kernel(
-    kept, starts, rows, m_q, m_k, m_pad, TILE_Q: tl.constexpr, TILE_K: tl.constexpr
-):  # fmt: skip
-    i_bh = tl.program_id(1).to(tl.int64)
-    o_k = tl.program_id(0) * TILE_K + tl.arange(0, TILE_K)
-    b_at = tl.load(starts + i_bh * m_k + o_k, mask=o_k < m_k, other=0) - 1
-    for i in range(0, m_q, TILE_Q):
-        o_q = i + tl.arange(0, TILE_Q)
-        m_x = (o_q[:, None] < m_q) & (o_k[None, :] < m_k)
-        p_x = kept + (i_bh * m_q + o_q[:, None]) * m_pad + o_k[None, :]
-        b_x = tl.load(p_x, mask=m_x, other=0).to(tl.int32)
-        b_to = b_at[None, :] + tl.cumsum(b_x, 0)
-        tl.store(rows + b_to, o_q[:, None] + tl.zeros_like(b_x), mask=b_x != 0)
-        b_at += tl.sum(b_x, 0)
-
-
 def supports(q: Tensor, *, block_q: int = 64, block_k: int = 64, **_: object) -> str | None:
     """None if this file serves the call, else the reason why not."""
     return unsupported(q, block_q, block_k)
@@ -258,6 +241,7 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
+    k_mean: Tensor | None = None,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """See ops.block_table; equal scores go to the lower block."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
@@ -266,7 +250,10 @@ def block_table(
     most = block_count(limit, block_k)
     width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
     spreads = spreads and return_means
-    (q_mean, q_far), (k_mean, k_far) = query_key_means(q, k, block_q, block_k, kv_len, spreads)
+    if k_mean is None:
+        (q_mean, q_far), (k_mean, k_far) = query_key_means(q, k, block_q, block_k, kv_len, spreads)
+    else:
+        (q_mean, q_far), k_far = block_means(q, block_q), None
     indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
     select = {
@@ -289,22 +276,6 @@ def block_table(
         _choose(*part, first, heads, forced, select)
     table = BlockTable(indices, counts, block_q, block_k, n_q, n_k)
     return (table, BlockMeans(q_mean, k_mean, q_far, k_far, kv_len)) if return_means else table
-
-
-def transpose_table(table: BlockTable) -> tuple[Tensor, Tensor, Tensor]:
-    """The query blocks that read each key block: starts int64 and counts int32 [B, H, Mk], and the
-    flat int32 list of query blocks, ascending for each key block."""
-    kept = kept_map(table)
-    counts = kept.sum(2, dtype=torch.int32)
-    starts = counts.flatten().cumsum(0).view_as(counts) - counts
-    rows = table.indices.new_empty(table.indices.numel())
-    arguments = {
-        "kept": kept, "starts": starts, "rows": rows, "m_q": kept.shape[2], "m_k": kept.shape[3],
-        "m_pad": kept.shape[3], "TILE_Q": 128, "TILE_K": 16,
-    }  # fmt: skip
-    grid = (block_count(kept.shape[3], 16), kept.shape[0] * kept.shape[1], 1)
-    run(_transpose_table_fwd_kernel, grid, arguments, ROW_LAUNCH)
-    return starts, counts, rows
 
 
 def _wanted(keep: float, kv_len: Tensor, block_k: int) -> Tensor:

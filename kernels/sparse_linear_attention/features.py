@@ -26,6 +26,13 @@ def features_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
     return grad * (x.clamp(max=0).exp() if name == "elu" else x > 0)
 
 
+def key_share(k: Tensor, kv_len: int | Tensor | None) -> float:
+    """What the sums over all keys are multiplied by to fit 16 bits, ε too: it cancels. 1/n of the n
+    valid keys, or of all where a tensor tells their number."""
+    n = k.shape[2] if kv_len is None or isinstance(kv_len, Tensor) else min(k.shape[2], kv_len)
+    return 1 / max(1, n)
+
+
 def key_mask(k: Tensor, kv_len: int | Tensor | None) -> Tensor:
     """[B or 1, 1, N_k, 1] bool: the keys that count."""
     n = k.shape[2]

@@ -3,8 +3,9 @@
     h_m = φ(K_m)ᵀ (V_m − c) Wᵀ,  z_m = Σ_{j∈m} φ(k_j)         fp32, then stored side by side
     H_n = Σ_m held_nm h_m,  Z_n = Σ_m held_nm z_m              the product of a 0/1 matrix with them
 
-A state of all keys is the sum over some 256 spans. Where each row holds its own blocks, a span is a
-block, and the heads go through in parts whose states fit a fixed memory.
+A state of all keys is the sum over some 256 spans; the means of key blocks, for a block table, are
+summed beside it, so that k is read once. Where each row holds its own blocks, a span is a block,
+and the heads go through in parts whose states fit a fixed memory.
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ def finite(b_x, DTYPE: tl.constexpr):
     return b_x
 
 
-@triton.jit(do_not_specialize=["n_k", "n_span"])
+@triton.jit(do_not_specialize=["n_k", "n_all", "n_span"])
 def _linear_state_fwd_kernel(
-    k, v, center, weight, ratio, delta, state, total, kv_len,
-    s_k, s_v, s_h, s_z, n_k, n_span, d, scale,
-    TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
-    PADDED: tl.constexpr,
+    k, v, center, weight, ratio, delta, mean, state, total, kv_len,
+    s_k, s_v, s_h, s_z, n_k, n_all, n_span, d, scale,
+    BLOCK: tl.constexpr, TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr,
+    PRECISION: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -92,22 +93,32 @@ def _linear_state_fwd_kernel(
     b_s = tl.zeros([TILE_K, BLOCK_D], tl.float32)  # summed over the rows once, after the loop
     if center is not None:
         b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
-    for i_k in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_valid), TILE_K):
-        o_k = i_k + tl.arange(0, TILE_K)
-        b_k = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
-        b_k = features(b_k, o_k, n_valid, d, BLOCK_D, PHI)
-        b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
-        if center is not None and b_v.dtype == tl.float32:
-            b_v -= b_c[None, :]
-        if ratio is not None:
-            p_r = i_bh * n_k + o_k
-            b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
-            b_s += b_k * tl.load(delta + p_r, mask=o_k < n_k, other=0.0)[:, None]
-        # [BD, TK] @ [TK, BD] -> [BD, BD]
-        b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
-        b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
-        if ratio is None:
-            b_s += b_k.to(tl.float32)
+    # a block without a valid key has a mean, too
+    n_end = n_valid if mean is None else n_all
+    for i_m in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_end), BLOCK):
+        b_m = tl.zeros([TILE_K, BLOCK_D], tl.float32)
+        for i_t in tl.static_range(0, BLOCK, TILE_K):
+            o_k = i_m + i_t + tl.arange(0, TILE_K)
+            b_x = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
+            if mean is not None:
+                b_m += b_x.to(tl.float32)
+            b_k = features(b_x, o_k, n_valid, d, BLOCK_D, PHI)
+            b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
+            if center is not None and b_v.dtype == tl.float32:
+                b_v -= b_c[None, :]
+            if ratio is not None:
+                p_r = i_bh * n_k + o_k
+                b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
+                b_s += b_k * tl.load(delta + p_r, mask=o_k < n_k, other=0.0)[:, None]
+            # [BD, TK] @ [TK, BD] -> [BD, BD]
+            b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
+            b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
+            if ratio is None:
+                b_s += b_k.to(tl.float32)
+        if mean is not None:
+            size = tl.clamp((n_valid - i_m).to(tl.float32), 1.0, BLOCK)
+            p_m = mean + (i_bh * tl.cdiv(n_all, BLOCK) + i_m // BLOCK) * d + o_d
+            tl.store(p_m, tl.sum(b_m, 0) / size, mask=o_d < d)
     b_z = tl.sum(b_s, 0)
     if center is not None and v.dtype.element_ty != tl.float32:
         # 16-bit v - c would be rounded, by the same for all v of a size
@@ -158,22 +169,26 @@ def state_case(
     weight: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    mean: Tensor | None = None,
+    block: int = 0,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
     """Grid, arguments and launch of the state kernel.
 
     state [B, H, S, D·D] and total [B, H, S, D]: of S spans of `span` keys, times scale; center
     [B, H, D] float32 is subtracted from v, weight [D, D] in the dtype of v. "identity" is φ(x) = x.
-    With factors r, δ [B, H, N] float32 they are Σ r_j φ(k_j)ᵀ v_j and Σ δ_j r_j φ(k_j).
+    With factors r, δ [B, H, N] float32 they are Σ r_j φ(k_j)ᵀ v_j and Σ δ_j r_j φ(k_j). mean
+    [B, H, M, D] float32 takes the means of k's blocks of `block` tokens, which a span holds whole.
     """
     batch, heads, spans, d = total.shape
     ratio, delta = factors or (None, None)
+    tile = min(launch.tile, block or span)
     arguments = {
         "k": k, "v": v, "center": center, "weight": weight, "state": state, "total": total,
-        "ratio": ratio, "delta": delta,
+        "ratio": ratio, "delta": delta, "mean": mean,
         **key_limits(k, kv_len), "s_k": k.stride(), "s_v": v.stride(), "s_h": state.stride(2),
-        "s_z": total.stride(2), "n_span": span, "d": d, "scale": scale,
-        "TILE_K": min(launch.tile, span), "BLOCK_D": padded(d), "PHI": feature_index(feature_map),
-        "PRECISION": launch.precision,
+        "s_z": total.stride(2), "n_all": k.shape[2], "n_span": span, "d": d, "scale": scale,
+        "BLOCK": block or tile, "TILE_K": tile, "BLOCK_D": padded(d),
+        "PHI": feature_index(feature_map), "PRECISION": launch.precision,
     }  # fmt: skip
     return (spans, heads, batch), arguments, launch
 
@@ -198,15 +213,17 @@ def span_states(
     center: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
+    mean: Tensor | None = None,
+    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Σ φ(k_j)ᵀ (v_j − center) [B, H, S, D, D] and Σ φ(k_j) [B, H, S, D] over each of S spans of
-    the keys, float32; factors and scale as in `state_case`."""
+    the keys, float32; the other options as in `state_case`."""
     batch, heads, n, d = k.shape
     launch = find("state", capability_of(k), d, 64)
-    spans, span = split(n, batch * heads, launch.tile)
+    spans, span = split(n, batch * heads, max(launch.tile, block))
     state = k.new_empty((batch, heads, spans, d, d), dtype=torch.float32)
     total = k.new_empty((batch, heads, spans, d), dtype=torch.float32)
-    options = (feature_map, kv_len, center, None, factors, scale)
+    options = (feature_map, kv_len, center, None, factors, scale, mean, block)
     case = state_case(k, v, state, total, span, launch, *options)
     run(_linear_state_fwd_kernel, *case)
     return state, total

@@ -21,25 +21,29 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import block_sparse_attention
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
-from dit_accel.kernels.sparse_linear_attention.features import EPS
+from dit_accel.kernels.sparse_linear_attention.features import EPS, key_share
 from dit_accel.kernels.sparse_linear_attention.states import (
     block_states,
     feature_index,
     features,
     held_sum,
     load_rows,
-    mean_state,
     parts,
     project,
     span_states,
     store_rows,
     unpack,
-    whole_state,
 )
 from dit_accel.kernels.sparse_linear_attention.triton_backward import linear_branch_backward
 from dit_accel.table import BlockTable, block_count
 
-__all__ = ["linear_branch", "linear_branch_backward", "sparse_linear_attention", "supports"]
+__all__ = [
+    "key_states",
+    "linear_branch",
+    "linear_branch_backward",
+    "sparse_linear_attention",
+    "supports",
+]
 
 
 @triton.jit(do_not_specialize=["eps", "n_q", "n_span"])
@@ -84,19 +88,21 @@ def sparse_linear_attention(
     excluded: BlockTable | None = None,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
+    states: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See ops.sparse_linear_attention; `excluded` as in `linear_branch`."""
+    """See ops.sparse_linear_attention; `excluded` and `states` as in `linear_branch`."""
     if weight is not None and excluded is None:
         out = torch.empty_like(q)
         launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
         call = (q, k, v, out, None, table, launch, scale, kv_len)
         if unfused(*call) is None:
-            attend(call, weight, bias, feature_map)
+            attend(call, weight, bias, feature_map, states)
             return out
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
         return base
-    return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
+    options = (weight, bias, feature_map, kv_len, base, states)
+    return linear_branch(base, q, k, v, excluded, *options)
 
 
 def unfused(*call: Any) -> str | None:
@@ -109,23 +115,38 @@ def unfused(*call: Any) -> str | None:
     return hopper.unserved(*call)
 
 
-def attend(call: tuple[Any, ...], weight: Tensor, bias: Tensor | None, feature_map: str) -> None:
+def attend(
+    call: tuple[Any, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    feature_map: str,
+    states: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Run Hopper's forward kernel with the branch over all keys."""
     from dit_accel.kernels.block_sparse_attention import gluon as hopper
 
     k, v, kv_len = call[1], call[2], call[8]
-    state, total, share = projected_state(k, v, weight, feature_map, kv_len)
-    bias = None if bias is None else bias.contiguous()
-    hopper.attend(*call, None, None, hopper.Linear(state, total, bias, EPS * share, feature_map))
+    state, total = states or key_states(k, v, weight, feature_map, kv_len)[:2]
+    bias, eps = None if bias is None else bias.contiguous(), EPS * key_share(k, kv_len)
+    hopper.attend(*call, None, None, hopper.Linear(state, total, bias, eps, feature_map))
 
 
-def projected_state(
-    k: Tensor, v: Tensor, weight: Tensor, feature_map: str, kv_len: int | None
-) -> tuple[Tensor, Tensor, float]:
-    """The mean state of all keys times Wᵀ in the dtype of v, the mean of φ(k), and 1/n."""
-    share = 1 / min(k.shape[2], kv_len or k.shape[2])
-    states = span_states(k, v, feature_map, kv_len, scale=share)
-    return *project(*states, weight, v.dtype), share
+def key_states(
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    feature_map: str = "softmax",
+    kv_len: int | Tensor | None = None,
+    block_k: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ops.key_states; without a block size, no means of blocks."""
+    mean = None
+    if block_k:
+        blocks = block_count(k.shape[2], block_k)
+        mean = k.new_empty((*k.shape[:2], blocks, k.shape[3]), dtype=torch.float32)
+    options = {"scale": key_share(k, kv_len), "mean": mean, "block": block_k}
+    states = span_states(k, v, feature_map, kv_len, **options)
+    return *project(*states, weight, v.dtype), mean
 
 
 def linear_branch(
@@ -139,17 +160,19 @@ def linear_branch(
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
     into: Tensor | None = None,
+    states: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """base plus the projected linear attention over all key blocks but `excluded`'s (None: all).
 
-    into: where the result goes, base itself perhaps.
+    into: where the result goes, base itself perhaps. states: those of `key_states`, if all keys are
+    read and they are known.
     """
     out = torch.empty_like(q) if into is None else into
     bias = None if bias is None else bias.contiguous()
     if excluded is None:
-        state, total, share = mean_state(*whole_state(k, v, feature_map, kv_len), k, kv_len)
-        state = (state @ weight.float().mT).to(q.dtype)
-        tensors = {"base": base, "q": q, "o": out, "bias": bias, "eps": EPS * share}
+        state, total = states or key_states(k, v, weight, feature_map, kv_len)[:2]
+        eps = total.new_full(total.shape[:2], EPS * key_share(k, kv_len))
+        tensors = {"base": base, "q": q, "o": out, "bias": bias, "eps": eps}
         launch = find("linear", capability_of(q), q.shape[3], 64)
         tensors |= {"state": state[:, :, None], "total": total[:, :, None]}
         run(_linear_branch_fwd_kernel, *branch_case(tensors, q.shape[2], launch, feature_map))

@@ -147,16 +147,31 @@ def test_backward_of_values_far_from_zero(
     check_backward((q, k, v + 3, excluded, weight, feature_map, None), torch.randn_like(q))
 
 
-@pytest.mark.parametrize("kv_len", [None, 90, 500])
-def test_the_mean_state_for_the_fused_kernel(kv_len: int | None, device: str):
-    _, k, v, _, weight, _ = inputs(65, 200, 64, 64, 64, HALF, device)
-    state, total, share = triton.projected_state(k, v, weight, "softmax", kv_len)
-    n = min(kv_len or 200, 200)
-    fk, fv = k[:, :, :n].float().softmax(-1), v[:, :, :n].float()
-    torch.testing.assert_close(total, fk.mean(2), rtol=2e-3, atol=1e-5)
-    expected = fk.mT @ fv @ weight.mT / n
-    torch.testing.assert_close(state.float(), expected, rtol=2e-3, atol=1e-5)
-    assert share == 1 / n and state.is_contiguous() and total.is_contiguous()
+@pytest.mark.parametrize("kv_len", [None, 90, 500, torch.tensor([130, 0])], ids=str)
+@pytest.mark.parametrize("d,block", [(64, 0), (64, 16), (80, 64), (128, 128)])
+def test_states_of_all_keys_and_means_of_blocks(d, block, kv_len, device: str):
+    _, k, v, _, weight, _ = inputs(65, 200, d, 64, 64, HALF, device)
+    if isinstance(kv_len, torch.Tensor):
+        k, v, kv_len = (torch.cat([k, 2 * v]), torch.cat([v, k]), kv_len.to(device))
+    for b, end in enumerate(
+        torch.as_tensor(200 if kv_len is None else kv_len).expand(len(k)).tolist()
+    ):
+        k[b, :, end:] = v[b, :, end:] = torch.nan
+    found = triton.key_states(k, v, weight, "softmax", kv_len, block)
+    expected = reference.key_states(k, v, weight, "softmax", kv_len, block or 64)
+    for x, y in zip(found[: 3 if block else 2], expected[: 3 if block else 2], strict=True):
+        assert x.dtype == y.dtype and x.is_contiguous()
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-5)
+    assert block or found[2] is None
+
+
+@pytest.mark.parametrize("kv_len", [None, 90])
+def test_with_states_the_result_is_the_same(kv_len: int | None, device: str):
+    q, k, v, table, *learned = inputs(65, 200, 64, 64, 64, HALF, device)
+    states = triton.key_states(k, v, learned[0], "softmax", kv_len)[:2]
+    args = (q, k, v, table, *learned, "softmax", None, None, kv_len)
+    outs = [triton.sparse_linear_attention(*args, x) for x in (states, None)]
+    assert torch.equal(*outs)
 
 
 def test_without_its_gpu_no_kernel_adds_the_branch(device: str):

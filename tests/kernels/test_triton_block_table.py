@@ -1,11 +1,13 @@
-"""The Triton block table, its kept map and its transpose against the naive ones."""
+"""The Triton block table, its means, its pool and its transpose against the naive ones."""
 
 import pytest
 import torch
 
 from dit_accel.kernels.block_table import reference
 from dit_accel.kernels.block_table import triton as kernel
-from dit_accel.kernels.block_table.means import block_means, kept_bits, query_key_means
+from dit_accel.kernels.block_table.means import block_means, query_key_means
+from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.transpose import kept_map, transpose_table
 from dit_accel.table import BlockTable, block_count
 
 HALF = torch.float16
@@ -113,8 +115,8 @@ def test_kept_map_and_transpose(device):
     mask = torch.rand(2, 2, 20, 19, device=device) < 0.3
     mask[0, 0, 3], mask[1, 1, :, 4] = False, False
     table = BlockTable.from_mask(mask, 64, 64, 20 * 64, 19 * 64)
-    assert torch.equal(kernel.kept_map(table).bool(), mask)
-    starts, counts, rows = kernel.transpose_table(table)
+    assert torch.equal(kept_map(table).bool(), mask)
+    starts, counts, rows = transpose_table(table)
     for b, h, m in torch.cartesian_prod(*map(torch.arange, (2, 2, 19))).tolist():
         start = int(starts[b, h, m])
         found = rows[start : start + int(counts[b, h, m])]
@@ -126,13 +128,33 @@ def test_kept_bits(blocks, kv_len, device):
     mask = torch.rand(1, 2, 3, blocks, device=device) < 0.3
     mask[0, 0, 0], mask[0, 1, 1] = False, True
     table = BlockTable.from_mask(mask, 64, 64, 3 * 64, blocks * 64)
-    bits = kept_bits(table, kv_len)
+    k = torch.zeros(1, 2, blocks * 64, 16, device=device)
+    bits = pooled_blocks(k, k, table, kv_len).bits
     assert bits.dtype == torch.int32 and bits.shape[-1] == 4 * block_count(blocks, 128)
     found = (bits[..., None] >> torch.arange(32, device=device) & 1).flatten(-2).bool()
     live = block_count(kv_len or blocks * 64, 64)
     assert torch.equal(found[..., :live], mask[..., :live]) and found[..., live:].all()
     per_sample = torch.tensor([64], device=device)
-    assert torch.equal(kept_bits(table, per_sample), kept_bits(table))
+    found, whole = (pooled_blocks(k, k, table, n).bits for n in (per_sample, None))
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize("kv_len", [None, 70, torch.tensor([70])], ids=str)
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_the_pool_of_keys_and_values(d, kv_len, device):
+    k, v = inputs(150, 150, d, HALF, device)
+    limit = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    table = BlockTable.from_mask(torch.ones(1, 2, 3, 5, device=device) > 0, 64, 32, 150, 150)
+    means, far = block_means(k, 32, limit, spread=True)
+    for known in (None, means):
+        pool = pooled_blocks(k, v, table, limit, known, rest=True, spread=True, multiple=8)
+        assert pool.k.shape == pool.v.shape == pool.k_rest.shape == (1, 2, 8, d)
+        assert torch.equal(pool.k[:, :, :5], means.half())
+        assert torch.equal(pool.k_rest[:, :, :5], (means - means.half()).half())
+        assert torch.equal(pool.v[:, :, :5], block_means(v, 32, limit)[0].half())
+        assert not any(x[:, :, 5:].any() for x in pool[:2])
+        assert (pool.k_far is None) == (known is not None)
+    assert torch.equal(pooled_blocks(k, v, table, limit, spread=True).k_far, far)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

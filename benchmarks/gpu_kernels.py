@@ -45,7 +45,7 @@ from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.block_table.means import block_means, query_key_means
-from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.pool import kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.transpose import transpose_table
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
@@ -91,13 +91,13 @@ def whole_operators(
         made = tables.block_table(q, k, keep, block_q, 64, **means.get(name, {}))
         return op(*made) if name in means else op(made)
 
-    def sla(weight: Tensor) -> Tensor:
+    def once(weight: Tensor) -> Tensor:
         *known, k_mean = linear.key_states(k, v, weight, block_k=64)
         table = tables.block_table(q, k, keep, block_q, 64, k_mean=k_mean)
         return linear.sparse_linear_attention(q, k, v, table, weight, states=known)
 
     calls = {name: partial(call, name, op) for name, op in operators(q, k, v).items()}
-    return calls | {"sla": partial(sla, projection(q))}
+    return calls | {"sla, keys once": partial(once, projection(q))}
 
 
 def projection(q: Tensor) -> Tensor:
@@ -181,12 +181,13 @@ def map_times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict
         "mean k": r.ms(lambda: block_means(k, 64)),
         "means q, k": r.ms(lambda: query_key_means(q, k, block_q, 64)),
         "means q, k, spread": r.ms(lambda: query_key_means(q, k, block_q, 64, spread=True)),
-        "means k, v and bits": r.ms(lambda: pooled_blocks(k, v, table)),
-        "means v and bits": r.ms(lambda: pooled_blocks(k, v, table, known=means.k)),
+        "means k, v": r.ms(lambda: pooled_blocks(k, v, 64)),
+        "means v": r.ms(lambda: pooled_blocks(k, v, 64, known=means.k)),
         "coefficients": r.ms(lambda: rectified.coefficients(q, k, v, table)),
         "coefficients, means known": r.ms(
             lambda: rectified.coefficients(q, k, v, table, means=means)
         ),
+        "kept bits": r.ms(lambda: kept_bits(replace(table, bits=None))),
         "transpose": r.ms(lambda: transpose_table(table)),
         "all": r.ms(lambda: tables.block_table(q, k, keep, block_q, 64)),
     }

@@ -29,8 +29,8 @@ from dit_accel.kernels.sparse_linear_attention import triton as linear
 STATES = [
     {"tile": tile, "warps": warps, "stages": stages, "registers": registers}
     for tile, warps, stages, registers in (
-        *((32, 8, 3, None), (32, 8, 3, 128), (32, 8, 2, 128), (64, 8, 3, None)),
-        *((64, 16, 2, None), (64, 16, 3, None), (64, 16, 4, None)),
+        *((32, 8, 3, None), (32, 8, 3, 128), (32, 8, 4, 128), (16, 8, 4, 128), (16, 8, 6, 128)),
+        *((64, 8, 3, 128), (64, 16, 3, None)),
     )
 ]
 
@@ -113,14 +113,15 @@ def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
     options = {"return_means": True, "spreads": True}
     (table, known), found = tables.block_table(q, k, 0.05, block_q, 64, **options), {}
     for tile, warps, stages in product((32, 64, 128), (1, 2, 4), (1, 2)):
-        name = f"columns {tile}, {warps} warps, {'' if stages == 1 else 'read anew'}"
-        with launched("means", tile=tile, warps=warps, stages=stages):
-            for spread in (False, True)[stages == 2 :]:
-                call = partial(means.query_key_means, q, k, block_q, 64, spread=spread)
-                found[f"means{', spread' * spread}, {name}"] = r.kernels(call)
+        name = f"columns {tile}, {warps} warps{', read anew' * (stages == 2)}"
+        with launched("spreads", tile=tile, warps=warps, stages=stages):
+            call = partial(means.query_key_means, q, k, block_q, 64, spread=True)
+            found[f"spreads, {name}"] = r.kernels(call)
         if stages == 1:
-            with launched("pooled", tile=tile, warps=warps):
-                call = partial(pooled_blocks, k, v, table, known=known.k, rest=True)
+            with launched("means", tile=tile, warps=warps):
+                call = partial(means.query_key_means, q, k, block_q, 64)
+                found[f"means, {name}"] = r.kernels(call)
+                call = partial(pooled_blocks, k, v, 64, known=known.k, rest=True)
                 found[f"pool, {name}"] = r.kernels(call)
     select = tables.select_launch
     try:
@@ -142,7 +143,7 @@ def state_times(r: Run, shape: tuple[int, ...], block: int) -> dict[str, Any]:
     weight = torch.eye(shape[3], device=r.device)
     expected, found, programs = linear.key_states(k, v, weight, block_k=block), {}, states._PROGRAMS
     try:
-        for states._PROGRAMS, row in product((132, 264, 396), STATES):
+        for states._PROGRAMS, row in product((132, 264), STATES):
             if r.dry and (states._PROGRAMS, row) != (264, STATES[0]):
                 continue
             with launched("state", **row):

@@ -64,18 +64,18 @@ def check_means(
             "the veto reads mean deviations, which these means lack; call block_table with "
             "spreads=True, or this with gapr=False"
         )
-    if _differ(k, means.kv_len, kv_len):
+    if not same_len(k, means.kv_len, kv_len):
         raise ValueError(
             "the means were made with another kv_len; give block_table and this the same int or "
             "the same tensor"
         )
 
 
-def _differ(k: Tensor, made: int | Tensor | None, given: int | Tensor | None) -> bool:
-    """Whether two kv_len are not known to be the same."""
+def same_len(k: Tensor, made: int | Tensor | None, given: int | Tensor | None) -> bool:
+    """Whether two kv_len of k are known to be the same."""
     whole = [None if not isinstance(n, Tensor) and n == k.shape[2] else n for n in (made, given)]
     tensors = any(isinstance(n, Tensor) for n in whole)
-    return whole[0] is not whole[1] and (tensors or whole[0] != whole[1])
+    return whole[0] is whole[1] or not (tensors or whole[0] != whole[1])
 
 
 def check_states(
@@ -91,7 +91,7 @@ def check_states(
             f"the states of these keys are {[batch, heads, d, d]} of {feature_map!r}, not "
             f"{list(states.state.shape)} of {states.feature_map!r}; take those of the same k and v"
         )
-    if _differ(k, states.kv_len, kv_len):
+    if not same_len(k, states.kv_len, kv_len):
         raise ValueError(
             "the states were made with another kv_len; give key_states and this the same int or "
             "the same tensor"

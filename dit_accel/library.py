@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from dit_accel import dispatch
-from dit_accel.table import BlockMeans, BlockTable, block_count, table_width
+from dit_accel.table import (
+    BlockBits,
+    BlockMeans,
+    BlockTable,
+    bit_words,
+    block_count,
+    table_width,
+)
 
 
 def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -46,7 +53,7 @@ def block_table(
         return [found.indices, found.counts]
     table, means = found
     far = [means.q_far, means.k_far] if spreads else []
-    return [table.indices, table.counts, means.q, means.k, *far]
+    return [table.indices, table.counts, table.bits.words, means.q, means.k, *far]
 
 
 @block_table.register_fake
@@ -57,6 +64,8 @@ def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced, mass, nea
     outs = [q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)]
     _, return_means, spreads, _ = rest
     columns = (*k.shape[:2], block_count(k.shape[2], block_k), k.shape[3])
+    if return_means:
+        outs.append(q.new_empty((*rows, bit_words(columns[2])), dtype=torch.int32))
     for dtype in ((torch.float32, q.dtype) if spreads else (torch.float32,)) * return_means:
         outs += [q.new_empty(shape, dtype=dtype) for shape in ((*rows, q.shape[3]), columns)]
     return outs
@@ -158,14 +167,16 @@ def pooled_attention(
     indices: Tensor,
     counts: Tensor,
     k_mean: Tensor | None,
+    words: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
     length: Tensor | None,
     limit: int | None,
 ) -> tuple[Tensor, Tensor]:
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
     kv_len = limit if length is None else length
+    bits = None if words is None else BlockBits(words, kv_len)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
     fn = dispatch.select("pooled_attention", q, block_q=block_q, block_k=block_k).fn
     out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len, k_mean=k_mean)
     return _laid_out_as(q, out), lse
@@ -187,6 +198,7 @@ def rectified_attention(
     indices: Tensor,
     counts: Tensor,
     means: list[Tensor],
+    words: Tensor | None,
     block_q: int,
     block_k: int,
     scale: float,
@@ -194,8 +206,9 @@ def rectified_attention(
     length: Tensor | None,
     limit: int | None,
 ) -> Tensor:
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
     kv_len = limit if length is None else length
+    bits = None if words is None else BlockBits(words, kv_len)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
     fn = dispatch.select("rectified_attention", q, block_q=block_q, block_k=block_k).fn
     known = BlockMeans(*means, kv_len=kv_len) if means else None
     return _laid_out_as(q, fn(q, k, v, table, scale, gapr=gapr, kv_len=kv_len, means=known))

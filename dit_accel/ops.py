@@ -21,10 +21,11 @@ from dit_accel.checks import (
     check_states,
     check_table,
     default_scale,
+    same_len,
     split_kv_len,
 )
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
-from dit_accel.table import BlockMeans, BlockTable, KeyStates, block_count
+from dit_accel.table import BlockBits, BlockMeans, BlockTable, KeyStates, block_count
 
 __all__ = [
     "block_sparse_attention",
@@ -72,8 +73,8 @@ def block_table(
         near: bool [Mq, Mk], blocks that compete as all others and are kept even if they lose.
         max_near: as max_forced, for `near`.
         scale: of the softmax that gives the mass, None is 1/√D.
-        return_means: also return the block means, for pooled_attention and rectified_attention of
-            the same q and k, which then read these once less.
+        return_means: also return the block means, and the table with its bits, for pooled_attention
+            and rectified_attention of the same q and k, which then read these once less.
         spreads: with them the mean deviations that the veto of rectified_attention needs.
         k_mean: [B, H, Mk, D] float32, the block means of this k and kv_len from key_states: k is
             then not read. Not with return_means.
@@ -101,12 +102,22 @@ def block_table(
     length, limit = split_kv_len(kv_len, k)
     critical = (float(mass), near, max_near or 0, default_scale(scale, q))
     # a mean that requires gradients would promise some
-    indices, counts, *means = library.block_table(
+    indices, counts, *known = library.block_table(
         q.detach(), k.detach(), float(keep), block_q, block_k, forced, length, limit, max_forced,
         *critical, return_means, spreads, k_mean
     )  # fmt: skip
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
-    return (table, BlockMeans(*means, kv_len=kv_len)) if return_means else table
+    sizes = (block_q, block_k, q.shape[2], k.shape[2])
+    if not return_means:
+        return BlockTable(indices, counts, *sizes)
+    words, *means = known
+    table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
+    return table, BlockMeans(*means, kv_len=kv_len)
+
+
+def _words(k: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> Tensor | None:
+    """The table's bits, if it has those of this kv_len."""
+    bits = table.bits
+    return bits.words if bits is not None and same_len(k, bits.kv_len, kv_len) else None
 
 
 def block_sparse_attention(
@@ -293,8 +304,8 @@ def pooled_attention(
     check_means(q, k, table, means, False, kv_len)
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
-    k_mean = None if means is None else means.k
-    return library.pooled_attention(q, k, v, table.indices, table.counts, k_mean, *sizes)[0]
+    known = (None if means is None else means.k, _words(k, table, kv_len))
+    return library.pooled_attention(q, k, v, table.indices, table.counts, *known, *sizes)[0]
 
 
 def rectified_attention(
@@ -327,4 +338,5 @@ def rectified_attention(
     sizes = (table.block_q, table.block_k, default_scale(scale, q), gapr, length, limit)
     known = [] if means is None else [means.q, means.k]
     known += [means.q_far, means.k_far] if known and gapr else []
-    return library.rectified_attention(q, k, v, table.indices, table.counts, known, *sizes)
+    words = _words(k, table, kv_len)
+    return library.rectified_attention(q, k, v, table.indices, table.counts, known, words, *sizes)

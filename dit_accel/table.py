@@ -14,6 +14,11 @@ def block_count(n: int, block: int) -> int:
     return (n + block - 1) // block
 
 
+def bit_words(blocks: int) -> int:
+    """Words of 32 bits for a row of blocks: those of whole 128."""
+    return 4 * block_count(blocks, 128)
+
+
 def kept_blocks(keep: float, blocks: int) -> int:
     """max(1, ceil(keep · blocks)): the blocks that a share `keep` of them stands for."""
     # 0.2 * 35 is 7.000000000000001 in floating point, and means 7 blocks.
@@ -77,6 +82,20 @@ class KeyStates:
 
 
 @dataclass(frozen=True)
+class BlockBits:
+    """A table as bits, for an operator that asks of every block whether a row keeps it.
+
+    Args:
+        words: [B, H, Mq, bit_words(Mk)] int32; bit m % 32 of word m // 32 is 1 where the row keeps
+            block m, and beyond the last block with a valid key, unless a tensor tells that.
+        kv_len: number of valid keys, as given; None when all are.
+    """
+
+    words: Tensor
+    kv_len: int | Tensor | None = None
+
+
+@dataclass(frozen=True)
 class BlockTable:
     """Key blocks read by each query block.
 
@@ -86,6 +105,7 @@ class BlockTable:
         counts: [B, H, Mq] int32, valid entries of each row; 0 is allowed.
         block_q, block_k: tokens in a query and in a key block; the last block may be short.
         n_q, n_k: tokens, so Mq = ceil(n_q / block_q) and Mk = ceil(n_k / block_k).
+        bits: the same, where known.
 
     Raises ValueError for shapes that do not fit together, TypeError for another dtype.
     """
@@ -96,6 +116,7 @@ class BlockTable:
     block_k: int
     n_q: int
     n_k: int
+    bits: BlockBits | None = None
 
     def __post_init__(self) -> None:
         if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
@@ -143,6 +164,14 @@ class BlockTable:
         mask = self.indices.new_zeros(*self.counts.shape, self.key_blocks + 1, dtype=torch.bool)
         kept = self.indices.long().masked_fill(~self.valid(), self.key_blocks)
         return mask.scatter(-1, kept, True)[..., :-1]
+
+    def to_bits(self, live: int | None = None) -> Tensor:
+        """The words of BlockBits, with `live` blocks that hold a valid key (None: all)."""
+        mask, words = self.to_mask(), bit_words(self.key_blocks)
+        mask[..., self.key_blocks if live is None else live :] = True
+        mask = torch.nn.functional.pad(mask, (0, 32 * words - self.key_blocks), value=True)
+        values = 1 << torch.arange(32, device=mask.device)
+        return (mask.unflatten(-1, (words, 32)) * values).sum(-1).int()
 
     def union(self, other: BlockTable) -> BlockTable:
         """The pairs that either table keeps, of the same blocks; does not wait for the device."""

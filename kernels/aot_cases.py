@@ -122,32 +122,33 @@ def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     }  # fmt: skip
 
 
-def means_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The kernel of the block means of q and k, with deviations."""
+def means_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the block means of q and k, with deviations if the row is of these; extra
+    "pool": that of keys and values."""
+    if extra:
+        return pooled_case(launch, head_dim, dtype)
     x = tokens(head_dim, dtype)
     blocks = (*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
-    mean, half = empty(*blocks), empty(*blocks, dtype=dtype)
+    mean, far = empty(*blocks), empty(*blocks, dtype=dtype) if launch.op == "spreads" else None
     return means_kernels._block_means_fwd_kernel, {
-        "q": x, "k": x, "q_mean": mean, "k_mean": mean, "q_far": half, "k_far": half,
+        "q": x, "k": x, "q_mean": mean, "k_mean": mean, "q_far": far, "k_far": far,
         "kv_len": None, "s_q": x.stride(), "s_k": x.stride(), "n_q": _SHAPE[2], "n": _SHAPE[2],
         "m_q": blocks[2], "m_k": blocks[2], "d": head_dim, "BLOCK_Q": launch.block, "BLOCK_K": 64,
         **means_kernels.column_tiles(head_dim, launch),
     }  # fmt: skip
 
 
-def pooled_case(
-    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel of pooled keys and values and the table's bits; extra "known": of known keys."""
+def pooled_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of pooled keys and values; of a row of deviations, with those of the keys."""
     x, half = tokens(head_dim, dtype), empty(*_SHAPE[:2], 512, head_dim, dtype=dtype)
-    kept, bits = table(64, launch.block), empty(*_SHAPE[:2], 512, 16, dtype=torch.int32)
+    known = empty(*half.shape) if launch.op == "means" else None
     return pool_kernels._block_pool_fwd_kernel, {
-        "k": x, "v": x, "known": empty(*half.shape) if extra else None, "k_mean": half,
-        "k_rest": half, "k_far": None if extra else half, "v_mean": half, "indices": kept.indices,
-        "counts": kept.counts, "bits": bits, "kv_len": None, "s_k": x.stride(), "s_v": x.stride(),
-        "n": _SHAPE[2], "m": 512, "m_known": 512, "m_q": 512, "width": 26, "n_words": 16,
-        "live": 512, "d": head_dim, "BLOCK": launch.block,
-        **means_kernels.column_tiles(head_dim, launch), "WORDS": 64,
+        "k": x, "v": x, "known": known, "k_mean": half, "k_rest": half,
+        "k_far": half if known is None else None, "v_mean": half, "kv_len": None,
+        "s_k": x.stride(), "s_v": x.stride(), "n": _SHAPE[2], "m_known": 512, "d": head_dim,
+        "BLOCK": launch.block, **means_kernels.column_tiles(head_dim, launch),
     }  # fmt: skip
 
 
@@ -170,9 +171,11 @@ def select_case(
     kept, flags = table(64, 64), empty(1, 1, 1, 2048, dtype=torch.uint8)
     return table_kernels._block_select_fwd_kernel, {
         "score": empty(1, 1), "forced": flags, "near": flags, "indices": kept.indices,
-        "counts": kept.counts, "kv_len": None, "wants": None, "s_f": (0, 0, 0, 1), "s_n": (2048, 1),
+        "counts": kept.counts, "bits": kept.counts, "kv_len": None, "wants": None,
+        "s_f": (0, 0, 0, 1), "s_n": (2048, 1),
         "i_first": 0, "n_heads": 12, **top_p, "n_k": 75600,
-        "m_k": 1182, "m_pad": 1184, "n_want": 60, "width": 80, "BLOCK_K": 64, "M": width,
+        "m_k": 1182, "m_pad": 1184, "n_want": 60, "width": 80, "n_words": 40,
+        "BLOCK_K": 64, "M": width,
     }  # fmt: skip
 
 
@@ -297,7 +300,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "dkdv": dkdv_case,
     "pool": pool_case,
     "means": means_case,
-    "pooled": pooled_case,
+    "spreads": means_case,
     "scores": scores_case,
     "select": select_case,
     "coefficients": coefficients_case,
@@ -351,8 +354,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {}
         if row.op == "select" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "mass"}
-        if row.op == "pooled" and (not wanted or row.op + place in wanted):
-            yield row, row.head_dim, {"extra": "known"}
+        if row.op in ("means", "spreads") and (not wanted or row.op + place in wanted):
+            yield row, row.head_dim, {"extra": "pool"}
         if row.op == "state" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "means"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):

@@ -18,7 +18,7 @@ BLOCKS = (16, 32, 64, 128)
 _AOT = "not measured: no spill in the ahead-of-time report"
 _H100 = "fastest of a sweep on an H100: benchmarks/results/h100-sweeps.json"
 _GLUON = "fastest of a sweep on an H100: benchmarks/results/h100-gluon-2.json"
-_MEANS = "fastest of 2, 4 and 8 warps on an H100: benchmarks/results/h100-table-parts.json"
+_MEANS = "fastest of a sweep on an H100: benchmarks/results/h100-table-parts-2.json"
 _FUSED = "fastest of a sweep on an H100: benchmarks/results/h100-linear-fused.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
 _INT8_GLUON = "fastest of a sweep on an H200: benchmarks/results/h200-int8.json"
@@ -101,16 +101,17 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("dkdv", 120, 128, 128, 16, 8, 2),
     Launch("pool", 80, 128, 64, 32, 8, 2),
     Launch("pool", 80, 128, 128, 16, 8, 1),
-    Launch("means", 80, 128, 128, 64, 2, 1),
-    Launch("pooled", 80, 128, 128, 64, 2, 1),
+    Launch("means", 80, 128, 128, 128, 2, 1, provenance=_MEANS),
+    Launch("spreads", 80, 128, 128, 32, 1, 1),
+    Launch("spreads", 90, 128, 128, 64, 1, 1, provenance=_MEANS),
     Launch("scores", 80, 128, 128, 64, 4, 2, precision="bf16x3"),
     Launch("coefficients", 80, 128, 128, 32, 8, 2),
     Launch("coefficients", 90, 128, 128, 32, 4, 2),
     Launch("coefficients", 100, 128, 128, 32, 4, 2),
     Launch("coefficients", 120, 128, 128, 16, 8, 2),
     Launch("rows", 80, 128, 128, 16, 4, 1),
-    Launch("state", 80, 128, 128, 64, 8, 2),
-    Launch("state", 90, 128, 128, 32, 8, 3, provenance=_FUSED),
+    Launch("state", 80, 128, 128, 32, 8, 2),
+    Launch("state", 90, 128, 128, 32, 8, 3, registers=128, provenance=_FUSED),
     Launch("state", 100, 128, 128, 64, 8, 2),
     Launch("project", 80, 128, 128, 16, 8, 1, precision="tf32x3"),
     Launch("block_state", 80, 128, 128, 32, 8, 2),

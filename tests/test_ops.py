@@ -214,11 +214,11 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
     tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)
     torch.library.opcheck(library.block_sparse_attention, (*tensors, *rest, length, None))
-    k_mean = known.k if means else None
-    torch.library.opcheck(library.pooled_attention, (*tensors, k_mean, *rest, length, None))
+    given = (known.k, table.bits.words) if means else (None, None)
+    torch.library.opcheck(library.pooled_attention, (*tensors, *given, *rest, length, None))
     tensors = [x.detach() for x in tensors]
     known = [known.q, known.k, known.q_far, known.k_far][: 2 * (means + spreads)]
-    rest = (known, *rest, spreads, length, None)
+    rest = (known, given[1], *rest, spreads, length, None)
     torch.library.opcheck(library.rectified_attention, (*tensors, *rest))
 
 

@@ -95,7 +95,8 @@ def _means(
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
     means = [q.new_empty((batch, heads, m, d), dtype=torch.float32) for m in (m_q, m_k)]
     far = [torch.empty_like(x, dtype=q.dtype) if spread else None for x in means]
-    launch = find("means", capability_of(q), d, max(block_q, block_k))
+    op = "spreads" if spread else "means"
+    launch = find(op, capability_of(q), d, max(block_q, block_k))
     columns = column_tiles(d, launch)
     arguments = {
         "q": q, "k": k, "q_mean": means[0], "k_mean": means[1], "q_far": far[0], "k_far": far[1],

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockMeans, BlockTable, block_count, kept_blocks, table_width
+from dit_accel.table import (
+    BlockBits,
+    BlockMeans,
+    BlockTable,
+    block_count,
+    kept_blocks,
+    table_width,
+)
 
 
 def block_table(
@@ -61,6 +69,7 @@ def block_table(
     table = BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k, width)
     if not return_means:
         return table
+    table = replace(table, bits=BlockBits(table.to_bits(most), kv_len))
     sides = (q.to(device), block_q, [n_q] * batch), (k.to(device), block_k, lengths)
     means = [block_means(*side) for side in sides]
     far = [None] * 2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockMeans, BlockTable, block_count, table_width
+from dit_accel.table import BlockBits, BlockMeans, BlockTable, block_count, table_width
 
 
 def block_table(
@@ -38,6 +39,8 @@ def block_table(
     )
     if not return_means:
         return table
+    live = block_count(kv_len if isinstance(kv_len, int) else k.shape[2], block_k)
+    table = replace(table, bits=BlockBits(table.to_bits(live), kv_len))
     far = (None, None)
     if spreads:
         far = (block_spreads(q, means[0], block_q), block_spreads(k, means[1], block_k, kv_len))

@@ -17,9 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_table.means import block_means, query_key_means
+from dit_accel.kernels.block_table.pool import beyond
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.tiles import log2_scale
-from dit_accel.table import BlockMeans, BlockTable, block_count, kept_blocks, table_width
+from dit_accel.table import (
+    BlockBits,
+    BlockMeans,
+    BlockTable,
+    bit_words,
+    block_count,
+    kept_blocks,
+    table_width,
+)
 
 # Scores are made for as many heads at once as fit in this many bytes, which stay in the L2 cache.
 _SCORE_BYTES = 2**25
@@ -129,15 +138,16 @@ def _store_places(b_w, p_row, width, M: tl.constexpr):
     return n_all
 
 
-@triton.jit(do_not_specialize=["i_first", "n_heads", "n_k", "m_k", "n_want", "width"])
+@triton.jit(do_not_specialize=["i_first", "n_heads", "n_k", "m_k", "n_want", "width", "n_words"])
 def _block_select_fwd_kernel(
-    score, forced, near, indices, counts, kv_len, wants, s_f, s_n,
-    i_first, n_heads, n_k, m_k, m_pad, n_want, width, mass, scale,
+    score, forced, near, indices, counts, bits, kv_len, wants, s_f, s_n,
+    i_first, n_heads, n_k, m_k, m_pad, n_want, width, n_words, mass, scale,
     BLOCK_K: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
     i_row = i_bh.to(tl.int64) * tl.num_programs(0) + i_n
     i_b, i_h = (i_bh + i_first) // n_heads, (i_bh + i_first) % n_heads
+    n_live = tl.cdiv(n_k, BLOCK_K)  # with kv_len, of all samples
     if kv_len is not None:
         n_k = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n_k)
         n_want = tl.load(wants + i_b)
@@ -218,6 +228,9 @@ def _block_select_fwd_kernel(
     if near is not None:
         m_near = tl.load(near + i_n * s_n[0] + o_k * s_n[1], mask=o_k < m_k, other=0) != 0
         b_w |= _words(m_near & m_valid, M)
+    if bits is not None:
+        o_w = tl.arange(0, M // 32)
+        tl.store(bits + i_row * n_words + o_w, b_w | beyond(o_w, n_live), mask=o_w < n_words)
     tl.store(counts + i_row, _store_places(b_w, indices + i_row * width, width, M))
 
 
@@ -256,6 +269,7 @@ def block_table(
         (q_mean, q_far), k_far = block_means(q, block_q), None
     indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
+    bits = counts.new_empty((*counts.shape, bit_words(m_k))) if return_means else None
     select = {
         "kv_len": kv_len if isinstance(kv_len, Tensor) else None,
         "wants": _wanted(keep, kv_len, block_k) if isinstance(kv_len, Tensor) else None,
@@ -269,13 +283,17 @@ def block_table(
     }
     if forced is not None:
         forced = forced.view(torch.uint8).expand(batch, heads, m_q, m_k)
-    flat = [x.flatten(0, 1) for x in (q_mean, k_mean, indices, counts)]
+    wanted = (q_mean, k_mean, indices, counts, bits)
+    flat = [None if x is None else x.flatten(0, 1) for x in wanted]
     step = max(1, _SCORE_BYTES // (4 * m_q * m_k))
     for first in range(0, batch * heads, step):
-        part = [x[first : first + step] for x in flat]
+        part = [None if x is None else x[first : first + step] for x in flat]
         _choose(*part, first, heads, forced, select)
-    table = BlockTable(indices, counts, block_q, block_k, n_q, n_k)
-    return (table, BlockMeans(q_mean, k_mean, q_far, k_far, kv_len)) if return_means else table
+    sizes = (block_q, block_k, n_q, n_k)
+    if not return_means:
+        return BlockTable(indices, counts, *sizes)
+    table = BlockTable(indices, counts, *sizes, bits=BlockBits(bits, kv_len))
+    return table, BlockMeans(q_mean, k_mean, q_far, k_far, kv_len)
 
 
 def _wanted(keep: float, kv_len: Tensor, block_k: int) -> Tensor:
@@ -289,13 +307,14 @@ def _choose(
     k: Tensor,
     indices: Tensor,
     counts: Tensor,
+    bits: Tensor | None,
     first: int,
     heads: int,
     forced: Tensor | None,
     select: dict[str, object],
 ) -> None:
-    """Scores and choice for the heads from `first` on; q, k [b, M, D] means, indices, counts are
-    written."""
+    """Scores and choice for the heads from `first` on; q, k [b, M, D] means, indices, counts and
+    bits are written."""
     (n, m_q, d), m_k = q.shape, k.shape[1]
     m_pad = -(-m_k // 16) * 16  # rows that are read in whole vectors
     score = q.new_empty((n, m_q, m_pad))
@@ -308,9 +327,10 @@ def _choose(
         "TILE_D": MEAN_TILE, "PRECISION": launch.precision if q.is_cuda else "ieee",
     }  # fmt: skip
     run(_block_scores_fwd_kernel, grid, arguments, launch)
-    width = max(32, padded(m_k))
+    width = max(128, padded(m_k))
     arguments = {
         "score": score, "forced": forced, "indices": indices, "counts": counts,
+        "bits": bits, "n_words": 0 if bits is None else bits.shape[-1],
         "s_f": (0, 0, 0, 0) if forced is None else forced.stride(), "i_first": first,
         "n_heads": heads,
         "m_k": m_k, "m_pad": m_pad, "width": indices.shape[-1], "M": width, **select,

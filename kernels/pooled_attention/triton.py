@@ -21,7 +21,7 @@ from dit_accel.kernels.block_sparse_attention.triton_backward import (
     dq_launch,
     load_lse,
 )
-from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.pool import kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.transpose import transpose_table
 from dit_accel.kernels.launch import Launch, capability_of, find, run, split_head_dim
 from dit_accel.kernels.tiles import (
@@ -126,8 +126,8 @@ def pooled_keys(
     k_mean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """k̄, v̄ [B, H, Mp, D] in the dtype of k, Mp being Mk in whole tiles, and the table as bits."""
-    pool = pooled_blocks(k, v, table, kv_len, known=k_mean, multiple=tile)
-    return pool.k, pool.v, pool.bits
+    pool = pooled_blocks(k, v, table.block_k, kv_len, known=k_mean, multiple=tile)
+    return pool.k, pool.v, kept_bits(table, kv_len)
 
 
 def backward(

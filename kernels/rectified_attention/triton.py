@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import attend, supports
 from dit_accel.kernels.block_table.means import block_means
-from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.pool import kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.triton import load_means
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run
 from dit_accel.kernels.tiles import bit_row, key_limits, log2_scale
@@ -126,7 +126,7 @@ def coefficients(
         block_means(q, table.block_q, spread=gapr) if means is None else (means.q, means.q_far)
     )
     pool = pooled_blocks(
-        k, v, table, kv_len, means and means.k, rest=k.element_size() == 2, spread=gapr
+        k, v, table.block_k, kv_len, means and means.k, rest=k.element_size() == 2, spread=gapr
     )
     ratio, shift = q_mean.new_empty(q_mean.shape[:3]), torch.empty_like(q_mean)
     launch = launch or find("coefficients", capability_of(q), q.shape[-1], table.block_q)
@@ -135,7 +135,7 @@ def coefficients(
     arguments = {
         "q": q_mean, "q_far": q_far if gapr else None, "k": pool.k, "k_rest": pool.k_rest,
         "k_far": (pool.k_far if means is None else means.k_far) if gapr else None, "v": pool.v,
-        "bits": pool.bits, "ratio": ratio, "shift": shift, **limits,
+        "bits": kept_bits(table, kv_len), "ratio": ratio, "shift": shift, **limits,
         "m_q": q_mean.shape[2], "m_k": pool.k.shape[2], "d": q.shape[-1],
         "scale": log2_scale(scale, q), "BLOCK_K": table.block_k, "TILE_Q": TILE_Q,
         "TILE_K": launch.tile, "D": padded(q.shape[-1]), "STAGES": launch.stages,

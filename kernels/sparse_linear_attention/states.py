@@ -90,36 +90,43 @@ def _linear_state_fwd_kernel(
     x_k = k + i_b.to(tl.int64) * s_k[0] + i_h.to(tl.int64) * s_k[1]
     x_v = v + i_b.to(tl.int64) * s_v[0] + i_h.to(tl.int64) * s_v[1]
     b_h = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    b_s = tl.zeros([TILE_K, BLOCK_D], tl.float32)  # summed over the rows once, after the loop
+    # a sum over the rows that all warps hold is 16 equal rows of a product with ones
+    b_one = tl.full([16, TILE_K], 1.0, v.dtype.element_ty)
+    b_s = tl.zeros([16 if ratio is None else TILE_K, BLOCK_D], tl.float32)
     if center is not None:
         b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
-    # a block without a valid key has a mean, too
-    n_end = n_valid if mean is None else n_all
-    for i_m in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_end), BLOCK):
-        b_m = tl.zeros([TILE_K, BLOCK_D], tl.float32)
-        for i_t in tl.static_range(0, BLOCK, TILE_K):
-            o_k = i_m + i_t + tl.arange(0, TILE_K)
-            b_x = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
-            if mean is not None:
-                b_m += b_x.to(tl.float32)
-            b_k = features(b_x, o_k, n_valid, d, BLOCK_D, PHI)
-            b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
-            if center is not None and b_v.dtype == tl.float32:
-                b_v -= b_c[None, :]
-            if ratio is not None:
-                p_r = i_bh * n_k + o_k
-                b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
-                b_s += b_k * tl.load(delta + p_r, mask=o_k < n_k, other=0.0)[:, None]
-            # [BD, TK] @ [TK, BD] -> [BD, BD]
-            b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
-            b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
-            if ratio is None:
-                b_s += b_k.to(tl.float32)
+    n_end = n_valid
+    if mean is not None:
+        n_end = n_all  # a block without a valid key has a mean, too
+        b_m = tl.zeros([16, BLOCK_D], tl.float32)
+    for i_k in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_end), TILE_K):
+        o_k = i_k + tl.arange(0, TILE_K)
+        b_x = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
         if mean is not None:
-            size = tl.clamp((n_valid - i_m).to(tl.float32), 1.0, BLOCK)
-            p_m = mean + (i_bh * tl.cdiv(n_all, BLOCK) + i_m // BLOCK) * d + o_d
-            tl.store(p_m, tl.sum(b_m, 0) / size, mask=o_d < d)
-    b_z = tl.sum(b_s, 0)
+            # [16, TK] @ [TK, BD] -> [16, BD]
+            b_m = tl.dot(b_one, b_x, b_m, input_precision=PRECISION)
+        b_k = features(b_x, o_k, n_valid, d, BLOCK_D, PHI)
+        b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
+        if center is not None and b_v.dtype == tl.float32:
+            b_v -= b_c[None, :]
+        if ratio is not None:
+            p_r = i_bh * n_k + o_k
+            b_k *= tl.load(ratio + p_r, mask=o_k < n_k, other=0.0)[:, None]
+            b_s += b_k * tl.load(delta + p_r, mask=o_k < n_k, other=0.0)[:, None]
+        # [BD, TK] @ [TK, BD] -> [BD, BD]
+        b_k = finite(b_k, b_v.dtype).to(b_v.dtype)
+        b_h = tl.dot(tl.trans(b_k), b_v, b_h, input_precision=PRECISION)
+        if ratio is None:
+            # [16, TK] @ [TK, BD] -> [16, BD]
+            b_s = tl.dot(b_one, b_k, b_s, input_precision=PRECISION)
+        if mean is not None:  # noqa: SIM102
+            if (i_k + TILE_K) % BLOCK == 0 or i_k + TILE_K >= n_end:
+                i_m = i_k // BLOCK
+                size = tl.clamp((n_valid - i_m * BLOCK).to(tl.float32), 1.0, BLOCK)
+                p_m = mean + (i_bh * tl.cdiv(n_all, BLOCK) + i_m) * d + o_d
+                tl.store(p_m, tl.max(b_m, 0) / size, mask=o_d < d)
+                b_m = tl.zeros([16, BLOCK_D], tl.float32)
+    b_z = tl.max(b_s, 0) if ratio is None else tl.sum(b_s, 0)
     if center is not None and v.dtype.element_ty != tl.float32:
         # 16-bit v - c would be rounded, by the same for all v of a size
         b_h -= b_z[:, None] * b_c[None, :]

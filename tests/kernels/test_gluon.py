@@ -14,7 +14,7 @@ from gluon_machine import Deadlock
 
 from dit_accel.kernels.block_sparse_attention import gluon, reference
 from dit_accel.kernels.block_sparse_attention import triton as plain
-from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.pool import kept_bits
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
 from dit_accel.kernels.sparse_linear_attention.features import EPS, FEATURE_MAPS, features
@@ -123,8 +123,7 @@ def means(x, block, n_valid):
 def test_pooled_keys_follow_the_kept_ones(kv_len, block_q, pairs):
     case = (150, 300, 64, block_q, 64, 64, 2, 2)
     q, k, v, table = inputs(*case[:5])
-    bits = pooled_blocks(k, v, table, kv_len).bits
-    pool = (*(means(x, 64, kv_len or 300) for x in (k, v)), bits)
+    pool = (*(means(x, 64, kv_len or 300) for x in (k, v)), kept_bits(table, kv_len))
     outs = emulate(case, q, k, v, table, kv_len=kv_len, pool=pool, pairs=pairs)
     check(outs, pooled_reference.pooled_attention, q, k, v, table, None, kv_len, True)
 

@@ -6,7 +6,7 @@ import torch
 from dit_accel.kernels.block_table import reference
 from dit_accel.kernels.block_table import triton as kernel
 from dit_accel.kernels.block_table.means import block_means, query_key_means
-from dit_accel.kernels.block_table.pool import pooled_blocks
+from dit_accel.kernels.block_table.pool import kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.transpose import kept_map, transpose_table
 from dit_accel.table import BlockTable, block_count
 
@@ -128,15 +128,28 @@ def test_kept_bits(blocks, kv_len, device):
     mask = torch.rand(1, 2, 3, blocks, device=device) < 0.3
     mask[0, 0, 0], mask[0, 1, 1] = False, True
     table = BlockTable.from_mask(mask, 64, 64, 3 * 64, blocks * 64)
-    k = torch.zeros(1, 2, blocks * 64, 16, device=device)
-    bits = pooled_blocks(k, k, table, kv_len).bits
+    live = block_count(kv_len or blocks * 64, 64)
+    bits = table.to_bits(live)
     assert bits.dtype == torch.int32 and bits.shape[-1] == 4 * block_count(blocks, 128)
     found = (bits[..., None] >> torch.arange(32, device=device) & 1).flatten(-2).bool()
-    live = block_count(kv_len or blocks * 64, 64)
     assert torch.equal(found[..., :live], mask[..., :live]) and found[..., live:].all()
+    assert torch.equal(kept_bits(table, kv_len), bits)
     per_sample = torch.tensor([64], device=device)
-    found, whole = (pooled_blocks(k, k, table, n).bits for n in (per_sample, None))
-    assert torch.equal(found, whole)
+    assert torch.equal(kept_bits(table, per_sample), table.to_bits())
+
+
+@pytest.mark.parametrize("kv_len", [None, 133, torch.tensor([200, 70])], ids=str)
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 16), (16, 1)])
+def test_the_bits_it_returns(blocks, kv_len, device):
+    q, k = inputs(65, 200, 64, HALF, device, batch=2)
+    if isinstance(kv_len, torch.Tensor):
+        kv_len = kv_len.to(device)
+    forced = torch.rand(block_count(200, blocks[1]), device=device) < 0.2
+    options = {"kv_len": kv_len, "max_forced": len(forced), "return_means": True}
+    table, _ = kernel.block_table(q, k, 0.3, *blocks, forced, **options)
+    plain = BlockTable(table.indices, table.counts, *blocks, 65, 200)
+    assert table.bits.kv_len is kv_len and plain.bits is None
+    assert torch.equal(table.bits.words, kept_bits(plain, kv_len))
 
 
 @pytest.mark.parametrize("kv_len", [None, 70, torch.tensor([70])], ids=str)
@@ -144,17 +157,16 @@ def test_kept_bits(blocks, kv_len, device):
 def test_the_pool_of_keys_and_values(d, kv_len, device):
     k, v = inputs(150, 150, d, HALF, device)
     limit = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
-    table = BlockTable.from_mask(torch.ones(1, 2, 3, 5, device=device) > 0, 64, 32, 150, 150)
     means, far = block_means(k, 32, limit, spread=True)
     for known in (None, means):
-        pool = pooled_blocks(k, v, table, limit, known, rest=True, spread=True, multiple=8)
+        pool = pooled_blocks(k, v, 32, limit, known, rest=True, spread=True, multiple=8)
         assert pool.k.shape == pool.v.shape == pool.k_rest.shape == (1, 2, 8, d)
         assert torch.equal(pool.k[:, :, :5], means.half())
         assert torch.equal(pool.k_rest[:, :, :5], (means - means.half()).half())
         assert torch.equal(pool.v[:, :, :5], block_means(v, 32, limit)[0].half())
         assert not any(x[:, :, 5:].any() for x in pool[:2])
         assert (pool.k_far is None) == (known is not None)
-    assert torch.equal(pooled_blocks(k, v, table, limit, spread=True).k_far, far)
+    assert torch.equal(pooled_blocks(k, v, 32, limit, spread=True).k_far, far)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

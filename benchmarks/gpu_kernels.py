@@ -70,7 +70,7 @@ def roofs(r: Run) -> dict[str, Any]:
 
 def operators(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[..., Tensor]]:
     """Operators of a table and, some of them, of the means that its maker returns."""
-    weight = projection(q)
+    weight = torch.randn(q.shape[3], q.shape[3], device=q.device) / q.shape[3] ** 0.5
     return {
         "sparse": lambda t: sparse.block_sparse_attention(q, k, v, t),
         "pooled": lambda t, m=None: pooled.pooled_attention(q, k, v, t, k_mean=m and m.k),
@@ -91,17 +91,7 @@ def whole_operators(
         made = tables.block_table(q, k, keep, block_q, 64, **means.get(name, {}))
         return op(*made) if name in means else op(made)
 
-    def once(weight: Tensor) -> Tensor:
-        *known, k_mean = linear.key_states(k, v, weight, block_k=64)
-        table = tables.block_table(q, k, keep, block_q, 64, k_mean=k_mean)
-        return linear.sparse_linear_attention(q, k, v, table, weight, states=known)
-
-    calls = {name: partial(call, name, op) for name, op in operators(q, k, v).items()}
-    return calls | {"sla, keys once": partial(once, projection(q))}
-
-
-def projection(q: Tensor) -> Tensor:
-    return torch.randn(q.shape[3], q.shape[3], device=q.device) / q.shape[3] ** 0.5
+    return {name: partial(call, name, op) for name, op in operators(q, k, v).items()}
 
 
 def times(r: Run, shape: tuple[int, ...], keep: float, block_q: int) -> dict[str, Any]:
@@ -309,7 +299,7 @@ def timings(r: Run) -> Plan:
         plan.append((f"sweep coefficients {name}", lambda s=shape: coefficient_times(r, s, 128)))
         plan.append((f"sweep scores {name}", lambda s=shape: score_times(r, s, 128)))
         plan.append((f"sweep table {name}", lambda s=shape: table_times(r, s, 128)))
-        plan.append((f"sweep states {name}", lambda s=shape: state_times(r, s, 64)))
+        plan.append((f"sweep states {name}", lambda s=shape: state_times(r, s)))
     plan += sweep(r, first)
     if not r.dry:
         plan += sweep(r, (1, 48, 17776, 64))

@@ -109,8 +109,8 @@ def times(r: Run, shape: tuple[int, ...], keep: float) -> dict[str, Any]:
         "unfused": lambda: unfused(q, k, v, table, weight),
     }
     if served is None:
-        state, total, share = linear.projected_state(k, v, weight, "softmax", None)
-        branch = gluon.Linear(state, total, None, linear.EPS * share, "softmax")
+        state, total = linear.projected_state(k, v, weight, "softmax", None)
+        branch = gluon.Linear(state, total, None, linear.EPS * linear.key_share(k, None), "softmax")
         ops["fused kernel alone"] = lambda: gluon.attend(*call, None, None, branch)
     ms = {name: r.ms(fn) for name, fn in ops.items()}
     whole = {

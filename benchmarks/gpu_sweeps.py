@@ -29,8 +29,8 @@ from dit_accel.kernels.sparse_linear_attention import triton as linear
 STATES = [
     {"tile": tile, "warps": warps, "stages": stages, "registers": registers}
     for tile, warps, stages, registers in (
-        *((32, 8, 3, None), (32, 8, 3, 128), (32, 8, 4, 128), (16, 8, 4, 128), (16, 8, 6, 128)),
-        *((64, 8, 3, 128), (64, 16, 3, None)),
+        *((32, 8, 3, None), (32, 8, 4, None), (64, 8, 2, 128), (64, 8, 3, 128), (64, 8, 4, 128)),
+        *((64, 16, 3, None), (128, 16, 2, None)),
     )
 ]
 
@@ -137,23 +137,19 @@ def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
     return {"us": found}
 
 
-def state_times(r: Run, shape: tuple[int, ...], block: int) -> dict[str, Any]:
-    """Microseconds of the states of all keys without and with the means of blocks."""
+def state_times(r: Run, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Microseconds of the projected states of all keys."""
     k, v = (r.tokens(*shape) for _ in range(2))
-    weight = torch.eye(shape[3], device=r.device)
-    expected, found, programs = linear.key_states(k, v, weight, block_k=block), {}, states._PROGRAMS
+    call = partial(linear.projected_state, k, v, torch.eye(shape[3], device=r.device), "softmax")
+    expected, found, programs = call(None), {}, states._PROGRAMS
     try:
-        for states._PROGRAMS, row in product((132, 264), STATES):
+        for states._PROGRAMS, row in product((132, 264, 396), STATES):
             if r.dry and (states._PROGRAMS, row) != (264, STATES[0]):
                 continue
             with launched("state", **row):
-                name = f"{states._PROGRAMS} programs, {row}"
-                for size in (0, block):
-                    out = linear.key_states(k, v, weight, block_k=size)
-                    for x, y in zip(out[: 2 + (size > 0)], expected, strict=False):
-                        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-2)
-                    call = partial(linear.key_states, k, v, weight, block_k=size)
-                    found[f"{name}{', means' * (size > 0)}"] = r.kernels(call)
+                for x, y in zip(call(None), expected, strict=True):
+                    torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-2)
+                found[f"{states._PROGRAMS} programs, {row}"] = r.kernels(lambda: call(None))
     finally:
         states._PROGRAMS = programs
     return {"us": found}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockMeans, BlockTable, KeyStates
+from dit_accel.table import BlockMeans, BlockTable
 
 PRECISIONS = (None, "int8")
 
@@ -78,26 +78,6 @@ def same_len(k: Tensor, made: int | Tensor | None, given: int | Tensor | None) -
     return whole[0] is whole[1] or not (tensors or whole[0] != whole[1])
 
 
-def check_states(
-    k: Tensor, states: KeyStates | None, feature_map: str, kv_len: int | Tensor | None
-) -> None:
-    if states is None:
-        return
-    if not isinstance(states, KeyStates):
-        raise TypeError(f"states are the KeyStates of ops.key_states, not {type(states).__name__}")
-    batch, heads, _, d = k.shape
-    if states.state.shape != (batch, heads, d, d) or states.feature_map != feature_map:
-        raise ValueError(
-            f"the states of these keys are {[batch, heads, d, d]} of {feature_map!r}, not "
-            f"{list(states.state.shape)} of {states.feature_map!r}; take those of the same k and v"
-        )
-    if not same_len(k, states.kv_len, kv_len):
-        raise ValueError(
-            "the states were made with another kv_len; give key_states and this the same int or "
-            "the same tensor"
-        )
-
-
 def check_precision(precision: str | None, *tensors: Tensor) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision is 'int8' or None (that of the inputs), not {precision!r}")
@@ -106,14 +86,6 @@ def check_precision(precision: str | None, *tensors: Tensor) -> None:
             f"precision={precision!r} is for inference and has no gradient: train with "
             "precision=None, or call it under torch.no_grad()"
         )
-
-
-def check_projection(x: Tensor, weight: Tensor | None, feature_map: str) -> None:
-    if feature_map not in ("softmax", "elu", "relu"):
-        raise ValueError(f"feature_map is 'softmax', 'elu' or 'relu', not {feature_map!r}")
-    d = x.shape[3]
-    if weight is not None and weight.shape != (d, d):
-        raise ValueError(f"weight is {[d, d]}, as wide as the heads, not {list(weight.shape)}")
 
 
 def check_linear(
@@ -127,7 +99,8 @@ def check_linear(
 ) -> None:
     if linear not in ("all", "rest", "marginal", None):
         raise ValueError(f"linear is 'all', 'rest', 'marginal' or None, not {linear!r}")
-    check_projection(q, None, feature_map)
+    if feature_map not in ("softmax", "elu", "relu"):
+        raise ValueError(f"feature_map is 'softmax', 'elu' or 'relu', not {feature_map!r}")
     d = q.shape[3]
     for name, x, shape in (("weight", weight, (d, d)), ("bias", bias, (d,))):
         if x is not None and (linear is None or x.shape != shape):

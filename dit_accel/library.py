@@ -43,12 +43,11 @@ def block_table(
     scale: float,
     return_means: bool,
     spreads: bool,
-    k_mean: Tensor | None,
 ) -> list[Tensor]:
     chosen = dispatch.select("block_table", q, block_q=block_q, block_k=block_k)
     kv_len = limit if length is None else length
     options = (forced, kv_len, max_forced, mass, near, max_near, scale, return_means, spreads)
-    found = chosen.fn(q, k, keep, block_q, block_k, *options, k_mean)
+    found = chosen.fn(q, k, keep, block_q, block_k, *options)
     if not return_means:
         return [found.indices, found.counts]
     table, means = found
@@ -62,7 +61,7 @@ def _(q, k, keep, block_q, block_k, forced, length, limit, max_forced, mass, nea
     blocks = block_count(k.shape[2] if limit is None else limit, block_k)
     width = table_width(keep, blocks, 0 if forced is None else max_forced, mass, max_near)
     outs = [q.new_empty((*rows, width), dtype=torch.int32), q.new_empty(rows, dtype=torch.int32)]
-    _, return_means, spreads, _ = rest
+    _, return_means, spreads = rest
     columns = (*k.shape[:2], block_count(k.shape[2], block_k), k.shape[3])
     if return_means:
         outs.append(q.new_empty((*rows, bit_words(columns[2])), dtype=torch.int32))
@@ -245,28 +244,6 @@ def _(q, *rest):
     return *outs, *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("dit_accel::key_states", mutates_args=())
-def key_states(
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    feature_map: str,
-    block_k: int,
-    length: Tensor | None,
-    limit: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    chosen = dispatch.select("sparse_linear_attention.key_states", k, block_k=block_k)
-    return chosen.fn(k, v, weight, feature_map, limit if length is None else length, block_k)
-
-
-@key_states.register_fake
-def _(k, v, weight, feature_map, block_k, *rest):
-    (batch, heads, n, d), whole = k.shape, {"dtype": torch.float32}
-    means = (batch, heads, block_count(n, block_k), d)
-    total = k.new_empty((batch, heads, d), **whole)
-    return v.new_empty((batch, heads, d, d)), total, k.new_empty(means, **whole)
-
-
 @torch.library.custom_op("dit_accel::sparse_linear_attention", mutates_args=())
 def sparse_linear_attention(
     q: Tensor,
@@ -280,15 +257,13 @@ def sparse_linear_attention(
     bias: Tensor | None,
     feature_map: str,
     scale: float,
-    state: Tensor | None,
-    total: Tensor | None,
     length: Tensor | None,
     limit: int | None,
 ) -> Tensor:
     chosen = dispatch.select("sparse_linear_attention", q, block_q=block_q, block_k=block_k)
     table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
-    states, kv_len = None if state is None else (state, total), limit if length is None else length
-    options = (weight, bias, feature_map, None, scale, kv_len, states)
+    kv_len = limit if length is None else length
+    options = (weight, bias, feature_map, None, scale, kv_len)
     return _laid_out_as(q, chosen.fn(q, k, v, table, *options))
 
 

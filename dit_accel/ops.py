@@ -16,21 +16,18 @@ from dit_accel.checks import (
     check_linear,
     check_means,
     check_precision,
-    check_projection,
     check_qkv,
-    check_states,
     check_table,
     default_scale,
     same_len,
     split_kv_len,
 )
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
-from dit_accel.table import BlockBits, BlockMeans, BlockTable, KeyStates, block_count
+from dit_accel.table import BlockBits, BlockMeans, BlockTable, block_count
 
 __all__ = [
     "block_sparse_attention",
     "block_table",
-    "key_states",
     "sparse_linear_attention",
     "window_attention",
 ]
@@ -51,7 +48,6 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
-    k_mean: Tensor | None = None,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced key blocks of each query block, the K best of the others, and those `near`.
 
@@ -76,8 +72,6 @@ def block_table(
         return_means: also return the block means, and the table with its bits, for pooled_attention
             and rectified_attention of the same q and k, which then read these once less.
         spreads: with them the mean deviations that the veto of rectified_attention needs.
-        k_mean: [B, H, Mk, D] float32, the block means of this k and kv_len from key_states: k is
-            then not read. Not with return_means.
 
     Raises ValueError for arguments outside these ranges.
     """
@@ -94,17 +88,12 @@ def block_table(
     if near is not None:
         near, max_near = check_forced(near, max_near, (m_q, m_k), q.device, "near", "[Mq, Mk]")
         near = near.expand(m_q, m_k)
-    if k_mean is not None and (return_means or k_mean.shape != (*k.shape[:2], m_k, k.shape[3])):
-        raise ValueError(
-            f"k_mean has the shape {[*k.shape[:2], m_k, k.shape[3]]} of these blocks, not "
-            f"{list(k_mean.shape)}, and goes without return_means"
-        )
     length, limit = split_kv_len(kv_len, k)
     critical = (float(mass), near, max_near or 0, default_scale(scale, q))
     # a mean that requires gradients would promise some
     indices, counts, *known = library.block_table(
         q.detach(), k.detach(), float(keep), block_q, block_k, forced, length, limit, max_forced,
-        *critical, return_means, spreads, k_mean
+        *critical, return_means, spreads
     )  # fmt: skip
     sizes = (block_q, block_k, q.shape[2], k.shape[2])
     if not return_means:
@@ -160,37 +149,6 @@ def block_sparse_attention(
     return (out, lse) if return_lse else out
 
 
-def key_states(
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    feature_map: str = "softmax",
-    block_k: int = 64,
-    kv_len: int | Tensor | None = None,
-) -> KeyStates:
-    """What sparse_linear_attention over all keys and block_table read of k and v, read once.
-
-    Σ φ(k_j)ᵀ v_j Wᵀ and Σ φ(k_j) over the valid keys (arXiv 2509.24006), and the means of the
-    blocks of k. Not differentiated.
-
-    Args:
-        k, v: [B, H, N_k, D].
-        weight: [D, D], the projection W.
-        feature_map: φ, as in sparse_linear_attention.
-        block_k: tokens in a block of the table.
-        kv_len: number of valid keys, int or int tensor [B]; the keys after it are never read.
-
-    Raises ValueError for arguments that do not fit together.
-    """
-    check_qkv(k, k, v)
-    check_projection(k, weight, feature_map)
-    if block_k < 1:
-        raise ValueError(f"a block holds at least one token, not {block_k}")
-    tensors = (x.detach() for x in (k, v, weight))
-    found = library.key_states(*tensors, feature_map, block_k, *split_kv_len(kv_len, k))
-    return KeyStates(*found, feature_map=feature_map, kv_len=kv_len)
-
-
 def sparse_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -203,7 +161,6 @@ def sparse_linear_attention(
     skip: BlockTable | None = None,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
-    states: KeyStates | None = None,
 ) -> Tensor:
     """Softmax attention to the table's blocks plus projected linear attention (arXiv 2509.24006).
 
@@ -223,21 +180,17 @@ def sparse_linear_attention(
         skip: for "marginal", the blocks that neither branch reads; the table goes before it.
         scale: of the softmax branch, None is 1/√D.
         kv_len: number of valid keys, int or int tensor [B]; the keys after it are never used.
-        states: those of this k, v, weight and kv_len, from key_states; the result is the same
-            without, and where they are not all keys' or gradients are wanted they are not used.
 
     Returns [B, H, N_q, D] in q.dtype. Raises ValueError for arguments that do not fit together.
     """
     check_qkv(q, k, v)
     check_table(q, k, table)
     check_linear(q, table, weight, bias, feature_map, linear, skip)
-    check_states(k, states, feature_map, kv_len)
     given = (q, k, v, weight, bias)
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
     sizes, valid = (table.block_q, table.block_k), split_kv_len(kv_len, k)
     if weight is not None and linear == "all" and not learning:
-        known = (None, None) if states is None else (states.state, states.total)
-        branch = (weight, bias, feature_map, default_scale(scale, q), *known)
+        branch = (weight, bias, feature_map, default_scale(scale, q))
         return library.sparse_linear_attention(
             q, k, v, table.indices, table.counts, *sizes, *branch, *valid
         )

@@ -60,28 +60,6 @@ class BlockMeans:
 
 
 @dataclass(frozen=True)
-class KeyStates:
-    """What was read of k and v for linear attention over all keys, and of k for the block table.
-
-    They belong to these very k, v, kv_len, feature map and projection.
-
-    Args:
-        state: [B, H, D, D] in the dtype of v, Σ φ(k_j)ᵀ v_j Wᵀ over the valid keys, times a common
-            factor, which `total` has too.
-        total: [B, H, D] float32, Σ φ(k_j).
-        k_mean: [B, H, Mk, D] float32, means over the valid keys of each block; zero for a block
-            without one.
-        feature_map, kv_len: as given.
-    """
-
-    state: Tensor
-    total: Tensor
-    k_mean: Tensor
-    feature_map: str
-    kv_len: int | Tensor | None = None
-
-
-@dataclass(frozen=True)
 class BlockBits:
     """A table as bits, for an operator that asks of every block whether a row keeps it.
 

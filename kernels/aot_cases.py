@@ -235,13 +235,10 @@ def linear_states(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Te
     return states.unpack(empty(*_SHAPE[:2], blocks, head_dim * (head_dim + 1), dtype=dtype))
 
 
-def state_case(
-    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
-    """The kernel of the state of linear attention over all keys; extra "means": and of blocks."""
+def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the state of linear attention over all keys."""
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
-    means = {"mean": empty(1, 12, 512, head_dim), "block": 64} if extra else {}
-    return _state(launch, tokens(head_dim, dtype), state, total, span=1600, **means)
+    return _state(launch, tokens(head_dim, dtype), state, total, span=1600)
 
 
 def project_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -356,8 +353,6 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {"extra": "mass"}
         if row.op in ("means", "spreads") and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
-        if row.op == "state" and (not wanted or row.op + place in wanted):
-            yield row, row.head_dim, {"extra": "means"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "keys"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):

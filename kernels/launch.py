@@ -111,7 +111,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("coefficients", 120, 128, 128, 16, 8, 2),
     Launch("rows", 80, 128, 128, 16, 4, 1),
     Launch("state", 80, 128, 128, 32, 8, 2),
-    Launch("state", 90, 128, 128, 32, 8, 3, registers=128, provenance=_FUSED),
+    Launch("state", 90, 128, 128, 32, 8, 3, provenance=_FUSED),
     Launch("state", 100, 128, 128, 64, 8, 2),
     Launch("project", 80, 128, 128, 16, 8, 1, precision="tf32x3"),
     Launch("block_state", 80, 128, 128, 32, 8, 2),

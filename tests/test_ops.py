@@ -209,7 +209,7 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     torch.library.opcheck(
         library.block_table,
         (q.detach(), k.detach(), 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3, 0.3)
-        + (None, 0, 0.1, means, spreads, None),
+        + (None, 0, 0.1, means, spreads),
     )
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
     tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)

@@ -110,15 +110,15 @@ class Method:
         """Bytes kept for one layer in one guidance pass; shape of q (B, H, N, D), without text."""
         return 0
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, call: Call, **known: Any) -> BlockTable:
+    def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """The block table of this call, noted for the report."""
-        table = self.best(q, k, call, **known)
+        table = self.best(q, k, call)
         call.note(table)
         return table
 
-    def best(self, q: torch.Tensor, k: torch.Tensor, call: Call, **known: Any) -> BlockTable:
-        """Forced blocks and the `keep` best by mean score; known: k_mean of ops.block_table."""
-        return ops.block_table(q, k, call.keep, *self.sizes(q), **self.valid(call), **known)
+    def best(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
+        """Forced blocks and the `keep` best by mean score."""
+        return ops.block_table(q, k, call.keep, *self.sizes(q), **self.valid(call))
 
     def sizes(self, q: torch.Tensor) -> tuple[int, int]:
         """Tokens in a query block of q [B, H, N, D] and in a key block."""

@@ -111,25 +111,23 @@ class SLA(Method):
                 )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        table = self.select(q, k, call)
         options = {"scale": call.scale, "kv_len": call.kv_len}
         learned = self._of(call.layer, q) if self.linear else None
         if learned is None:
-            return ops.block_sparse_attention(q, k, v, self.select(q, k, call), **options)
-        weight, bias, gate = (learned.get(part) for part in ("weight", "bias", "gate"))
-        if gate is not None:
-            # α·O_s + (1 − α)·O_l = α·(O_s + e^(−gate)·O_l)
-            weight = torch.eye(q.shape[3], device=q.device) * (-gate.float()).exp()
+            return ops.block_sparse_attention(q, k, v, table, **options)
         options |= {"feature_map": self.feature_map, "linear": self.linear}
         if self.linear == "marginal":
             options["skip"] = self._lowest(q, k, call)
-        known, given = {}, (q, k, v, weight, bias)
-        learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-        if self.linear == "all" and not learning:
-            states = ops.key_states(k, v, weight, self.feature_map, self.block_k, call.kv_len)
-            known, options["states"] = {"k_mean": states.k_mean}, states
-        table = self.select(q, k, call, **known)
-        out = ops.sparse_linear_attention(q, k, v, table, weight, bias, **options)
-        return out if gate is None else (out * gate.float().sigmoid()).to(q.dtype)
+        if self.combine == "project":
+            return ops.sparse_linear_attention(
+                q, k, v, table, learned["weight"], learned.get("bias"), **options
+            )
+        # α·O_s + (1 − α)·O_l = α·(O_s + e^(−gate)·O_l)
+        gate = learned["gate"].float()
+        eye = torch.eye(q.shape[3], device=q.device)
+        out = ops.sparse_linear_attention(q, k, v, table, eye * (-gate).exp(), **options)
+        return (out * gate.sigmoid()).to(q.dtype)
 
     def _lowest(self, q: Tensor, k: Tensor, call: Call):
         """The `skip` worst blocks: the best ones of the opposite query."""

@@ -33,10 +33,8 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
-    k_mean: Tensor | None = None,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
-    """The forced blocks of each row, and the best of the others; see ops.block_table. k_mean is not
-    used."""
+    """The forced blocks of each row, and the best of the others; see ops.block_table."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
     most = block_count(kv_len, block_k) if isinstance(kv_len, int) else m_k

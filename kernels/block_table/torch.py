@@ -26,14 +26,9 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
-    k_mean: Tensor | None = None,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced blocks of each row, and the best of the others; see ops.block_table."""
-    if k_mean is None:
-        means = block_means(q, block_q), block_means(k, block_k, kv_len)
-    else:
-        live = block_count(kv_len if isinstance(kv_len, int) else k.shape[2], block_k)
-        means = block_means(q, block_q), k_mean[:, :, :live]
+    means = block_means(q, block_q), block_means(k, block_k, kv_len)
     table = _choose(
         q, k, means, keep, block_q, block_k, forced, kv_len, max_forced, mass, near, max_near, scale
     )
@@ -46,11 +41,6 @@ def block_table(
         far = (block_spreads(q, means[0], block_q), block_spreads(k, means[1], block_k, kv_len))
         far = (far[0].to(q.dtype), _whole(far[1].to(q.dtype), table.key_blocks))
     return table, BlockMeans(means[0], _whole(means[1], table.key_blocks), *far, kv_len)
-
-
-def whole_block_means(x: Tensor, block: int, kv_len: int | Tensor | None = None) -> Tensor:
-    """`block_means` of all blocks of x: those after an int kv_len are zeros."""
-    return _whole(block_means(x, block, kv_len), block_count(x.shape[2], block))
 
 
 def _whole(x: Tensor, blocks: int) -> Tensor:

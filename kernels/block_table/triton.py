@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dit_accel.kernels.block_table.means import block_means, query_key_means
+from dit_accel.kernels.block_table.means import query_key_means
 from dit_accel.kernels.block_table.pool import beyond
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run, unsupported
 from dit_accel.kernels.tiles import log2_scale
@@ -254,7 +254,6 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
-    k_mean: Tensor | None = None,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """See ops.block_table; equal scores go to the lower block."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
@@ -263,10 +262,7 @@ def block_table(
     most = block_count(limit, block_k)
     width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
     spreads = spreads and return_means
-    if k_mean is None:
-        (q_mean, q_far), (k_mean, k_far) = query_key_means(q, k, block_q, block_k, kv_len, spreads)
-    else:
-        (q_mean, q_far), k_far = block_means(q, block_q), None
+    (q_mean, q_far), (k_mean, k_far) = query_key_means(q, k, block_q, block_k, kv_len, spreads)
     indices = q.new_empty((batch, heads, m_q, width), dtype=torch.int32)
     counts = q.new_empty((batch, heads, m_q), dtype=torch.int32)
     bits = counts.new_empty((*counts.shape, bit_words(m_k))) if return_means else None

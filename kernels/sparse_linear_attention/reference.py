@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.reference import block_sparse_attention, token_mask
-from dit_accel.kernels.block_table.reference import block_means
 from dit_accel.kernels.sparse_linear_attention.features import (
     EPS,
     features,
     features_backward,
     key_mask,
-    key_share,
 )
 from dit_accel.table import BlockTable
 
@@ -28,31 +26,14 @@ def sparse_linear_attention(
     excluded: BlockTable | None = None,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """See ops.sparse_linear_attention; `excluded` as in `linear_branch`, `states` are not used."""
+    """See ops.sparse_linear_attention; `excluded` as in `linear_branch`."""
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len, dtype=dtype)
     if weight is None:
         return base
     return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len, dtype=dtype)
-
-
-def key_states(
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    feature_map: str = "softmax",
-    kv_len: int | Tensor | None = None,
-    block_k: int = 64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ops.key_states."""
-    valid, share = key_mask(k, kv_len), key_share(k, kv_len)
-    fk = features(k.float(), feature_map).where(valid, 0)
-    state = fk.mT @ v.float().where(valid, 0) @ weight.float().mT * share
-    lengths = torch.as_tensor(k.shape[2] if kv_len is None else kv_len).expand(k.shape[0]).tolist()
-    return state.to(v.dtype), fk.sum(2) * share, block_means(k.float(), block_k, lengths)
 
 
 def linear_branch(
@@ -66,7 +47,6 @@ def linear_branch(
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
     into: Tensor | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:

@@ -3,9 +3,8 @@
     h_m = φ(K_m)ᵀ (V_m − c) Wᵀ,  z_m = Σ_{j∈m} φ(k_j)         fp32, then stored side by side
     H_n = Σ_m held_nm h_m,  Z_n = Σ_m held_nm z_m              the product of a 0/1 matrix with them
 
-A state of all keys is the sum over some 256 spans; the means of key blocks, for a block table, are
-summed beside it, so that k is read once. Where each row holds its own blocks, a span is a block,
-and the heads go through in parts whose states fit a fixed memory.
+A state of all keys is the sum over some 256 spans. Where each row holds its own blocks, a span is a
+block, and the heads go through in parts whose states fit a fixed memory.
 """
 
 from __future__ import annotations
@@ -32,37 +31,45 @@ _SHARE = 1 / 5
 
 
 @triton.jit
-def load_rows(x, o_x, n_x, stride_n, stride_d, d, BLOCK_D: tl.constexpr):
+def _inside(o_x, n_x, d: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Mask of the rows `o_x` before row n_x and of the columns before d, if there are others."""
+    m_x = o_x[:, None] < n_x
+    if d < BLOCK_D:
+        m_x = m_x & (tl.arange(0, BLOCK_D)[None, :] < d)
+    return m_x
+
+
+@triton.jit
+def load_rows(x, o_x, n_x, stride_n, stride_d, d: tl.constexpr, BLOCK_D: tl.constexpr):
     """The rows `o_x` of x [T, BLOCK_D], zero at or beyond row n_x and column d."""
     o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_x[:, None] < n_x) & (o_d[None, :] < d)
     p_x = x + o_x.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
-    return tl.load(p_x, mask=m_x, other=0.0)
+    return tl.load(p_x, mask=_inside(o_x, n_x, d, BLOCK_D), other=0.0)
 
 
 @triton.jit
-def store_rows(x, b_x, o_x, n_x, stride_n, stride_d, d, BLOCK_D: tl.constexpr):
+def store_rows(x, b_x, o_x, n_x, stride_n, stride_d, d: tl.constexpr, BLOCK_D: tl.constexpr):
     """The reverse of `load_rows`, in the dtype of x."""
     o_d = tl.arange(0, BLOCK_D)
-    m_x = (o_x[:, None] < n_x) & (o_d[None, :] < d)
     p_x = x + o_x.to(tl.int64)[:, None] * stride_n + o_d[None, :] * stride_d
-    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=m_x)
+    tl.store(p_x, b_x.to(x.dtype.element_ty), mask=_inside(o_x, n_x, d, BLOCK_D))
 
 
 @triton.jit
-def features(b_x, o_x, n_x, d, BLOCK_D: tl.constexpr, PHI: tl.constexpr):
-    """φ of the rows `o_x` in fp32 [T, BLOCK_D], zero at or beyond row n_x and column d."""
-    o_d = tl.arange(0, BLOCK_D)
+def features(b_x, o_x, n_x, d: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr):
+    """φ in fp32 of what `load_rows` gives, zero where that is outside."""
     b_x = b_x.to(tl.float32)
     if PHI == 0:
-        b_x = tl.where(o_d[None, :] < d, b_x, -float("inf"))
+        if d < BLOCK_D:
+            b_x = tl.where(tl.arange(0, BLOCK_D)[None, :] < d, b_x, -float("inf"))
         b_x = tl.exp(b_x - tl.max(b_x, 1)[:, None])
-        b_x = b_x * (1.0 / tl.sum(b_x, 1))[:, None]
+        b_x = b_x * tl.where(o_x < n_x, 1.0 / tl.sum(b_x, 1), 0.0)[:, None]
     elif PHI == 1:
         b_x = tl.where(b_x > 0, b_x + 1.0, tl.exp(tl.minimum(b_x, 0.0)))
+        b_x = tl.where(_inside(o_x, n_x, d, BLOCK_D), b_x, 0.0)
     elif PHI == 2:
         b_x = tl.maximum(b_x, 0.0)
-    return tl.where((o_x[:, None] < n_x) & (o_d[None, :] < d), b_x, 0.0)
+    return b_x
 
 
 @triton.jit
@@ -73,12 +80,12 @@ def finite(b_x, DTYPE: tl.constexpr):
     return b_x
 
 
-@triton.jit(do_not_specialize=["n_k", "n_all", "n_span"])
+@triton.jit(do_not_specialize=["n_k", "n_span"])
 def _linear_state_fwd_kernel(
-    k, v, center, weight, ratio, delta, mean, state, total, kv_len,
-    s_k, s_v, s_h, s_z, n_k, n_all, n_span, d, scale,
-    BLOCK: tl.constexpr, TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr,
-    PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    k, v, center, weight, ratio, delta, state, total, kv_len,
+    s_k, s_v, s_h, s_z, n_k, n_span, d: tl.constexpr, scale,
+    TILE_K: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     i_s, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -95,17 +102,10 @@ def _linear_state_fwd_kernel(
     b_s = tl.zeros([16 if ratio is None else TILE_K, BLOCK_D], tl.float32)
     if center is not None:
         b_c = tl.load(center + i_bh * d + o_d, mask=o_d < d, other=0.0)
-    n_end = n_valid
-    if mean is not None:
-        n_end = n_all  # a block without a valid key has a mean, too
-        b_m = tl.zeros([16, BLOCK_D], tl.float32)
-    for i_k in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_end), TILE_K):
+    for i_k in range(i_s * n_span, tl.minimum((i_s + 1) * n_span, n_valid), TILE_K):
         o_k = i_k + tl.arange(0, TILE_K)
-        b_x = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
-        if mean is not None:
-            # [16, TK] @ [TK, BD] -> [16, BD]
-            b_m = tl.dot(b_one, b_x, b_m, input_precision=PRECISION)
-        b_k = features(b_x, o_k, n_valid, d, BLOCK_D, PHI)
+        b_k = load_rows(x_k, o_k, n_valid, s_k[2], s_k[3], d, BLOCK_D)
+        b_k = features(b_k, o_k, n_valid, d, BLOCK_D, PHI)
         b_v = load_rows(x_v, o_k, n_valid, s_v[2], s_v[3], d, BLOCK_D)
         if center is not None and b_v.dtype == tl.float32:
             b_v -= b_c[None, :]
@@ -119,13 +119,6 @@ def _linear_state_fwd_kernel(
         if ratio is None:
             # [16, TK] @ [TK, BD] -> [16, BD]
             b_s = tl.dot(b_one, b_k, b_s, input_precision=PRECISION)
-        if mean is not None:  # noqa: SIM102
-            if (i_k + TILE_K) % BLOCK == 0 or i_k + TILE_K >= n_end:
-                i_m = i_k // BLOCK
-                size = tl.clamp((n_valid - i_m * BLOCK).to(tl.float32), 1.0, BLOCK)
-                p_m = mean + (i_bh * tl.cdiv(n_all, BLOCK) + i_m) * d + o_d
-                tl.store(p_m, tl.max(b_m, 0) / size, mask=o_d < d)
-                b_m = tl.zeros([16, BLOCK_D], tl.float32)
     b_z = tl.max(b_s, 0) if ratio is None else tl.sum(b_s, 0)
     if center is not None and v.dtype.element_ty != tl.float32:
         # 16-bit v - c would be rounded, by the same for all v of a size
@@ -143,7 +136,7 @@ def _linear_state_fwd_kernel(
 
 @triton.jit(do_not_specialize=["n_spans"])
 def _linear_project_fwd_kernel(
-    states, totals, weight, state, total, n_spans, d,
+    states, totals, weight, state, total, n_spans, d: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_r, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -151,7 +144,7 @@ def _linear_project_fwd_kernel(
     o_r, o_d = i_r * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     b_h = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_z = tl.zeros([ROWS], tl.float32)
-    for i in tl.range(0, n_spans, loop_unroll_factor=4):  # four loads at a time
+    for i in tl.range(0, n_spans, loop_unroll_factor=8):  # eight loads at a time
         i_s = i_bh * n_spans + i
         b_h += load_rows(states + i_s * d * d, o_r, d, d, 1, d, BLOCK_D)
         b_z += tl.load(totals + i_s * d + o_r, mask=o_r < d, other=0.0)
@@ -176,26 +169,22 @@ def state_case(
     weight: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
-    mean: Tensor | None = None,
-    block: int = 0,
 ) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
     """Grid, arguments and launch of the state kernel.
 
     state [B, H, S, D·D] and total [B, H, S, D]: of S spans of `span` keys, times scale; center
     [B, H, D] float32 is subtracted from v, weight [D, D] in the dtype of v. "identity" is φ(x) = x.
-    With factors r, δ [B, H, N] float32 they are Σ r_j φ(k_j)ᵀ v_j and Σ δ_j r_j φ(k_j). mean
-    [B, H, M, D] float32 takes the means of k's blocks of `block` tokens, which a span holds whole.
+    With factors r, δ [B, H, N] float32 they are Σ r_j φ(k_j)ᵀ v_j and Σ δ_j r_j φ(k_j).
     """
     batch, heads, spans, d = total.shape
     ratio, delta = factors or (None, None)
-    tile = min(launch.tile, block or span)
     arguments = {
         "k": k, "v": v, "center": center, "weight": weight, "state": state, "total": total,
-        "ratio": ratio, "delta": delta, "mean": mean,
+        "ratio": ratio, "delta": delta,
         **key_limits(k, kv_len), "s_k": k.stride(), "s_v": v.stride(), "s_h": state.stride(2),
-        "s_z": total.stride(2), "n_all": k.shape[2], "n_span": span, "d": d, "scale": scale,
-        "BLOCK": block or tile, "TILE_K": tile, "BLOCK_D": padded(d),
-        "PHI": feature_index(feature_map), "PRECISION": launch.precision,
+        "s_z": total.stride(2), "n_span": span, "d": d, "scale": scale,
+        "TILE_K": min(launch.tile, span), "BLOCK_D": padded(d), "PHI": feature_index(feature_map),
+        "PRECISION": launch.precision,
     }  # fmt: skip
     return (spans, heads, batch), arguments, launch
 
@@ -220,17 +209,15 @@ def span_states(
     center: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
-    mean: Tensor | None = None,
-    block: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Σ φ(k_j)ᵀ (v_j − center) [B, H, S, D, D] and Σ φ(k_j) [B, H, S, D] over each of S spans of
-    the keys, float32; the other options as in `state_case`."""
+    the keys, float32; factors and scale as in `state_case`."""
     batch, heads, n, d = k.shape
     launch = find("state", capability_of(k), d, 64)
-    spans, span = split(n, batch * heads, max(launch.tile, block))
+    spans, span = split(n, batch * heads, launch.tile)
     state = k.new_empty((batch, heads, spans, d, d), dtype=torch.float32)
     total = k.new_empty((batch, heads, spans, d), dtype=torch.float32)
-    options = (feature_map, kv_len, center, None, factors, scale, mean, block)
+    options = (feature_map, kv_len, center, None, factors, scale)
     case = state_case(k, v, state, total, span, launch, *options)
     run(_linear_state_fwd_kernel, *case)
     return state, total

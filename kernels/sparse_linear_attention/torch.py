@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.torch import block_sparse_attention
-from dit_accel.kernels.block_table.torch import whole_block_means
 from dit_accel.kernels.sparse_linear_attention.features import (
     EPS,
     features,
     features_backward,
     key_mask,
-    key_share,
 )
 from dit_accel.table import BlockTable
 
@@ -38,32 +36,12 @@ def sparse_linear_attention(
     excluded: BlockTable | None = None,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See ops.sparse_linear_attention; `excluded` and `states` as in `linear_branch`."""
+    """See ops.sparse_linear_attention; `excluded` as in `linear_branch`."""
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
         return base
-    options = (weight, bias, feature_map, kv_len, None, states)
-    return linear_branch(base, q, k, v, excluded, *options)
-
-
-def key_states(
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    feature_map: str = "softmax",
-    kv_len: int | Tensor | None = None,
-    block_k: int = 64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ops.key_states."""
-    (batch, heads, _, d), w, share = k.shape, weight.float().mT, key_share(k, kv_len)
-    state, total = v.new_empty(batch, heads, d, d), k.new_empty((batch, heads, d)).float()
-    # its queries are not asked for
-    for head in _heads(k[:, :, :1], k, v, None, feature_map, kv_len):
-        sums = head.states()
-        state[head.at], total[head.at] = sums[0][0] @ w * share, sums[1][0] * share
-    return state, total, whole_block_means(k, block_k, kv_len)
+    return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len)
 
 
 def linear_branch(
@@ -77,24 +55,18 @@ def linear_branch(
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
     into: Tensor | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """base plus the projected linear attention over all key blocks but `excluded`'s (None: all).
 
     base, q [B, H, N_q, D], k, v [B, H, N_k, D], weight [D, D], bias [D] or None.
-    into: where the result goes. states: those of `key_states`, if all keys are read and they are
-    known.
+    into: where the result goes.
     """
-    if states is None:
-        out = torch.empty(q.shape, device=q.device)
-        w = weight.float().mT
-        for head in _heads(q, k, v, excluded, feature_map, kv_len):
-            state, total = head.states()
-            branch = head.fq @ (state @ w) / (head.fq @ total[..., None] + EPS)
-            head.put(out, branch)
-    else:
-        fq, (state, total) = features(q.float(), feature_map), states
-        out = fq @ state.float() / (fq @ total[..., None] + EPS * key_share(k, kv_len))
+    out = torch.empty(q.shape, device=q.device)
+    w = weight.float().mT
+    for head in _heads(q, k, v, excluded, feature_map, kv_len):
+        state, total = head.states()
+        branch = head.fq @ (state @ w) / (head.fq @ total[..., None] + EPS)
+        head.put(out, branch)
     if bias is not None:
         out += bias.float()
     out = out.add_(base).to(base.dtype)

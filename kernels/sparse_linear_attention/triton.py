@@ -37,19 +37,14 @@ from dit_accel.kernels.sparse_linear_attention.states import (
 from dit_accel.kernels.sparse_linear_attention.triton_backward import linear_branch_backward
 from dit_accel.table import BlockTable, block_count
 
-__all__ = [
-    "key_states",
-    "linear_branch",
-    "linear_branch_backward",
-    "sparse_linear_attention",
-    "supports",
-]
+__all__ = ["linear_branch", "linear_branch_backward", "sparse_linear_attention", "supports"]
 
 
 @triton.jit(do_not_specialize=["eps", "n_q", "n_span"])
 def _linear_branch_fwd_kernel(
-    base, q, o, state, total, eps, bias, s_c, s_q, s_o, s_h, s_z, n_q, n_span, d,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
+    base, q, o, state, total, eps, bias, s_c, s_q, s_o, s_h, s_z, n_q, n_span,
+    d: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -88,21 +83,19 @@ def sparse_linear_attention(
     excluded: BlockTable | None = None,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """See ops.sparse_linear_attention; `excluded` and `states` as in `linear_branch`."""
+    """See ops.sparse_linear_attention; `excluded` as in `linear_branch`."""
     if weight is not None and excluded is None:
         out = torch.empty_like(q)
         launch = find("forward", capability_of(q), q.shape[-1], table.block_q)
         call = (q, k, v, out, None, table, launch, scale, kv_len)
         if unfused(*call) is None:
-            attend(call, weight, bias, feature_map, states)
+            attend(call, weight, bias, feature_map)
             return out
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
         return base
-    options = (weight, bias, feature_map, kv_len, base, states)
-    return linear_branch(base, q, k, v, excluded, *options)
+    return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
 
 
 def unfused(*call: Any) -> str | None:
@@ -115,38 +108,22 @@ def unfused(*call: Any) -> str | None:
     return hopper.unserved(*call)
 
 
-def attend(
-    call: tuple[Any, ...],
-    weight: Tensor,
-    bias: Tensor | None,
-    feature_map: str,
-    states: tuple[Tensor, Tensor] | None = None,
-) -> None:
+def attend(call: tuple[Any, ...], weight: Tensor, bias: Tensor | None, feature_map: str) -> None:
     """Run Hopper's forward kernel with the branch over all keys."""
     from dit_accel.kernels.block_sparse_attention import gluon as hopper
 
     k, v, kv_len = call[1], call[2], call[8]
-    state, total = states or key_states(k, v, weight, feature_map, kv_len)[:2]
+    state, total = projected_state(k, v, weight, feature_map, kv_len)
     bias, eps = None if bias is None else bias.contiguous(), EPS * key_share(k, kv_len)
     hopper.attend(*call, None, None, hopper.Linear(state, total, bias, eps, feature_map))
 
 
-def key_states(
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    feature_map: str = "softmax",
-    kv_len: int | Tensor | None = None,
-    block_k: int = 0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See ops.key_states; without a block size, no means of blocks."""
-    mean = None
-    if block_k:
-        blocks = block_count(k.shape[2], block_k)
-        mean = k.new_empty((*k.shape[:2], blocks, k.shape[3]), dtype=torch.float32)
-    options = {"scale": key_share(k, kv_len), "mean": mean, "block": block_k}
-    states = span_states(k, v, feature_map, kv_len, **options)
-    return *project(*states, weight, v.dtype), mean
+def projected_state(
+    k: Tensor, v: Tensor, weight: Tensor, feature_map: str, kv_len: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Σ φ(k_j)ᵀ v_j Wᵀ over all keys in the dtype of v and Σ φ(k_j) in float32, times key_share."""
+    states = span_states(k, v, feature_map, kv_len, scale=key_share(k, kv_len))
+    return project(*states, weight, v.dtype)
 
 
 def linear_branch(
@@ -160,17 +137,15 @@ def linear_branch(
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
     into: Tensor | None = None,
-    states: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """base plus the projected linear attention over all key blocks but `excluded`'s (None: all).
 
-    into: where the result goes, base itself perhaps. states: those of `key_states`, if all keys are
-    read and they are known.
+    into: where the result goes, base itself perhaps.
     """
     out = torch.empty_like(q) if into is None else into
     bias = None if bias is None else bias.contiguous()
     if excluded is None:
-        state, total = states or key_states(k, v, weight, feature_map, kv_len)[:2]
+        state, total = projected_state(k, v, weight, feature_map, kv_len)
         eps = total.new_full(total.shape[:2], EPS * key_share(k, kv_len))
         tensors = {"base": base, "q": q, "o": out, "bias": bias, "eps": eps}
         launch = find("linear", capability_of(q), q.shape[3], 64)

@@ -50,8 +50,9 @@ def _features_bwd(b_g, b_y, PHI: tl.constexpr):
 
 @triton.jit(do_not_specialize=["eps", "n_q", "n_span"])
 def _linear_branch_bwd_dq_kernel(
-    q, do, dq, state, total, eps, center, ratio, delta, s_q, s_do, s_dq, s_h, s_z, n_q, n_span, d,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
+    q, do, dq, state, total, eps, center, ratio, delta, s_q, s_do, s_dq, s_h, s_z, n_q, n_span,
+    d: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -82,7 +83,7 @@ def _linear_branch_bwd_dq_kernel(
 @triton.jit(do_not_specialize=["n_k", "n_max", "n_span"])
 def _linear_branch_bwd_dkdv_kernel(
     k, v, dk, dv, grad_state, grad_total, center, kv_len,
-    s_k, s_v, s_dk, s_dv, s_h, s_z, n_k, n_max, n_span, d, scale,
+    s_k, s_v, s_dk, s_dv, s_h, s_z, n_k, n_max, n_span, d: tl.constexpr, scale,
     TILE: tl.constexpr, BLOCK_D: tl.constexpr, PHI: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -1,7 +1,5 @@
 """Sparse-linear attention against the naive one: every mode, gradients, and what must be exact."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -124,12 +122,8 @@ def test_torch_library_finds_no_fault():
     weight, bias = weight.requires_grad_(), bias.requires_grad_()
     args = (*leaves, *sizes, weight, bias, "softmax", None, 50)
     torch.library.opcheck(torch.ops.dit_accel.linear_branch.default, args)
-    weight, bias = weight.detach(), bias.detach()
-    known = (k, v, weight, "softmax", 16, None, 50)
-    torch.library.opcheck(torch.ops.dit_accel.key_states.default, known)
-    for states in ((None, None), torch.ops.dit_accel.key_states(*known)[:2]):
-        args = (q, k, v, *sizes, weight, bias, "softmax", 0.25, *states, None, 50)
-        torch.library.opcheck(torch.ops.dit_accel.sparse_linear_attention.default, args)
+    args = (q, k, v, *sizes, weight.detach(), bias.detach(), "softmax", 0.25, None, 50)
+    torch.library.opcheck(torch.ops.dit_accel.sparse_linear_attention.default, args)
 
 
 @pytest.mark.parametrize("kv_len", [None, 50])
@@ -142,43 +136,6 @@ def test_inference_is_one_call_with_the_result_of_training(kv_len: int | None):
     learned = ops.sparse_linear_attention(*args[:4], weight.requires_grad_(), bias, kv_len=kv_len)
     assert learned.requires_grad and not out.requires_grad
     torch.testing.assert_close(out, learned.detach())
-
-
-@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("kv_len", [None, 70, torch.tensor([150, 37])])
-@pytest.mark.parametrize("name", ["torch", "reference"])
-def test_with_states_table_and_result_are_the_same(monkeypatch, name, kv_len, feature_map):
-    q, k, v, _, weight, bias = inputs(65, 150, 24)
-    monkeypatch.setenv("DIT_ACCEL_KERNELS", name)
-    states = ops.key_states(k, v, weight, feature_map, 64, kv_len)
-    tables = [ops.block_table(q, k, 0.4, kv_len=kv_len, k_mean=x) for x in (states.k_mean, None)]
-    assert torch.equal(tables[0].indices, tables[1].indices)
-    args, options = (q, k, v, tables[0], weight, bias, feature_map), {"kv_len": kv_len}
-    outs = [ops.sparse_linear_attention(*args, **options, states=x) for x in (states, None)]
-    torch.testing.assert_close(*outs)
-
-
-def test_states_of_other_keys_are_refused():
-    q, k, v, table, weight, bias = inputs(65, 70, 16)
-    states = ops.key_states(k, v, weight, kv_len=50)
-    for match, options in (
-        ("another kv_len", {"kv_len": 40}),
-        ("of 'relu'", {"feature_map": "relu", "kv_len": 50}),
-        ("take those of the same k", {"kv_len": 50, "states": replace(states, state=weight)}),
-    ):
-        with pytest.raises(ValueError, match=match):
-            ops.sparse_linear_attention(
-                q, k, v, table, weight, bias, **{"states": states} | options
-            )
-    with pytest.raises(TypeError, match="not tuple"):
-        ops.sparse_linear_attention(q, k, v, table, weight, states=(weight, weight))
-    for match, options in (("goes without", {"return_means": True}), ("not", {"block_k": 32})):
-        with pytest.raises(ValueError, match=match):
-            ops.block_table(q, k, 0.5, k_mean=states.k_mean, **options)
-    with pytest.raises(ValueError, match="as wide as the heads"):
-        ops.key_states(k, v, torch.eye(8))
-    with pytest.raises(ValueError, match="at least one token"):
-        ops.key_states(k, v, weight, block_k=0)
 
 
 def test_wrong_arguments_are_named():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit_accel.kernels.sparse_linear_attention import reference, states, triton
-from dit_accel.kernels.sparse_linear_attention.features import FEATURE_MAPS
+from dit_accel.kernels.sparse_linear_attention.features import FEATURE_MAPS, key_share
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import WIDER, assert_close, references
 
@@ -148,30 +148,23 @@ def test_backward_of_values_far_from_zero(
 
 
 @pytest.mark.parametrize("kv_len", [None, 90, 500, torch.tensor([130, 0])], ids=str)
-@pytest.mark.parametrize("d,block", [(64, 0), (64, 16), (80, 64), (128, 128)])
-def test_states_of_all_keys_and_means_of_blocks(d, block, kv_len, device: str):
+@pytest.mark.parametrize("d", [64, 80, 128])
+def test_the_projected_state_of_all_keys(d: int, kv_len, device: str):
     _, k, v, _, weight, _ = inputs(65, 200, d, 64, 64, HALF, device)
     if isinstance(kv_len, torch.Tensor):
         k, v, kv_len = (torch.cat([k, 2 * v]), torch.cat([v, k]), kv_len.to(device))
-    for b, end in enumerate(
-        torch.as_tensor(200 if kv_len is None else kv_len).expand(len(k)).tolist()
-    ):
+    ends = torch.as_tensor(200 if kv_len is None else kv_len).expand(len(k)).tolist()
+    for b, end in enumerate(ends):
         k[b, :, end:] = v[b, :, end:] = torch.nan
-    found = triton.key_states(k, v, weight, "softmax", kv_len, block)
-    expected = reference.key_states(k, v, weight, "softmax", kv_len, block or 64)
-    for x, y in zip(found[: 3 if block else 2], expected[: 3 if block else 2], strict=True):
-        assert x.dtype == y.dtype and x.is_contiguous()
-        torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-5)
-    assert block or found[2] is None
-
-
-@pytest.mark.parametrize("kv_len", [None, 90])
-def test_with_states_the_result_is_the_same(kv_len: int | None, device: str):
-    q, k, v, table, *learned = inputs(65, 200, 64, 64, 64, HALF, device)
-    states = triton.key_states(k, v, learned[0], "softmax", kv_len)[:2]
-    args = (q, k, v, table, *learned, "softmax", None, None, kv_len)
-    outs = [triton.sparse_linear_attention(*args, x) for x in (states, None)]
-    assert torch.equal(*outs)
+    state, total = triton.projected_state(k, v, weight, "softmax", kv_len)
+    assert state.is_contiguous() and total.is_contiguous()
+    share = key_share(k, kv_len)
+    assert share == 1 / (200 if kv_len is None or len(k) == 2 else min(kv_len, 200))
+    for b, end in enumerate(ends):
+        fk, fv = k[b, :, :end].float().softmax(-1), v[b, :, :end].float()
+        torch.testing.assert_close(total[b], fk.sum(1) * share, rtol=2e-3, atol=1e-5)
+        expected = fk.mT @ fv @ weight.mT * share
+        torch.testing.assert_close(state[b].float(), expected, rtol=2e-3, atol=1e-5)
 
 
 def test_without_its_gpu_no_kernel_adds_the_branch(device: str):

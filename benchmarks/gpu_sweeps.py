@@ -27,11 +27,8 @@ from dit_accel.kernels.sparse_linear_attention import triton as linear
 
 # Launches of the state kernel.
 STATES = [
-    {"tile": tile, "warps": warps, "stages": stages, "registers": registers}
-    for tile, warps, stages, registers in (
-        *((32, 8, 3, None), (32, 8, 4, None), (64, 8, 2, 128), (64, 8, 3, 128), (64, 8, 4, 128)),
-        *((64, 16, 3, None), (128, 16, 2, None)),
-    )
+    {"tile": tile, "warps": warps, "stages": stages}
+    for tile, warps, stages in ((32, 8, 3), (32, 8, 4), (64, 8, 3), (64, 16, 3), (128, 16, 2))
 ]
 
 
@@ -112,17 +109,16 @@ def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
     q, k, v = (r.tokens(*shape) for _ in range(3))
     options = {"return_means": True, "spreads": True}
     (table, known), found = tables.block_table(q, k, 0.05, block_q, 64, **options), {}
-    for tile, warps, stages in product((32, 64, 128), (1, 2, 4), (1, 2)):
-        name = f"columns {tile}, {warps} warps{', read anew' * (stages == 2)}"
-        with launched("spreads", tile=tile, warps=warps, stages=stages):
+    for tile, warps in product((32, 64, 128), (1, 2, 4)):
+        name = f"columns {tile}, {warps} warps"
+        with launched("spreads", tile=tile, warps=warps):
             call = partial(means.query_key_means, q, k, block_q, 64, spread=True)
             found[f"spreads, {name}"] = r.kernels(call)
-        if stages == 1:
-            with launched("means", tile=tile, warps=warps):
-                call = partial(means.query_key_means, q, k, block_q, 64)
-                found[f"means, {name}"] = r.kernels(call)
-                call = partial(pooled_blocks, k, v, 64, known=known.k, rest=True)
-                found[f"pool, {name}"] = r.kernels(call)
+        with launched("means", tile=tile, warps=warps):
+            call = partial(means.query_key_means, q, k, block_q, 64)
+            found[f"means, {name}"] = r.kernels(call)
+            call = partial(pooled_blocks, k, v, 64, known=known.k, rest=True)
+            found[f"pool, {name}"] = r.kernels(call)
     select = tables.select_launch
     try:
         for blocks in (512, 1024):

@@ -38,7 +38,7 @@ import multi_gpu_batch as batch
 import torch
 from multi_gpu_ranks import MARGIN, MARK, cases
 
-from dit_accel import bench, parallel
+from dit_accel import bench
 
 PARTS = ("batch", "ulysses", "joint")
 KEPT = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
@@ -158,7 +158,7 @@ def shared(
     setting = record.setting
     wanted = [case for case in cases(part, setting["dry"]) if case.name.startswith(begins)]
     names = [(case.name, row) for case in wanted for row in case.rows if not only or row in only]
-    spec = {"part": part, "until": until, **{n: setting[n] for n in ("rounds", "dry", "together")}}
+    spec = {"part": part, "until": until, **{n: setting[n] for n in ("rounds", "dry")}}
     todo = record.missing(part, names)
     while todo:
         begun: dict[tuple[str, str], dict[str, Any]] = {}
@@ -213,9 +213,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="timed steps of each kind")
     parser.add_argument("--jobs", type=int, default=40, help="of the embedded model")
     parser.add_argument("--clips", type=int, default=8, help="of Wan 1.3B")
-    parser.add_argument(
-        "--together", type=int, default=parallel.TOGETHER, help="parallel.TOGETHER, in bytes"
-    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="gloo and tiny sizes on the CPU")
     given = parser.parse_args()
@@ -228,7 +225,6 @@ def main() -> int:
         parser.error(f"this machine has {torch.cuda.device_count()} GPUs, not {given.gpus}")
     until = time.time() + 60 * given.minutes
     setting = {"gpus": given.gpus, "rounds": given.rounds, "dry": given.dry_run, "margin": MARGIN}
-    setting["together"] = given.together
     record = Record(given.out, setting)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     begins, jobs = tuple(given.cases.split(",")), {batch.EMOJI: given.jobs, batch.WAN: given.clips}

@@ -328,10 +328,8 @@ class Bench:
 
 
 def work(spec: dict[str, Any]) -> None:
-    """The rows of `spec`: part, todo ([case, row] pairs), rounds, until (Unix time), together (see
-    parallel.TOGETHER), dry."""
+    """The rows of `spec`: part, todo ([case, row] pairs), rounds, until (Unix time), dry."""
     place = Place.join(spec["dry"])
-    parallel.TOGETHER = spec["together"]
     if spec["dry"]:
         torch.set_num_threads(1)
     longest = 0.0

@@ -22,8 +22,6 @@ RING = (
     "ring attention hands over the keys in parts, and blocks are chosen among all of them: "
     "set ulysses_degree instead of ring_degree"
 )
-# Queries of fewer bytes go to the other ranks together with keys and values.
-TOGETHER = 2**27
 Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -101,8 +99,8 @@ def _exchanged(
     """Ulysses where tokens and heads divide: exchanges by torch.distributed itself.
 
     diffusers makes four functional collectives, one after the other, each wrapped in a tensor of
-    its own: Python that a step of a small model waits for, and one more copy. Small queries, keys
-    and values share an exchange; of large ones each is copied while the one before is sent.
+    its own: Python that a step of a small model waits for, and one more copy. Here each of q, k and
+    v is copied while the one before is sent.
     """
     import torch.distributed as dist
 
@@ -116,13 +114,7 @@ def _exchanged(
         return got, dist.all_to_all_single(got, x, group=group, async_op=True)
 
     parts = (batch, n, ranks, heads // ranks, d)
-    sent = [x.reshape(parts).permute(2, 1, 0, 3, 4) for x in (q, k, v)]
-    if q.nbytes < TOGETHER:
-        # [ranks, n, 3, B, H_local, D]: each of the three is a view
-        all_of_it, work = start(torch.stack(sent, 2))
-        begun = [(got, work) for got in all_of_it.unbind(2)]
-    else:
-        begun = [start(x) for x in sent]
+    begun = [start(x.reshape(parts).permute(2, 1, 0, 3, 4)) for x in (q, k, v)]
     if mask is not None and mask.shape[-1] == n:
         masks = [torch.empty_like(mask) for _ in range(ranks)]
         dist.all_gather(masks, mask.contiguous(), group=group)

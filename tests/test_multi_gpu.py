@@ -19,7 +19,7 @@ from dit_accel.batch.manifest import Manifest
 from dit_accel.generate import Request, generate
 from dit_accel.loading import load_pipeline
 
-SETTING = {"gpus": 2, "rounds": 1, "dry": True, "margin": 2.0, "together": 0}
+SETTING = {"gpus": 2, "rounds": 1, "dry": True, "margin": 2.0}
 FACTS = {"seconds": {"dense": 1.0}, "communicating": 0.1, "kept": None}
 DONE = {"alone": FACTS, "together": FACTS, "error": 0.0, "bound": 1e-7, "equal": True}
 

@@ -19,7 +19,6 @@ WAN = {"build": "wan", "num_frames": 9, "max_sequence_length": 16}
 FLUX = {"build": "flux", "max_sequence_length": 16}
 CASES = {
     "wan": {**WAN},
-    "wan-apart": {**WAN, "apart": True},
     "wan-dense": {**WAN, "method": "dense"},
     "wan-tile": {**WAN, "options": {"order": "tile"}},
     "wan-rectified": {**WAN, "method": "rectified"},
@@ -61,9 +60,7 @@ def in_halves(prune):
     return pick
 
 
-def generate(
-    pipe, build, method="topk", options=(), anything=False, prune=None, apart=False, **kwargs
-):
+def generate(pipe, build, method="topk", options=(), anything=False, prune=None, **kwargs):
     """Latents of three steps, and the report; stock for "dense"."""
     size = {"height": 128, "width": 128, **kwargs}
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +102,6 @@ def work(rank, port, folder):
         alone, report = generate(pipe, **case)
         span.pick = whole
         parallel.share(pipe, anything=case.get("anything", False))
-        parallel.TOGETHER = 0 if case.get("apart") else 2**27
         together, shared = generate(pipe, **case)
         found[name] = {
             "error": float((alone - together).abs().max() / alone.abs().max()),

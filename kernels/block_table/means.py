@@ -16,9 +16,7 @@ from dit_accel.table import block_count
 
 
 @triton.jit
-def mean_and_spread(
-    x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK: tl.constexpr, AGAIN: tl.constexpr
-):  # fmt: skip
+def mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK: tl.constexpr):
     """The mean [C] of columns `o_d` of block i_m; its mean absolute deviation is written to `far`,
     if given."""
     o_n = i_m.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -31,8 +29,6 @@ def mean_and_spread(
     # [BLOCK, C] -> [C]
     b_mean = tl.sum(b_x.to(tl.float32), 0) / size
     if far is not None:
-        if AGAIN:
-            b_x = tl.load(p_x, mask=m_x, other=0.0, eviction_policy="evict_first")
         b_far = tl.where(m_x, tl.abs(b_x.to(tl.float32) - b_mean[None, :]), 0.0)
         b_far = tl.sum(b_far, 0) / size
         tl.store(far + o_o, b_far.to(far.dtype.element_ty), mask=o_d < d)
@@ -40,12 +36,10 @@ def mean_and_spread(
 
 
 @triton.jit
-def _store_mean(
-    x, mean, far, s_x, i_b, i_h, i_m, n_valid, m, d, o_d, BLOCK: tl.constexpr, AGAIN: tl.constexpr
-):  # fmt: skip
+def _store_mean(x, mean, far, s_x, i_b, i_h, i_m, n_valid, m, d, o_d, BLOCK: tl.constexpr):
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
     o_o = (i_bh * m + i_m) * d + o_d
-    b_mean = mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK, AGAIN)
+    b_mean = mean_and_spread(x, far, s_x, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK)
     tl.store(mean + o_o, b_mean, mask=o_d < d)
 
 
@@ -53,19 +47,18 @@ def _store_mean(
 def _block_means_fwd_kernel(
     q, k, q_mean, k_mean, q_far, k_far, kv_len, s_q, s_k, n_q, n, m_q, m_k, d,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
-    AGAIN: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_m = tl.program_id(0) // PARTS
     o_d = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
     if i_m < m_q:
-        _store_mean(q, q_mean, q_far, s_q, i_b, i_h, i_m, n_q, m_q, d, o_d, BLOCK_Q, AGAIN)
+        _store_mean(q, q_mean, q_far, s_q, i_b, i_h, i_m, n_q, m_q, d, o_d, BLOCK_Q)
     else:
         n_valid = n
         if kv_len is not None:
             n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n)
         i_m -= m_q
-        _store_mean(k, k_mean, k_far, s_k, i_b, i_h, i_m, n_valid, m_k, d, o_d, BLOCK_K, AGAIN)
+        _store_mean(k, k_mean, k_far, s_k, i_b, i_h, i_m, n_valid, m_k, d, o_d, BLOCK_K)
 
 
 def block_means(
@@ -118,4 +111,4 @@ def tokens(n: int, kv_len: int | Tensor | None) -> dict[str, Tensor | int | None
 def column_tiles(d: int, launch: Launch) -> dict[str, int]:
     """The kernel arguments that split d columns among programs."""
     columns = min(launch.tile, padded(d))
-    return {"COLUMNS": columns, "PARTS": block_count(d, columns), "AGAIN": launch.stages == 2}
+    return {"COLUMNS": columns, "PARTS": block_count(d, columns)}

@@ -31,7 +31,7 @@ class Pool(NamedTuple):
 @triton.jit(do_not_specialize=["n", "m_known"])
 def _block_pool_fwd_kernel(
     k, v, known, k_mean, k_rest, k_far, v_mean, kv_len, s_k, s_v, n, m_known, d,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, AGAIN: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -47,12 +47,12 @@ def _block_pool_fwd_kernel(
         p_k = known + i_bh * m_known * d + o_k
         b_k = tl.load(p_k, mask=m_d & (o_k < m_known * d), other=0.0)
     else:
-        b_k = mean_and_spread(k, k_far, s_k, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK, AGAIN)
+        b_k = mean_and_spread(k, k_far, s_k, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK)
     b_m = b_k.to(k_mean.dtype.element_ty)
     tl.store(k_mean + o_o, b_m, mask=m_d)
     if k_rest is not None:
         tl.store(k_rest + o_o, (b_k - b_m.to(tl.float32)).to(k_rest.dtype.element_ty), mask=m_d)
-    b_v = mean_and_spread(v, None, s_v, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK, AGAIN)
+    b_v = mean_and_spread(v, None, s_v, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK)
     tl.store(v_mean + o_o, b_v.to(v_mean.dtype.element_ty), mask=m_d)
 
 

@@ -3,7 +3,7 @@
     h_m = φ(K_m)ᵀ (V_m − c) Wᵀ,  z_m = Σ_{j∈m} φ(k_j)         fp32, then stored side by side
     H_n = Σ_m held_nm h_m,  Z_n = Σ_m held_nm z_m              the product of a 0/1 matrix with them
 
-A state of all keys is the sum over some 256 spans. Where each row holds its own blocks, a span is a
+A state of all keys is the sum over some 264 spans. Where each row holds its own blocks, a span is a
 block, and the heads go through in parts whose states fit a fixed memory.
 """
 
@@ -23,7 +23,7 @@ from dit_accel.kernels.tiles import key_limits
 from dit_accel.table import BlockTable, block_count
 
 # Programs that fill the GPU: the tokens of a head are split so that about this many run.
-_PROGRAMS = 256
+_PROGRAMS = 264
 # Bytes of the states of a part of the heads: about what an L2 cache holds, or this share of k, 1/15
 # of q, k and v together, which fewer launches are worth; more if one head's are.
 _MEMORY = 2**26

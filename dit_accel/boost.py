@@ -112,22 +112,29 @@ def compiled_blocks(
 ) -> Iterator[None]:
     """Regional compilation (fullgraph) for the length of a block.
 
-    backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs.
+    backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs; of a
+    block that has hooks, those of context parallelism, it is what they call in any case.
     """
-    blocks = _blocks(transformer)
-    if below:
-        for block in blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
-    else:
-        for block in blocks:
-            block.compile(fullgraph=True, backend=backend)
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
-            block.__dict__.pop("forward", None)
-        torch._dynamo.reset()
+    options, undo = {"fullgraph": True, "backend": backend}, ExitStack()
+    for block in _blocks(transformer):
+        hooks = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", None)
+        if hooks:
+            inner, name = hooks[0], "forward"
+            if inner.original_forward is not None:
+                name = "original_forward"
+            undo.callback(setattr, inner, name, getattr(inner, name))
+            setattr(inner, name, torch.compile(getattr(inner, name), **options))
+        elif below:
+            block.forward = torch.compile(block.forward, **options)
+            undo.callback(block.__dict__.pop, "forward", None)
+        else:
+            block.compile(**options)
+            undo.callback(setattr, block, "_compiled_call_impl", None)
+    with undo:
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
 
 
 def _blocks(transformer: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import tiny_flux, tiny_wan
 
 import dit_accel
 from dit_accel import Schedule, TokenPruning, parallel, prune_criteria, span
+from dit_accel.boost import compiled_blocks
 from dit_accel.config import named
 from dit_accel.table import block_count, kept_blocks
 
@@ -28,10 +30,13 @@ CASES = {
     "wan-anything": {**WAN, "anything": True},
     "wan-pruned": {**WAN, "prune": {"criterion": "stratified"}},
     "wan-pruned-drift": {**WAN, "prune": {"criterion": "drift", "block": 20}},
+    "wan-compiled": {**WAN, "compiled": True},
+    "wan-compiled-pruned": {**WAN, "compiled": True, "prune": {"criterion": "stratified"}},
     "wan-skipped": {**WAN, "prune": {"keep": 0.0, "block": 20}},
     "flux": {**FLUX},
     "flux-dense": {**FLUX, "method": "dense"},
     "flux-hilbert": {**FLUX, "options": {"order": "hilbert"}},
+    "flux-compiled": {**FLUX, "compiled": True},
     "flux-odd": {**FLUX, "max_sequence_length": 15, "anything": True},
 }
 
@@ -60,7 +65,9 @@ def in_halves(prune):
     return pick
 
 
-def generate(pipe, build, method="topk", options=(), anything=False, prune=None, **kwargs):
+def generate(
+    pipe, build, method="topk", options=(), anything=False, prune=None, compiled=False, **kwargs
+):
     """Latents of three steps, and the report; stock for "dense"."""
     size = {"height": 128, "width": 128, **kwargs}
     generator = torch.Generator().manual_seed(0)
@@ -82,9 +89,11 @@ def generate(pipe, build, method="topk", options=(), anything=False, prune=None,
     if prune is not None:
         pruning = TokenPruning(refresh=2, start=1, end=0, last=None, **{"block": 16, **prune})
         options = {**dict(options), "prune": pruning}
-    with dit_accel.accelerated(
-        pipe, kind(keep=0.3), schedule=NOW, min_tokens=0, **dict(options)
-    ) as handle:
+    with ExitStack() as stack:
+        if compiled:
+            stack.enter_context(compiled_blocks(pipe.transformer, "eager"))
+        settings = {"schedule": NOW, "min_tokens": 0, **dict(options)}
+        handle = stack.enter_context(dit_accel.accelerated(pipe, kind(keep=0.3), **settings))
         return call(), handle.report()
 
 

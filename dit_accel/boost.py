@@ -115,26 +115,24 @@ def compiled_blocks(
     backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs; of a
     block that has hooks, those of context parallelism, it is what they call in any case.
     """
-    options, undo = {"fullgraph": True, "backend": backend}, ExitStack()
-    for block in _blocks(transformer):
-        hooks = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", None)
-        if hooks:
-            inner, name = hooks[0], "forward"
-            if inner.original_forward is not None:
-                name = "original_forward"
-            undo.callback(setattr, inner, name, getattr(inner, name))
-            setattr(inner, name, torch.compile(getattr(inner, name), **options))
-        elif below:
-            block.forward = torch.compile(block.forward, **options)
-            undo.callback(block.__dict__.pop, "forward", None)
-        else:
-            block.compile(**options)
-            undo.callback(setattr, block, "_compiled_call_impl", None)
-    with undo:
-        try:
-            yield
-        finally:
-            torch._dynamo.reset()
+    options = {"fullgraph": True, "backend": backend}
+    with ExitStack() as undo:
+        undo.callback(torch._dynamo.reset)
+        for block in _blocks(transformer):
+            hooks = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", None)
+            if hooks:
+                inner = hooks[0]  # the first one attached calls the block itself
+                name = "forward" if inner.original_forward is None else "original_forward"
+                forward = getattr(inner, name)
+                undo.callback(setattr, inner, name, forward)
+                setattr(inner, name, torch.compile(forward, **options))
+            elif below:
+                undo.callback(block.__dict__.pop, "forward", None)
+                block.forward = torch.compile(block.forward, **options)
+            else:
+                undo.callback(setattr, block, "_compiled_call_impl", None)
+                block.compile(**options)
+        yield
 
 
 def _blocks(transformer: nn.Module) -> list[nn.Module]:

@@ -117,6 +117,12 @@ class BlockTable:
                 f"{self.n_q} queries in blocks of {self.block_q} need {self.query_blocks} rows, "
                 f"but the table has {self.counts.shape[2]}"
             )
+        words = (*self.counts.shape, bit_words(self.key_blocks))
+        if self.bits is not None and self.bits.words.shape != words:
+            raise ValueError(
+                f"the bits of this table are words {list(words)}, not "
+                f"{list(self.bits.words.shape)}: a table that is changed leaves them out"
+            )
 
     @property
     def query_blocks(self) -> int:

@@ -1,10 +1,11 @@
 """Compiled blocks, step cache, LoRA: switched on for a while, gone afterwards."""
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from peft import get_peft_model_state_dict
 from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
@@ -38,6 +39,28 @@ def test_blocks_are_compiled_and_then_not(make, below):
         assert len(marked) >= 2
     assert {n: m.__dict__.keys() for n, m in transformer.named_modules()} == before
     assert all(module._compiled_call_impl is None for module in transformer.modules())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_of_a_block_with_hooks_what_they_call_is_compiled(fails):
+    pipe, compiling = tiny_wan(), []
+    expected = latents(pipe)
+
+    class Watch(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            compiling.append(torch.compiler.is_compiling())
+            return args, kwargs
+
+    block = pipe.transformer.blocks[0]
+    hooks = HookRegistry.check_if_exists_or_initialize(block)
+    hooks.register_hook(Watch(), "watch")
+    before = hooks._fn_refs[0].forward
+    with suppress(KeyError), compiled_blocks(pipe.transformer, "eager"):
+        assert block._compiled_call_impl is None and hooks._fn_refs[0].forward is not before
+        torch.testing.assert_close(latents(pipe), expected)
+        if fails:
+            raise KeyError
+    assert hooks._fn_refs[0].forward is before and compiling and not any(compiling)
 
 
 def test_compiled_blocks_give_the_same():

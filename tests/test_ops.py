@@ -1,5 +1,7 @@
 """The public operators: exact properties, gradients, torch.compile, and what they refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -164,6 +166,24 @@ def test_means_of_the_table_give_the_same_bits(op, kv_len, implementation: str):
     grads = (torch.autograd.grad(x, leaves) for x in (loss, plain))
     for a, b in zip(*grads, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("made,given,known", [(None, None, True), (None, 300, True)]
+    + [(200, 200, True), (200, None, False), (None, 200, False), (200, 150, False)])  # fmt: skip
+@pytest.mark.parametrize("op", ["pooled_attention", "rectified_attention"])
+def test_a_table_hands_on_its_bits_of_the_same_keys(monkeypatch, op, made, given, known):
+    q, k, v = qkv()
+    table, _ = ops.block_table(q, k, 0.4, kv_len=made, return_means=True)
+    expected = getattr(ops, op)(q, k, v, replace(table, bits=None), kv_len=given)
+    handed, real = [], getattr(library, op)
+
+    def spy(*args):
+        handed.extend(x for x in args if x is table.bits.words)
+        return real(*args)
+
+    monkeypatch.setattr(library, op, spy)
+    out = getattr(ops, op)(q, k, v, table, kv_len=given)
+    assert bool(handed) == known and torch.equal(out, expected)
 
 
 def test_means_of_other_tensors_are_refused():

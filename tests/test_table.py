@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_accel.table import BlockTable, kept_blocks, table_width
+from dit_accel.table import BlockBits, BlockTable, kept_blocks, table_width
 
 
 def random_mask(*shape: int) -> torch.Tensor:
@@ -66,5 +66,7 @@ def test_bad_tables_say_why():
         BlockTable(indices, counts[0], 64, 64, 128, 64)
     with pytest.raises(ValueError, match="positive"):
         BlockTable(indices, counts, 64, 0, 128, 64)
+    with pytest.raises(ValueError, match=r"are words \[1, 1, 2, 4\], not \[1, 1, 2, 1\]"):
+        BlockTable(indices, counts, 64, 64, 128, 64, BlockBits(indices))
     with pytest.raises(ValueError, match="bool"):
         BlockTable.from_mask(torch.ones(1, 1, 2, 2), 64, 64, 128, 128)

@@ -161,8 +161,15 @@ def descriptor(x: Tensor, n: int, rows: int, columns: int | None = None) -> Tens
     """Boxes of rows of the first n tokens of [B, H, N, D], of all columns or so many; what is
     beyond reads as zero."""
     shape = [*x.shape[:2], n, x.shape[3]]
-    box, layout = [1, 1, rows, columns or x.shape[3]], gl.NVMMASharedLayout(128, 16, rank=4)
-    return TensorDescriptor(x, shape, list(x.stride()), box, layout)
+    box = [1, 1, rows, columns or x.shape[3]]
+    return TensorDescriptor(x, shape, list(x.stride()), box, layout(128, 16))
+
+
+@cache
+def layout(width: int, bits: int) -> gl.NVMMASharedLayout:
+    """Of a box in shared memory, `width` bytes a swizzled row; to make one takes twice as long as
+    the rest of a descriptor."""
+    return gl.NVMMASharedLayout(width, bits, rank=4)
 
 
 @cache

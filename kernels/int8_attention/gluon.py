@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from dit_accel.kernels.block_sparse_attention import gluon as hopper
@@ -76,5 +75,5 @@ def forward(
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Boxes of 8-bit numbers of a head of [B, H, R, C]."""
-    layout = gl.NVMMASharedLayout(columns, 8, rank=4)
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, columns], layout)
+    box, layout = [1, 1, rows, columns], hopper.layout(columns, 8)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)

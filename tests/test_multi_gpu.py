@@ -136,6 +136,7 @@ def test_every_method_is_in_the_rows():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_rehearsal_of_shared_clips(tmp_path):
     record = rehearse(tmp_path / "x.json", "--parts", "ulysses,joint")
     rows = record["rows"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asks import DEFAULTS
 from tiny import tiny_wan
 
 from dit_accel.app import server
@@ -17,7 +18,6 @@ from dit_accel.app.ask import Limits
 from dit_accel.app.desk import Desk
 from dit_accel.app.page import build
 from dit_accel.app.studio import Studio
-from dit_accel.loading import Defaults
 
 pytestmark = pytest.mark.browser
 
@@ -32,15 +32,6 @@ FLAGS = (
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--autoplay-policy=no-user-gesture-required",
-)
-DEFAULTS = Defaults(
-    height=128,
-    width=128,
-    num_frames=9,
-    num_inference_steps=4,
-    guidance_scale=1.0,
-    max_sequence_length=16,
-    fps=8,
 )
 LONG = 400
 

@@ -66,7 +66,7 @@ def block_means(
 ) -> tuple[Tensor, Tensor | None]:
     """Means of the blocks of x [B, H, N, D], float32 [B, H, M, D], and with `spread` the mean
     absolute deviations from them, in the dtype of x."""
-    return _means(x[:, :, :0], x, block, block, kv_len, spread)[1]
+    return query_key_means(x[:, :, :0], x, block, block, kv_len, spread)[1]
 
 
 def query_key_means(
@@ -78,12 +78,6 @@ def query_key_means(
     spread: bool = False,
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """`block_means` of q and of k, whose tokens end at kv_len, in one launch."""
-    return _means(q, k, block_q, block_k, kv_len, spread)
-
-
-def _means(
-    q: Tensor, k: Tensor, block_q: int, block_k: int, kv_len: int | Tensor | None, spread: bool
-) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     (batch, heads, n_q, d), n_k = q.shape, k.shape[2]
     m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
     means = [q.new_empty((batch, heads, m, d), dtype=torch.float32) for m in (m_q, m_k)]

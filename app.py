@@ -1,4 +1,4 @@
-"""The demo page: `python app.py`, then http://127.0.0.1:7860. See docs/app.md."""
+"""The demo page: `python app.py`, then http://127.0.0.1:7860. See docs/start/app.md."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What goes with what, observed by running tiny pipelines; writes docs/composition.md.
+"""What goes with what, observed by running tiny pipelines; writes docs/reference/composition.md.
 
 python tests/composition.py
 """
@@ -32,7 +32,7 @@ import dit_accel
 from dit_accel import Schedule, TokenPruning
 from dit_accel.config import resolve
 
-PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "composition.md"
 START, END = "<!-- written by tests/composition.py -->", "<!-- end -->"
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
 STEPS = 5
@@ -288,7 +288,7 @@ def _observe(model: str, feature: Feature, column: str) -> str:
 
 
 def render() -> str:
-    """The generated part of docs/composition.md."""
+    """The generated part of docs/reference/composition.md."""
     lines, reasons = [START], []
     for model in PIPES:
         lines += [

@@ -182,11 +182,11 @@ def test_an_error_half_way_leaves_the_pipeline_stock(loaded, tmp_path, monkeypat
     assert not pipe.transformer._forward_hooks
 
 
-@pytest.mark.parametrize("guide", ["guide-generate.md", "guide-compare.md"])
+@pytest.mark.parametrize("guide", ["generate.md", "compare.md"])
 def test_the_guides_python_runs(folder, tmp_path, monkeypatch, guide):
     monkeypatch.setattr(loading, "EMBEDDED", folder)
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / guide).read_text()
+    text = (ROOT / "docs" / "start" / guide).read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     exec(code, {})
     assert list(tmp_path.rglob("*.mp4"))

@@ -1,4 +1,4 @@
-"""docs/composition.md says what goes with what; each of its cells is observed here."""
+"""docs/reference/composition.md says what goes with what; each of its cells is observed here."""
 
 import pytest
 import torch

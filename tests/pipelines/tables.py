@@ -1,4 +1,4 @@
-"""What the documentation says of each model, observed by running it; writes docs/models.md.
+"""What is said of each model, observed by running it; writes docs/reference/models.md.
 
 python tests/pipelines/tables.py
 """
@@ -23,7 +23,7 @@ from dit_accel import Schedule, TokenPruning, TopK
 from dit_accel.config import resolve
 from dit_accel.pipelines import registry
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 START, END = "<!-- written by tests/pipelines/tables.py -->", "<!-- end -->"
 REFUSED = registry.left_alone()
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
@@ -84,7 +84,7 @@ def row(case: Case) -> tuple[str, ...]:
         compiled = f"{n} graph" + "s" * (n > 1)
     return (
         case.family,
-        *(served(case, model, method) for method in METHODS),
+        methods(case, model),
         pruned(case, model),
         order,
         compiled,
@@ -103,6 +103,13 @@ def served(case: Case, model: torch.nn.Module, name: str, **more) -> str:
         reasons = list(handle.report().fallbacks)
     assert all(x.isfinite().all() for x in out)
     return "; ".join(reasons) or "yes"
+
+
+def methods(case: Case, model: torch.nn.Module) -> str:
+    """Which methods run sparse from end to end: all, or the others with the reason."""
+    found = {name: served(case, model, name) for name in METHODS}
+    not_served = [f"not {name}: {why}" for name, why in found.items() if why != "yes"]
+    return "; ".join(not_served) or "all"
 
 
 def offloaded(case: Case) -> str:
@@ -132,12 +139,12 @@ def pruned(case: Case, model: torch.nn.Module) -> str:
 
 
 METHODS = tuple(name for name in dit_accel.methods() if name != "dense")
-HEAD = ("model", *METHODS, "pruning", "token order", "regional compile", "Ulysses", "group offload")
-HEAD += ("mask", "notes")
+HEAD = ("model", "methods", "pruning", "token order", "regional compile", "Ulysses")
+HEAD += ("group offload", "mask", "notes")
 
 
 def render() -> str:
-    """The generated part of docs/models.md."""
+    """The generated part of docs/reference/models.md."""
     cases = zoo()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

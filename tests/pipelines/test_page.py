@@ -1,4 +1,4 @@
-"""docs/models.md says what the models do, and its example runs."""
+"""docs/reference/models.md says what the models do, and its example runs."""
 
 import re
 

@@ -4,12 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= rocket on a blue background
 
-.PHONY: demo app test test-slow test-browser lint bench clean
+.PHONY: demo app test test-slow test-browser coverage lint docs bench clean
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[app,dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[app,dev,docs]"
 	touch $@
 
 demo: $(BIN)/.installed
@@ -29,8 +29,14 @@ test-browser: $(BIN)/.installed
 	$(BIN)/pip install -q "selenium>=4"
 	$(BIN)/python -m pytest -m browser tests/test_app_browser.py
 
+coverage: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-report=html:out/coverage
+
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+docs: $(BIN)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(BIN)/.installed
 	$(BIN)/dit-accel bench

@@ -23,7 +23,6 @@ import dit_accel
 from dit_accel import Schedule, TopK, parallel
 
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
-NO_PLAN = "no: diffusers has no plan to split it"
 
 
 def planned() -> list[str]:

@@ -78,7 +78,7 @@ def row(case: Case) -> tuple[str, ...]:
             order = "raster: no grid"
         else:
             order = "through the model" if engine.carried else "at each call"
-    compiled = "no: no repeated block"
+    compiled = "no"  # no repeated block
     if repeats(case.name):
         n = graphs(case.name, True)
         compiled = f"{n} graph" + "s" * (n > 1)
@@ -88,7 +88,7 @@ def row(case: Case) -> tuple[str, ...]:
         pruned(case, model),
         order,
         compiled,
-        shared.observed().get(case.name, shared.NO_PLAN),
+        shared.observed().get(case.name, "no"),
         offloaded(case),
         case.mask,
         case.note,
@@ -156,9 +156,9 @@ def render() -> str:
         "",
     ]
     lines += [_line(HEAD), _line(["---"] * len(HEAD)), *map(_line, rows), ""]
-    lines += ["Left as they are:", ""]
+    lines += ["## Left as they are", ""]
     lines += [f"- `{name}`: {why}." for name, why in sorted(REFUSED.items())]
-    lines += ["", "Pipelines, by model and transformer:", ""]
+    lines += ["", "## Pipelines", ""]
     lines += [
         f"- {case.family}, `{name}`: {', '.join(pipelines[name]) or 'modular ones only'}"
         for name, case in cases.items()

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from dit_accel import Pooled, Rectified, Rettention, Schedule, TopK, accelerated
-from dit_accel.generate import Request, arguments
-from dit_accel.loading import EMBEDDED, load_pipeline
+from dit_accel.evaluate.probe import Probe
+from dit_accel.generation.loading import EMBEDDED, load_pipeline
+from dit_accel.generation.request import Request, arguments
 from dit_accel.methods import Call, Method
-from dit_accel.probe import Probe
 
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 NEVER = 1000  # steps: a window alone has no full step after the first

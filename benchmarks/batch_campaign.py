@@ -30,15 +30,16 @@ from typing import Any
 
 import torch
 
-from dit_accel import video
 from dit_accel.batch import Settings, run
 from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.writer import RESERVE
-from dit_accel.compare import machine
-from dit_accel.generate import Request, generate
-from dit_accel.loading import load_pipeline
+from dit_accel.generation.loading import load_pipeline
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
+from dit_accel.machine import describe
+from dit_accel.media import video
 
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
 WORDS = ("cat", "dog", "star", "rocket")
@@ -239,7 +240,7 @@ def main() -> None:
                 "command": shlex.join(["python", *sys.argv]),
                 "model": model.name,
                 "clips": options.clips,
-                "machine": machine(load_pipeline(model, options.device)[0]),
+                "machine": describe(options.device),
                 "clips_a_minute": {},
             }
             clip = {"method": "dense"}
@@ -251,7 +252,7 @@ def main() -> None:
                 "command": shlex.join(["python", *sys.argv]),
                 "model": options.model.name if options.model else "tiny random Wan (tests/tiny.py)",
                 "clip": SMALL,
-                "machine": machine(load_pipeline(model, "cpu")[0]),
+                "machine": describe("cpu"),
                 "clips_a_minute": dict(throughput(model, work)),
                 "campaign": campaign(poisoned_copy(model, work / "poisoned"), work),
             }

@@ -17,13 +17,13 @@ from typing import Any
 import diffusers
 import torch
 
-from dit_accel.bench import machine
-from dit_accel.doctor import examine
-from dit_accel.e2e import Benchmark
-from dit_accel.e2e_models import MODELS, Model
-from dit_accel.e2e_rows import Row
-from dit_accel.outlook import Diagnosis
-from dit_accel.patient import from_config
+from dit_accel.bench.end_to_end import Benchmark
+from dit_accel.bench.models import MODELS, Model
+from dit_accel.bench.rows import Row
+from dit_accel.doctor.diagnosis import Diagnosis
+from dit_accel.doctor.run import examine
+from dit_accel.doctor.sample import from_config
+from dit_accel.machine import describe
 
 STEPS = 50
 
@@ -69,7 +69,7 @@ def main() -> None:
     rows = [Row.parse(name) for name in ("stock", *given.rows)]
     benchmark = Benchmark(device, 2, STEPS, tiny=given.tiny, minutes=given.minutes, min_tokens=0)
     record: dict[str, Any] = {
-        "machine": machine(),
+        "machine": describe(),
         "command": " ".join(["doctor_check.py", *given.model]),
     }
     for model in models:

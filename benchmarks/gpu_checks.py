@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from gpu_run import Plan, Run, random_table
 
-from dit_accel import dispatch, ops
+from dit_accel import ops
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_table import reference as table_reference
@@ -21,6 +21,7 @@ from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
 from dit_accel.kernels.window_attention import reference as window_reference
 from dit_accel.kernels.window_attention import triton as window
+from dit_accel.ops import dispatch
 from dit_accel.table import BlockTable
 from dit_accel.testing import WIDER, assert_close, references
 

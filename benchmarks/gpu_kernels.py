@@ -39,7 +39,6 @@ from gpu_sweeps import (
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel import dispatch
 from dit_accel import ops as public
 from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
@@ -52,6 +51,7 @@ from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.kernels.sparse_linear_attention import states
 from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.kernels.window_attention import triton as window
+from dit_accel.ops import dispatch
 
 KEEPS = (0.05, 0.02, 0.1, 0.15, 0.25, 0.5)
 

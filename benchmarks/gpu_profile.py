@@ -24,9 +24,9 @@ from gpu_run import environment
 from torch.profiler import ProfilerActivity, profile
 
 from dit_accel import Schedule, accelerated
-from dit_accel.boost import compiled_blocks
-from dit_accel.e2e_models import MODELS, build, inputs
-from dit_accel.e2e_rows import Row
+from dit_accel.bench.models import MODELS, build, inputs
+from dit_accel.bench.rows import Row
+from dit_accel.generation.boost import compiled_blocks
 
 ROWS = ("stock", "topk@0.1", "pooled@0.1", "shared@0.1", "stock+compile", "topk@0.1+compile")
 KINDS = {

@@ -38,7 +38,7 @@ import multi_gpu_batch as batch
 import torch
 from multi_gpu_ranks import MARGIN, MARK, cases
 
-from dit_accel import bench
+from dit_accel.machine import describe
 
 PARTS = ("batch", "ulysses", "joint")
 KEPT = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
@@ -51,7 +51,7 @@ class Record:
     path: Path
     setting: dict[str, Any]
     rows: list[dict[str, Any]] = field(default_factory=list)
-    machine: dict[str, Any] = field(default_factory=bench.machine)
+    machine: dict[str, Any] = field(default_factory=describe)
 
     def __post_init__(self) -> None:
         if not self.path.exists():

@@ -18,8 +18,8 @@ import torch
 
 from dit_accel.batch import owner as owners
 from dit_accel.batch.manifest import Manifest
-from dit_accel.e2e_models import MODELS, build
-from dit_accel.loading import EMBEDDED, GENERATION
+from dit_accel.bench.models import MODELS, build
+from dit_accel.generation.loading import EMBEDDED, GENERATION
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from tiny import saved_tiny_wan, tiny_wan

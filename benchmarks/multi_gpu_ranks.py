@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dit_accel import parallel
-from dit_accel.e2e_models import MODELS, Model, build, inputs
-from dit_accel.e2e_rows import Course, Row, switched_on
+from dit_accel.bench.models import MODELS, Model, build, inputs
+from dit_accel.bench.rows import Course, Row, switched_on
+from dit_accel.parallel import ulysses as parallel
 
 MARK = "ROW "
 MARGIN = 2.0

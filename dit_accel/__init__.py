@@ -19,7 +19,7 @@ _HOME = {
     "SLA": "methods.sla",
     "Schedule": "schedule",
     "SharedResidual": "methods.shared",
-    "TokenPruning": "prune",
+    "TokenPruning": "pruning.config",
     "TopK": "methods.topk",
     "accelerate": "api",
     "accelerated": "api",

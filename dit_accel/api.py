@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel import patch, report
-from dit_accel.clock import Clock
 from dit_accel.config import DEFAULT, AccelConfig, resolve
-from dit_accel.engine import Engine, LayerBook
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter
-from dit_accel.prune import TokenPruning
-from dit_accel.prune import resolve as pruning
-from dit_accel.schedule import Plan, Schedule
-from dit_accel.slots import transformers_of
-from dit_accel.span import Span
+from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pruning.config import TokenPruning
+from dit_accel.pruning.config import resolve as pruning
+from dit_accel.runtime import patch
+from dit_accel.runtime.assemble import assemble
+from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.report import Report, build
+from dit_accel.schedule import Schedule
 
 
 class Handle:
@@ -37,9 +37,9 @@ class Handle:
         """False once restored or replaced by a later `accelerate`."""
         return any(_holder(entry.transformer) is self for entry in self._patches)
 
-    def report(self) -> report.Report:
+    def report(self) -> Report:
         """What ran since `accelerate`: print it, or take `.to_dict()`."""
-        return report.build(self._engine, type(self._patches[0].transformer).__name__)
+        return build(self._engine, type(self._patches[0].transformer).__name__)
 
     def restore(self) -> None:
         """Give the pipeline back exactly as it was. Doing it twice does nothing."""
@@ -82,7 +82,7 @@ def accelerate(
     options = {"schedule": schedule, "order": order, "min_tokens": min_tokens, "strict": strict}
     config = resolve(method, prune=pruning(prune), **options)
     transformers = _transformers(pipe)
-    engine, patches = _prepare(pipe, config, transformers)
+    engine, patches = assemble(pipe, config, transformers)
     handle = Handle(engine, patches)
     before = {id(h): h for t in transformers if (h := _holder(t))}.values()
     for old in before:
@@ -94,47 +94,6 @@ def accelerate(
             old._install()
         raise
     return handle
-
-
-def _prepare(
-    pipe: Any, config: AccelConfig, transformers: list[nn.Module]
-) -> tuple[Engine, list[patch.Patch]]:
-    """Everything that can be refused is refused here, before the pipeline is touched."""
-    adapters = [registry.find(t) for t in transformers]
-    found = [_attentions(a, t) for a, t in zip(adapters, transformers, strict=True)]
-    for modules in found:
-        config.method.check(head_dim(next(iter(modules.values()))), len(modules))
-    plan = Plan(config.schedule, config.method.keep, len(found[0]))
-    engine = Engine(config, plan, Clock(pipe))
-    patches = []
-    for transformer, adapter, modules in zip(transformers, adapters, found, strict=True):
-        first = len(engine.layers)
-        engine.layers += [LayerBook(name, number) for number, name in enumerate(modules)]
-        span = _span(config, adapter, transformer, engine)
-        modules = list(modules.values())
-        patches.append(patch.Patch(transformer, adapter, engine, modules, first, span))
-    return engine, patches
-
-
-def _span(
-    config: AccelConfig, adapter: Adapter, transformer: nn.Module, engine: Engine
-) -> Span | None:
-    """The token pruning of one transformer, or None; ValueError where it is not known how."""
-    if config.prune is None:
-        return None
-    if adapter.span is None:
-        raise ValueError(
-            f"{type(transformer).__name__} cannot run token pruning: {adapter.no_span}"
-        )
-    if config.prune.criterion == "text" and not adapter.span.joint:
-        raise ValueError(
-            f"{type(transformer).__name__} reads its text apart from the visual tokens, so "
-            "criterion='text' has nothing to see; take another criterion"
-        )
-    blocks = sum(len(found) for found in adapter.span.lists(transformer))
-    span = Span(config.prune, adapter.span, engine.clock, blocks)
-    engine.spans.append(span)
-    return span
 
 
 def restore(pipe: Any) -> None:
@@ -197,25 +156,4 @@ def _transformers(pipe: Any) -> list[nn.Module]:
             f"accelerate takes a diffusers pipeline with a diffusion transformer; "
             f"{type(pipe).__name__} has {kind}"
         )
-    return found
-
-
-def head_dim(module: nn.Module) -> int | None:
-    """Channels of one head, where the attention module's query projection tells."""
-    out = getattr(getattr(module, "to_q", None), "out_features", None)
-    heads = getattr(module, "heads", None)
-    return out // heads if out and heads else None
-
-
-def _attentions(adapter: Adapter, transformer: nn.Module) -> dict[str, nn.Module]:
-    """The modules to patch; ValueError when there is none or one cannot be patched."""
-    found = adapter.attentions(transformer)
-    if not found:
-        raise ValueError(
-            f"{type(transformer).__name__} has no module named like {', '.join(adapter.attention)}"
-        )
-    for name, module in found.items():
-        why = patch.obstacle(module)
-        if why:
-            raise ValueError(f"{name} cannot be accelerated: {why}")
     return found

@@ -7,9 +7,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from dit_accel.forward.order import ORDERS, Grid
 from dit_accel.methods import Method, find
-from dit_accel.order import ORDERS, Grid
-from dit_accel.prune import TokenPruning
+from dit_accel.pruning.config import TokenPruning
 from dit_accel.schedule import Schedule
 
 DEFAULT = "shared"  # the method nearest to dense at equal kept work, see docs/methods/README.md
@@ -25,7 +25,7 @@ class AccelConfig:
         order: "raster", "tile" or "hilbert": how visual tokens are laid out in blocks.
         tile: (t, h, w) tokens of a tile for order="tile".
         min_tokens: below this many tokens attention stays dense; None takes the device's measured
-            crossover (see dit_accel.engine.CROSSOVER).
+            crossover (see dit_accel.config.CROSSOVER).
         strict: raise RuntimeError where a layer would fall back to dense unplanned.
         prune: which tokens run through the middle of the model; None: all of them, always.
     """
@@ -146,3 +146,10 @@ def _read(path: Path) -> AccelConfig:
         if beside.is_file() and not (weights.is_absolute() and weights.is_file()):
             data["method"] = {**method, "weights": str(beside)}
     return AccelConfig.from_dict(data)
+
+
+# Tokens below which dense attention is the faster one. cpu: `dit-accel bench --crossover` on two
+# cores; cuda: whole models on an H100 at keep 0.1, where a sparse step of LTX (6,144 tokens) and of
+# Qwen-Image (6,953) is 12 to 15 % faster, one of Flux (4,608) 0 to 4 %
+# (benchmarks/results/h100-e2e-short.json).
+CROSSOVER = {"cpu": 512, "cuda": 6144}

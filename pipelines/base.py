@@ -152,3 +152,10 @@ class Adapter:
     def attentions(self, transformer: nn.Module) -> dict[str, nn.Module]:
         """Name → attention module, in the order in which the layers run."""
         return matching(transformer, self.attention)
+
+
+def head_dim(module: nn.Module) -> int | None:
+    """Channels of one head, where the attention module's query projection tells."""
+    out = getattr(getattr(module, "to_q", None), "out_features", None)
+    heads = getattr(module, "heads", None)
+    return out // heads if out and heads else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from torch import nn
 
@@ -118,3 +119,12 @@ def register_adapter(adapter: Adapter) -> None:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"an adapter is a dit_accel Adapter, not {type(adapter).__name__}")
     _EXTRA.update(dict.fromkeys(adapter.classes, adapter))
+
+
+SLOTS = ("transformer", "transformer_2")
+
+
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """The pipeline's denoising transformers; empty for a pipeline without one."""
+    found = (getattr(pipe, slot, None) for slot in SLOTS)
+    return [module for module in found if isinstance(module, nn.Module)]

@@ -4,7 +4,7 @@ import threading
 
 from dit_accel.app.ask import Ask, Side
 from dit_accel.app.studio import Pair, Studio
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
 
 DEFAULTS = Defaults(
     height=128,

@@ -198,12 +198,12 @@ def test_a_failed_reconfiguration_keeps_the_old_one(monkeypatch):
     sparse = run(pipe)
     with pytest.raises(ValueError):
         dit_accel.accelerate(pipe, "warp")
-    hook = dit_accel.patch.Patch._hook_order
+    hook = dit_accel.runtime.patch.Patch._hook_order
 
     def fail_for_dense(self):
         return 1 / 0 if self.engine.config.method == Dense() else hook(self)
 
-    monkeypatch.setattr(dit_accel.patch.Patch, "_hook_order", fail_for_dense)
+    monkeypatch.setattr(dit_accel.runtime.patch.Patch, "_hook_order", fail_for_dense)
     with pytest.raises(ZeroDivisionError):
         dit_accel.accelerate(pipe, Dense())
     monkeypatch.undo()

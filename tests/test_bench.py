@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from dit_accel import baselines, bench
+from dit_accel import bench
+from dit_accel.bench import baselines, operators
+from dit_accel.bench.command import main
+from dit_accel.bench.results import line
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.table import BlockTable
 
@@ -30,11 +33,11 @@ def test_a_row_has_times_ratio_and_error(op: str, tmp_path):
 
 
 def test_no_ratio_for_a_wrong_result(monkeypatch: pytest.MonkeyPatch):
-    right = bench.ops.block_sparse_attention
-    monkeypatch.setattr(bench.ops, "block_sparse_attention", lambda *x: right(*x) + 1e-3)
+    right = operators.ops.block_sparse_attention
+    monkeypatch.setattr(operators.ops, "block_sparse_attention", lambda *x: right(*x) + 1e-3)
     (row,) = bench.run_bench(["block_sparse_attention"], ["small"], [0.5], "cpu", rounds=1)
     assert row["ratio"] is None and "largest error" in row["check"]
-    assert "check failed" in bench.line(row)
+    assert "check failed" in line(row)
 
 
 def test_unknown_names_are_refused():
@@ -46,7 +49,7 @@ def test_unknown_names_are_refused():
 
 def test_command_line(capsys: pytest.CaptureFixture):
     arguments = ["--op", "block_sparse_attention", "--shape", "small", "--rounds", "1"]
-    assert bench.main([*arguments, "--device", "cpu"]) == 0
+    assert main([*arguments, "--device", "cpu"]) == 0
     assert "[1,2,300,16]" in capsys.readouterr().out
 
 

@@ -9,14 +9,16 @@ from diffusers.hooks import HookRegistry, ModelHook
 from peft import get_peft_model_state_dict
 from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
-from dit_accel import Pooled, Schedule, TokenPruning, batch, boost, cli
-from dit_accel.boost import Boost, compiled_blocks
-from dit_accel.compare import compare
+from dit_accel import Pooled, Schedule, TokenPruning, batch
+from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig
 from dit_accel.finetune.student import add_lora
-from dit_accel.generate import Request
-from dit_accel.loading import Defaults
-from dit_accel.slots import transformers_of
+from dit_accel.generation import boost
+from dit_accel.generation.boost import Boost, compiled_blocks
+from dit_accel.generation.comparison import compare
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.pipelines.registry import transformers_of
 
 
 def latents(pipe) -> torch.Tensor:
@@ -136,7 +138,7 @@ def test_compare_with_everything(tmp_path):
 
 
 def test_options_become_a_configuration():
-    from dit_accel.cli_options import Common
+    from dit_accel.cli.options import Common
 
     config = Common("x", prune="fast").config()
     assert config.method.name == "pooled"

@@ -13,8 +13,11 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 from tiny import saved_tiny_wan, tiny_wan
 
-from dit_accel import __version__, announce, cli, video
-from dit_accel.cli_options import parse_size, parse_warmup
+from dit_accel import __version__
+from dit_accel.cli import main as cli
+from dit_accel.cli.options import parse_size, parse_warmup
+from dit_accel.media import video
+from dit_accel.runtime import state as announce
 
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
 SPARSE = ["--min-tokens", "0", "--warmup", "1", "--device", "cpu"]
@@ -33,7 +36,7 @@ def elsewhere(tmp_path, monkeypatch):
 def command(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return subprocess.Popen(
-        [sys.executable, "-m", "dit_accel.cli", *arguments],
+        [sys.executable, "-m", "dit_accel", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -43,7 +46,7 @@ def command(*arguments: str) -> subprocess.Popen:
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys; from dit_accel import cli; cli.run(['compare', '--help']); "
+        "import sys; from dit_accel.cli import main; main.run(['compare', '--help']); "
         "sys.exit(str({'torch', 'diffusers', 'numpy', 'av'} & set(sys.modules) or ''))"
     )
     began = time.perf_counter()

@@ -11,10 +11,14 @@ import torch
 from tiny import saved_tiny_wan, tiny_flux
 
 import dit_accel
-from dit_accel import charts, compare, html, loading, video
 from dit_accel.config import AccelConfig
-from dit_accel.generate import Request, arguments, generate, granularity, unknown_words
-from dit_accel.loading import Defaults, load_pipeline
+from dit_accel.generation import compare, comparison, loading
+from dit_accel.generation.loading import Defaults, load_pipeline
+from dit_accel.generation.request import Request, arguments, granularity, unknown_words
+from dit_accel.generation.run import generate
+from dit_accel.media import video
+from dit_accel.pages import charts
+from dit_accel.pages import comparison as html
 
 ROOT = Path(__file__).parents[1]
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3, "fps": 8}
@@ -35,9 +39,7 @@ def loaded(folder):
 @pytest.fixture(scope="module")
 def done(loaded, folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "deep"
-    return compare.compare(
-        *loaded, REQUEST, SPARSE, out, model=str(folder), command="dit-accel <x>"
-    )
+    return compare(*loaded, REQUEST, SPARSE, out, model=str(folder), command="dit-accel <x>")
 
 
 def test_generate_is_the_stock_call(loaded):
@@ -131,12 +133,12 @@ def test_the_pipeline_is_stock_afterwards(loaded, tmp_path):
     pipe, defaults = loaded
     before = generate(pipe, defaults, REQUEST).frames
     dit_accel.accelerate(pipe, SPARSE)
-    compare.compare(pipe, defaults, REQUEST, SPARSE, tmp_path)
+    compare(pipe, defaults, REQUEST, SPARSE, tmp_path)
     assert np.array_equal(generate(pipe, defaults, REQUEST).frames, before)
 
 
 def test_dense_is_identical(loaded, tmp_path):
-    done = compare.compare(*loaded, REQUEST, AccelConfig(dit_accel.Dense()), tmp_path)
+    done = compare(*loaded, REQUEST, AccelConfig(dit_accel.Dense()), tmp_path)
     assert done.data["quality"]["psnr_mean"] == 100
     assert done.data["quality"]["latent_error"] == 0
     assert html.headline(done.data) == "no attention skipped, identical"
@@ -154,16 +156,16 @@ def test_the_recipe_makes_the_accelerated_clip(loaded, done):
 
 
 def test_the_recipe_of_the_embedded_model_names_no_folder(loaded, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "EMBEDDED", folder)
+    monkeypatch.setattr(comparison, "EMBEDDED", folder)
     config = AccelConfig(dit_accel.Dense())
-    done = compare.compare(*loaded, REQUEST, config, tmp_path, model=str(folder))
+    done = compare(*loaded, REQUEST, config, tmp_path, model=str(folder))
     assert "WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)" in done.data["python"]
     assert str(folder) not in (tmp_path / "report.json").read_text()
 
 
 def test_a_bad_request_writes_nothing(loaded, tmp_path):
     with pytest.raises(ValueError, match="multiple of 16"):
-        compare.compare(*loaded, Request("x", height=40), SPARSE, tmp_path / "out")
+        compare(*loaded, Request("x", height=40), SPARSE, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +178,7 @@ def test_an_error_half_way_leaves_the_pipeline_stock(loaded, tmp_path, monkeypat
 
     monkeypatch.setattr(pipe.vae, "decode", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        compare.compare(pipe, defaults, REQUEST, SPARSE, tmp_path)
+        compare(pipe, defaults, REQUEST, SPARSE, tmp_path)
     monkeypatch.setattr(pipe.vae, "decode", forward)
     assert list(tmp_path.iterdir()) == []
     assert not pipe.transformer._forward_hooks
@@ -234,7 +236,7 @@ def test_large_clips_stay_beside_the_page(done, monkeypatch):
 def test_a_picture_gets_a_page_without_player(tmp_path):
     pipe = tiny_flux()
     request = Request("a cat", height=64, width=64, steps=2)
-    done = compare.compare(pipe, Defaults.from_pipeline(pipe), request, SPARSE, tmp_path)
+    done = compare(pipe, Defaults.from_pipeline(pipe), request, SPARSE, tmp_path)
     assert done.files["dense"].name == "dense.png"
     text = done.files["page"].read_text()
     assert '<body class="still">' in text

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from dit_accel import dispatch, ops
+from dit_accel import ops
+from dit_accel.ops import dispatch
 
 Q = torch.zeros(1, 1, 64, 16)
 

@@ -8,14 +8,18 @@ import torch
 from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 
 import dit_accel
-from dit_accel import cli, doctor, outlook, patient
+from dit_accel.cli import main as cli
 from dit_accel.config import named
-from dit_accel.generate import Request, generate
-from dit_accel.loading import Defaults, load_pipeline
-from dit_accel.outlook import dense_steps, recommend, state_bytes
+from dit_accel.doctor import diagnosis as outlook
+from dit_accel.doctor import run as doctor
+from dit_accel.doctor import sample as patient
+from dit_accel.doctor.diagnosis import dense_steps, recommend, state_bytes
+from dit_accel.doctor.from_config import family_of, read_config, sketch
+from dit_accel.generation.loading import Defaults, load_pipeline
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.wan import ADAPTER
-from dit_accel.sketch import family_of, read_config, sketch
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 10, "fps": 8}
 REQUEST = Request("a cat")

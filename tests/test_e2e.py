@@ -10,10 +10,16 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel import bench, cli, e2e, e2e_models, e2e_table
-from dit_accel.e2e_models import MODELS
-from dit_accel.e2e_rows import ROWS, TOGETHER, Course, Row, whole_run
-from dit_accel.patient import caught
+from dit_accel.bench import end_to_end as e2e
+from dit_accel.bench import models as e2e_models
+from dit_accel.bench import table as e2e_table
+from dit_accel.bench.command import main
+from dit_accel.bench.models import MODELS
+from dit_accel.bench.rows import ROWS, TOGETHER, Course, Row, whole_run
+from dit_accel.bench.whole_run import complete, kinds_of
+from dit_accel.cli import main as cli
+from dit_accel.doctor.sample import caught
+from dit_accel.machine import describe
 from dit_accel.pipelines import registry
 
 CPU = torch.device("cpu")
@@ -148,7 +154,7 @@ def test_speed_ups_are_those_of_whole_runs():
         "topk@0.1+prune": {"dense": 2.0, "sparse": 1.0},
     }
     rows = [{"model": "m", "row": name, "seconds": of} for name, of in seconds.items()]
-    e2e.complete(rows, 50)
+    complete(rows, 50)
     found = {row["row"]: row for row in rows}
     assert found["stock"]["run_seconds"] == 100 and found["stock"]["attention_share"] == 0.6
     assert found["stock+cudnn"]["speedup"] == 1.25
@@ -160,7 +166,7 @@ def test_speed_ups_are_those_of_whole_runs():
     assert found["topk@0.1+prune"]["run_absent"] == "no pruned step was timed"
     assert found["topk@0.1+prune"]["speedup"] is None
     cold = {"model": "m", "row": "sla@0.1+nowarmup", "seconds": {"sparse": 1.0}}
-    e2e.complete([*rows, cold], 50)
+    complete([*rows, cold], 50)
     assert cold["run_seconds"] == 50 and cold["speedup"] == 2 and "dense_from" not in cold
 
 
@@ -182,7 +188,7 @@ def test_a_real_run_is_made_up_so(name):
     prune = dit_accel.TokenPruning() if "prune" in row.added else None
     with dit_accel.accelerated(pipe, row.method, prune=prune, min_tokens=0) as handle:
         pipe(**call, num_inference_steps=steps)
-        assert e2e._kinds(Course(row, 1), steps, handle.report()) == whole_run(row, steps)
+        assert kinds_of(Course(row, 1), steps, handle.report()) == whole_run(row, steps)
 
 
 @pytest.mark.parametrize("dense", [True, False])
@@ -228,7 +234,7 @@ def test_a_model_that_does_not_fit_says_so(monkeypatch):
 
 
 def test_a_row_that_fails_does_not_end_the_others(monkeypatch):
-    monkeypatch.setattr(e2e, "_books", lambda *rest: 1 / 0)
+    monkeypatch.setattr(e2e, "books", lambda *rest: 1 / 0)
     benchmark = tiny()
     benchmark.run([MODELS["flux-1024"]], [Row.parse(name) for name in ("topk@0.1", "stock")])
     assert benchmark.rows[0]["error"] == "ZeroDivisionError: division by zero"
@@ -256,7 +262,7 @@ def test_names_that_are_no_row(name):
 
 def test_another_setting_is_not_mixed_in(tmp_path):
     out = tmp_path / "rows.json"
-    record = {"machine": bench.machine(), "setting": tiny()._setting(), "rows": []}
+    record = {"machine": describe(), "setting": tiny()._setting(), "rows": []}
     out.write_text(json.dumps(record | {"setting": record["setting"] | {"steps": 20}}))
     with pytest.raises(ValueError, match="another machine, version or setting"):
         tiny(out=out)
@@ -268,7 +274,7 @@ def test_the_commands(tmp_path, capsys):
     out = str(tmp_path / "rows.json")
     words = ["--e2e", "--tiny", "--device", "cpu", "--model", "flux-1024", "--rows", "stock"]
     assert cli.run(["bench", *words, "--out", out]) == 0
-    assert bench.main(["--e2e", "--table", out, "--csv"]) == 0
+    assert main(["--e2e", "--table", out, "--csv"]) == 0
     assert "flux-1024,stock," in capsys.readouterr().out
     assert cli.run(["bench", *words[:-1], "best@0.1"]) == 2
 
@@ -277,7 +283,7 @@ def test_it_runs_without_what_only_the_command_line_needs():
     script = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(('rich', 'typer', 'imageio', 'gradio', 'skimage', 'ftfy'))\n"
-        "from dit_accel.bench import main\n"
+        "from dit_accel.bench.command import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     words = "--e2e --tiny --device cpu --rounds 1 --model flux-1024 --rows stock pooled@0.1"

@@ -9,17 +9,20 @@ import torch
 from tiny import saved_tiny_wan, tiny_wan
 
 import dit_accel
-from dit_accel import cli, metrics
+from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig
-from dit_accel.evaluate import Budget, Study, clips, evaluate, read_prompts
+from dit_accel.evaluate import Study, clips
 from dit_accel.evaluate.journal import Journal
-from dit_accel.evaluate.plots import Point, scatter
 from dit_accel.evaluate.rows import DEFAULT, PRUNING, UNTRAINED, Row, rows
+from dit_accel.evaluate.run import Budget, evaluate, read_prompts
 from dit_accel.evaluate.tables import markdown, summary, write
-from dit_accel.generate import Request, generate
-from dit_accel.loading import EMBEDDED, Defaults, load_pipeline
+from dit_accel.generation.loading import EMBEDDED, Defaults, load_pipeline
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
+from dit_accel.media import quality as metrics
 from dit_accel.methods import find
-from dit_accel.prune_criteria import CRITERIA
+from dit_accel.pages.scatter import Point, scatter
+from dit_accel.pruning.criteria import CRITERIA
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
 TEMPLATE = AccelConfig(dit_accel.TopK(), dit_accel.Schedule(warmup=1), min_tokens=0)
@@ -366,7 +369,7 @@ def test_a_call_that_does_not_fit_is_halved(loaded, tmp_path, monkeypatch):
 
 def test_a_budget_of_time_ends_before_it_is_over(loaded, tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("dit_accel.evaluate.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("dit_accel.evaluate.run.time.monotonic", lambda: clock[0])
 
     def cells(self, row, pairs):
         clock[0] += 40

@@ -11,16 +11,18 @@ from tiny import saved_tiny_wan
 from torch.utils.flop_counter import FlopCounterMode
 
 import dit_accel
-from dit_accel import metrics
 from dit_accel.config import AccelConfig
-from dit_accel.evaluate import Budget, Study, evaluate, look, perception, read_prompts
+from dit_accel.evaluate import Study, look, perception
+from dit_accel.evaluate.probe import attention_share
 from dit_accel.evaluate.recognition import Recogniser, References
 from dit_accel.evaluate.rows import Row, rows
+from dit_accel.evaluate.run import Budget, evaluate, read_prompts
 from dit_accel.evaluate.tables import attention_mean
-from dit_accel.generate import Request, generate
-from dit_accel.loading import EMBEDDED, load_pipeline
+from dit_accel.generation.loading import EMBEDDED, load_pipeline
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
+from dit_accel.media import quality as metrics
 from dit_accel.methods import Call
-from dit_accel.probe import attention_share
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
 TEMPLATE = AccelConfig(dit_accel.TopK(), dit_accel.Schedule(warmup=1), min_tokens=0)

@@ -6,8 +6,14 @@ import pytest
 import torch
 from tiny import saved_tiny_wan, tiny_flux
 
-from dit_accel import loading
-from dit_accel.loading import Defaults, find_model, load_pipeline, pick_device, pick_dtype
+from dit_accel.generation import loading
+from dit_accel.generation.loading import (
+    Defaults,
+    find_model,
+    load_pipeline,
+    pick_device,
+    pick_dtype,
+)
 
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
 

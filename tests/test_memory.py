@@ -2,7 +2,7 @@
 
 import torch
 
-from dit_accel.memory import free_bytes
+from dit_accel.machine import free_bytes
 
 
 def test_free_memory_is_a_share_of_the_machine():

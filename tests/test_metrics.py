@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit_accel import metrics
+from dit_accel.media import quality as metrics
 
 
 def noise(seed: int, shape: tuple[int, ...] = (3, 16, 20, 3)) -> np.ndarray:

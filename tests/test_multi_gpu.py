@@ -16,8 +16,9 @@ import multi_gpu_ranks as ranks
 
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
-from dit_accel.generate import Request, generate
-from dit_accel.loading import load_pipeline
+from dit_accel.generation.loading import load_pipeline
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
 
 SETTING = {"gpus": 2, "rounds": 1, "dry": True, "margin": 2.0}
 FACTS = {"seconds": {"dense": 1.0}, "communicating": 0.1, "kept": None}

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_accel import library, ops
+from dit_accel import ops
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.pooled_attention import reference as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified
+from dit_accel.ops import registration as library
 from dit_accel.table import BlockTable
 from dit_accel.testing import assert_close
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dit_accel.order import inverse, token_order
+from dit_accel.forward.order import inverse, token_order
 
 GRIDS = [(1, 1, 1), (3, 4, 4), (5, 16, 16), (2, 7, 9), (4, 4, 4)]
 

@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import dit_accel
 from dit_accel import Dense, Rettention, Schedule, TokenPruning, TopK
 from dit_accel.config import AccelConfig
-from dit_accel.engine import StepBook, Stopwatch
+from dit_accel.machine import Stopwatch
 from dit_accel.pipelines import registry, wan
-from dit_accel.prune_context import CONTEXTS
-from dit_accel.prune_criteria import CRITERIA, Facts, pick, transition_variation
-from dit_accel.span import Span
+from dit_accel.pruning.context import CONTEXTS
+from dit_accel.pruning.criteria import CRITERIA, Facts, pick, transition_variation
+from dit_accel.pruning.span import Span
+from dit_accel.runtime.books import StepBook
 
 ALWAYS = {"start": 1, "end": 0, "refresh": 10**9}
 
@@ -127,7 +128,7 @@ def test_composes_with_sparse_attention(pipe, stock):
 
 
 def test_taylor_restores_a_linear_change_better_than_reuse():
-    from dit_accel.clock import Clock
+    from dit_accel.forward.clock import Clock
     from dit_accel.pipelines.base import Geometry, SpanSite
 
     def error(restore):

@@ -7,9 +7,9 @@ from tiny import tiny_wan
 
 import dit_accel
 from dit_accel import Dense, Pooled, Schedule, TokenPruning
-from dit_accel.prune_context import Context
-from dit_accel.prune_criteria import pick, text_share
-from dit_accel.prune_restore import RESTORES, Memory, Past
+from dit_accel.pruning.context import Context
+from dit_accel.pruning.criteria import pick, text_share
+from dit_accel.pruning.restore import RESTORES, Memory, Past
 
 GRID, C = (2, 3, 4), 5
 N = 24

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from tiny import saved_tiny_wan
 
-from dit_accel import cli, ranks, video
 from dit_accel.batch import run
 from dit_accel.batch.manifest import Manifest
-from dit_accel.loading import load_pipeline
+from dit_accel.cli import main as cli
+from dit_accel.generation.loading import load_pipeline
+from dit_accel.media import video
+from dit_accel.parallel import launcher as ranks
 
 GENERATION = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 3}
 GENERATED = {"height": 128, "width": 128, "frames": 9, "steps": 3}
@@ -114,7 +116,7 @@ def test_a_failure_of_another_process_is_told(monkeypatch, capfd):
 @pytest.mark.slow
 def test_a_process_killed_on_the_way_costs_no_job(model):
     Path("jobs.jsonl").write_text(json.dumps({"prompt": "a cat", "seed": list(range(24))}) + "\n")
-    command = [sys.executable, "-m", "dit_accel.cli", *batch(model, "out", "--ulysses", "2")]
+    command = [sys.executable, "-m", "dit_accel", *batch(model, "out", "--ulysses", "2")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not len(list(Path("out").glob("*.mp4"))) >= 3:

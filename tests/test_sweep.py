@@ -7,7 +7,9 @@ import pytest
 import torch
 from interpreter import interpreted
 
-from dit_accel import bench, sweep
+from dit_accel import bench
+from dit_accel.bench import sweep
+from dit_accel.bench.command import main
 
 pytest.importorskip("triton")
 with interpreted():
@@ -73,11 +75,11 @@ def test_hopper_tries_pairs_of_small_key_blocks_too():
 )
 def test_options_that_it_does_not_take_are_named(words, says, capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--sweep", *words])
+        main(["--sweep", *words])
     assert says in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_a_gpu_it_is_refused(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--sweep"])
+        main(["--sweep"])
     assert "it needs an NVIDIA GPU" in capsys.readouterr().err

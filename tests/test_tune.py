@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from tiny import saved_tiny_wan
 
 import dit_accel
-from dit_accel import cli, tune
+from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig, resolve
-from dit_accel.evaluate import Study
+from dit_accel.evaluate import Study, tune
+from dit_accel.evaluate.probe import watching
 from dit_accel.evaluate.rows import Row
-from dit_accel.generate import Request, generate
-from dit_accel.loading import load_pipeline
+from dit_accel.evaluate.sensitivity import Sensitivity, error_of, measure
+from dit_accel.generation.loading import load_pipeline
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
 from dit_accel.methods import Call
-from dit_accel.probe import watching
 from dit_accel.schedule import Schedule
-from dit_accel.sensitivity import Sensitivity, error_of, measure
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
 TEMPLATE = AccelConfig(dit_accel.TopK(), dit_accel.Schedule(warmup=1), min_tokens=0)

@@ -11,9 +11,12 @@ from diffusers import ContextParallelConfig, ParallelConfig
 from tiny import tiny_flux, tiny_wan
 
 import dit_accel
-from dit_accel import Schedule, TokenPruning, parallel, prune_criteria, span
-from dit_accel.boost import compiled_blocks
+from dit_accel import Schedule, TokenPruning
 from dit_accel.config import named
+from dit_accel.generation.boost import compiled_blocks
+from dit_accel.parallel import ulysses as parallel
+from dit_accel.pruning import criteria as prune_criteria
+from dit_accel.pruning import span
 from dit_accel.table import block_count, kept_blocks
 
 NOW = Schedule(warmup=0)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_accel import video
+from dit_accel.media import video
+from dit_accel.media.files import atomic, check_folder, check_target
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_png_is_exact(tmp_path, clip):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "clip.mp4"
     path.write_text("old")
-    with pytest.raises(error), video.atomic(path) as temporary:
+    with pytest.raises(error), atomic(path) as temporary:
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old"
@@ -78,17 +79,17 @@ def test_a_failing_encoder_leaves_nothing(tmp_path, clip):
 )
 def test_names_are_checked(tmp_path, name, moving, says):
     with pytest.raises(ValueError, match=says):
-        video.check_target(tmp_path / name, moving)
+        check_target(tmp_path / name, moving)
 
 
 def test_folders_are_checked(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
-        video.check_folder(tmp_path / "file" / "deep")
+        check_folder(tmp_path / "file" / "deep")
     (tmp_path / "dir.mp4").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
-        video.check_target(tmp_path / "dir.mp4")
-    assert video.check_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+        check_target(tmp_path / "dir.mp4")
+    assert check_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert not (tmp_path / "a").exists()
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from dit_accel.config import AccelConfig, named
-from dit_accel.generate import Request
-from dit_accel.loading import Defaults
-from dit_accel.prune import resolve as pruning
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.pruning.config import resolve as pruning
 from dit_accel.schedule import Schedule
 
 

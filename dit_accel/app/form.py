@@ -9,10 +9,10 @@ import gradio as gr
 
 import dit_accel
 from dit_accel.app.ask import Ask, Limits, Side
-from dit_accel.loading import EMBEDDED, GENERATION, Defaults
+from dit_accel.forward.order import ORDERS
+from dit_accel.generation.loading import EMBEDDED, GENERATION, Defaults
 from dit_accel.methods import find
-from dit_accel.order import ORDERS
-from dit_accel.prune import TokenPruning
+from dit_accel.pruning.config import TokenPruning
 
 OWN, NONE = "own", "none"
 SIDE = 7  # fields of a side

@@ -79,7 +79,7 @@ def _serve(options: argparse.Namespace, bounds: Limits) -> int:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from dit_accel.app.studio import Studio
-    from dit_accel.loading import load_pipeline, pick_device, pick_dtype
+    from dit_accel.generation.loading import load_pipeline, pick_device, pick_dtype
 
     pick_dtype(options.dtype, pick_device(options.device))
     studio = Studio(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.report import Report
+from dit_accel.api import Report
 
 
 class Ledger:

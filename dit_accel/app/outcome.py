@@ -7,10 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dit_accel import metrics, video
 from dit_accel.app.studio import Pair, Run
-from dit_accel.compare import EMBEDDED_NAME, machine, placement, recipe
 from dit_accel.config import AccelConfig
+from dit_accel.generation.loading import EMBEDDED_NAME, placement
+from dit_accel.generation.recipe import recipe
+from dit_accel.machine import describe
+from dit_accel.media import quality as metrics
+from dit_accel.media import video
+from dit_accel.media.files import atomic
 from dit_accel.methods.dense import Dense
 
 RECORD = "comparison.json"
@@ -39,7 +43,7 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
         "size": list(left.result.frames.shape[:3]),
         "steps": len(left.result.times.steps),
         **where,
-        "machine": machine(pair.pipe),
+        "machine": describe(placement(pair.pipe)["device"]),
         "quality": near,
         "left": _side(left, where, pair, folder),
         "right": _side(right, where, pair, folder),
@@ -51,7 +55,7 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
     both = video.side_by_side(left.result.frames, right.result.frames, _labels(pair))
     name = "side_by_side." + ("mp4" if moving else "png")
     data["both"] = video.save(folder / name, both, fps).name
-    with video.atomic(folder / RECORD) as temporary:
+    with atomic(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
     return data
 

@@ -17,8 +17,9 @@ from dit_accel.app.ask import Ask, Side
 from dit_accel.app.ledger import Ledger
 from dit_accel.app.preview import Preview, fit_colours
 from dit_accel.app.stop import check, stoppable
-from dit_accel.generate import Request, Result, arguments, generate, warm_up
-from dit_accel.loading import Defaults, load_pipeline
+from dit_accel.generation.loading import Defaults, load_pipeline
+from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.run import Result, generate, warm_up
 
 Loader = Callable[[str | None], tuple[Any, Defaults]]
 

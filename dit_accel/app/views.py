@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from dit_accel import charts
+from dit_accel.pages import charts
 
 PHASES = {"encode": "text", "denoise": "denoising", "decode": "decoding", "total": "whole run"}
 

@@ -1,9 +1,8 @@
-"""`python -m dit_accel.batch`, also under `accelerate launch -m`."""
+"""`python -m dit_accel.batch` is `dit-accel batch`, also under `accelerate launch -m`."""
 
+import runpy
 import sys
-
-from dit_accel.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "batch")
-    main()
+    runpy.run_module("dit_accel", run_name="__main__")

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dit_accel import loading, ranks, video
 from dit_accel.batch.display import Display
 from dit_accel.batch.fleet import Fleet
 from dit_accel.batch.gallery import write_gallery
@@ -22,6 +21,9 @@ from dit_accel.batch.summary import Summary, summarize, write_results
 from dit_accel.batch.together import Together
 from dit_accel.batch.worker import Settings, Worker
 from dit_accel.batch.writer import FULL
+from dit_accel.generation import loading
+from dit_accel.media.files import check_folder
+from dit_accel.parallel import launcher as ranks
 
 SHOW = ("auto", "json", "none")
 GALLERY_EVERY = 30.0
@@ -136,7 +138,7 @@ def _name(pipe: Any) -> str:
 
 
 def _folder(out: str | Path) -> Path:
-    folder = video.check_folder(out)
+    folder = check_folder(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -16,7 +16,7 @@ from dit_accel.batch.worker import (
     Worker,
 )
 from dit_accel.batch.writer import FULL
-from dit_accel.loading import load_pipeline
+from dit_accel.generation.loading import load_pipeline
 
 
 def serve(folder: str, device: str, threads: int) -> int:

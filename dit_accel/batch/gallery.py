@@ -9,12 +9,12 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from dit_accel import video
 from dit_accel.batch.jobs import DENSE
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.summary import Summary, rows, summarize
-from dit_accel.html import seconds
-from dit_accel.metrics import IDENTICAL_DB
+from dit_accel.media.files import atomic
+from dit_accel.media.quality import IDENTICAL_DB
+from dit_accel.pages.figures import seconds
 
 PAGE = "index.html"
 
@@ -23,7 +23,7 @@ def write_gallery(manifest: Manifest) -> Path:
     """Write the page beside the clips; they load as they come into view."""
     path = manifest.folder / PAGE
     text = page(summarize(manifest), rows(manifest))
-    with video.atomic(path) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 

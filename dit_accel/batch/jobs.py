@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 
 from dit_accel.config import DEFAULT, AccelConfig, resolve
-from dit_accel.generate import Request
-from dit_accel.prune import resolve as pruning
+from dit_accel.generation.request import Request
+from dit_accel.pruning.config import resolve as pruning
 
 DENSE = "dense"
 INTEGERS = ("seed", "steps", "height", "width", "frames")

@@ -9,23 +9,6 @@ import torch
 OFFLOADING = ("cuda",)  # devices whose memory is not the host's
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the host refused an allocation."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in text or "can't allocate memory" in text
-    )
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether CUDA can no longer be used by this process: only a new process helps."""
-    kind = getattr(torch, "AcceleratorError", None)
-    text = str(error)
-    return (kind is not None and isinstance(error, kind)) or "CUDA error" in text
-
-
 class Savings:
     """The measures against running out of memory, taken in order and kept to the end.
 

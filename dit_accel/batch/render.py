@@ -14,8 +14,9 @@ import torch
 
 import dit_accel
 from dit_accel.batch.jobs import Job
-from dit_accel.generate import ProgressFn, arguments, generate
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import arguments
+from dit_accel.generation.run import ProgressFn, generate
 
 KEPT_PROMPTS = 16
 REPORTED = ("method", "kept", "fallbacks", "unplanned", "implementations", "state_bytes")

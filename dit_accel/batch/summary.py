@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dit_accel import video
 from dit_accel.batch.manifest import Manifest
+from dit_accel.media.files import atomic
 
 RESULTS = "results.jsonl"
 
@@ -115,7 +115,7 @@ def summarize(manifest: Manifest, stopped: str = "") -> Summary:
 def write_results(manifest: Manifest) -> Path:
     """results.jsonl: one line a job, for machines."""
     path = manifest.folder / RESULTS
-    with video.atomic(path) as temporary:
+    with atomic(path) as temporary:
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(manifest))
         temporary.write_text("".join(lines), encoding="utf-8")
     return path

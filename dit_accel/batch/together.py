@@ -14,11 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dit_accel import parallel
 from dit_accel.batch import render
 from dit_accel.batch.jobs import Job
-from dit_accel.generate import ProgressFn
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.run import ProgressFn
+from dit_accel.parallel import ulysses as parallel
 
 _PATIENCE = timedelta(days=7)  # between two jobs there may be a full disk to wait for
 

@@ -17,9 +17,10 @@ from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest, Row
 from dit_accel.batch.together import Apart, Together
 from dit_accel.batch.writer import FULL, Finished, Writer
-from dit_accel.boost import Boost
-from dit_accel.generate import arguments
-from dit_accel.loading import Defaults
+from dit_accel.generation.boost import Boost
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import arguments
+from dit_accel.machine import is_device_lost, is_out_of_memory
 
 BEAT = 1.0
 DISK_FULL = 74
@@ -154,11 +155,11 @@ class Worker:
             return
         reason = f"{type(error).__name__}: {_first_line(error)}"
         reason = _first_line(error) if isinstance(error, Apart) else reason
-        if isinstance(error, Apart) or memory.is_device_lost(error):
+        if isinstance(error, Apart) or is_device_lost(error):
             for row in rows:
                 self.manifest.fail(row, self.owner, reason, self.settings.retries)
             raise DeviceLost(reason)
-        if memory.is_out_of_memory(error):
+        if is_out_of_memory(error):
             self._save_memory(rows, reason)
         elif isinstance(error, ValueError):  # a matter of the job, not of luck
             self._split(rows, _first_line(error), 0)

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_accel import metrics, video
 from dit_accel.batch.manifest import DiskFull, Manifest, Row
 from dit_accel.batch.render import Clip
+from dit_accel.media import quality as metrics
+from dit_accel.media import video
 
 FULL = "the disk is full: free some space and run the same command again"
 RESERVE = 8 * 2**20  # bytes that stay free: the manifest must be able to say that the disk is full

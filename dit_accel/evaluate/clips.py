@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.generate import Request, Watch, arguments
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.run import Watch
 
 
 @dataclass(frozen=True)

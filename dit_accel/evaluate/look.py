@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from dit_accel.api import accelerated
-from dit_accel.batch.memory import is_out_of_memory
 from dit_accel.config import AccelConfig
+from dit_accel.evaluate.probe import Probe
 from dit_accel.evaluate.rows import Row
-from dit_accel.generate import ProgressFn, Request, generate
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import ProgressFn, generate
+from dit_accel.machine import is_out_of_memory
 from dit_accel.methods import Call
-from dit_accel.probe import Probe
 from dit_accel.schedule import Plan, Schedule
 
 Errors = dict[int, dict[int, float]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from dit_accel.loading import EMBEDDED
+from dit_accel.generation.loading import EMBEDDED
 
 FILE = EMBEDDED.parent / "emoji-clips.safetensors"
 FACTS = "training.json"

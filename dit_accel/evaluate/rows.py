@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dit_accel.boost import Boost
 from dit_accel.config import AccelConfig, resolve
+from dit_accel.generation.boost import Boost
 from dit_accel.methods import Method, find
-from dit_accel.prune import TokenPruning
-from dit_accel.prune_criteria import CRITERIA
+from dit_accel.pruning.config import TokenPruning
+from dit_accel.pruning.criteria import CRITERIA
 from dit_accel.schedule import Schedule
 
 KEEPS = (0.05, 0.1, 0.2, 0.3, 0.5)

@@ -13,18 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_accel import metrics, video
 from dit_accel.api import Handle, accelerated, restore
-from dit_accel.batch.memory import is_device_lost, is_out_of_memory
-from dit_accel.compare import machine, placement
 from dit_accel.evaluate import clips, look, perception
 from dit_accel.evaluate.clips import Clip
 from dit_accel.evaluate.journal import Journal
+from dit_accel.evaluate.probe import attention_share
 from dit_accel.evaluate.recognition import Recogniser
 from dit_accel.evaluate.rows import Row
-from dit_accel.generate import ProgressFn, Request, arguments
-from dit_accel.loading import Defaults
-from dit_accel.probe import attention_share
+from dit_accel.generation.loading import Defaults, placement
+from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.run import ProgressFn
+from dit_accel.machine import describe, is_device_lost, is_out_of_memory
+from dit_accel.media import quality as metrics
+from dit_accel.media.files import atomic
 
 Pair = tuple[str, int]  # prompt and seed
 DENSE = "dense"
@@ -64,7 +65,7 @@ class Study:
             **placement(pipe),
             "arguments": {k: str(v) for k, v in asked.items()},
             "batch": batch,
-            "machine": machine(pipe),
+            "machine": describe(placement(pipe)["device"]),
         }
         restore(pipe)
         self.journal = Journal(folder / "cells.jsonl", self.setting)
@@ -292,7 +293,7 @@ def _whole(errors: dict[Any, dict[Any, float]]) -> look.Errors:
 def _save(path: Path, clip: Clip) -> None:
     latents = np.empty(0) if clip.latents is None else clip.latents.float().cpu().numpy()
     times = {"seconds": clip.seconds, "wall": clip.wall}
-    with video.atomic(path) as temporary:
+    with atomic(path) as temporary:
         np.savez(temporary, frames=clip.frames.cpu().numpy(), latents=latents, **times)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from dit_accel import metrics, video
 from dit_accel.evaluate.look import Errors
-from dit_accel.evaluate.plots import Point, scatter
 from dit_accel.evaluate.rows import PRUNING
+from dit_accel.media import quality as metrics
+from dit_accel.media.files import atomic
+from dit_accel.pages.scatter import Point, scatter
 
 _MEANS = (
     "attention_kept",
@@ -175,5 +176,5 @@ def write(folder: Path, data: dict[str, Any]) -> None:
         )
         files["quality-time.svg"] = scatter(time, "denoising loop (s)", quality, dense, (PRUNING,))
     for name, text in files.items():
-        with video.atomic(folder / name) as temporary:
+        with atomic(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -1,9 +1,8 @@
-"""`python -m dit_accel.finetune`, also under `accelerate launch -m`."""
+"""`python -m dit_accel.finetune` is `dit-accel finetune`, also under `accelerate launch -m`."""
 
+import runpy
 import sys
-
-from dit_accel.cli import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "finetune")
-    main()
+    runpy.run_module("dit_accel", run_name="__main__")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.student import Student, inference_config
-from dit_accel.video import atomic
+from dit_accel.media.files import atomic
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 

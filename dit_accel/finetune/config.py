@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dit_accel.forward.order import ORDERS
 from dit_accel.methods.sla import SLA
-from dit_accel.order import ORDERS
 
 TRAIN = ("projection", "lora", "full")
 OBJECTIVES = ("teacher", "diffusion")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.finetune.record import Conditions, batched
-from dit_accel.video import atomic
+from dit_accel.media.files import atomic
 
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
 

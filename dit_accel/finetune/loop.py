@@ -22,7 +22,7 @@ from dit_accel.finetune.checkpoint import Training
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.data import Batch, LatentData
 from dit_accel.finetune.student import Student, Teacher, training_config
-from dit_accel.video import atomic
+from dit_accel.media.files import atomic
 
 _TRAIN, _VALIDATE = 0, 1
 

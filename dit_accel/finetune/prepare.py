@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dit_accel import video
 from dit_accel.finetune import data
 from dit_accel.finetune.record import Conditions, record
-from dit_accel.generate import Request, arguments
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request, arguments
+from dit_accel.media import video
 
 SHARD = 16
 ProgressFn = Callable[[str, int, int | None], None]

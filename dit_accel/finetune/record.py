@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_accel.generate import Request, arguments
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request, arguments
 
 _OURS = ("hidden_states", "timestep", "return_dict")
 

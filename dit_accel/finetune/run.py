@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dit_accel import video
 from dit_accel.finetune import prepare
 from dit_accel.finetune.average import Average
 from dit_accel.finetune.checkpoint import Training, checkpoints, read_state, save_result
@@ -21,8 +20,9 @@ from dit_accel.finetune.data import LatentData
 from dit_accel.finetune.loop import Log, Trainer, draw_seed, parameter_groups, trained
 from dit_accel.finetune.student import Teacher, build
 from dit_accel.finetune.validate import DRAWS, Clips, velocity_error
-from dit_accel.generate import Request, arguments
-from dit_accel.loading import Defaults, find_model, load_pipeline
+from dit_accel.generation.loading import Defaults, find_model, load_pipeline
+from dit_accel.generation.request import Request, arguments
+from dit_accel.media.files import check_folder
 
 ProgressFn = Callable[[str, int, int | None], None]
 _DTYPE = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -44,7 +44,7 @@ def finetune(
 
     Raises ValueError, before training, for what cannot work; RuntimeError when training diverges.
     """
-    out = video.check_folder(settings.out)
+    out = check_folder(settings.out)
     start = _start(out, settings, resume)
     prompts = read_prompts(settings.prompts)
     shown = read_prompts(settings.validation, settings.clips) if settings.validation else prompts
@@ -80,7 +80,7 @@ def prepare_data(settings: Settings, clips: str, progress: ProgressFn = lambda *
     """Encode the clips of a captioned folder into settings.data; how many there are."""
     if settings.data == "self":
         raise ValueError("--prepare writes to a folder: name it with --data")
-    folder = video.check_folder(settings.data)
+    folder = check_folder(settings.data)
     sources = prepare.read_captions(Path(clips))
     pipe, defaults = _load(settings, _accelerator(settings), progress)
     prepare.encode_clips(pipe, defaults, Path(clips), folder, progress)

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_accel import api, video
+from dit_accel import api
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.data import Batch
 from dit_accel.finetune.student import Student, Teacher, inference_config, training_config
-from dit_accel.generate import Request, generate
-from dit_accel.loading import Defaults
-from dit_accel.metrics import quality
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
+from dit_accel.media import video
+from dit_accel.media.quality import quality
 
 DRAWS = 4
 

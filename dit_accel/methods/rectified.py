@@ -9,7 +9,7 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
-from dit_accel.selectors.near import neighbours
+from dit_accel.methods.selectors.near import neighbours
 from dit_accel.table import BlockMeans, BlockTable
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.methods.base import Call
-from dit_accel.methods.remembering import Remembering
-from dit_accel.selectors.window import WINDOWS, window_rows, window_table
+from dit_accel.methods.selectors.window import WINDOWS, window_rows, window_table
+from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
 
 

@@ -11,7 +11,7 @@ from dit_accel import ops
 from dit_accel.methods.base import Call
 from dit_accel.methods.dense import Dense
 from dit_accel.methods.pooled import Pooled
-from dit_accel.methods.remembering import Remembering
+from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
 
 

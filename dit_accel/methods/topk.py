@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel import ops
-from dit_accel.checks import check_precision
 from dit_accel.methods.base import Call, Method
+from dit_accel.ops.checks import check_precision
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from dit_accel.boost import Boost
 from dit_accel.config import resolve
-from dit_accel.loading import load_pipeline
+from dit_accel.generation.boost import Boost
+from dit_accel.generation.loading import load_pipeline
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MODEL = ASSETS / "emoji"

@@ -6,8 +6,8 @@ import shutil
 import pytest
 from small_batches import events, files, go
 
-from dit_accel import video
 from dit_accel.batch.manifest import DiskFull, Manifest
+from dit_accel.media import video
 
 
 def test_a_full_disk_is_waited_out(pipe, tmp_path, monkeypatch):

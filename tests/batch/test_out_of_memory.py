@@ -10,10 +10,10 @@ from small_batches import events, go
 from tiny import tiny_wan
 
 import dit_accel
-from dit_accel import video
 from dit_accel.batch import Settings, memory
 from dit_accel.batch import render as render_module
 from dit_accel.config import AccelConfig
+from dit_accel.media import video
 
 
 def test_out_of_memory_steps_down_and_says_so(pipe, tmp_path, monkeypatch):

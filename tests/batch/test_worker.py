@@ -10,14 +10,15 @@ from PIL import Image
 from small_batches import SMALL, events, files, go
 from tiny import WORDS, tiny_wan
 
-from dit_accel import video
 from dit_accel.batch import Settings, run
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.render import remembered_prompts, render
 from dit_accel.batch.worker import DeviceLost
-from dit_accel.generate import Request, generate
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import generate
+from dit_accel.media import video
 
 
 def test_a_clip_is_what_generate_gives(pipe, tmp_path, monkeypatch):

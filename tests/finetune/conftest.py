@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_wan
 
 from dit_accel.finetune.data import Batch
-from dit_accel.loading import GENERATION
+from dit_accel.generation.loading import GENERATION
 
 DEFAULTS = (
     '{"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 2, "fps": 8,'

@@ -8,13 +8,13 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from tiny import tiny_flux, tiny_wan
 
-from dit_accel import video
 from dit_accel.finetune import data, prepare
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.record import record
 from dit_accel.finetune.run import prepare_data
-from dit_accel.generate import Request, arguments
-from dit_accel.loading import Defaults
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request, arguments
+from dit_accel.media import video
 
 SMALL = Defaults(64, 64, 9, 4, 3.0, "dog", 16, 8)
 

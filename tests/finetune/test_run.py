@@ -9,7 +9,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 import dit_accel
-from dit_accel import SLA, cli
+from dit_accel import SLA
+from dit_accel.cli import main as cli
 from dit_accel.evaluate.study import with_weights
 from dit_accel.finetune import Settings, finetune
 from dit_accel.finetune.checkpoint import checkpoints

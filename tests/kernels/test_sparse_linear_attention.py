@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dit_accel import dispatch, ops
+from dit_accel import ops
 from dit_accel.kernels.sparse_linear_attention import reference
 from dit_accel.kernels.sparse_linear_attention import torch as fast
 from dit_accel.kernels.sparse_linear_attention.features import FEATURE_MAPS
+from dit_accel.ops import dispatch
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
 

@@ -7,8 +7,9 @@ from tiny import tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
 import dit_accel
-from dit_accel import Rettention, Schedule, announce
+from dit_accel import Rettention, Schedule
 from dit_accel.methods import Call
+from dit_accel.runtime import state as announce
 
 GRID = (3, 10, 10)
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dit_accel import ops
+from dit_accel.forward.order import token_order
 from dit_accel.methods import Call
 from dit_accel.methods.rectified import Rectified
-from dit_accel.order import token_order
-from dit_accel.selectors.near import neighbours
-from dit_accel.selectors.window import window_rows, window_table
+from dit_accel.methods.selectors.near import neighbours
+from dit_accel.methods.selectors.window import window_rows, window_table
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,9 @@ from runs import on, run
 from tiny import tiny_wan
 from torch.nn.functional import scaled_dot_product_attention
 
-from dit_accel import Pooled, Rettention, Schedule, SharedResidual, announce, ops
+from dit_accel import Pooled, Rettention, Schedule, SharedResidual, ops
 from dit_accel.methods import Call
+from dit_accel.runtime import state as announce
 
 
 def drifting(step: int):

@@ -6,9 +6,10 @@ from runs import on, run
 from tiny import tiny_wan
 
 import dit_accel
-from dit_accel import SLA, TopK, dispatch, ops
+from dit_accel import SLA, TopK, ops
 from dit_accel.kernels.block_sparse_attention.reference import block_sparse_attention
 from dit_accel.methods import Call
+from dit_accel.ops import dispatch
 
 
 def qkv(d: int = 64):

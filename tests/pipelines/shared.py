@@ -20,7 +20,8 @@ import torch.multiprocessing as mp
 from zoo import Case, Pipe, zoo
 
 import dit_accel
-from dit_accel import Schedule, TopK, parallel
+from dit_accel import Schedule, TopK
+from dit_accel.parallel import ulysses as parallel
 
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
 

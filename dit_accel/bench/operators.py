@@ -1,0 +1,204 @@
+"""Operator benchmarks: map and attention together against dense attention, side by side.
+
+    python -m dit_accel.bench --op pooled_attention --shape wan1.3b-480p --keep 0.05 --out rows.json
+    python -m dit_accel.bench --e2e --help
+
+A row gives times, TFLOP/s of the kept work and the error; its ratio stands only if the error check
+passes. Dense and sparse rounds alternate, so that a busy machine slows both; --clock cpu counts the
+processor time of one thread, which other programs hardly disturb.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel import ops
+from dit_accel.bench import baselines
+from dit_accel.bench.results import line, store
+from dit_accel.bench.shapes import DEFAULT_SHAPES, SHAPES, Shape
+from dit_accel.ops import dispatch
+from dit_accel.table import BlockTable
+from dit_accel.testing import assert_close, references
+
+OPS = ("block_sparse_attention", "pooled_attention", "rectified_attention")
+
+
+def run_bench(
+    op_names: Sequence[str] = OPS,
+    shapes: Sequence[str] | None = None,
+    keeps: Sequence[float] = (0.1,),
+    device: str | None = None,
+    out: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    block: int = 64,
+    rounds: int = 5,
+    clock: str = "wall",
+    echo: Callable[[str], None] = lambda line: None,
+) -> list[dict]:
+    """One row for each operator, shape and keep; stored as JSON with the machine if `out` is given.
+
+    Args:
+        op_names: names in OPS.
+        shapes: names in SHAPES (None: a few that suit the device).
+        keeps: shares of key blocks, in (0, 1].
+        device: "cpu" or "cuda" (None: cuda if there is one).
+        dtype: None is float32 on the CPU, bfloat16 elsewhere.
+        clock: "wall", or "cpu" for processor time on the CPU (use one thread).
+        echo: takes each row as a line of text when it is ready.
+
+    Raises ValueError for an unknown name.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    shapes = shapes or DEFAULT_SHAPES[device]
+    for name, known in [(n, OPS) for n in op_names] + [(n, SHAPES) for n in shapes]:
+        if name not in known:
+            raise ValueError(f"unknown name {name!r}; the benchmark has {', '.join(known)}")
+    rows = []
+    for shape in (SHAPES[name] for name in shapes):
+        for keep in keeps:
+            for op in op_names:
+                rows.append(_row(op, shape, keep, device, dtype, block, rounds, clock))
+                echo(line(rows[-1]))
+    if out:
+        store(rows, out)
+    return rows
+
+
+def crossover(device: str | None = None, *, rounds: int = 5, clock: str = "wall") -> list[dict]:
+    """The shortest of some lengths from which block-sparse attention, map included, beats dense."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    lengths = (256, 512, 768, 1024, 1536, 2048) if device == "cpu" else (1024, 2048, 4096, 8192)
+    found = []
+    for head_dim in (64, 128):
+        for keep in (0.2, 0.1):
+            ratios = {}
+            for n in lengths:
+                shape = Shape(f"n={n}", 1, 4, n, head_dim)
+                row = _row(OPS[0], shape, keep, device, dtype, 64, rounds, clock)
+                ratios[n] = row["ratio"]
+            slower = [n for n, ratio in ratios.items() if ratio is None or ratio <= 1]
+            faster = [n for n in lengths if n > max(slower, default=0)]
+            found.append(
+                {
+                    "head_dim": head_dim,
+                    "keep": keep,
+                    "faster_from": faster[0] if faster else None,
+                    "ratios": ratios,
+                }
+            )
+    return found
+
+
+def _row(
+    op: str,
+    shape: Shape,
+    keep: float,
+    device: str,
+    dtype: torch.dtype,
+    block: int,
+    rounds: int,
+    clock: str,
+) -> dict:
+    # Strides are those that diffusers gives: [B, N, H, D] transposed.
+    size = (shape.batch, shape.n, shape.heads, shape.head_dim)
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(size, device=device, dtype=dtype, generator=generator).transpose(1, 2)
+        for _ in range(3)
+    )
+    fn = getattr(ops, op)
+    table = ops.block_table(q, k, keep, block, block)
+    runs = {
+        "dense": lambda: F.scaled_dot_product_attention(q, k, v),
+        "map": lambda: ops.block_table(q, k, keep, block, block),
+        "attention": lambda: fn(q, k, v, table),
+        "ours": lambda: _whole(op, q, k, v, keep, block),
+    }
+    reasons = {}
+    if device == "cuda":
+        extra, reasons = baselines.gpu(q, k, v, table)
+        runs |= extra
+    times = _times(runs, rounds, device, clock)
+    density = table.density().item()
+    work = 4 * density * shape.batch * shape.heads * shape.n**2 * shape.head_dim
+    error, failure = _check(op, q, k, v, table, fn(q, k, v, table))
+    return {
+        "op": op,
+        "shape": asdict(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "implementation": dispatch.select(op, q, block_q=block, block_k=block).name,
+        "clock": clock,
+        "threads": torch.get_num_threads(),
+        "block": block,
+        "keep": keep,
+        "density": round(density, 4),
+        **{f"{name}_ms": ms and round(ms, 3) for name, ms in times.items()},
+        **{f"{name}_absent": reason for name, reason in reasons.items()},
+        "ratio": None if failure else round(times["dense"] / times["ours"], 2),
+        "kept_tflops": round(work / times["attention"] / 1e9, 3),
+        "relative_error": error,
+        "check": failure or "passed",
+    }
+
+
+def _whole(op: str, q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) -> Tensor:
+    """The op with the making of its table, and what it needs of that besides."""
+    fn = getattr(ops, op)
+    if op not in ("pooled_attention", "rectified_attention"):
+        return fn(q, k, v, ops.block_table(q, k, keep, block, block))
+    wanted = {"return_means": True, "spreads": op == "rectified_attention"}
+    table, means = ops.block_table(q, k, keep, block, block, **wanted)
+    return fn(q, k, v, table, means=means)
+
+
+def _times(
+    runs: dict[str, Callable[[], object]], rounds: int, device: str, clock: str
+) -> dict[str, float]:
+    """Median milliseconds of each run; the runs take turns."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+    for run in runs.values():
+        run()
+    seen = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = now()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seen[name].append(1e3 * (now() - start))
+    return {name: statistics.median(values) for name, values in seen.items()}
+
+
+def _check(
+    op: str, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, out: Tensor
+) -> tuple[float, str | None]:
+    """Relative RMS error of a few query blocks of one head, and why the check failed, if it did."""
+    reference = getattr(import_module(f"dit_accel.kernels.{op}.reference"), op)
+    rows = sorted({0, table.query_blocks // 2, table.query_blocks - 1})
+    places = torch.arange(table.n_q, device=q.device)
+    here = torch.cat([places[r * table.block_q : (r + 1) * table.block_q] for r in rows])
+    indices, counts = table.indices[:1, -1:, rows], table.counts[:1, -1:, rows]
+    few = BlockTable(indices, counts, table.block_q, table.block_k, len(here), table.n_k)
+    q, k, v, out = q[:1, -1:, here], k[:1, -1:], v[:1, -1:], out[:1, -1:, here]
+    wide, same = references(reference, q, k, v, few)
+    error = ((out.double() - wide).norm() / wide.double().norm()).item()
+    try:
+        assert_close(op, out, wide, same)
+    except AssertionError as failure:
+        return error, str(failure)
+    return error, None

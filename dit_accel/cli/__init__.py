@@ -1,0 +1,1 @@
+"""Every command line, and nothing else."""

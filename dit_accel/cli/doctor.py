@@ -1,0 +1,121 @@
+"""The options of `dit-accel doctor`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from dit_accel.cli.options import Common, checked, option, parse_size
+
+_WHAT, _WHERE = "What to examine", "Where to run"
+PROMPT = "rocket on a blue background"
+STEPS = 50  # of a model that is known by its configuration only
+
+
+def doctor(
+    model: Annotated[
+        str | None, option("Folder or Hugging Face id. \\[the embedded emoji model]", _WHAT)
+    ] = None,
+    config_only: Annotated[
+        bool, option("Random weights from the configuration.", _WHAT, "--config-only")
+    ] = False,
+    size: Annotated[str | None, option("WIDTHxHEIGHT in pixels.", _WHAT)] = None,
+    frames: Annotated[int | None, option("Frames of the clip.", _WHAT)] = None,
+    steps: Annotated[int | None, option("Denoising steps.", _WHAT)] = None,
+    order: Annotated[str, option("Token order: raster, tile or hilbert.", _WHAT)] = "raster",
+    as_json: Annotated[bool, option("JSON on stdout.", _WHAT, "--json")] = False,
+    device: Annotated[str | None, option("cpu, cuda, cuda:1, mps.", _WHERE)] = None,
+    dtype: Annotated[str | None, option("bf16, fp16, fp32.", _WHERE)] = None,
+    offload: Annotated[
+        bool, option("Keep only the running part on the GPU.", _WHERE, "--offload")
+    ] = False,
+) -> None:
+    """Say what acceleration can give a model on this machine, by timing one layer of it.
+
+    dit-accel doctor
+
+    dit-accel doctor --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480 --frames 81
+
+    dit-accel doctor --model wan/transformer/config.json --config-only --device cuda
+    """
+    from dit_accel.cli.progress import Progress
+    from dit_accel.doctor.run import examine
+
+    common = Common(
+        PROMPT,
+        steps=steps,
+        size=size,
+        frames=frames,
+        order=order,
+        model=model,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+    )
+    with Progress() as progress, checked():
+        patient, count = _patient(common, config_only, progress)
+        found = examine(patient, steps=count, order=order, progress=progress)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        _print(found)
+
+
+def _patient(common: Common, config_only: bool, progress: Any) -> tuple[Any, int]:
+    """Whom to examine, and the steps of a run."""
+    import torch
+
+    from dit_accel.cli import session as cli_run
+    from dit_accel.doctor import sample as patient
+    from dit_accel.doctor.from_config import family_of, read_config
+    from dit_accel.generation.loading import find_model, pick_device, pick_dtype
+    from dit_accel.generation.request import arguments
+
+    if config_only:
+        config = read_config(common.model or find_model(None))
+        where = pick_device(common.device)
+        kind = getattr(torch, pick_dtype(common.dtype, where))
+        usual = family_of(config["_class_name"]).size
+        width, height = parse_size(common.size) if common.size else usual[:0:-1]
+        asked = (common.frames or usual[0], height, width)
+        progress("building a layer", 0, None)
+        return patient.from_config(config, asked, where, kind), common.steps or STEPS
+    request = common.request()
+    pipe, defaults = cli_run.load(common, request, common.config(), progress)
+    progress("reading the model", 0, None)
+    count = arguments(pipe, defaults, request).get("num_inference_steps") or STEPS
+    return patient.from_pipeline(pipe, defaults, request), count
+
+
+def _print(found: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    screen = Console(highlight=False)
+    screen.print(f"[bold]{found.model}[/bold] on {found.device}, {found.dtype}")
+    grid = " × ".join(map(str, found.grid))
+    if found.measured_tokens != found.tokens:
+        grid = f"timed on {found.measured_tokens}"
+    shape = f"{found.layers} layers, {found.heads} heads of {found.head_dim}"
+    screen.print(f"{found.tokens} visual tokens ({grid}), {shape}")
+    screen.print(
+        f"one forward {found.forward_seconds:.3g} s, of it attention {found.attention_share:.0%}: "
+        f"at most {found.bound:.2f}× if attention took no time"
+    )
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("method", "keep", "at most", "predicted"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for o in found.outlook:
+        predicted = f"{o.predicted:.2f}×" if o.predicted else escape(o.why)
+        table.add_row(o.method, f"{o.keep:g}", f"{o.ceiling:.2f}×", predicted)
+    screen.print(table)
+    for name, size in found.state_bytes.items():
+        screen.print(f"state of {name}: {size / 2**20:.1f} MiB", markup=False)
+    if found.free_bytes is not None:
+        screen.print(f"free memory: {found.free_bytes / 2**30:.1f} GiB")
+    if found.crossover is not None:
+        screen.print(f"below {found.crossover} tokens attention stays dense unless --min-tokens")
+    for line in (*(f"dense: {why}" for why in found.obstacles), *found.notes):
+        screen.print(line, markup=False)
+    screen.print(f"\n[bold]{escape(found.recommendation)}[/bold]", soft_wrap=True)

@@ -1,0 +1,150 @@
+"""The options of `dit-accel tune`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dit_accel.cli.options import Common, checked, numbers, option
+
+_WHAT, _HOW, _WHERE = "What to reach", "How to search", "Where to run"
+NOT_REACHED = 1
+BUILT_IN = 3  # prompts of each of the package's lists
+
+
+def tune(
+    output: Annotated[Path, option("Folder of the preset.", _WHAT, "--output", "-o")],
+    psnr: Annotated[float | None, option("Reach this PSNR to dense, in dB.", _WHAT)] = None,
+    speedup: Annotated[float | None, option("Reach this speed-up of the loop.", _WHAT)] = None,
+    prompts: Annotated[Path | None, option("Text file, a prompt a line.", _WHAT)] = None,
+    held_out: Annotated[
+        Path | None, option("Prompts to check with. \\[the last quarter]", _WHAT)
+    ] = None,
+    seeds: Annotated[str, option("Comma-separated. \\[0]", _WHAT)] = "0",
+    steps: Annotated[int | None, option("Denoising steps.", _WHAT)] = None,
+    size: Annotated[str | None, option("WIDTHxHEIGHT in pixels.", _WHAT)] = None,
+    frames: Annotated[int | None, option("Frames of a clip.", _WHAT)] = None,
+    guidance: Annotated[float | None, option("Classifier-free guidance scale.", _WHAT)] = None,
+    methods: Annotated[str, option("Methods. \\[pooled,topk]", _HOW)] = "pooled,topk",
+    warmups: Annotated[str, option("Shares of dense steps. \\[.15,.3,.45]", _HOW)] = ".15,.3,.45",
+    keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = ".1,.2,.3,.5",
+    trials: Annotated[int, option("Configurations to try at most. \\[24]", _HOW)] = 24,
+    order: Annotated[str | None, option("Token order: raster, tile or hilbert.", _HOW)] = None,
+    min_tokens: Annotated[int | None, option("Attend densely below this many.", _HOW)] = None,
+    model: Annotated[str | None, option("Folder or Hugging Face id.", _WHERE)] = None,
+    device: Annotated[str | None, option("cpu, cuda, cuda:1, mps.", _WHERE)] = None,
+    dtype: Annotated[str | None, option("bf16, fp16, fp32.", _WHERE)] = None,
+    offload: Annotated[
+        bool, option("Keep only the running part on the GPU.", _WHERE, "--offload")
+    ] = False,
+) -> None:
+    """Find the fastest configuration that is close enough, on your own prompts.
+
+    dit-accel tune -o out/tuned --psnr 35 --prompts my-prompts.txt
+
+    dit-accel generate "a cat" --method out/tuned/preset.json
+
+    Run it again with the same folder to go on. Exit code 1: no trial reached the goal.
+    """
+    from dit_accel.evaluate import tune as tuning
+
+    common = Common(
+        prompt="-",
+        steps=steps,
+        size=size,
+        frames=frames,
+        guidance=guidance,
+        order=order,
+        min_tokens=min_tokens,
+        model=model,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+    )
+    with checked():
+        goal = tuning.Goal(psnr, speedup)
+        known, unseen = _prompts(prompts, held_out)
+        search = {
+            "seeds": numbers(seeds, int, "seeds"),
+            "methods": [name.strip() for name in methods.split(",")],
+            "warmups": numbers(warmups, float, "warmups"),
+            "keeps": numbers(keeps, float, "keeps"),
+            "trials": trials,
+        }
+        data = _run(common, output, goal, known, unseen, search)
+    _print(data, goal, output)
+
+
+def _prompts(prompts: Path | None, held_out: Path | None) -> tuple[list[str], list[str]]:
+    """Those to tune on and those to check with."""
+    from dit_accel.evaluate.run import read_prompts
+    from dit_accel.generation.loading import EMBEDDED
+
+    texts = read_prompts(prompts or EMBEDDED.parent / "prompts-tuning.txt")
+    if held_out is not None:
+        return texts, read_prompts(held_out)
+    if prompts is None:
+        return texts[:BUILT_IN], read_prompts(EMBEDDED.parent / "prompts.txt")[:BUILT_IN]
+    if len(texts) < 2:
+        raise ValueError(f"{prompts} holds one prompt: add others, or give --held-out")
+    count = max(1, len(texts) // 4)
+    return texts[:-count], texts[-count:]
+
+
+def _run(
+    common: Common,
+    output: Path,
+    goal: Any,
+    known: list[str],
+    unseen: list[str],
+    search: dict[str, Any],
+) -> dict[str, Any]:
+    from dit_accel.cli.progress import Progress
+    from dit_accel.cli.session import open_study
+    from dit_accel.evaluate.tune import tune
+
+    with Progress() as progress:
+        study = open_study(common, known[0], output, progress)
+        return tune(
+            study,
+            goal,
+            known,
+            unseen,
+            common.config(),
+            **search,
+            command=shlex.join(["dit-accel", *sys.argv[1:]]),
+            progress=progress,
+            note=lambda line: progress.console.print(
+                line, markup=False, highlight=False, soft_wrap=True
+            ),
+        )
+
+
+def _print(data: dict[str, Any], goal: Any, output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    screen = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="dim", title="frontier")
+    for column in ("configuration", "PSNR (dB)", "work kept", "speed-up"):
+        table.add_column(column, justify="left" if column == "configuration" else "right")
+    for trial in data["frontier"]:
+        figures = f"{trial['psnr']:.1f}", f"{trial['work']:.0%}", f"{trial['speedup']:.2f}×"
+        table.add_row(trial["name"], *figures)
+    screen.print(table)
+    chosen, seen = data["chosen"], data["on_held_out"]
+    if chosen is None:
+        best = max(data["trials"], key=lambda t: t["psnr" if goal.psnr else "speedup"])
+        reached = f"{best['psnr']:.1f} dB at {best['speedup']:.2f}×"
+        screen.print(f"none of {len(data['trials'])} trials reached {goal}: the nearest {reached}")
+        raise typer.Exit(NOT_REACHED)
+    screen.print(
+        f"\n[bold]{chosen['name']}[/bold]: {chosen['psnr']:.1f} dB, {chosen['speedup']:.2f}×; on "
+        f"{len(data['held_out'])} prompts it did not see {seen['psnr']:.1f} dB "
+        f"(worst {seen['worst']:.1f}), {seen['speedup']:.2f}×"
+    )
+    screen.print(f"dit-accel generate PROMPT --method {output / 'preset.json'}", markup=False)

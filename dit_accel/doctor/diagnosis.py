@@ -1,0 +1,226 @@
+"""What a timed layer means for a whole run: bounds, predictions, bytes, obstacles, one advice."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dit_accel.config import CROSSOVER, named
+from dit_accel.doctor.sample import Patient
+from dit_accel.machine import free_bytes
+from dit_accel.methods import Method, infos
+from dit_accel.methods.stateful import Remembering
+from dit_accel.pipelines import registry
+from dit_accel.pipelines.base import Geometry
+from dit_accel.pruning import step_cache
+from dit_accel.schedule import Plan, Schedule
+
+WORTH = 1.1  # a smaller gain is within what a busy machine varies by
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Seconds of one transformer block of a kind of which the model has `count`."""
+
+    kind: str
+    count: int
+    dense: float
+    hollow: float
+    methods: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What one method can give a whole denoising loop.
+
+    keep: of the method as it comes. ceiling: speed-up if its work cost exactly its share of dense
+    attention. predicted: speed-up from the measured block, or None when it did not run, `why`.
+    """
+
+    method: str
+    keep: float
+    ceiling: float
+    predicted: float | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that `dit-accel doctor` says. Seconds of one forward, bytes of a whole run.
+
+    measured_tokens: tokens of the timed block; where fewer than `tokens`, attention was scaled with
+    the square and the rest in proportion. bound: speed-up if attention took no time at all.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    grid: tuple[int, int, int]
+    tokens: int
+    measured_tokens: int
+    layers: int
+    heads: int
+    head_dim: int
+    forward_seconds: float
+    attention_share: float
+    bound: float
+    outlook: list[Outlook]
+    crossover: int | None
+    state_bytes: dict[str, int]
+    free_bytes: int | None
+    obstacles: list[str]
+    notes: list[str]
+    recommendation: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose(
+    patient: Patient,
+    layers: list[Layer],
+    times: dict[str, dict[str, float] | str],
+    seen: tuple[torch.Size, torch.dtype] | None,
+    geometry: Geometry,
+    reasons: list[str],
+    steps: int,
+) -> Diagnosis:
+    """Put together what was found.
+
+    times: method → seconds of each kind of block, or why it did not run. seen: shape of q
+    [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were.
+    """
+    """Put together what was found.
+
+    times: method → seconds of each kind of block, or why it did not run. seen: shape of q
+    [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were.
+    """
+    forward = sum(layer.count * layer.dense for layer in layers)
+    share = 1 - sum(layer.count * layer.hollow for layer in layers) / forward
+    outlook = [_outlook(name, found, layers, share, steps) for name, found in times.items()]
+    obstacles, notes = _obstacles(patient, geometry, reasons)
+    q, dtype = seen or (None, patient.transformer.dtype)
+    tokens = round(geometry.n_visual * patient.scale)
+    count = sum(layer.count for layer in layers)
+    crossover = CROSSOVER.get(patient.device.type)
+    state = {} if q is None else state_bytes((*q[:2], tokens, q[3]), dtype, count, patient.passes)
+    found = Diagnosis(
+        model=type(patient.transformer).__name__,
+        device=_device_name(patient.device),
+        dtype=str(dtype).removeprefix("torch."),
+        grid=tuple(geometry.grid),
+        tokens=tokens,
+        measured_tokens=geometry.n_visual,
+        layers=count,
+        heads=q[1] if q else 0,
+        head_dim=q[3] if q else 0,
+        forward_seconds=forward,
+        attention_share=share,
+        bound=1 / (1 - share) if share < 1 else float("inf"),
+        outlook=outlook,
+        crossover=crossover,
+        state_bytes=state,
+        free_bytes=free_bytes(patient.device),
+        obstacles=obstacles,
+        notes=notes,
+        recommendation="",
+    )
+    return replace(found, recommendation=recommend(found))
+
+
+def _outlook(
+    name: str,
+    found: dict[str, float] | str,
+    layers: list[Layer],
+    share: float,
+    steps: int,
+) -> Outlook:
+    """Ceiling and prediction of a whole run under the method's usual schedule."""
+    method = named(name)
+    dense = dense_steps(method, steps) / steps
+    kept = dense + (1 - dense) * method.keep
+    ceiling = 1 / (1 - share + share * kept)
+    if isinstance(found, str):
+        return Outlook(name, method.keep, ceiling, None, found)
+    forward = sum(layer.count * layer.dense for layer in layers)
+    sparse = sum(layer.count * layer.methods[name] for layer in layers)
+    return Outlook(name, method.keep, ceiling, 1 / (dense + (1 - dense) * sparse / forward))
+
+
+def dense_steps(method: Method, steps: int) -> int:
+    """Steps of a run that are dense in the usual schedule, a state's full steps included."""
+    plan = Plan(Schedule(), 0.5, 1)
+    dense = [plan.action(step, steps, 0).keep is None for step in range(steps)]
+    if isinstance(method, Remembering):
+        return sum(dense) + -(-(steps - sum(dense)) // method.every(steps))
+    return sum(dense)
+
+
+def state_bytes(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layers: int, passes: int
+) -> dict[str, int]:
+    """Bytes that a run keeps between steps. shape: of q, (B, H, N, D)."""
+    batch, heads, n, d = shape
+    keeping = [m for m in map(named, infos()) if isinstance(m, Remembering)]
+    out = {
+        f"{m.name}, residual={kind!r}": replace(m, residual=kind).state_bytes(shape, dtype)
+        for m in keeping
+        for kind in ("full", "fp8", "pooled")
+    }
+    out = {name: each * layers * passes for name, each in out.items()}
+    item = torch.finfo(dtype).bits // 8
+    # what the span did to each token, and what the probe saw when it last ran
+    out["token pruning"] = 2 * batch * n * heads * d * item * passes
+    return out
+
+
+def _obstacles(
+    patient: Patient, geometry: Geometry, reasons: list[str]
+) -> tuple[list[str], list[str]]:
+    """What forces attention to be dense, and what limits the rest."""
+    transformer, notes = patient.transformer, []
+    adapter = registry.find(transformer)
+    if adapter.span is None:
+        notes.append("token pruning is not known for this model")
+    else:
+        blocks = sum(len(found) for found in adapter.span.lists(transformer))
+        why = step_cache.obstacle(transformer, 1, blocks - 1, blocks)  # the default span
+        notes += [f"token pruning cannot run: {why}"] if why else []
+    if geometry.fixed_order:
+        notes.append(f"tokens are reordered in each attention call: {geometry.fixed_order}")
+    if patient.scale > 1:
+        notes.append(
+            "timed on fewer tokens; attention is scaled with their square, the rest in proportion"
+        )
+    return reasons, notes
+
+
+def recommend(found: Diagnosis) -> str:
+    """One piece of advice, in plain words."""
+    share = f"attention takes {found.attention_share:.0%} of a layer's time"
+    if found.obstacles and not any(o.predicted for o in found.outlook):
+        return f"Leave it dense: {found.obstacles[0]}."
+    fewer = "try fewer steps first; dit-accel evaluate shows what they cost"
+    if found.bound < WORTH:
+        return f"Leave attention dense: {share}, so that no method gains a tenth; {fewer}."
+    best = max((o for o in found.outlook if o.predicted), key=lambda o: o.predicted, default=None)
+    if best is None:
+        return f"Leave it dense: no method ran here ({found.outlook[0].why})."
+    if best.predicted < WORTH:
+        return (
+            f"Leave attention dense at this size: {share}, and the fastest method ({best.method}) "
+            f"gives {best.predicted:.2f}×; {fewer}."
+        )
+    near = [o for o in found.outlook if o.predicted and o.predicted > 0.9 * best.predicted]
+    pick = next((o for o in near if o.method == "pooled"), best)
+    low = f", with --min-tokens {found.tokens}" if found.tokens < (found.crossover or 0) else ""
+    return (
+        f"Take {pick.method} at keep {pick.keep:g}{low}: {share}, and a whole run should be "
+        f"{pick.predicted:.2f}× as fast; let dit-accel tune find the keep that is close enough."
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,169 @@
+"""What acceleration can give a model, found out before it runs: one layer is timed.
+
+A transformer block of each kind runs as it is, without its attention core, and with each method.
+The rest is arithmetic: Amdahl's bound, bytes of state, what a whole run would take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.api import Handle, accelerated
+from dit_accel.config import AccelConfig, named
+from dit_accel.doctor.diagnosis import Diagnosis, Layer, diagnose
+from dit_accel.doctor.sample import Enough, Patient
+from dit_accel.machine import Stopwatch
+from dit_accel.methods import Call, infos
+from dit_accel.methods.dense import Dense
+from dit_accel.methods.stateful import Remembering
+from dit_accel.schedule import Schedule
+
+ROUNDS = 5
+BUDGET = 15.0  # seconds: no round is begun after them
+LONG = 0.5  # seconds: a processor runs such a block once in a round
+
+
+@dataclass(frozen=True)
+class Hollow(Dense):
+    """No attention core at all: the queries are the output. Notes shape and dtype of q."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "keep", 0.5)
+        object.__setattr__(self, "seen", [])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        call.note(None)
+        self.seen.append((q.shape, q.dtype))
+        return q
+
+
+@contextmanager
+def _inside(patient: Patient, config: AccelConfig) -> Iterator[tuple[Handle, dict[str, Callable]]]:
+    """Within a forward of the accelerated transformer, at a step after the first: each kind of
+    block as a function without arguments."""
+    transformer, calls = patient.transformer, {}
+    names = list(patient.kinds())
+
+    def keep(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls[name] = lambda: module(*args, **kwargs)
+            if len(calls) == len(names):
+                raise Enough
+
+        return hook
+
+    with accelerated(patient.pipe, config) as handle, torch.no_grad():
+        hooks = [
+            transformer.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
+            for name in names
+        ]
+        try:
+            transformer(*patient.args, **patient.kwargs)
+        except Enough:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield handle, calls
+
+
+def _run(patient: Patient, config: AccelConfig) -> tuple[dict[str, float], Handle]:
+    """Seconds of each kind of block under a configuration, whose handle has its books."""
+    with _inside(patient, config) as (handle, calls):
+        found = {}
+        for name, run in calls.items():
+            found[name] = _seconds(run, patient.device)
+            handle._engine.clock.step = 1
+            # a method with a state has filled it now, a GPU has compiled its kernels
+            slow = found[name] > LONG and patient.device.type == "cpu"
+            if config.method.stateful or not slow:
+                found[name] = _seconds(run, patient.device)
+        return found, handle
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    watch = Stopwatch(device)
+    run()
+    watch.stop()
+    return watch.seconds
+
+
+def examine(
+    patient: Patient,
+    *,
+    steps: int,
+    order: str = "raster",
+    progress: Callable[[str, int, int | None], None] = lambda phase, done, total: None,
+) -> Diagnosis:
+    """Time a block of each kind and say what it means for a run of `steps` steps.
+
+    Each kind of run has its turn in each round, and its fastest turn counts, so that a busy machine
+    disturbs little. Raises ValueError for a model that has no adapter, with the reason.
+    """
+    hollow, began = Hollow(), time.perf_counter()
+    configs = _configs(hollow, order)
+    best: dict[str, dict[str, float] | str] = {}
+    for turn in range(ROUNDS):
+        if turn and time.perf_counter() - began > BUDGET:
+            break
+        for number, (name, config) in enumerate(configs.items()):
+            progress("timing a layer", turn * len(configs) + number, ROUNDS * len(configs))
+            found, handle = _tried(patient, config)
+            best[name] = _faster(best.get(name), found)
+            if name == "":
+                geometry, reasons = handle._engine.clock.geometry, handle.report().unplanned
+    progress("timing a layer", 1, 1)
+    if reasons and not hollow.seen:
+        best |= dict.fromkeys(set(best) - {"", "dense"}, next(iter(reasons)))
+    dense, bare = best.pop("dense"), best.pop("")
+    layers = [
+        Layer(
+            type(patient.transformer.get_submodule(name)).__name__,
+            count,
+            *patient.scaled(dense[name], bare[name]),
+            {
+                method: patient.scaled(seconds[name], bare[name])[0]
+                for method, seconds in best.items()
+                if isinstance(seconds, dict)
+            },
+        )
+        for name, count in patient.kinds().items()
+    ]
+    seen = hollow.seen[0] if hollow.seen else None
+    return diagnose(patient, layers, best, seen, geometry, list(reasons), steps)
+
+
+def _configs(hollow: Hollow, order: str) -> dict[str, AccelConfig]:
+    """Each method as it comes, sparse from the first step on; "" has no attention core."""
+    now = Schedule(warmup=0)
+    methods = {"": hollow, **{name: named(name) for name in infos()}}
+    for name, method in methods.items():
+        if isinstance(method, Remembering):  # its full steps are counted apart
+            methods[name] = replace(method, period=10**6)
+    return {name: AccelConfig(m, now, order, min_tokens=0) for name, m in methods.items()}
+
+
+def _tried(patient: Patient, config: AccelConfig) -> tuple[dict[str, float] | str, Handle | None]:
+    """Seconds of each kind of block, or why this method does not run."""
+    if isinstance(config.method, Dense):
+        return _run(patient, config)
+    try:
+        return _run(patient, config)
+    except (ValueError, RuntimeError) as error:
+        return str(error).splitlines()[0], None
+
+
+def _faster(
+    known: dict[str, float] | str | None, found: dict[str, float] | str
+) -> dict[str, float] | str:
+    if not (isinstance(known, dict) and isinstance(found, dict)):
+        return found
+    return {name: min(seconds, known[name]) for name, seconds in found.items()}

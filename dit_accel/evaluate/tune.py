@@ -1,0 +1,277 @@
+"""From a wish (a PSNR, or a speed-up) to a preset file, on the user's own prompts.
+
+One dense run measures how much each layer minds being sparse. One number, the largest error a layer
+may make, then decides every layer's keep and which layers stay dense; it is found by bisection over
+whole generations, for each method and warm-up. The result is tried on prompts that took no part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any
+
+from dit_accel.config import AccelConfig, named
+from dit_accel.evaluate.rows import Row
+from dit_accel.evaluate.sensitivity import Sensitivity, measure
+from dit_accel.evaluate.study import Study
+from dit_accel.generation.run import ProgressFn
+from dit_accel.media.files import atomic
+from dit_accel.pages.scatter import Point, scatter
+from dit_accel.schedule import Plan, Schedule
+
+KEEPS = (0.1, 0.2, 0.3, 0.5)
+METHODS = ("pooled", "topk")
+WARMUPS = (0.15, 0.3, 0.45)
+CHOICES = 15  # values of the error limit that are tried for: four generations find the best one
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At least this PSNR to dense in dB, as fast as can be; or this speed-up, as close as can be.
+
+    Raises ValueError unless exactly one is given, in its range.
+    """
+
+    psnr: float | None = None
+    speedup: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.psnr is None) == (self.speedup is None):
+            raise ValueError("tune towards one goal: a PSNR (psnr=35) or a speed-up (speedup=2)")
+        if self.psnr is not None and not 5 <= self.psnr < 100:
+            raise ValueError(f"the PSNR to reach lies in [5, 100) dB, not {self.psnr:g}")
+        if self.speedup is not None and not 1 < self.speedup <= 100:
+            raise ValueError(f"the speed-up to reach lies in (1, 100], not {self.speedup:g}")
+
+    def met(self, trial: Trial) -> bool:
+        if self.psnr is not None:
+            return trial.psnr >= self.psnr
+        return trial.speedup >= self.speedup
+
+    def rank(self, trial: Trial) -> float:
+        """Smaller is better among those that meet the goal."""
+        return trial.work if self.psnr is not None else -trial.psnr
+
+    def __str__(self) -> str:
+        return f"{self.psnr:g} dB" if self.psnr is not None else f"{self.speedup:g}× speed-up"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration over all prompts and seeds: mean and worst PSNR, mean work and speed-up."""
+
+    row: Row
+    psnr: float
+    worst: float
+    work: float
+    speedup: float
+
+    def to_dict(self) -> dict[str, Any]:
+        figures = {k: getattr(self, k) for k in ("psnr", "worst", "work", "speedup")}
+        return {"name": self.row.name, **figures, "config": self.row.config.to_dict()}
+
+
+@dataclass
+class Search:
+    """What was tried. `trials` is how many whole configurations may be."""
+
+    study: Study
+    goal: Goal
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    budget: int
+    progress: ProgressFn
+    note: Callable[[str], None]
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def best(self) -> Trial | None:
+        met = [trial for trial in self.trials if self.goal.met(trial)]
+        return min(met, key=self.goal.rank, default=None)
+
+    def bisect(self, template: AccelConfig, felt: Sensitivity) -> None:
+        """The largest error limit that reaches the PSNR, or the smallest that is fast enough."""
+        limits = _thinned(felt.limits())
+        low, high = -1, len(limits)
+        while high - low > 1 and len(self.trials) < self.budget:
+            if self._hopeless(template, felt.kept(limits[high - 1])):
+                return
+            middle = (low + high) // 2
+            trial = self._try(template, felt, limits[middle])
+            if self.goal.met(trial) == (self.goal.psnr is not None):
+                low = middle
+            else:
+                high = middle
+
+    def _hopeless(self, template: AccelConfig, kept: float) -> bool:
+        """Whether even the cheapest choice that is left costs more than the best one so far."""
+        if self.best is None or self.goal.psnr is None:
+            return False
+        dense = _dense_share(template.schedule, self.study.steps)
+        share = self.study.share
+        return share * (dense + (1 - dense) * kept) + 1 - share >= self.best.work
+
+    def _try(self, template: AccelConfig, felt: Sensitivity, limit: float) -> Trial:
+        schedule = felt.schedule(template.schedule, limit)
+        name = f"{template.method.name}, warm-up {schedule.warmup:g}, error ≤ {limit:.3f}"
+        row = Row(name, template.method.name, replace(template, schedule=schedule))
+        self.progress("trying configurations", len(self.trials), self.budget)
+        trial = score(self.study, row, self.prompts, self.seeds)
+        self.trials.append(trial)
+        self.note(f"{name}: {trial.psnr:.1f} dB, {trial.work:.0%} work, {trial.speedup:.2f}×")
+        return trial
+
+
+def tune(
+    study: Study,
+    goal: Goal,
+    prompts: Sequence[str],
+    held_out: Sequence[str],
+    template: AccelConfig,
+    *,
+    seeds: Sequence[int] = (0,),
+    methods: Sequence[str] = METHODS,
+    warmups: Sequence[float] = WARMUPS,
+    keeps: Sequence[float] = KEEPS,
+    trials: int = 24,
+    command: str = "",
+    progress: ProgressFn = lambda phase, done, total: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Find a configuration that meets the goal, and write it where `accelerate` can load it.
+
+    Every generation is booked in the study's folder, so an interrupted search goes on where it
+    stopped. Returns what tuning.json holds; "chosen" is None when no trial met the goal, and then
+    no preset is written. Files: preset.json, tuning.json, frontier.svg. Raises ValueError for a
+    prompt in both lists, and for a model that attends densely whatever it is told.
+    """
+    _check(prompts, held_out, trials)
+    search = Search(study, goal, prompts, seeds, trials, progress, note)
+    felt: dict[str, Sensitivity] = {}
+    for name in methods:
+        start = Schedule(warmup=min(warmups))
+        config = replace(template, method=named(name), schedule=start)
+        felt[name] = _sensitivity(study, config, prompts[0], seeds[0], keeps, progress)
+        for warmup in warmups:
+            search.bisect(replace(config, schedule=Schedule(warmup=warmup)), felt[name])
+    progress("trying configurations", trials, trials)
+    data = {
+        "command": command,
+        "setting": study.setting,
+        "goal": {"psnr": goal.psnr, "speedup": goal.speedup},
+        "prompts": list(prompts),
+        "held_out": list(held_out),
+        "seeds": list(seeds),
+        **_chosen(search, held_out),
+        "frontier": [trial.to_dict() for trial in frontier(search.trials)],
+        "trials": [trial.to_dict() for trial in search.trials],
+        "sensitivity": {name: found.to_dict() for name, found in felt.items()},
+    }
+    _write(study, data)
+    return data
+
+
+def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, Any]:
+    """The best trial, tried on the held-out prompts and written as a preset; None if there is no
+    such trial."""
+    best, study = search.best, search.study
+    if best is None:
+        return {"chosen": None, "on_held_out": None}
+    search.progress("prompts it did not see", 0, None)
+    unseen = score(study, best.row, held_out, search.seeds)
+    with atomic(study.folder / "preset.json") as temporary:
+        best.row.config.save(temporary)
+    return {"chosen": best.to_dict(), "on_held_out": unseen.to_dict()}
+
+
+def score(study: Study, row: Row, prompts: Sequence[str], seeds: Sequence[int]) -> Trial:
+    """A row over all prompts and seeds; ValueError when it is refused or runs all dense."""
+    cells = [study.cell(row, prompt, seed) for prompt in prompts for seed in seeds]
+    for cell in cells:
+        if "error" in cell:
+            raise ValueError(f"{row.name} cannot run: {cell['error']}")
+        if cell["unplanned"] and cell["attention_kept"] >= 1:
+            raise ValueError(f"nothing ran sparse, so there is nothing to tune: {_why(cell)}")
+    psnr = [cell["psnr"] for cell in cells]
+    return Trial(
+        row,
+        fmean(psnr),
+        min(psnr),
+        fmean(cell["work_kept"] for cell in cells),
+        fmean(cell["speedup"] for cell in cells),
+    )
+
+
+def frontier(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other one beats in both work and PSNR, by rising work."""
+    best = []
+    for trial in sorted(trials, key=lambda t: (t.work, -t.psnr)):
+        if not best or trial.psnr > best[-1].psnr:
+            best.append(trial)
+    return best
+
+
+def _check(prompts: Sequence[str], held_out: Sequence[str], trials: int) -> None:
+    both = sorted(set(prompts) & set(held_out))
+    if both:
+        raise ValueError(f"the prompt {both[0]!r} is held out and tuned on: take it from one list")
+    if not prompts or not held_out:
+        raise ValueError("tuning needs prompts to tune on and others to check with")
+    if trials < 1:
+        raise ValueError(f"trials is a number ≥ 1, not {trials}")
+
+
+def _sensitivity(
+    study: Study,
+    config: AccelConfig,
+    prompt: str,
+    seed: int,
+    keeps: Sequence[float],
+    progress: ProgressFn,
+) -> Sensitivity:
+    row = Row("sensitivity", config.method.name, config)
+    key = f"sensitivity {list(keeps)} {study.key(row, prompt, seed)}"
+    known = study.journal.lines.get(key)
+    if known is None:
+        request = replace(study.base, prompt=prompt, seed=seed)
+
+        def named_progress(phase: str, done: int, total: int | None) -> None:
+            progress(f"layers of {config.method.name}: {phase}", done, total)
+
+        felt = measure(study.pipe, study.defaults, request, config, keeps, named_progress)
+        known = study.journal.add(key, {"errors": felt.to_dict()})
+    return Sensitivity.from_dict(known["errors"])
+
+
+def _thinned(limits: Sequence[float]) -> list[float]:
+    """At most CHOICES of them, the first and the last included."""
+    if len(limits) <= CHOICES:
+        return list(limits)
+    return [limits[round(i * (len(limits) - 1) / (CHOICES - 1))] for i in range(CHOICES)]
+
+
+def _dense_share(schedule: Schedule, steps: int) -> float:
+    plan = Plan(schedule, 0.5, 1)
+    return fmean(plan.action(step, steps, 0).keep is None for step in range(steps))
+
+
+def _why(cell: dict[str, Any]) -> str:
+    return "; ".join(cell["unplanned"])
+
+
+def _write(study: Study, data: dict[str, Any]) -> None:
+    with atomic(study.folder / "tuning.json") as temporary:
+        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    best = [Point("frontier", t["name"], t["work"] * 100, t["psnr"]) for t in data["frontier"]]
+    tried = [
+        Point(t["name"].partition(",")[0], t["name"], t["work"] * 100, t["psnr"])
+        for t in data["trials"]
+        if t not in data["frontier"]
+    ]
+    with atomic(study.folder / "frontier.svg") as temporary:
+        loose = [point.family for point in tried]
+        drawn = scatter([*best, *tried], "work kept (% of FLOPs)", "PSNR to dense (dB)", 100, loose)
+        temporary.write_text(drawn, encoding="utf-8")

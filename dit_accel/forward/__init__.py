@@ -1,0 +1,1 @@
+"""Where one forward stands: its step, its keys, its token order."""

@@ -1,0 +1,146 @@
+"""What goes beside sparse attention and is not ours: compiled blocks, a step cache, a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_accel.pipelines.registry import transformers_of
+
+
+@dataclass(frozen=True)
+class Boost:
+    """What runs beside the attention method.
+
+    Args:
+        compile: torch.compile for the blocks of the transformer, each kind of them once.
+        step_cache: threshold of diffusers' First-Block-Cache: a step whose first block gives the
+            same as before but for so much (relative) skips the others. None: no cache.
+        lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
+
+    Raises ValueError for a threshold that is not positive, and for a LoRA with compiled blocks.
+    """
+
+    compile: bool = False
+    step_cache: float | None = None
+    lora: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.step_cache is not None and not self.step_cache > 0:
+            raise ValueError(
+                "step_cache is a relative change > 0 below which a step is skipped, not "
+                f"{self.step_cache}; 0.05 is cautious"
+            )
+        if self.lora is not None and self.compile:
+            raise ValueError("a LoRA changes the compiled blocks: fuse it first, pipe.fuse_lora()")
+
+    def check(self, pipe: Any) -> None:
+        """ValueError where the pipeline has no step caches, or cannot take the LoRA."""
+        if self.lora is not None:
+            _check_lora(pipe, Path(self.lora))
+        for transformer in transformers_of(pipe):
+            if self.step_cache is not None and not hasattr(transformer, "enable_cache"):
+                kind = type(transformer).__name__
+                raise ValueError(
+                    f"{kind} has no step caches in diffusers: leave the step cache out"
+                )
+
+    def switch_on(self, pipe: Any) -> ExitStack:
+        """All of it, until the returned stack is closed; ValueError as `check`."""
+        self.check(pipe)
+        with ExitStack() as stack:
+            stack.enter_context(self.adapted(pipe))
+            stack.enter_context(self.compiled(pipe))
+            stack.enter_context(self.cached(pipe))
+            return stack.pop_all()
+
+    @contextmanager
+    def compiled(self, pipe: Any) -> Iterator[None]:
+        """Compiled blocks, if they are wanted, for the length of a block."""
+        with ExitStack() as stack:
+            for transformer in transformers_of(pipe) if self.compile else ():
+                below = self.step_cache is not None
+                stack.enter_context(compiled_blocks(transformer, below=below))
+            yield
+
+    @contextmanager
+    def adapted(self, pipe: Any) -> Iterator[None]:
+        """The LoRA, if there is one, for the length of a block."""
+        if self.lora is None:
+            yield
+            return
+        pipe.load_lora_weights(self.lora)
+        try:
+            yield
+        finally:
+            pipe.unload_lora_weights()
+
+    @contextmanager
+    def cached(self, pipe: Any) -> Iterator[None]:
+        """The step cache, if it is wanted, for the length of a block."""
+        from diffusers import FirstBlockCacheConfig
+
+        with ExitStack() as stack:
+            for transformer in transformers_of(pipe) if self.step_cache is not None else ():
+                transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
+                stack.callback(transformer.disable_cache)
+            yield
+
+
+def _check_lora(pipe: Any, path: Path) -> None:
+    """ValueError with the reason why this LoRA cannot be loaded."""
+    if not path.exists():
+        raise ValueError(f"there is no LoRA at {path}: give the folder that fine-tuning wrote")
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} takes no LoRA in diffusers: leave it out")
+    if not find_spec("peft"):
+        raise ValueError("a LoRA needs peft: pip install peft")
+    if any(getattr(t, "peft_config", None) for t in transformers_of(pipe)):
+        raise ValueError("the pipeline has a LoRA already: fuse or unload it first")
+
+
+@contextmanager
+def compiled_blocks(
+    transformer: nn.Module, backend: str = "inductor", below: bool = False
+) -> Iterator[None]:
+    """Regional compilation (fullgraph) for the length of a block.
+
+    backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs; of a
+    block that has hooks, those of context parallelism, it is what they call in any case.
+    """
+    options = {"fullgraph": True, "backend": backend}
+    with ExitStack() as undo:
+        undo.callback(torch._dynamo.reset)
+        for block in _blocks(transformer):
+            hooks = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", None)
+            if hooks:
+                inner = hooks[0]  # the first one attached calls the block itself
+                name = "forward" if inner.original_forward is None else "original_forward"
+                forward = getattr(inner, name)
+                undo.callback(setattr, inner, name, forward)
+                setattr(inner, name, torch.compile(forward, **options))
+            elif below:
+                undo.callback(block.__dict__.pop, "forward", None)
+                block.forward = torch.compile(block.forward, **options)
+            else:
+                undo.callback(setattr, block, "_compiled_call_impl", None)
+                block.compile(**options)
+        yield
+
+
+def _blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The modules that repeat: those diffusers names, else the longest list of modules."""
+    names = getattr(transformer, "_repeated_blocks", None) or ()
+    found = [m for m in transformer.modules() if type(m).__name__ in names]
+    lists = [m for m in transformer.children() if isinstance(m, nn.ModuleList)]
+    return found or list(max(lists, key=len))
+
+
+STOCK = Boost()

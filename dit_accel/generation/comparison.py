@@ -1,0 +1,143 @@
+"""The same prompt and seed, dense and accelerated: clips, contact sheet, report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dit_accel.api import accelerated, restore
+from dit_accel.config import AccelConfig
+from dit_accel.generation.boost import STOCK, Boost
+from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, Defaults, placement
+from dit_accel.generation.recipe import recipe
+from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.run import ProgressFn, Result, generate, warm_up
+from dit_accel.machine import describe
+from dit_accel.media import quality as metrics
+from dit_accel.media import video
+from dit_accel.media.files import atomic, check_folder
+from dit_accel.pages import comparison as html
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found: `data` is what report.json holds; `files` are the paths written."""
+
+    data: dict[str, Any]
+    files: dict[str, Path]
+
+
+def compare(
+    pipe: Any,
+    defaults: Defaults,
+    request: Request,
+    config: AccelConfig,
+    out: str | Path,
+    *,
+    boost: Boost = STOCK,
+    model: str = "",
+    command: str = "",
+    progress: ProgressFn = lambda phase, done, total: None,
+) -> Comparison:
+    """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
+
+    One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
+    boost: compilation is for both, step cache and LoRA are for the accelerated run. The pipeline is
+    left stock. Raises ValueError before anything runs when the request does not suit the pipeline
+    or `out` cannot be written.
+    """
+    values = arguments(pipe, defaults, request)
+    folder = check_folder(out)
+    restore(pipe)
+    boost.check(pipe)
+    with boost.compiled(pipe):
+        _warm_up(pipe, defaults, request, config, progress)
+        dense = generate(pipe, defaults, request, _named("dense", progress))
+        with boost.adapted(pipe), boost.cached(pipe), accelerated(pipe, config) as handle:
+            fast = generate(pipe, defaults, request, _named(config.method.name, progress))
+            ran = handle.report().to_dict()
+    progress("writing", 0, None)
+    values = {k: v for k, v in values.items() if k != "generator"}
+    model = EMBEDDED_NAME if model == str(EMBEDDED) else model
+    where = {"model": model, "pipeline": type(pipe).__name__, **placement(pipe)}
+    data = {
+        "prompt": request.prompt,
+        "seed": request.seed,
+        "fps": defaults.fps,
+        **where,
+        "size": list(dense.frames.shape[:3]),
+        "arguments": values,
+        "boost": asdict(boost),
+        "python": recipe(config, where, values, request.seed, boost),
+        "command": command,
+        **_findings(dense, fast, ran),
+        "machine": describe(placement(pipe)["device"]),
+    }
+    return Comparison(data, _write(folder, data, dense, fast))
+
+
+def _named(name: str, progress: ProgressFn) -> ProgressFn:
+    return lambda phase, done, total: progress(f"{name}: {phase}", done, total)
+
+
+def _warm_up(
+    pipe: Any, defaults: Defaults, request: Request, config: AccelConfig, progress: ProgressFn
+) -> None:
+    progress("warm-up", 0, 2)
+    warm_up(pipe, defaults, request)
+    progress("warm-up", 1, 2)
+    sparse_at_once = replace(config, schedule=replace(config.schedule, warmup=0, cooldown=0))
+    steps = 1
+    if config.prune is not None:  # its first step runs all tokens
+        sparse_at_once = replace(sparse_at_once, prune=replace(config.prune, start=0, end=0))
+        steps = 2
+    with accelerated(pipe, sparse_at_once):
+        warm_up(pipe, defaults, request, steps)
+    progress("warm-up", 2, 2)
+
+
+def _findings(dense: Result, fast: Result, ran: dict[str, Any]) -> dict[str, Any]:
+    near = metrics.quality(dense.frames, fast.frames).to_dict()
+    if dense.latents is not None and fast.latents is not None:
+        near["latent_error"] = metrics.latent_error(dense.latents, fast.latents)
+    speedup = {
+        "denoise": dense.times.denoise / fast.times.denoise,
+        "total": dense.times.total / fast.times.total,
+    }
+    if dense.times.steps:
+        speedup["median_step"] = median(dense.times.steps) / median(fast.times.steps)
+    return {
+        "method": ran["method"],
+        "kept": ran["kept"],
+        "speedup": speedup,
+        "times": {"dense": asdict(dense.times), "accelerated": asdict(fast.times)},
+        "quality": near,
+        "attention": ran,
+    }
+
+
+def _write(folder: Path, data: dict[str, Any], dense: Result, fast: Result) -> dict[str, Path]:
+    kind = "mp4" if len(dense.frames) > 1 else "png"
+    names = ("dense", f"accelerated ({data['method']})")
+    clips = {
+        "dense": dense.frames,
+        "accelerated": fast.frames,
+        "side_by_side": video.side_by_side(dense.frames, fast.frames, names),
+    }
+    files = {name: folder / f"{name}.{kind}" for name in clips}
+    for name, path in files.items():
+        video.save(path, clips[name], data["fps"])
+    files["contact_sheet"] = folder / "contact_sheet.png"
+    sheet = video.contact_sheet(dense.frames, fast.frames, names)
+    video.save(files["contact_sheet"], sheet[None])
+    data["files"] = {name: path.name for name, path in files.items()}
+    files["report"] = folder / "report.json"
+    with atomic(files["report"]) as temporary:
+        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
+    files["page"] = folder / "report.html"
+    with atomic(files["page"]) as temporary:
+        temporary.write_text(html.page(data, folder), encoding="utf-8")
+    return files

@@ -1,0 +1,77 @@
+"""The Python lines that make a clip again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from PIL import Image
+
+from dit_accel.config import AccelConfig
+from dit_accel.generation.boost import STOCK, Boost
+from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME
+
+
+def recipe(
+    config: AccelConfig,
+    where: dict[str, str],
+    values: dict[str, Any],
+    seed: int,
+    boost: Boost = STOCK,
+) -> str:
+    """The Python lines that make the accelerated clip again."""
+    kind = where["pipeline"]
+    embedded = where["model"] in (EMBEDDED_NAME, str(EMBEDDED))
+    arguments = [f"    {name}={_literal(value)}," for name, value in values.items()]
+    name = "EMBEDDED" if embedded else _literal(where["model"])
+    load = f"pipe = {kind}.from_pretrained({name}, torch_dtype=torch.{where['dtype']})"
+    lines = [
+        "import torch",
+        f"from diffusers import {kind}",
+        *(["from diffusers.utils import load_image"] if "image" in values else []),
+        "",
+        "import dit_accel",
+        *(["from dit_accel.boost import Boost"] if boost != STOCK else []),
+        *(["from dit_accel.loading import EMBEDDED"] if embedded else []),
+        "",
+        load if where["device"] == "cpu" else f"{load}.to({_literal(where['device'])})",
+        *([f"{boost}.switch_on(pipe)"] if boost != STOCK else []),
+        f"handle = dit_accel.accelerate(pipe, {_shortest(config)})",
+        "output = pipe(",
+        *arguments,
+        f'    generator=torch.Generator("cpu").manual_seed({seed}),',
+        ")",
+        "print(handle.report())",
+    ]
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Image.Image):
+        return f"load_image({_literal(str(getattr(value, 'filename', 'picture.png')))})"
+    return repr(value)
+
+
+def _shortest(config: AccelConfig) -> str:
+    plain = AccelConfig(config.method)
+    return _spelled(config.method) if config == plain else _spelled(config)
+
+
+def _spelled(value: Any) -> str:
+    """A dataclass as Python text, without the fields that have their default value."""
+    if not is_dataclass(value):
+        return _literal(value)
+    return f"dit_accel.{type(value).__name__}({', '.join(_changed(value))})"
+
+
+def _changed(value: Any) -> Iterable[str]:
+    for item in fields(value):
+        mine, default = getattr(value, item.name), item.default
+        if item.default_factory is not MISSING:
+            default = item.default_factory()
+        if mine != default:
+            yield f"{item.name}={_spelled(mine)}"

@@ -1,0 +1,118 @@
+"""What is asked of a pipeline, and whether it can be made."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dit_accel.generation.loading import Defaults
+
+MAX_SIDE, MAX_FRAMES, MAX_STEPS = 8192, 1025, 1000
+_ARGUMENTS = {
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+    "image": "image",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks of a pipeline; None takes the model's default.
+
+    Sizes in pixels. Raises ValueError for a value that no pipeline could take; `arguments` checks
+    the rest against one pipeline.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    guidance: float | None = None
+    image: Any = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("the prompt is empty: say what to show")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is a number from 0 to 2^63 - 1, not {self.seed}")
+        for name, low, high in (
+            ("steps", 1, MAX_STEPS),
+            ("height", 16, MAX_SIDE),
+            ("width", 16, MAX_SIDE),
+            ("frames", 1, MAX_FRAMES),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} lies from {low} to {high}, not {value}")
+        if self.guidance is not None and not 0 <= self.guidance <= 100:
+            raise ValueError(f"guidance lies from 0 to 100, not {self.guidance}")
+
+
+def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:
+    """Keyword arguments of the pipeline's call; ValueError for what it cannot take."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    kind = type(pipe).__name__
+    asked = {}
+    for field_name, argument in _ARGUMENTS.items():
+        value = getattr(request, field_name)
+        if value is None:
+            continue
+        if argument not in known:
+            raise ValueError(f"{kind} takes no {field_name.replace('_', ' ')}: leave it out")
+        asked[argument] = value
+    if "image" not in asked and "image" in known and known["image"].default is known["image"].empty:
+        raise ValueError(f"{kind} starts from a picture: give one with --image")
+    _check_sizes(pipe, asked)
+    values = {n: v for n, v in vars(defaults).items() if v is not None and n in known}
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return {"prompt": request.prompt, **values, **asked, "generator": generator}
+
+
+def _check_sizes(pipe: Any, asked: dict[str, Any]) -> None:
+    side, frames = granularity(pipe)
+    for name in ("height", "width"):
+        if asked.get(name, 0) % side:
+            near = max(side, round(asked[name] / side) * side)
+            raise ValueError(
+                f"{name} is a multiple of {side} for this model, not {asked[name]}: try {near}"
+            )
+    if (asked.get("num_frames", 1) - 1) % frames:
+        near = round((asked["num_frames"] - 1) / frames) * frames + 1
+        raise ValueError(
+            f"frames is a multiple of {frames} plus one for this model, "
+            f"not {asked['num_frames']}: try {near}"
+        )
+
+
+def granularity(pipe: Any) -> tuple[int, int]:
+    """(n, t): sides are multiples of n pixels and frames are t·k + 1 for this pipeline."""
+    names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
+    scale = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 8)
+    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    patch = getattr(transformer.config, "patch_size", 1)
+    patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
+    processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)
+    packed = processor.config.vae_scale_factor if processor is not None else 1
+    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    frames = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 1)
+    return max(scale * patch, packed), frames
+
+
+def unknown_words(pipe: Any, prompt: str) -> list[str]:
+    """Words of the prompt that a word-level tokenizer does not know; empty for other tokenizers."""
+    tokenizer = getattr(pipe, "tokenizer", None)
+    if tokenizer is None or getattr(tokenizer, "unk_token_id", None) is None:
+        return []
+    words = prompt.split()
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
+    return [w for w, i in zip(words, ids, strict=True) if tokenizer.unk_token_id in i]

@@ -1,0 +1,104 @@
+"""The machine: what it is, what memory it has left, how long something took on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes still to be had on `device`, PyTorch's own cache included; None when unknown."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+class Stopwatch:
+    """Seconds between `start` and `stop`: host clock, or CUDA events read only when asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks = [self._mark()]
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self.marks.append(self._mark())
+
+    @property
+    def seconds(self) -> float | None:
+        """None when the forward did not finish."""
+        if len(self.marks) < 2:
+            return None
+        start, end = self.marks
+        if not self.cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def describe(device: torch.device | str | None = None) -> dict[str, Any]:
+    """What figures taken on `device` (None: the GPU if there is one) depend on."""
+    gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+    found = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if gpu else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": _version("diffusers"),
+        "dit_accel": _version("dit-accel"),
+    }
+    if gpu:
+        properties = torch.cuda.get_device_properties(device)
+        found["capability"] = f"{properties.major}.{properties.minor}"
+        found |= {"cuda": torch.version.cuda, "triton": _version("triton")}
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the host refused an allocation."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether CUDA can no longer be used by this process: only a new process helps."""
+    kind = getattr(torch, "AcceleratorError", None)
+    text = str(error)
+    return (kind is not None and isinstance(error, kind)) or "CUDA error" in text

@@ -1,0 +1,1 @@
+"""Pictures and clips: files, drawing, how close two of them are."""

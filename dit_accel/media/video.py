@@ -1,0 +1,117 @@
+"""Pictures and clips on disk: atomic files, mp4 that browsers play, side-by-side, contact sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dit_accel.media.files import atomic, check_target
+
+PAPER, INK = (250, 250, 249), (41, 37, 36)
+BT709 = 1
+
+
+def save(path: str | Path, frames: np.ndarray, fps: float = 16) -> Path:
+    """Write frames, uint8 [T, H, W, 3], in the format the name asks for; T = 1 is a picture."""
+    path = check_target(path, moving=len(frames) > 1)
+    with atomic(path) as temporary:
+        if path.suffix.lower() == ".mp4":
+            _encode(temporary, frames, fps)
+        else:
+            pictures = [Image.fromarray(frame) for frame in frames]
+            moving = {"save_all": True, "append_images": pictures[1:], "loop": 0}
+            timing = {"duration": round(1000 / fps), **moving} if len(frames) > 1 else {}
+            pictures[0].save(temporary, quality=92, **timing)
+    return path
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
+    """H.264, 4:2:0, BT.709, index first: what every browser plays. Odd sides repeat one row."""
+    import av  # what measures but writes no clip does without
+
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=BT709)))
+        container.mux(stream.encode())
+
+
+def read(path: str | Path) -> np.ndarray:
+    """The frames of a clip, uint8 [T, H, W, 3]."""
+    import av
+
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def side_by_side(
+    left: np.ndarray, right: np.ndarray, labels: tuple[str, str] = ("", "")
+) -> np.ndarray:
+    """Two clips uint8 [T, H, W, 3] in one, [T, H + strip, 2W + gap, 3], each under its label."""
+    _same(left, right)
+    count, height, width = left.shape[:3]
+    gap = max(4, width // 64)
+    strip = _strip(2 * width + gap, [(0, labels[0]), (width + gap, labels[1])])
+    canvas = np.empty((count, height + len(strip), 2 * width + gap, 3), np.uint8)
+    canvas[:] = PAPER
+    canvas[:, : len(strip)] = strip
+    canvas[:, len(strip) :, :width] = left
+    canvas[:, len(strip) :, width + gap :] = right
+    return canvas
+
+
+def difference(left: np.ndarray, right: np.ndarray, gain: int = 4) -> np.ndarray:
+    """|left - right| × gain, uint8 like the clips: black where they agree."""
+    _same(left, right)
+    apart = np.abs(left.astype(np.int16) - right.astype(np.int16)) * gain
+    return apart.clip(0, 255).astype(np.uint8)
+
+
+def contact_sheet(
+    dense: np.ndarray, accelerated: np.ndarray, names: tuple[str, str], columns: int = 6
+) -> np.ndarray:
+    """One picture uint8 [H', W', 3]: evenly spaced frames of both clips, and their difference."""
+    _same(dense, accelerated)
+    count, _, width = dense.shape[:3]
+    picked = np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int))
+    gap = max(4, width // 64)
+    across = len(picked) * (width + gap) - gap
+    rows: list[np.ndarray] = []
+    clips = (dense, accelerated, difference(dense, accelerated))
+    for name, clip in zip((*names, "difference x4"), clips, strict=True):
+        places = [(i * (width + gap), f"frame {n + 1}") for i, n in enumerate(picked)]
+        places[0] = (0, f"{name}, {places[0][1]}" if count > 1 else name)
+        rows += [_strip(across, places), _row(clip[picked], gap)]
+    return np.concatenate(rows)
+
+
+def _row(frames: np.ndarray, gap: int) -> np.ndarray:
+    paper = np.empty((frames.shape[1], gap, 3), np.uint8)
+    paper[:] = PAPER
+    pieces = [piece for frame in frames for piece in (frame, paper)]
+    return np.concatenate(pieces[:-1], axis=1)
+
+
+def _strip(width: int, texts: Sequence[tuple[int, str]], size: int = 15) -> np.ndarray:
+    """A band of paper, uint8 [H, width, 3], with each text at its x."""
+    picture = Image.new("RGB", (width, size + 11), PAPER)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size)
+    for x, text in texts:
+        draw.text((x + 4, 4), text, INK, font)
+    return np.asarray(picture)
+
+
+def _same(left: np.ndarray, right: np.ndarray) -> None:
+    if left.shape != right.shape:
+        raise ValueError(f"the clips differ in shape: {left.shape} and {right.shape}")

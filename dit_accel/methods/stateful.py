@@ -1,0 +1,116 @@
+"""Methods that remember a full step: O = r·O_partial + R, R what O_partial missed then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_accel.methods.base import Call, Method
+from dit_accel.ops import block_means
+from dit_accel.schedule import count_steps
+from dit_accel.table import BlockTable, block_count
+
+_RESIDUALS = ("full", "fp8", "pooled", "none")
+_UNKNOWN = 20
+_FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Remembering(Method):
+    """A full step runs dense and keeps R; the partial steps after it add R to what they compute.
+
+    Args:
+        period: a full step comes at the latest this long after the last one: a share of the run
+            (float in (0, 1]) or a number of steps (int). A schedule's `refresh` can ask for more.
+        residual: how R is kept: "full" (the model's dtype), "fp8" (a scale per row), "pooled" (one
+            mean per query block) or "none" (not at all).
+
+    Raises ValueError for a value outside its range. Before the first step of a generation the
+    bytes of its state are logged, and a RuntimeError says when they do not fit in free memory.
+    """
+
+    period: float | int = 0.25
+    residual: str = "full"
+
+    stateful: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = isinstance(self.period, float)
+        if isinstance(self.period, bool) or self.period <= 0 or (share and self.period > 1):
+            raise ValueError(
+                f"period is a number of steps ≥ 1 or a share of them in (0, 1], not {self.period}"
+            )
+        if self.residual not in _RESIDUALS:
+            raise ValueError(f"residual is one of {', '.join(_RESIDUALS)}, not {self.residual!r}")
+
+    def every(self, steps: int | None) -> int:
+        """Steps from one full step to the next in a run of so many (unknown: 20); of a share at
+        least two, for else none would be sparse."""
+        if isinstance(self.period, int):
+            return self.period
+        return max(2, count_steps(self.period, _UNKNOWN if steps is None else steps))
+
+    def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
+        """Bytes kept for one layer in one guidance pass.
+
+        shape: of q, (B, H, N, D), without text tokens. dtype: of the attention's tensors.
+        """
+        batch, heads, n, d = shape
+        rows, item = batch * heads * n, torch.finfo(dtype).bits // 8
+        kept = {
+            "full": rows * d * item,
+            "fp8": rows * (d + 4),
+            "pooled": batch * heads * block_count(n, self.query_block(n)) * d * item,
+            "none": 0,
+        }
+        return kept[self.residual]
+
+    def full(
+        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """The dense output, and r · O_partial in float32."""
+        raise TypeError(f"{type(self).__name__} defines no full step")
+
+    def partial(self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call) -> Tensor:
+        """r · O_partial, float32 or q's dtype: adding R rounds once either way."""
+        raise TypeError(f"{type(self).__name__} defines no partial step")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        state = call.state
+        known = state.get("shape") == (q.shape, q.dtype)
+        if not known or call.refresh or call.step - state["step"] >= self.every(call.steps):
+            call.note(None)
+            for name in ("residual", "scale", "table"):  # the old go before the new come
+                state.pop(name, None)
+            table = self.select(q, k, call)
+            state.update(step=call.step, shape=(q.shape, q.dtype))
+            full, part = self.full(q, k, v, table, call)
+            self._keep(full.float() - part, q.dtype, state)
+            return full
+        table = self.select(q, k, call)
+        call.note(table)
+        out = self.partial(q, k, v, table, call)
+        missing = self._missing(state, q.shape[2])
+        return (out if missing is None else out + missing).to(q.dtype)
+
+    def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any]) -> None:
+        if self.residual == "full":
+            state["residual"] = missing.to(dtype)
+        if self.residual == "pooled":
+            state["residual"] = block_means(missing, self.query_block(missing.shape[2])).to(dtype)
+        if self.residual == "fp8":
+            top = missing.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            state["scale"] = top / torch.finfo(_FP8).max
+            state["residual"] = (missing / state["scale"]).to(_FP8)
+
+    def _missing(self, state: dict[str, Any], n: int) -> Tensor | None:
+        missing = state.get("residual")
+        if self.residual == "fp8":
+            return missing.float() * state["scale"]
+        if self.residual == "pooled":
+            return missing.repeat_interleave(self.query_block(n), 2)[:, :, :n]
+        return missing

@@ -1,0 +1,21 @@
+"""The operators: q, k, v and a block table → O."""
+
+from dit_accel.kernels.block_table.torch import block_means
+from dit_accel.ops.operators import (
+    block_sparse_attention,
+    block_table,
+    pooled_attention,
+    rectified_attention,
+    sparse_linear_attention,
+    window_attention,
+)
+
+__all__ = [
+    "block_means",
+    "block_sparse_attention",
+    "block_table",
+    "pooled_attention",
+    "rectified_attention",
+    "sparse_linear_attention",
+    "window_attention",
+]

@@ -1,0 +1,1 @@
+"""Several devices: one command as several processes, one generation over them."""

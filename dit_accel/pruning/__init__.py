@@ -1,0 +1,1 @@
+"""Which tokens run, and what stands for those that do not."""

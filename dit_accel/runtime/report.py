@@ -1,0 +1,89 @@
+"""What ran: kept work, dense calls with reasons, time per step, implementations, bytes of state."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dit_accel.runtime.books import LayerBook, StepBook
+from dit_accel.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Report:
+    """The books of one accelerated pipeline since `accelerate`.
+
+    kept: share of query-key block pairs computed over all attention calls (a dense call counts 1).
+    layers: name, sparse calls, dense calls, kept share. steps: one entry per transformer forward
+    of the last generation: step, pass, seconds, kept, and the share of tokens that ran the pruned
+    span. fallbacks: reason → calls that ran dense, the
+    scheduled ones included. unplanned: the part of them that no schedule asked for.
+    """
+
+    method: str
+    config: dict[str, Any]
+    model: str
+    kept: float
+    layers: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    fallbacks: dict[str, int]
+    unplanned: dict[str, int]
+    implementations: dict[str, int]
+    state_bytes: int
+    stateless_from: int | None
+    generations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sparse = sum(layer["sparse"] for layer in self.layers)
+        dense = sum(layer["dense"] for layer in self.layers)
+        lines = [
+            f"{self.method} on {self.model}: {self.kept:.1%} of attention work kept",
+            f"  calls: {sparse} sparse, {dense} dense, over {self.generations} generation(s)",
+        ]
+        lines += [f"  dense: {count} × {why}" for why, count in sorted(self.fallbacks.items())]
+        served = ", ".join(f"{name} × {n}" for name, n in sorted(self.implementations.items()))
+        lines += [f"  kernels: {served}"] if served else []
+        lines += [f"  state: {self.state_bytes / 2**20:.1f} MiB"] if self.state_bytes else []
+        if self.stateless_from is not None:
+            lines.append(f"  no room for the state of the layers from {self.stateless_from} on")
+        return "\n".join(lines)
+
+
+def build(engine: Engine, model: str) -> Report:
+    """Read the engine's books; on CUDA this is where the device is waited for."""
+    layers = [_row(book, name=book.name) for book in engine.layers]
+    steps = [
+        _row(
+            book,
+            step=book.step,
+            passname=book.passname,
+            seconds=book.watch.seconds,
+            tokens=book.tokens,
+        )
+        for book in engine.forwards
+    ]
+    calls = sum(row["sparse"] + row["dense"] for row in layers)
+    kept = sum(row["kept"] * (row["sparse"] + row["dense"]) for row in layers)
+    return Report(
+        method=engine.config.method.name,
+        config=engine.config.to_dict(),
+        model=model,
+        kept=kept / calls if calls else 1.0,
+        layers=layers,
+        steps=steps,
+        fallbacks=dict(engine.reasons),
+        unplanned={k: n for k, n in engine.reasons.items() if k in engine.unplanned},
+        implementations=dict(engine.implementations),
+        state_bytes=engine.state_bytes(),
+        stateless_from=engine.stateless_from,
+        generations=engine.clock.generation,
+    )
+
+
+def _row(book: LayerBook | StepBook, **head: Any) -> dict[str, Any]:
+    calls = book.sparse + book.dense
+    kept = (float(book.kept) + book.dense) / calls if calls else 1.0
+    return {**head, "sparse": book.sparse, "dense": book.dense, "kept": kept}

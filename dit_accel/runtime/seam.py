@@ -1,0 +1,141 @@
+"""The door between a diffusers processor and its Engine, in eager code and under torch.compile.
+
+A processor re-bound by patch.py calls `attend_bnhd` or `attend_bhnd` where it called diffusers'
+dispatcher or SDPA. Which layer is calling travels as a 0-d tensor: a Python int would be a guard,
+and each layer would compile anew. Under compile the whole decision sits in one opaque operator.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_accel.parallel import ulysses as parallel
+from dit_accel.runtime.engine import Engine
+
+
+@dataclass(eq=False)
+class Layer:
+    """One patched attention module: its number in the engine and its own dense function."""
+
+    engine: Engine
+    index: int
+    processor: Any
+    dispatch: Any  # diffusers' dispatch_attention_fn, or None for processors that call SDPA
+
+    def __post_init__(self) -> None:
+        self.id = next(_IDS)
+        _LAYERS[self.id] = self
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
+        """q, k, v, result [B, N, H, D]."""
+
+        def decide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+                return self.dense(q, k, v, mask, scale, None)
+
+            return self.engine.attend(self.index, q, k, v, mask, scale, dense)
+
+        shared, g = parallel.config_of(self.processor), self.engine.clock.geometry
+        if shared is None:
+            return decide(q, k, v, mask)
+        why = parallel.obstacle(shared, mask)
+        if why or g is None:
+            self.engine.bypass(self.index, why)
+            return self.dense(q, k, v, mask, scale, shared)
+        return parallel.gathered(q, k, v, mask, shared, g, decide)
+
+    def dense(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        shared: Any,
+    ) -> Tensor:
+        """The attention this module had before: the user's own backend. `shared`: its
+        ParallelConfig where q, k, v are this rank's part of the tokens, None where they are all."""
+        if self.dispatch is None:
+            heads_first = (x.transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+            return out.transpose(1, 2)
+        return self.dispatch(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            scale=scale,
+            backend=getattr(self.processor, "_attention_backend", None),
+            parallel_config=shared,
+        )
+
+
+class Reader(Layer):
+    """An attention module that is not accelerated, but has visual tokens as its keys."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
+        """Dense, over the keys that a pruned span's context completes."""
+        if self.engine.span is not None:
+            k, v, mask = self.engine.span.keys(("reader", self.id), k, v, mask)
+        return self.dense(q, k, v, mask, scale, parallel.config_of(self.processor))
+
+
+# An address book, not state: layers are owned by their pipeline's patch and vanish with it.
+_LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
+_IDS = itertools.count()
+
+
+class _Current(threading.local):
+    layer: Tensor | None = None
+
+
+CURRENT = _Current()
+
+
+def attend_bnhd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """The current layer's attention, tensors [B, N, H, D]."""
+    if torch.compiler.is_compiling():
+        return torch.ops.dit_accel.attend(q, k, v, CURRENT.layer, mask, scale)
+    return _LAYERS[int(CURRENT.layer)].attend(q, k, v, mask, scale)
+
+
+def attend_bhnd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """The current layer's attention, tensors [B, H, N, D]."""
+    return attend_bnhd(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale).transpose(1, 2)
+
+
+def bypassed() -> None:
+    """Book that the current layer made a call we do not serve. Code being compiled can't book."""
+    if not torch.compiler.is_compiling():
+        layer = _LAYERS[int(CURRENT.layer)]
+        layer.engine.bypass(
+            layer.index, "the call is causal, has dropout, a block mask or fewer key heads"
+        )
+
+
+_TAGS = tuple(t for t in (getattr(torch._C.Tag, "cudagraph_unsafe", None),) if t is not None)
+
+
+@torch.library.custom_op("dit_accel::attend", mutates_args=(), tags=_TAGS)
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, layer: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    out = _LAYERS[int(layer)].attend(q, k, v, mask, scale).contiguous()
+    return out.clone() if out.data_ptr() in (q.data_ptr(), k.data_ptr(), v.data_ptr()) else out
+
+
+@_attend.register_fake
+def _(q, k, v, layer, mask, scale):
+    return v.new_empty((*q.shape[:3], v.shape[3]))

@@ -1,0 +1,50 @@
+"""A hook of mkdocs: every Markdown page of the repository is a page of the site.
+
+Pages link to each other as they lie in the repository, so that they read there, too. Pages and
+pictures outside of docs/ come into the site under the path they have; all other links lead to the
+repository.
+"""
+
+import posixpath
+import re
+import subprocess
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = "README.md"  # of the repository: on the site its place is taken by the one of docs/
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+CODE = re.compile(r"(?ms)(^ *```.*?^ *```|`[^`\n]+`)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    kinds = ("*.md", "assets/*.jpg", "assets/*.png", "benchmarks/*.svg")
+    listing = ("git", "ls-files", "-co", "--exclude-standard", *kinds)
+    for name in subprocess.check_output(listing, cwd=ROOT, text=True).split("\n"):
+        if name and name != HOME and not name.startswith(("docs/", ".github/")):
+            files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    here = posixpath.dirname(page.file.src_uri)
+    folder = here if page.file.generated_by else posixpath.join("docs", here)
+
+    def site(link: re.Match) -> str:
+        target, hash_, anchor = link[2].partition("#")
+        if not target or re.match(r"[a-z]+:", target):
+            return link[0]
+        path = posixpath.normpath(posixpath.join(folder, target))
+        uri = "README.md" if path == HOME else path.removeprefix("docs/")
+        if files.get_file_from_path(uri):
+            new = posixpath.relpath(uri, here or ".")
+        else:
+            kind = "tree" if (ROOT / path).is_dir() else "blob"
+            new = f"{config.repo_url}/{kind}/main/{path}"
+        return f"{link[1]}{new}{hash_}{anchor}{link[3]}"
+
+    parts = CODE.split(markdown)  # prose, code, prose, …
+    return "".join(part if i % 2 else LINK.sub(site, part) for i, part in enumerate(parts))

@@ -1,0 +1,134 @@
+"""The tables of figures say what their raw files say."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RAW = ROOT / "benchmarks" / "results"
+RUNS = {  # column of the tables of whole runs → stock and untrained rows, fine-tuned rows
+    "Wan2.1 1.3B": ("wan1.3b-480p", "h100-e2e", "h100-e2e-sla", "pooled@0.1"),
+    "Wan2.1 14B": ("wan14b-720p", "h100-e2e-large", "h100-e2e-large", "rectified@0.1"),
+    "HunyuanVideo": ("hunyuan-720p", "h100-e2e-large", "h100-e2e-large", "rectified@0.1"),
+}
+TUNED = "sla@0.05+nowarmup"
+
+
+@cache
+def raw(name: str) -> dict:
+    return json.loads((RAW / f"{name}.json").read_text())
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """Every table of a page as rows of cells, without bold type and code marks."""
+    found, rows = [], []
+    for line in [*(ROOT / page).read_text().split("\n"), ""]:
+        if line.startswith("|"):
+            rows.append([re.sub(r"[*`]", "", cell).strip() for cell in line[1:-1].split("|")])
+        elif rows:
+            found, rows = [*found, rows], []
+    return found
+
+
+def table(page: str, first: str) -> list[list[str]]:
+    """The table whose heading begins with `first`, without the line of dashes."""
+    (found,) = [rows for rows in tables(page) if rows[0][0].startswith(first)]
+    return [found[0], *found[2:]]
+
+
+def speedup(file: str, model: str, row: str) -> str:
+    (found,) = [r for r in raw(file)["rows"] if (r["model"], r["row"]) == (model, row)]
+    return f"{found['speedup']:.4f}"
+
+
+def same(shown: str, measured: str) -> bool:
+    """Is what is shown the measured figure, rounded to the digits that are shown?"""
+    digits = len(shown.partition(".")[2])
+    return abs(float(shown) - float(measured)) <= 0.5 * 10**-digits + 1e-6
+
+
+@pytest.mark.parametrize("column", RUNS)
+def test_whole_runs_on_the_front_page(column):
+    model, file, tuned, method = RUNS[column]
+    rows = {
+        "dense, compiled": (file, "stock+compile"),
+        "sparse, 10 % kept": (file, method),
+        "sparse, compiled": (file, f"{method}+compile"),
+        "fine-tuned SLA, 5 % kept": (tuned, TUNED),
+        "fine-tuned SLA, compiled": (tuned, f"{TUNED}+compile"),
+    }
+    if column == "Wan2.1 1.3B":
+        rows["dense, compiled"] = (tuned, "stock+compile")
+    heading, *shown = [row for row in tables("README.md")[0] if set(row[0]) != {"-"}]
+    (place,) = [i for i, title in enumerate(heading) if title.startswith(column)]
+    (stock,) = [row for row in raw(tuned)["rows"] if (row["model"], row["row"]) == (model, "stock")]
+    for label, *cells in shown:
+        cell = cells[place - 1]
+        if label.startswith("dense, stock"):
+            assert same(cell.removesuffix(" s").replace(",", ""), stock["run_seconds"]), cell
+        else:
+            where, row = rows[label]
+            assert same(cell.removesuffix("×"), speedup(where, model, row)), (label, cell)
+    assert len(shown) == len(rows) + 1
+
+
+@pytest.mark.parametrize("column", RUNS)
+def test_whole_runs_in_the_results(column):
+    model, file, tuned, method = RUNS[column]
+    full = "+cudnn+compile+prune+cache" if method == "pooled@0.1" else "+compile+prune+cache"
+    steps = {
+        "sparse attention": ("", ""),
+        "… --compile": ("+compile", "+compile"),
+        "… --prune 0.5": ("+compile+prune", "+compile+prune"),
+        "… --step-cache, every second step skipped": (full, "+compile+prune+cache"),
+    }
+    heading, *rows = table("docs/results.md", "50 steps")
+    (place,) = [i for i, title in enumerate(heading) if title.startswith(column)]
+    found = {row[0]: row[place] for row in rows}
+    for label, (untrained, trained) in steps.items():
+        left, right = re.findall(r"([\d.]+)×", found[label])
+        assert same(left, speedup(file, model, method + untrained)), (label, left)
+        assert same(right, speedup(tuned, model, TUNED + trained)), (label, right)
+
+
+def test_rows_of_whole_models():
+    """Each row of docs/measure/bench.md is one of a raw file, in every column."""
+    rows = [r for path in RAW.glob("h100-e2e*.json") for r in json.loads(path.read_text())["rows"]]
+    found = [rows_ for rows_ in tables("docs/measure/bench.md") if "dense step s" in rows_[0]]
+    assert len(found) == 4
+    for heading, _, *shown in found:
+        for cells in shown:
+            said = {k: v for k, v in zip(heading, cells, strict=True) if v and k != "note"}
+            assert any(said == {"row": r["row"], **figures(r, said)} for r in rows), said
+
+
+def figures(row: dict, asked: dict[str, str]) -> dict[str, str]:
+    names = {"kept": "kept", "run s": "run_seconds", "peak GiB": "peak_gib"}
+    names |= {"× eager": "speedup", "× cuDNN": "speedup_cudnn"}
+    values = {f"{kind} step s": value for kind, value in row.get("seconds", {}).items()}
+    values |= {title: row.get(name) for title, name in names.items()}
+    shown = {k: v for k, v in asked.items() if k in values and values[k] is not None and k != "row"}
+    return {k: v if same(v, values[k]) else f"{values[k]}" for k, v in shown.items()}
+
+
+def test_closeness():
+    families = {
+        "shared (default)": "shared",
+        "DiTFastAttn (Rettention(rescale=False))": "ditfastattn",
+        "rettention": "rettention",
+        "rectified": "rectified-gapr",
+        "pooled": "pooled",
+        "topk": "topk",
+    }
+    heading, *shown = table("docs/results.md", "kept")
+    found = {row["row"]: row["psnr"] for row in raw("h100-evaluate")["rows"]}
+    tuned = {row["row"].partition(",")[0]: row["psnr"] for row in raw("h100-evaluate-sla")["rows"]}
+    for label, *cells in shown:
+        name = families.get(label, "sla")
+        for kept, cell in zip(heading[1:5], cells, strict=False):
+            measured = (tuned if name == "sla" else found).get(f"{name} {kept.replace(' ', '')}")
+            assert cell == "" or same(cell.removesuffix(" dB"), measured), (label, kept, cell)
+    assert len(shown) == 7

@@ -139,7 +139,7 @@ def attention(
 
 
 def register_adapter(adapter: Adapter) -> None:
-    """Teach `accelerate` a transformer class outside of the built-in table; see docs/models.md."""
+    """Teach `accelerate` a transformer class that it does not know: docs/reference/models.md."""
     registry.register_adapter(adapter)
 
 

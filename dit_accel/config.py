@@ -12,7 +12,7 @@ from dit_accel.methods import Method, find
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.schedule import Schedule
 
-DEFAULT = "shared"  # the method nearest to dense at equal kept work, see docs/methods/README.md
+DEFAULT = "shared"  # the method nearest to dense at equal kept work, see docs/results.md
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""A hook of mkdocs: every Markdown page of the repository is a page of the site.
+"""A hook of mkdocs: every Markdown page of the repository is a page of the site; a list of modules.
 
 Pages link to each other as they lie in the repository, so that they read there, too. Pages and
 pictures outside of docs/ come into the site under the path they have; all other links lead to the
 repository.
 """
 
+import ast
 import posixpath
 import re
 import subprocess
@@ -26,7 +27,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name in subprocess.check_output(listing, cwd=ROOT, text=True).split("\n"):
         if name and name != HOME and not name.startswith(("docs/", ".github/")):
             files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    files.append(File.generated(config, "reference/modules.md", content=modules()))
     return files
+
+
+def modules() -> str:
+    """A table for each room: module, first line of its docstring."""
+    rooms: dict[str, list[str]] = {}
+    folders = (ROOT / name for name in ("dit_accel", "kernels", "pipelines"))
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        name = path.relative_to(ROOT).with_suffix("")
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        row = f"| `{name.name}` | {' '.join(doc.split(chr(10) * 2)[0].split())} |"
+        rooms.setdefault(str(name.parent), []).append(row)
+    tables = (
+        "\n".join([f"## {room}/", "", "| module | |", "|---|---|", *rows])
+        for room, rows in sorted(rooms.items())
+    )
+    return "\n\n".join(["# Modules", *tables])
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -41,6 +59,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = "README.md" if path == HOME else path.removeprefix("docs/")
         if files.get_file_from_path(uri):
             new = posixpath.relpath(uri, here or ".")
+        elif not (ROOT / path).exists():
+            return link[0]  # for mkdocs to complain of
         else:
             kind = "tree" if (ROOT / path).is_dir() else "blob"
             new = f"{config.repo_url}/{kind}/main/{path}"

@@ -13,15 +13,20 @@ from torch import nn
 class Geometry(NamedTuple):
     """The tokens of one transformer forward.
 
-    grid: (T, H, W) visual tokens. n_text: text tokens in the joint sequence, before the visual
-    ones if `text_first`; None: whatever else an attention call brings. fixed_order: why permuted
-    tokens cannot pass through the model, or "": then each attention call permutes its own.
-    same_mask: all layers get the same key padding, perhaps as a fresh tensor or as the product of
-    valid queries and valid keys, so it is read once.
-    segments: attention comes in several calls, of which only that with the visual queries and all
-    keys (n_text is a number) is this one; the others are the text's own and run dense, unbooked.
-    dense: why this forward must stay dense, or "". one_row: devices share text and visual tokens as
-    one row; otherwise each has its part of both.
+    Args:
+        grid: (T, H, W) visual tokens.
+        n_text: text tokens in the joint sequence; None: whatever else an attention call brings.
+        text_first: they stand before the visual ones.
+        fixed_order: why permuted tokens cannot pass through the model, or "": then each attention
+            call permutes its own.
+        same_mask: all layers get the same key padding, perhaps as a fresh tensor or as the product
+            of valid queries and valid keys, so it is read once.
+        segments: attention comes in several calls, of which only that with the visual queries and
+            all keys (n_text is a number) is this one; the others are the text's own and run dense,
+            unbooked.
+        dense: why this forward must stay dense, or "".
+        one_row: devices share text and visual tokens as one row; otherwise each has its part of
+            both.
     """
 
     grid: tuple[int, int, int]
@@ -43,8 +48,14 @@ class Geometry(NamedTuple):
 
 
 class Site(NamedTuple):
-    """A sub-module whose output holds per-token rows: along `dim`, or flattened from `dim` on
-    when `flat` (a patch convolution's [B, C, T, H, W]). `text` rows before them are left alone."""
+    """A sub-module whose output holds a row for each token.
+
+    Args:
+        module: its name.
+        dim: where the rows are.
+        flat: they are flattened from `dim` on (a patch convolution's [B, C, T, H, W]).
+        text: rows of text stand before them and are left alone.
+    """
 
     module: str
     dim: int
@@ -55,22 +66,30 @@ class Site(NamedTuple):
 class SpanSite(NamedTuple):
     """What token pruning must know of a model's blocks.
 
-    blocks: names of the module lists the forward loops over, one after the other. hidden: the
-    blocks' argument with the visual tokens [B, N, C], which a block also returns. rows: per-token
-    arguments as (name, dim, rank), or name.key for a part of a tuple or dict: tensors of that rank
-    are gathered along dim; where they have rows for text too, those stay. probes: sub-modules of a
-    block whose input and output its transition is measured by. text: the argument with the text
-    tokens [B, T, C], returned beside the visual ones; "": blocks return the visual tokens alone.
-    visual: where they stand in that pair. single: those of `blocks` whose `hidden` holds text and
-    visual tokens in one row, and is all they return; tokens_first: that row is [N, B, C]. keys: the
-    argument with text tokens that blocks read and do not return. apart: `text` is attended by
-    itself, as sound is. readers: patterns of other attention modules whose keys are the visual
-    tokens. count: the argument that says how many visual tokens there are. whole: something is
-    added to all tokens between blocks, so that they stay together there and each block takes its
-    own; True, or the forward's arguments of which one must be given. leave: the projection whose
-    output is the model's; where that has fewer tokens than the blocks, those of history in front
-    are missing, or, references_last, those of references behind. refuses: (transformer, forward
-    arguments by name) → why this forward cannot be pruned, or "".
+    Args:
+        blocks: names of the module lists the forward loops over, one after the other.
+        hidden: the blocks' argument with the visual tokens [B, N, C], which a block also returns.
+        rows: per-token arguments as (name, dim, rank), or name.key for a part of a tuple or dict:
+            tensors of that rank are gathered along dim; where they have rows for text too, those
+            stay.
+        probes: sub-modules of a block whose input and output its transition is measured by.
+        text: the argument with the text tokens [B, T, C], returned beside the visual ones; "":
+            blocks return the visual tokens alone.
+        visual: where the visual tokens stand in that pair.
+        single: those of `blocks` whose `hidden` holds text and visual tokens in one row, and is all
+            they return.
+        tokens_first: that row is [N, B, C].
+        keys: the argument with text tokens that blocks read and do not return.
+        apart: `text` is attended by itself, as sound is.
+        readers: patterns of other attention modules whose keys are the visual tokens.
+        count: the argument that says how many visual tokens there are.
+        whole: something is added to all tokens between blocks, so that they stay together there and
+            each block takes its own; True, or the forward's arguments of which one must be given.
+        leave: the projection whose output is the model's; where that has fewer tokens than the
+            blocks, those of history in front are missing.
+        references_last: there those of references behind are missing instead.
+        refuses: (transformer, forward arguments by name) → why this forward cannot be pruned, or
+            "".
     """
 
     blocks: tuple[str, ...]

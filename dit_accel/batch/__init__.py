@@ -1,4 +1,4 @@
-"""Many clips: a queue that survives, worker processes, a gallery. See docs/guide-batch.md.
+"""Many clips: a queue that survives, worker processes, a gallery. See docs/scale/batch.md.
 
 Nothing is imported before it is asked for: the command line reads its options from here.
 """

@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(
         prog="dit-accel finetune",
         description="Train SLA's projections, and the model's weights or a LoRA with them, so that "
-        "sparse attention gives what dense attention gives. See docs/guide-finetune.md.",
+        "sparse attention gives what dense attention gives. See docs/train/finetune.md.",
     )
     add = words.add_argument
     data = words.add_argument_group("data")

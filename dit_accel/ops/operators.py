@@ -2,7 +2,7 @@
 
 q is [B, H, N_q, D], k and v are [B, H, N_k, D], any strides (a transposed [B, N, H, D] is read
 without a copy by the CUDA kernels), float32, float16 or bfloat16, sums in float32. Which file of
-dit_accel/kernels serves a call is decided by dit_accel.dispatch.
+dit_accel/kernels serves a call is decided by dit_accel.ops.dispatch.
 """
 
 from __future__ import annotations

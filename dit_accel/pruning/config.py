@@ -7,7 +7,7 @@
     restore  h_out = h_in + R of the tokens that did not
     tail     the blocks from `last` on, the norm and the projection see all tokens
 
-This file is pure data; span.py runs it, prune_criteria.py scores tokens.
+This file is pure data; span.py runs it, criteria.py scores tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Dense attention and the window's part of it on CUDA: the block-sparse kernel over two tables.
 
 One pass that stores what it has after the window's blocks reads no key twice, but held to that
-order it took 35 ms where two launches of the tuned kernel need half (docs/kernels-log.md).
+order it took 35 ms where two launches of the tuned kernel need half (benchmarks/kernels-log.md).
 """
 
 from __future__ import annotations

@@ -19,14 +19,19 @@ def bit_words(blocks: int) -> int:
     return 4 * block_count(blocks, 128)
 
 
-def kept_blocks(keep: float, blocks: int) -> int:
-    """max(1, ceil(keep · blocks)): the blocks that a share `keep` of them stands for."""
+Keep = float | tuple[float, ...]  # a share of the key blocks, or one for each head
+
+
+def kept_blocks(keep: Keep, blocks: int) -> int:
+    """max(1, ceil(keep · blocks)): the blocks that a share `keep` of them stands for; of one for
+    each head the most."""
     # 0.2 * 35 is 7.000000000000001 in floating point, and means 7 blocks.
-    return max(1, math.ceil(keep * blocks - 1e-6))
+    share = max(keep) if isinstance(keep, tuple) else keep
+    return max(1, math.ceil(share * blocks - 1e-6))
 
 
 def table_width(
-    keep: float, blocks: int, max_forced: int | None, mass: float = 0.0, max_near: int = 0
+    keep: Keep, blocks: int, max_forced: int | None, mass: float = 0.0, max_near: int = 0
 ) -> int:
     """Columns of the table of the best blocks and at most max_forced forced ones (None: any).
 

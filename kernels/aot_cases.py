@@ -21,8 +21,10 @@ from dit_accel.kernels.block_sparse_attention import triton as forward
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import means as means_kernels
 from dit_accel.kernels.block_table import pool as pool_kernels
+from dit_accel.kernels.block_table import select as select_kernels
+from dit_accel.kernels.block_table import sub as sub_kernels
 from dit_accel.kernels.block_table import triton as table_kernels
-from dit_accel.kernels.block_table.triton import select_launch
+from dit_accel.kernels.block_table.select import select_launch
 from dit_accel.kernels.int8_attention import gluon as int8_hopper
 from dit_accel.kernels.int8_attention import quantize as int8_keys
 from dit_accel.kernels.int8_attention import triton as int8
@@ -126,14 +128,16 @@ def means_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel of the block means of q and k, with deviations if the row is of these; extra
-    "pool": that of keys and values."""
-    if extra:
+    "parts": with the means of four parts, "pool": that of keys and values."""
+    if extra == "pool":
         return pooled_case(launch, head_dim, dtype)
     x = tokens(head_dim, dtype)
     blocks = (*_SHAPE[:2], block_count(_SHAPE[2], launch.block), head_dim)
     mean, far = empty(*blocks), empty(*blocks, dtype=dtype) if launch.op == "spreads" else None
+    sub = empty(*blocks[:2], 4 * blocks[2], head_dim, dtype=dtype) if extra == "parts" else None
     return means_kernels._block_means_fwd_kernel, {
         "q": x, "k": x, "q_mean": mean, "k_mean": mean, "q_far": far, "k_far": far,
+        "q_sub": sub, "k_sub": sub, "PARTS": 4 if extra else 1,
         "kv_len": None, "s_q": x.stride(), "s_k": x.stride(), "n_q": _SHAPE[2], "n": _SHAPE[2],
         "m_q": blocks[2], "m_k": blocks[2], "d": head_dim, "BLOCK_Q": launch.block, "BLOCK_K": 64,
         **means_kernels.column_tiles(head_dim, launch),
@@ -162,20 +166,36 @@ def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
     }  # fmt: skip
 
 
+def levels_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = "4"
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of the levels of blocks in parts, `extra` of them."""
+    rows, parts = 512 * int(extra), int(extra)
+    mean = empty(*_SHAPE[:2], rows, head_dim, dtype=dtype)
+    return sub_kernels._block_levels_fwd_kernel, {
+        "q": mean, "k": mean, "level": empty(*_SHAPE[:2], rows, 512), "kv_len": None,
+        "n_k": _SHAPE[2], "i_first": 0, "n_heads": 12, "m_q": rows, "m_k": rows, "m_pad": 512,
+        "d": head_dim, "span": 512, "scale": 0.1, "SIZE": 64 // parts, "PARTS": parts,
+        "TILE_Q": launch.block, "TILE_K": launch.tile, "D": 1 << (head_dim - 1).bit_length(),
+        "STAGES": launch.stages, "PRECISION": launch.precision,
+    }  # fmt: skip
+
+
 def select_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """The kernel that chooses the blocks of a row, for as many as it serves; extra: "mass"."""
+    """The kernel that chooses the blocks of a row, for as many as it serves; extra: "mass", or
+    "parts" for four of a block."""
     width = 1024 * launch.warps
-    top_p = {"mass": 0.3, "scale": 0.1} if extra else {"mass": None, "scale": None}
+    top_p = {"mass": 0.3 if extra == "mass" else None, "scale": 0.1 if extra == "mass" else None}
     kept, flags = table(64, 64), empty(1, 1, 1, 2048, dtype=torch.uint8)
-    return table_kernels._block_select_fwd_kernel, {
+    return select_kernels._block_select_fwd_kernel, {
         "score": empty(1, 1), "forced": flags, "near": flags, "indices": kept.indices,
         "counts": kept.counts, "bits": kept.counts, "kv_len": None, "wants": None,
-        "s_f": (0, 0, 0, 1), "s_n": (2048, 1),
-        "i_first": 0, "n_heads": 12, **top_p, "n_k": 75600,
+        "s_f": (0, 0, 0, 1), "s_n": (2048, 1), "s_w": (0, 0),
+        "i_first": 0, "n_heads": 12, **top_p, "n_q": 75600, "n_k": 75600,
         "m_k": 1182, "m_pad": 1184, "n_want": 60, "width": 80, "n_words": 40,
-        "BLOCK_K": 64, "M": width,
+        "BLOCK_Q": 64, "BLOCK_K": 64, "PARTS": 4 if extra == "parts" else 1, "M": width,
     }  # fmt: skip
 
 
@@ -299,6 +319,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "means": means_case,
     "spreads": means_case,
     "scores": scores_case,
+    "levels": levels_case,
     "select": select_case,
     "coefficients": coefficients_case,
     "state": state_case,
@@ -351,8 +372,10 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {}
         if row.op == "select" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "mass"}
+            yield row, row.head_dim, {"extra": "parts"}
         if row.op in ("means", "spreads") and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
+            yield row, row.head_dim, {"extra": "parts"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "keys"}
         if row.op == "dq" and (not wanted or "dq+" + place in wanted):

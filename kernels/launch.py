@@ -104,6 +104,8 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("spreads", 80, 128, 128, 32, 1, 1),
     Launch("spreads", 90, 128, 128, 64, 1, 1, provenance=_MEANS),
     Launch("scores", 80, 128, 128, 64, 4, 2, precision="bf16x3"),
+    Launch("levels", 80, 128, 128, 64, 8, 2),
+    Launch("levels", 90, 128, 128, 128, 8, 3),
     Launch("coefficients", 80, 128, 128, 32, 8, 2),
     Launch("coefficients", 90, 128, 128, 32, 4, 2),
     Launch("coefficients", 100, 128, 128, 32, 4, 2),
@@ -145,14 +147,21 @@ def _capability(device: int) -> int:
 
 def unsupported(q: torch.Tensor, block_q: int, block_k: int) -> str | None:
     """Why no kernel of the table serves queries like q with these blocks, or None."""
-    if q.device.type == "cuda" and capability_of(q) < 80:
-        return f"it needs compute capability 8.0 or newer, not {capability_of(q) / 10}"
+    if old := too_old(q):
+        return old
     if q.device.type == "cuda" and q.dtype not in (torch.float16, torch.bfloat16):
         return f"it has float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"it has head dimensions {HEAD_DIMS}, not {q.shape[-1]}"
     if block_q not in BLOCKS or block_k not in BLOCKS:
         return f"it has blocks of {BLOCKS} tokens, not {block_q} and {block_k}"
+    return None
+
+
+def too_old(x: torch.Tensor) -> str | None:
+    """Why no kernel runs on the GPU of x, or None."""
+    if x.device.type == "cuda" and capability_of(x) < 80:
+        return f"it needs compute capability 8.0 or newer, not {capability_of(x) / 10}"
     return None
 
 

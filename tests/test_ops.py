@@ -229,9 +229,12 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     q, k, v = qkv(130, 150, grad=True)
     torch.library.opcheck(
         library.block_table,
-        (q.detach(), k.detach(), 0.5, 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3, 0.3)
-        + (None, 0, 0.1, means, spreads),
+        (q.detach(), k.detach(), [0.5], 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3)
+        + (0.3, None, 0, 0.1, means, spreads, 4 if spreads else 1),
     )
+    scores = torch.rand(2, 2, 3, 3)
+    options = ([0.5, 0.4], 64, 64, 130, 150, None, length, None, None, 0.0, None, 0)
+    torch.library.opcheck(library.choose_blocks, (scores, *options))
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
     tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)
     torch.library.opcheck(library.block_sparse_attention, (*tensors, *rest, length, None))

@@ -4,6 +4,7 @@ from dit_accel.kernels.block_table.torch import block_means
 from dit_accel.ops.operators import (
     block_sparse_attention,
     block_table,
+    choose_blocks,
     pooled_attention,
     rectified_attention,
     sparse_linear_attention,
@@ -14,6 +15,7 @@ __all__ = [
     "block_means",
     "block_sparse_attention",
     "block_table",
+    "choose_blocks",
     "pooled_attention",
     "rectified_attention",
     "sparse_linear_attention",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.table import BlockMeans, BlockTable
+from dit_accel.table import BlockMeans, BlockTable, Keep, block_count
 
 PRECISIONS = (None, "int8")
 
@@ -117,6 +117,60 @@ def check_linear(
     shape = (skip.counts.shape, skip.block_q, skip.block_k, skip.n_k)
     if shape != (table.counts.shape, table.block_q, table.block_k, table.n_k):
         raise ValueError("`skip` has the shape and block sizes of the table: build both from q, k")
+
+
+def check_keep(keep: Keep, heads: int) -> list[float]:
+    """The shares of the heads, or the one of all."""
+    shares = keep if isinstance(keep, tuple) else (keep,)
+    if len(shares) not in (1, heads):
+        raise ValueError(f"keep has one share for each of {heads} heads, not {len(shares)}")
+    for share in shares:
+        if isinstance(share, bool) or not 0 < share <= 1:
+            raise ValueError(f"keep is a share of the key blocks in (0, 1], not {share}")
+    return [float(share) for share in shares]
+
+
+def check_parts(parts: int, block_q: int, block_k: int) -> None:
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"a block holds at least one token, not {min(block_q, block_k)}")
+    if parts < 1 or parts & (parts - 1) or block_q % parts or block_k % parts:
+        raise ValueError(
+            f"parts is a power of two that divides blocks of {block_q} and {block_k} tokens, "
+            f"not {parts}"
+        )
+
+
+def check_scores(scores: Tensor, block_q: int, block_k: int, n_q: int, n_k: int) -> None:
+    blocks = block_count(n_q, block_q), block_count(n_k, block_k)
+    if scores.dim() != 4 or scores.shape[2:] != blocks or not scores.is_floating_point():
+        raise ValueError(
+            f"scores are floating-point [B, H, {blocks[0]}, {blocks[1]}] for {n_q} queries and "
+            f"{n_k} keys in blocks of {block_q} and {block_k}, not {list(scores.shape)} of "
+            f"{scores.dtype}"
+        )
+
+
+def check_kept(
+    heads: tuple[int, int],
+    sizes: tuple[int, int, int, int],
+    device: torch.device,
+    forced: Tensor | None,
+    max_forced: int | None,
+    mass: float,
+    near: Tensor | None,
+    max_near: int | None,
+) -> tuple[Tensor | None, int | None, Tensor | None, int]:
+    """forced, max_forced, near [Mq, Mk] and max_near of a table with these (B, H) and sizes
+    (block_q, block_k, N_q, N_k)."""
+    blocks = block_count(sizes[2], sizes[0]), block_count(sizes[3], sizes[1])
+    if not 0 <= mass < 1:
+        raise ValueError(f"mass is a share of the attention in [0, 1), not {mass}")
+    if forced is not None:
+        forced, max_forced = check_forced(forced, max_forced, (*heads, *blocks), device)
+    if near is not None:
+        near, max_near = check_forced(near, max_near, blocks, device, "near", "[Mq, Mk]")
+        near = near.expand(blocks)
+    return forced, max_forced, near, max_near or 0
 
 
 def check_forced(

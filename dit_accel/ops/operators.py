@@ -13,23 +13,26 @@ from torch import Tensor
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
 from dit_accel.ops import registration as library
 from dit_accel.ops.checks import (
-    check_forced,
+    check_keep,
+    check_kept,
     check_linear,
     check_means,
+    check_parts,
     check_precision,
     check_qkv,
+    check_scores,
     check_table,
     default_scale,
     same_len,
     split_kv_len,
 )
-from dit_accel.table import BlockBits, BlockMeans, BlockTable, block_count
+from dit_accel.table import BlockBits, BlockMeans, BlockTable, Keep
 
 
 def block_table(
     q: Tensor,
     k: Tensor,
-    keep: float,
+    keep: Keep,
     block_q: int = 64,
     block_k: int = 64,
     forced: Tensor | None = None,
@@ -41,6 +44,7 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
+    parts: int = 1,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced key blocks of each query block, the K best of the others, and those `near`.
 
@@ -49,9 +53,14 @@ def block_table(
     arXiv 2511.19835) more than K where fewer hold no more than p of softmax_m(scale · score_m +
     ln|m|), the forced blocks' share counted first. Not differentiated, no device synchronisation.
 
+    A block of several parts is scored by the attention that the means of its parts tell (BiFormer's
+    second level, arXiv 2303.08810): mean over the parts a of the query block of
+    softmax_m(ln Σ_b |b| e^{scale · q̄_a·k̄_b}), b over the parts of key block m. Parts of one token
+    give the exact shares, one part the order of the means.
+
     Args:
         q, k: [B, H, N_q, D] and [B, H, N_k, D].
-        keep: share of the key blocks, in (0, 1].
+        keep: share of the key blocks, in (0, 1], or a tuple with one for each head.
         block_q, block_k: tokens in a block.
         forced: bool, broadcastable to [B, H, Mq, Mk]: blocks kept in addition to the K best.
         kv_len: number of valid keys, int or int tensor [B]; the keys after it are never read and
@@ -61,39 +70,69 @@ def block_table(
         mass: p in [0, 1); 0 is plain top-K.
         near: bool [Mq, Mk], blocks that compete as all others and are kept even if they lose.
         max_near: as max_forced, for `near`.
-        scale: of the softmax that gives the mass, None is 1/√D.
+        scale: of the softmax that gives the mass and the scores of parts, None is 1/√D.
         return_means: also return the block means, and the table with its bits, for pooled_attention
             and rectified_attention of the same q and k, which then read these once less.
         spreads: with them the mean deviations that the veto of rectified_attention needs.
+        parts: of a block, a power of two that divides block_q and block_k.
 
     Raises ValueError for arguments outside these ranges.
     """
-    if isinstance(keep, bool) or not 0 < keep <= 1:
-        raise ValueError(f"keep is a share of the key blocks in (0, 1], not {keep}")
-    if min(block_q, block_k) < 1:
-        raise ValueError(f"a block holds at least one token, not {min(block_q, block_k)}")
     check_qkv(q, k, k)
-    m_q, m_k = block_count(q.shape[2], block_q), block_count(k.shape[2], block_k)
-    if forced is not None:
-        forced, max_forced = check_forced(forced, max_forced, (*q.shape[:2], m_q, m_k), q.device)
-    if not 0 <= mass < 1:
-        raise ValueError(f"mass is a share of the attention in [0, 1), not {mass}")
-    if near is not None:
-        near, max_near = check_forced(near, max_near, (m_q, m_k), q.device, "near", "[Mq, Mk]")
-        near = near.expand(m_q, m_k)
+    check_parts(parts, block_q, block_k)
+    sizes = (block_q, block_k, q.shape[2], k.shape[2])
+    shares = check_keep(keep, q.shape[1])
+    kept = check_kept(q.shape[:2], sizes, q.device, forced, max_forced, mass, near, max_near)
+    forced, max_forced, near, max_near = kept
     length, limit = split_kv_len(kv_len, k)
-    critical = (float(mass), near, max_near or 0, default_scale(scale, q))
+    critical = (float(mass), near, max_near, default_scale(scale, q))
     # a mean that requires gradients would promise some
     indices, counts, *known = library.block_table(
-        q.detach(), k.detach(), float(keep), block_q, block_k, forced, length, limit, max_forced,
-        *critical, return_means, spreads
+        q.detach(), k.detach(), shares, block_q, block_k, forced, length, limit, max_forced,
+        *critical, return_means, spreads, parts
     )  # fmt: skip
-    sizes = (block_q, block_k, q.shape[2], k.shape[2])
     if not return_means:
         return BlockTable(indices, counts, *sizes)
     words, *means = known
     table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
     return table, BlockMeans(*means, kv_len=kv_len)
+
+
+def choose_blocks(
+    scores: Tensor,
+    keep: Keep,
+    n_q: int,
+    n_k: int,
+    block_q: int = 64,
+    block_k: int = 64,
+    forced: Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    max_forced: int | None = None,
+    mass: float = 0.0,
+    near: Tensor | None = None,
+    max_near: int | None = None,
+) -> BlockTable:
+    """The table of given scores: the second half of `block_table`, for any selector.
+
+    Args:
+        scores: [B, H, Mq, Mk], the higher the better; those of blocks without a valid key are not
+            looked at. With a mass they are shares of the attention, which sum to one in a row.
+        n_q, n_k: tokens, so Mq = ceil(n_q / block_q) and Mk = ceil(n_k / block_k).
+
+    The other arguments, the result and what is raised are block_table's.
+    """
+    sizes = (block_q, block_k, n_q, n_k)
+    check_parts(1, block_q, block_k)
+    check_scores(scores, *sizes)
+    heads, shares = scores.shape[:2], check_keep(keep, scores.shape[1])
+    kept = check_kept(heads, sizes, scores.device, forced, max_forced, mass, near, max_near)
+    forced, max_forced, near, max_near = kept
+    length, limit = split_kv_len(kv_len, scores[:, :, :1, :1].expand(-1, -1, n_k, -1))
+    indices, counts, words = library.choose_blocks(
+        scores.detach(), shares, *sizes, forced, length, limit, max_forced, float(mass), near,
+        max_near,
+    )  # fmt: skip
+    return BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
 
 
 def _words(k: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> Tensor | None:

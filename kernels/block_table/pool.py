@@ -31,28 +31,28 @@ class Pool(NamedTuple):
 @triton.jit(do_not_specialize=["n", "m_known"])
 def _block_pool_fwd_kernel(
     k, v, known, k_mean, k_rest, k_far, v_mean, kv_len, s_k, s_v, n, m_known, d,
-    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
-    i_m = tl.program_id(0) // PARTS
+    i_m = tl.program_id(0) // SPLITS
     n_valid = n
     if kv_len is not None:
         n_valid = tl.minimum(tl.load(kv_len + i_b).to(tl.int32), n)
-    o_d = tl.program_id(0) % PARTS * COLUMNS + tl.arange(0, COLUMNS)
-    o_o = (i_bh * (tl.num_programs(0) // PARTS) + i_m) * d + o_d
+    o_d = tl.program_id(0) % SPLITS * COLUMNS + tl.arange(0, COLUMNS)
+    o_o = (i_bh * (tl.num_programs(0) // SPLITS) + i_m) * d + o_d
     m_d = o_d < d
     if known is not None:
         o_k = i_m * d + o_d
         p_k = known + i_bh * m_known * d + o_k
         b_k = tl.load(p_k, mask=m_d & (o_k < m_known * d), other=0.0)
     else:
-        b_k = mean_and_spread(k, k_far, s_k, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK)
+        b_k = mean_and_spread(k, k_far, None, s_k, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK, 1)
     b_m = b_k.to(k_mean.dtype.element_ty)
     tl.store(k_mean + o_o, b_m, mask=m_d)
     if k_rest is not None:
         tl.store(k_rest + o_o, (b_k - b_m.to(tl.float32)).to(k_rest.dtype.element_ty), mask=m_d)
-    b_v = mean_and_spread(v, None, s_v, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK)
+    b_v = mean_and_spread(v, None, None, s_v, i_b, i_h, i_m, n_valid, d, o_o, o_d, BLOCK, 1)
     tl.store(v_mean + o_o, b_v.to(v_mean.dtype.element_ty), mask=m_d)
 
 
@@ -110,7 +110,7 @@ def pooled_blocks(
         "v_mean": v_mean, **tokens(n, kv_len), "s_k": k.stride(), "s_v": v.stride(),
         "m_known": block_count(n, block), "d": d, "BLOCK": block, **columns,
     }  # fmt: skip
-    run(_block_pool_fwd_kernel, (m * columns["PARTS"], heads, batch), arguments, launch)
+    run(_block_pool_fwd_kernel, (m * columns["SPLITS"], heads, batch), arguments, launch)
     return Pool(k_mean, v_mean, lost, far)
 
 

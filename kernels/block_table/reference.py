@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dit_accel.table import (
     BlockBits,
     BlockMeans,
     BlockTable,
+    Keep,
     block_count,
     kept_blocks,
     table_width,
@@ -21,7 +23,7 @@ from dit_accel.table import (
 def block_table(
     q: Tensor,
     k: Tensor,
-    keep: float,
+    keep: Keep,
     block_q: int = 64,
     block_k: int = 64,
     forced: Tensor | None = None,
@@ -33,47 +35,119 @@ def block_table(
     scale: float | None = None,
     return_means: bool = False,
     spreads: bool = False,
+    parts: int = 1,
 ) -> BlockTable | tuple[BlockTable, BlockMeans]:
     """The forced blocks of each row, and the best of the others; see ops.block_table."""
     (batch, heads, n_q, _), n_k = q.shape, k.shape[2]
-    m_q, m_k = block_count(n_q, block_q), block_count(n_k, block_k)
-    most = block_count(kv_len, block_k) if isinstance(kv_len, int) else m_k
-    width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
+    sizes, scale = (block_q, block_k, n_q, n_k), q.shape[3] ** -0.5 if scale is None else scale
     lengths = torch.as_tensor(n_k if kv_len is None else kv_len).expand(batch).tolist()
-    if forced is None:
-        forced = torch.zeros(m_k, dtype=torch.bool)
-    forced = forced.cpu().expand(batch, heads, m_q, m_k)
-    mask = torch.zeros(batch, heads, m_q, m_k, dtype=torch.bool)
     device, dtype, q, k = q.device, q.dtype, q.float().cpu(), k.float().cpu()
+    scores = torch.zeros(batch, heads, block_count(n_q, block_q), block_count(n_k, block_k))
+    shares = torch.zeros_like(scores)
     for b, h in ((b, h) for b in range(batch) for h in range(heads)):
         if lengths[b] == 0:
             continue
         blocks = k[b, h, : lengths[b]].split(block_k)
-        means = torch.stack([block.mean(0) for block in blocks])
         for n, block in enumerate(q[b, h].split(block_q)):
-            row = forced[b, h, n, : len(blocks)].clone()
-            scores, count = means @ block.mean(0), kept_blocks(keep, len(blocks))
-            if mass > 0:
-                sizes = torch.tensor([float(len(block)) for block in blocks])
-                scores = scores * (q.shape[3] ** -0.5 if scale is None else scale) + sizes.log()
-                share = scores.softmax(0)
-                best = share[~row].sort(descending=True).values
-                count = max(count, int((share[row].sum() + best.cumsum(0) <= mass).sum()) + 1)
-            scores = scores.masked_fill(row, -torch.inf)
-            row[scores.topk(min(count, int((~row).sum()))).indices] = True
-            if near is not None:
-                row |= near[n, : len(blocks)].cpu()
-            mask[b, h, n, : len(blocks)] = row
-    table = BlockTable.from_mask(mask.to(device), block_q, block_k, n_q, n_k, width)
+            if parts > 1:
+                row = share = part_scores(block, blocks, block_q // parts, block_k // parts, scale)
+            else:
+                row = torch.stack([x.mean(0) for x in blocks]) @ block.mean(0)
+                lens = torch.tensor([float(len(x)) for x in blocks])
+                share = (row * scale + lens.log()).softmax(0)
+            scores[b, h, n, : len(blocks)], shares[b, h, n, : len(blocks)] = row, share
+    options = (forced, kv_len, max_forced, mass, near, max_near)
+    table = _choose(scores.to(device), shares.to(device), keep, *sizes, *options)
     if not return_means:
         return table
-    table = replace(table, bits=BlockBits(table.to_bits(most), kv_len))
+    live = block_count(kv_len if isinstance(kv_len, int) else n_k, block_k)
+    table = replace(table, bits=BlockBits(table.to_bits(live), kv_len))
     sides = (q.to(device), block_q, [n_q] * batch), (k.to(device), block_k, lengths)
     means = [block_means(*side) for side in sides]
     far = [None] * 2
     if spreads:
         far = [block_spreads(*side).to(dtype) for side in sides]
     return table, BlockMeans(*means, *far, kv_len)
+
+
+def part_scores(
+    block: Tensor, blocks: tuple[Tensor, ...], size_q: int, size_k: int, scale: float
+) -> Tensor:
+    """[M]: how much attention a query block [n, D] gives to each of the key blocks, as the means of
+    parts of so many tokens tell it; the parts of a block count by their tokens."""
+    total = torch.zeros(len(blocks))
+    for queries in block.split(size_q):
+        levels = []
+        for keys in blocks:
+            logits = [part.mean(0) @ queries.mean(0) * scale for part in keys.split(size_k)]
+            sizes = torch.tensor([float(len(part)) for part in keys.split(size_k)])
+            levels.append((torch.stack(logits) + sizes.log()).logsumexp(0))
+        total += torch.stack(levels).softmax(0) * len(queries)
+    return total / len(block)
+
+
+def choose_blocks(
+    scores: Tensor,
+    keep: Keep,
+    block_q: int,
+    block_k: int,
+    n_q: int,
+    n_k: int,
+    forced: Tensor | None = None,
+    kv_len: int | Tensor | None = None,
+    max_forced: int | None = None,
+    mass: float = 0.0,
+    near: Tensor | None = None,
+    max_near: int = 0,
+) -> BlockTable:
+    """See ops.choose_blocks."""
+    sizes, options = (block_q, block_k, n_q, n_k), (forced, kv_len, max_forced, mass, near)
+    table = _choose(scores.float(), scores.float(), keep, *sizes, *options, max_near)
+    live = block_count(kv_len if isinstance(kv_len, int) else n_k, block_k)
+    return replace(table, bits=BlockBits(table.to_bits(live), kv_len))
+
+
+def _choose(
+    scores: Tensor,
+    shares: Tensor,
+    keep: Keep,
+    block_q: int,
+    block_k: int,
+    n_q: int,
+    n_k: int,
+    forced: Tensor | None,
+    kv_len: int | Tensor | None,
+    max_forced: int | None,
+    mass: float,
+    near: Tensor | None,
+    max_near: int,
+) -> BlockTable:
+    """The table of scores [B, H, Mq, Mk] or, with a mass, of shares of the attention."""
+    scores = shares if mass > 0 else scores
+    batch, heads, m_q, m_k = scores.shape
+    most = block_count(kv_len, block_k) if isinstance(kv_len, int) else m_k
+    width = table_width(keep, most, 0 if forced is None else max_forced, mass, max_near)
+    lengths = torch.as_tensor(n_k if kv_len is None else kv_len).expand(batch).tolist()
+    if forced is None:
+        forced = torch.zeros(m_k, dtype=torch.bool)
+    forced = forced.cpu().expand(scores.shape)
+    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    for b, h, n in product(range(batch), range(heads), range(m_q)):
+        live = block_count(lengths[b], block_k)
+        if live == 0:
+            continue
+        row = forced[b, h, n, :live].clone()
+        count = kept_blocks(keep[h] if isinstance(keep, tuple) else keep, live)
+        if mass > 0:
+            share = scores[b, h, n, :live].cpu()
+            best = share[~row].sort(descending=True).values
+            count = max(count, int((share[row].sum() + best.cumsum(0) <= mass).sum()) + 1)
+        left = scores[b, h, n, :live].cpu().masked_fill(row, -torch.inf)
+        row[left.topk(min(count, int((~row).sum()))).indices] = True
+        if near is not None:
+            row |= near[n, :live].cpu()
+        mask[b, h, n, :live] = row
+    return BlockTable.from_mask(mask.to(scores.device), block_q, block_k, n_q, n_k, width)
 
 
 def block_means(x: Tensor, block: int, lengths: list[int]) -> Tensor:

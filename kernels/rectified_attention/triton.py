@@ -17,9 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dit_accel.kernels.block_sparse_attention.triton import attend, supports
-from dit_accel.kernels.block_table.means import block_means
+from dit_accel.kernels.block_table.means import block_means, load_means
 from dit_accel.kernels.block_table.pool import kept_bits, pooled_blocks
-from dit_accel.kernels.block_table.triton import load_means
 from dit_accel.kernels.launch import Launch, capability_of, find, padded, run
 from dit_accel.kernels.tiles import bit_row, key_limits, log2_scale
 from dit_accel.table import BlockMeans, BlockTable, block_count

@@ -45,12 +45,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def table(block_q: int, block_k: int) -> BlockTable:
+def table(block_q: int, block_k: int, ordered: bool = False) -> BlockTable:
     """A table without memory, for the shape of this file."""
     batch, heads, n = _SHAPE
     rows = block_count(n, block_q)
     indices = empty(batch, heads, rows, _KEPT, dtype=torch.int32)
-    return BlockTable(indices, empty(batch, heads, rows, dtype=torch.int32), block_q, block_k, n, n)
+    counts = empty(batch, heads, rows, dtype=torch.int32)
+    order = empty(batch * heads * rows, dtype=torch.int32) if ordered else None
+    return BlockTable(indices, counts, block_q, block_k, n, n, order=order)
 
 
 def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -62,11 +64,12 @@ def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
 def forward_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """The forward kernel; `extra` is "", "pool", "rectify" or, where specialized, "linear"."""
+    """The forward kernel; `extra` is "", "pool", "rectify", "order" (rectify, and rows taken in an
+    order) or, where specialized, "linear"."""
     batch, heads, n = _SHAPE
     block_k = launch.tile if launch.specialized else launch.block
     block_k = 64 if launch.pairs else block_k
-    x, kept = tokens(head_dim, dtype), table(launch.block, block_k)
+    x, kept = tokens(head_dim, dtype), table(launch.block, block_k, extra == "order")
     rows = kept.query_blocks
     means = empty(batch, heads, 640, head_dim, dtype=dtype)
     pool = (means, means, empty(batch, heads, rows, 20, dtype=torch.int32))
@@ -74,7 +77,7 @@ def forward_case(
     lse = empty(batch, heads, n) if extra != "linear" else None
     call = (
         x, x, x, x, lse, kept, launch, None, None,
-        pool if extra == "pool" else None, rectify if extra == "rectify" else None,
+        pool if extra == "pool" else None, rectify if extra in ("rectify", "order") else None,
     )  # fmt: skip
     if launch.specialized:
         state = empty(batch, heads, head_dim, head_dim, dtype=dtype)
@@ -363,6 +366,7 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         if "hopper+@90" in wanted:
             yield row, 128, {"extra": "pool"}
             yield row, 128, {"extra": "rectify"}
+            yield row, 128, {"extra": "order"}
             yield row, 64, {}
             if row.block == 128:
                 yield row, 128, {"extra": "linear"}
@@ -383,6 +387,7 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
             yield row, row.head_dim, {"extra": "rectify"}
+            yield row, row.head_dim, {"extra": "order"}
             served = [d for d in (80, 96) if _serves(row, d)]
             yield from ((row, d, {}) for d in served)
 

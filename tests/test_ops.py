@@ -236,7 +236,8 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     options = ([0.5, 0.4], 64, 64, 130, 150, None, length, None, None, 0.0, None, 0)
     torch.library.opcheck(library.choose_blocks, (scores, *options))
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
-    tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)
+    order = table.longest_first().order if means else None
+    tensors, rest = (q, k, v, table.indices, table.counts, order), (64, 64, 0.25)
     torch.library.opcheck(library.block_sparse_attention, (*tensors, *rest, length, None))
     given = (known.k, table.bits.words) if means else (None, None)
     torch.library.opcheck(library.pooled_attention, (*tensors, *given, *rest, length, None))

@@ -7,6 +7,8 @@ dit_accel/kernels serves a call is decided by dit_accel.ops.dispatch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -91,10 +93,13 @@ def block_table(
         q.detach(), k.detach(), shares, block_q, block_k, forced, length, limit, max_forced,
         *critical, return_means, spreads, parts
     )  # fmt: skip
+    table = BlockTable(indices, counts, *sizes)
+    unequal = mass > 0 or len(set(shares)) > 1
+    table = table.longest_first() if unequal else table
     if not return_means:
-        return BlockTable(indices, counts, *sizes)
+        return table
     words, *means = known
-    table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
+    table = replace(table, bits=BlockBits(words, kv_len))
     return table, BlockMeans(*means, kv_len=kv_len)
 
 
@@ -132,7 +137,9 @@ def choose_blocks(
         scores.detach(), shares, *sizes, forced, length, limit, max_forced, float(mass), near,
         max_near,
     )  # fmt: skip
-    return BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
+    table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
+    unequal = mass > 0 or len(set(shares)) > 1
+    return table.longest_first() if unequal else table
 
 
 def _words(k: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> Tensor | None:
@@ -176,8 +183,9 @@ def block_sparse_attention(
     sizes = (table.block_q, table.block_k)
     run = library.int8_attention if precision == "int8" else library.block_sparse_attention
     out, lse = run(
-        q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
-    )
+        q, k, v, table.indices, table.counts, table.order, *sizes, default_scale(scale, q), length,
+        limit,
+    )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
@@ -290,7 +298,8 @@ def pooled_attention(
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
     known = (None if means is None else means.k, _words(k, table, kv_len))
-    return library.pooled_attention(q, k, v, table.indices, table.counts, *known, *sizes)[0]
+    rows = (table.indices, table.counts, table.order)
+    return library.pooled_attention(q, k, v, *rows, *known, *sizes)[0]
 
 
 def rectified_attention(
@@ -323,5 +332,5 @@ def rectified_attention(
     sizes = (table.block_q, table.block_k, default_scale(scale, q), gapr, length, limit)
     known = [] if means is None else [means.q, means.k]
     known += [means.q_far, means.k_far] if known and gapr else []
-    words = _words(k, table, kv_len)
-    return library.rectified_attention(q, k, v, table.indices, table.counts, known, words, *sizes)
+    rows = (table.indices, table.counts, table.order)
+    return library.rectified_attention(q, k, v, *rows, known, _words(k, table, kv_len), *sizes)

@@ -17,6 +17,7 @@ from dit_accel.kernels import launch
 from dit_accel.kernels.block_sparse_attention import triton as sparse
 from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table import means
+from dit_accel.kernels.block_table import select as choice
 from dit_accel.kernels.block_table import triton as tables
 from dit_accel.kernels.block_table.pool import pooled_blocks
 from dit_accel.kernels.block_table.transpose import transpose_table
@@ -119,17 +120,17 @@ def table_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
             found[f"means, {name}"] = r.kernels(call)
             call = partial(pooled_blocks, k, v, 64, known=known.k, rest=True)
             found[f"pool, {name}"] = r.kernels(call)
-    select = tables.select_launch
+    select = choice.select_launch
     try:
         for blocks in (512, 1024):
-            tables.select_launch = lambda width, n=blocks: replace(
+            choice.select_launch = lambda width, n=blocks: replace(
                 select(width), warps=min(16, max(1, width // n))
             )
             call = partial(tables.block_table, q, k, 0.05, block_q, 64)
             assert torch.equal(call().indices, table.indices)
             found[f"choice, {blocks} blocks a warp"] = r.kernels(call)
     finally:
-        tables.select_launch = select
+        choice.select_launch = select
     return {"us": found}
 
 

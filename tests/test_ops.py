@@ -11,6 +11,7 @@ from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.pooled_attention import reference as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified
 from dit_accel.ops import registration as library
+from dit_accel.ops import tables
 from dit_accel.table import BlockTable
 from dit_accel.testing import assert_close
 
@@ -228,20 +229,20 @@ def test_gradients_of_compensated_operators(implementation: str, module):
 def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     q, k, v = qkv(130, 150, grad=True)
     torch.library.opcheck(
-        library.block_table,
+        tables.block_table,
         (q.detach(), k.detach(), [0.5], 64, 64, torch.ones(3, dtype=torch.bool), length, None, 3)
         + (0.3, None, 0, 0.1, means, spreads, 4 if spreads else 1),
     )
     scores = torch.rand(2, 2, 3, 3)
     options = ([0.5, 0.4], 64, 64, 130, 150, None, length, None, None, 0.0, None, 0)
-    torch.library.opcheck(library.choose_blocks, (scores, *options))
+    torch.library.opcheck(tables.choose_blocks, (scores, *options))
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
     order = table.longest_first().order if means else None
     tensors, rest = (q, k, v, table.indices, table.counts, order), (64, 64, 0.25)
     torch.library.opcheck(library.block_sparse_attention, (*tensors, *rest, length, None))
     given = (known.k, table.bits.words) if means else (None, None)
     torch.library.opcheck(library.pooled_attention, (*tensors, *given, *rest, length, None))
-    tensors = [x.detach() for x in tensors]
+    tensors = [None if x is None else x.detach() for x in tensors]
     known = [known.q, known.k, known.q_far, known.k_far][: 2 * (means + spreads)]
     rest = (known, given[1], *rest, spreads, length, None)
     torch.library.opcheck(library.rectified_attention, (*tensors, *rest))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
 from dit_accel.ops import registration as library
+from dit_accel.ops import tables
 from dit_accel.ops.checks import (
     check_keep,
     check_kept,
@@ -89,7 +90,7 @@ def block_table(
     length, limit = split_kv_len(kv_len, k)
     critical = (float(mass), near, max_near, default_scale(scale, q))
     # a mean that requires gradients would promise some
-    indices, counts, *known = library.block_table(
+    indices, counts, *known = tables.block_table(
         q.detach(), k.detach(), shares, block_q, block_k, forced, length, limit, max_forced,
         *critical, return_means, spreads, parts
     )  # fmt: skip
@@ -133,7 +134,7 @@ def choose_blocks(
     kept = check_kept(heads, sizes, scores.device, forced, max_forced, mass, near, max_near)
     forced, max_forced, near, max_near = kept
     length, limit = split_kv_len(kv_len, scores[:, :, :1, :1].expand(-1, -1, n_k, -1))
-    indices, counts, words = library.choose_blocks(
+    indices, counts, words = tables.choose_blocks(
         scores.detach(), shares, *sizes, forced, length, limit, max_forced, float(mass), near,
         max_near,
     )  # fmt: skip

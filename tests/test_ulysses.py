@@ -16,7 +16,7 @@ from dit_accel.config import named
 from dit_accel.generation.boost import compiled_blocks
 from dit_accel.parallel import ulysses as parallel
 from dit_accel.pruning import criteria as prune_criteria
-from dit_accel.pruning import span
+from dit_accel.pruning import select
 from dit_accel.table import block_count, kept_blocks
 
 NOW = Schedule(warmup=0)
@@ -108,11 +108,11 @@ def work(rank, port, folder):
     found = {}
     for name, case in CASES.items():
         pipe = tiny_wan() if case["build"] == "wan" else tiny_flux()
-        whole = span.pick
+        whole = select.pick
         if "prune" in case:
-            span.pick = in_halves(TokenPruning(**case["prune"]))
+            select.pick = in_halves(TokenPruning(**case["prune"]))
         alone, report = generate(pipe, **case)
-        span.pick = whole
+        select.pick = whole
         parallel.share(pipe, anything=case.get("anything", False))
         together, shared = generate(pipe, **case)
         found[name] = {

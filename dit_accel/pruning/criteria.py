@@ -19,12 +19,15 @@ from torch import Tensor
 class Facts:
     """What one guidance pass knows of its tokens when a selection is due.
 
-    probe: [B, N, C] what the probe blocks did to each token at this step; reference: the same at
-    the step each token ran last. seen: int64 [N], that step. step, seed, block: numbers.
+    probe: [B, N, C] what the probe blocks did to each token at this step.
+    reference: [B, N, C], the same at the step each token ran last.
+    seen: int64 [N], that step.
+    step: this one.
+    seed, block: of the TokenPruning.
     transition: [B, N] summed Token Transition Variation of the probe blocks, or None.
     output: pass name → [B, N, P] the model's output tokens at the previous step.
-    tokens: [B, N, C], as they enter the span. text: [N] summed share of the probe blocks'
-    attention that goes to the text, or None.
+    tokens: [B, N, C], as they enter the span.
+    text: [N] summed share of the probe blocks' attention that goes to the text, or None.
     """
 
     probe: Tensor

@@ -17,9 +17,12 @@ from torch import Tensor
 class Memory:
     """One guidance pass between steps: R, its rate of change, and what the probe saw.
 
-    residual: [B, N, C] R. rate: [B, N, C] change of R per step, or None. seen: int64 [N], the step
-    at which each token ran last. reference: [B, N, C], the probe's residual at that step. full: the
-    step at which all tokens ran last. text: [B, T, C], what the span did to the text, or None.
+    residual: [B, N, C] R.
+    seen: int64 [N], the step at which each token ran last.
+    reference: [B, N, C], the probe's residual at that step.
+    full: the step at which all tokens ran last.
+    rate: [B, N, C] change of R per step, or None.
+    text: [B, T, C], what the span did to the text, or None.
     """
 
     residual: Tensor
@@ -29,7 +32,40 @@ class Memory:
     rate: Tensor | None = None
     text: Tensor | None = None
 
+    @classmethod
+    def of_all(cls, step: int, residual: Tensor, probe: Tensor, text: Tensor | None) -> Memory:
+        """All tokens ran at `step`."""
+        seen = torch.full((residual.shape[1],), step, device=residual.device)
+        return cls(residual, seen, probe, step, text=text)
+
+    def update(
+        self,
+        step: int,
+        index: Tensor | None,
+        fresh: Tensor,
+        probe: Tensor,
+        text: Tensor | None,
+        rated: bool,
+    ) -> None:
+        """The tokens `index` (int64 [K], None for all) ran at `step`, with R = fresh [B, K, C].
+
+        probe: [B, N, C] of this step. rated: keep the rate of change, too.
+        """
+        if index is None:
+            self.full = step
+            index = torch.arange(fresh.shape[1], device=fresh.device)
+        if rated:
+            age = (step - self.seen[index]).clamp(min=1).to(fresh.dtype)
+            if self.rate is None:
+                self.rate = torch.zeros_like(self.residual)
+            self.rate[:, index] = (fresh - self.residual[:, index]) / age[:, None]
+        self.residual[:, index] = fresh
+        self.reference[:, index] = probe[:, index]
+        self.seen[index] = step
+        self.text = text
+
     def tensors(self) -> list[Tensor]:
+        """Those that are kept."""
         found = (self.residual, self.seen, self.reference, self.rate, self.text)
         return [x for x in found if x is not None]
 
@@ -38,9 +74,13 @@ class Memory:
 class Past:
     """What is known when tokens must be restored.
 
-    memory: as it was before this step. step: this one. index: int64 [K], tokens that ran.
-    fresh: [B, K, C], R of those now. entered: [B, N, C], tokens where they entered the span.
-    grid: (T, H, W) of the N tokens. order: int64 [N], their cells in that grid, or None for 0 … N.
+    memory: as it was before this step.
+    step: this one.
+    index: int64 [K], tokens that ran.
+    fresh: [B, K, C], R of those now.
+    entered: [B, N, C], tokens where they entered the span.
+    grid: (T, H, W) of the N tokens.
+    order: int64 [N], their cells in that grid, or None for 0 … N.
     """
 
     memory: Memory

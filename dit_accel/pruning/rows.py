@@ -11,24 +11,55 @@ from torch import Tensor
 
 from dit_accel.pipelines.base import Geometry, SpanSite
 
+_NONE = Geometry((0, 0, 0))
+
 
 @dataclass
 class Rows:
     """The token rows of one forward.
 
-    geometry: of the forward. n: its visual tokens. index: int64 [K], those that run, None for all.
+    site: where the model's blocks have them.
+    geometry: of the forward.
+    order: int64 [N], the grid's cells of the tokens where they come permuted.
+    n: visual tokens on this device.
+    index: int64 [K], those that run; None for all.
     """
 
     site: SpanSite
-    geometry: Geometry | None = None
+    geometry: Geometry = _NONE
+    order: Tensor | None = None
     n: int = 0
     index: Tensor | None = None
     _taken: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
+    def begin(self, geometry: Geometry, order: Tensor | None) -> None:
+        """A forward starts."""
+        self.clear()
+        self.geometry, self.order = geometry, order
+
     def clear(self) -> None:
         """Let go of a forward's tensors."""
-        self.geometry = self.index = None
+        self.geometry, self.order, self.index = _NONE, None, None
         self._taken.clear()
+
+    @property
+    def running(self) -> bool:
+        """Does a forward run?"""
+        return self.geometry is not _NONE
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Where the tokens lie; a row when the model carries others than the grid's."""
+        return self.geometry.grid if self.geometry.n_visual == self.n else (1, 1, self.n)
+
+    def cells(self, device: torch.device) -> Tensor:
+        """int64 [n]: each token's cell of the grid, frame by frame."""
+        return torch.arange(self.n, device=device) if self.order is None else self.order.to(device)
+
+    def among(self, total: int, visual: int) -> slice:
+        """Where so many visual tokens lie in a row of `total` with text."""
+        first = (total - visual) * self.geometry.text_first
+        return slice(first, first + visual)
 
     def read(self, arguments: dict[str, Any], single: bool, n: int) -> tuple[Tensor, Tensor | None]:
         """(visual, text) tokens [B, n, C], [B, T, C] of a block's arguments."""
@@ -68,8 +99,7 @@ class Rows:
         if missing > 0:
             last = self.site.references_last
             return F.pad(x, (0, 0, 0, missing) if last else (0, 0, missing, 0))
-        first = (x.shape[1] - self.n) * self.geometry.text_first
-        return x[:, first : first + self.n]
+        return x[:, self.among(x.shape[1], self.n)]
 
     def gather(self, arguments: dict[str, Any], text: Tensor | None) -> None:
         """A block's arguments with the per-token rows of the tokens that run."""

@@ -137,7 +137,7 @@ class Engine:
         number = self._calls.get(layer, 0)  # some models call once per sample of the batch
         self._calls[layer] = number + 1
         if self.span is not None:
-            self.span.watch_attention(q, k, mask)
+            self.span.observer.watch_attention(q, k, mask)
             k, v, mask = self.span.keys((layer, number), k, v, mask)
         action = self.plan.action(self.clock.step, self.clock.steps, self.layers[layer].number)
         planned = action.keep is None

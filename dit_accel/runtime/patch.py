@@ -19,6 +19,7 @@ from torch import nn
 from dit_accel.parallel import ulysses as parallel
 from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
 from dit_accel.pruning import step_cache
+from dit_accel.pruning.shared import Part
 from dit_accel.pruning.span import Span, blocks_class
 from dit_accel.runtime import seam
 from dit_accel.runtime.engine import Engine
@@ -114,12 +115,13 @@ class Patch:
     def _check_prunable(self, args: dict[str, Any], geometry: Geometry, shared: Any) -> None:
         """RuntimeError for a forward whose tokens cannot be pruned."""
         span, refuses, why = self.span, self.adapter.span.refuses, ""
-        span.place = (0, 1)
+        span.part = Part()
         if shared is not None and shared.context_parallel_config.ring_degree > 1:
             why = parallel.RING
         elif shared is not None:
-            span.place = parallel.place(shared)
-            why = span.unshared(geometry, self.transformer._cp_plan)
+            span.part = Part(*parallel.place(shared))
+            plan = self.transformer._cp_plan
+            why = span.part.obstacle(span.prune, span.site, geometry, plan)
         why = why or step_cache.obstacle(self.transformer, span.first, span.last, span.blocks)
         why = why or (refuses(self.transformer, args) if refuses else "")
         if why:
@@ -141,11 +143,11 @@ class Patch:
             for block in [block for blocks in lists for block in blocks][: span.first]:
                 for name in site.probes:
                     probe = block.get_submodule(name)
-                    hook = probe.register_forward_hook(span.watch_transition, with_kwargs=True)
-                    self._keep(hook)
+                    watch = span.observer.watch_transition
+                    self._keep(probe.register_forward_hook(watch, with_kwargs=True))
         if span.prune.criterion in ("velocity", "cfg"):
             leave = self.transformer.get_submodule(site.leave)
-            self._keep(leave.register_forward_hook(span.watch_output))
+            self._keep(leave.register_forward_hook(span.observer.watch_output))
 
     def _hook_order(self) -> None:
         if self.adapter.leave is None or self.engine.config.order == "raster":

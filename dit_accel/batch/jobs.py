@@ -20,7 +20,7 @@ from dit_accel.pruning.config import resolve as pruning
 
 DENSE = "dense"
 INTEGERS = ("seed", "steps", "height", "width", "frames")
-_REQUEST = ("prompt", "negative_prompt", "guidance", *INTEGERS)
+_REQUEST = ("prompt", "negative_prompt", "guidance", "sampler", *INTEGERS)
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Job:
 
     Args:
         prompt, negative_prompt, seed, steps, height, width, frames, guidance: as in Request.
+        sampler: a grid of few steps ("dmd", "flow:5"), see `samplers.Sampler`; None is the model's.
         image: path of the picture that image-to-video starts from.
         method: "dense", a method, "method:preset" or a preset file (.json).
         prune: share of the tokens that run in most steps, or a preset of token pruning.
@@ -46,13 +47,14 @@ class Job:
     width: int | None = None
     frames: int | None = None
     guidance: float | None = None
+    sampler: str | None = None
     image: str | None = None
     method: str = DEFAULT
     prune: float | str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("prompt", "negative_prompt", "image", "method", "name"):
+        for key in ("prompt", "negative_prompt", "sampler", "image", "method", "name"):
             _expect(key, getattr(self, key), str, "a text")
         for key in INTEGERS:
             _expect(key, getattr(self, key), int, "a whole number")
@@ -85,7 +87,8 @@ class Job:
     @cached_property
     def id(self) -> str:
         """16 hex digits over everything that decides the pixels, the picture's bytes included."""
-        content = {k: v for k, v in asdict(self).items() if k not in ("name", "prune")}
+        apart = ("name", "prune", *(["sampler"] if self.sampler is None else []))
+        content = {k: v for k, v in asdict(self).items() if k not in apart}
         content["method"] = self.config.to_dict() if self.config else DENSE
         content["guidance"] = None if self.guidance is None else float(self.guidance)
         content["image"] = _digest(self.image) if self.image else None
@@ -106,7 +109,7 @@ class Job:
     @property
     def shape(self) -> str:
         """Jobs of equal shape can share one call of the pipeline."""
-        same = (*INTEGERS[1:], "guidance", "negative_prompt", "method", "prune")
+        same = (*INTEGERS[1:], "guidance", "negative_prompt", "sampler", "method", "prune")
         alone = self.id if self.image else ""  # pipelines take one picture a call
         return json.dumps([alone, *(getattr(self, key) for key in same)])
 

@@ -17,6 +17,7 @@ from dit_accel.batch.jobs import Job
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
 from dit_accel.generation.run import ProgressFn, generate
+from dit_accel.samplers import sampling
 
 KEPT_PROMPTS = 16
 REPORTED = ("method", "kept", "fallbacks", "unplanned", "implementations", "state_bytes")
@@ -74,7 +75,8 @@ def _together(
         kwargs["negative_prompt"] = [kwargs["negative_prompt"]] * len(jobs)
     progress("together", 0, len(jobs))
     began = time.perf_counter()
-    output = pipe(**kwargs, output_type="np")
+    with sampling(pipe, jobs[0].sampler):
+        output = pipe(**kwargs, output_type="np")
     seconds = (time.perf_counter() - began) / len(jobs)
     pixels = output.frames if hasattr(output, "frames") else output.images
     return [

@@ -20,6 +20,7 @@ def recipe(
     values: dict[str, Any],
     seed: int,
     boost: Boost = STOCK,
+    sampler: str | None = None,
 ) -> str:
     """The Python lines that make the accelerated clip again."""
     kind = where["pipeline"]
@@ -35,9 +36,11 @@ def recipe(
         "import dit_accel",
         *(["from dit_accel.boost import Boost"] if boost != STOCK else []),
         *(["from dit_accel.loading import EMBEDDED"] if embedded else []),
+        *(["from dit_accel.samplers import install"] if sampler is not None else []),
         "",
         load if where["device"] == "cpu" else f"{load}.to({_literal(where['device'])})",
         *([f"{boost}.switch_on(pipe)"] if boost != STOCK else []),
+        *([f"install(pipe, {_literal(sampler)})"] if sampler is not None else []),
         f"handle = dit_accel.accelerate(pipe, {_shortest(config)})",
         "output = pipe(",
         *arguments,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_accel.generation.loading import Defaults
+from dit_accel.samplers.grids import Sampler
 
 MAX_SIDE, MAX_FRAMES, MAX_STEPS = 8192, 1025, 1000
 _ARGUMENTS = {
@@ -26,7 +27,8 @@ _ARGUMENTS = {
 class Request:
     """What the user asks of a pipeline; None takes the model's default.
 
-    Sizes in pixels. Raises ValueError for a value that no pipeline could take; `arguments` checks
+    Sizes in pixels; sampler: a grid of few steps in words (see samplers.Sampler), None is the
+    pipeline's own. Raises ValueError for a value that no pipeline could take; `arguments` checks
     the rest against one pipeline.
     """
 
@@ -39,6 +41,7 @@ class Request:
     frames: int | None = None
     guidance: float | None = None
     image: Any = None
+    sampler: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
@@ -56,6 +59,9 @@ class Request:
                 raise ValueError(f"{name} lies from {low} to {high}, not {value}")
         if self.guidance is not None and not 0 <= self.guidance <= 100:
             raise ValueError(f"guidance lies from 0 to 100, not {self.guidance}")
+        if self.sampler is not None:
+            sampler = Sampler.named(self.sampler)
+            sampler.sigmas(self.steps or sampler.steps)
 
 
 def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:
@@ -74,8 +80,20 @@ def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]
         raise ValueError(f"{kind} starts from a picture: give one with --image")
     _check_sizes(pipe, asked)
     values = {n: v for n, v in vars(defaults).items() if v is not None and n in known}
+    values |= _of_sampler(request, known)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     return {"prompt": request.prompt, **values, **asked, "generator": generator}
+
+
+def _of_sampler(request: Request, known: Any) -> dict[str, Any]:
+    """What a sampler sets where nothing else is asked: its steps, and no guidance where the model
+    is distilled for it."""
+    if request.sampler is None:
+        return {}
+    sampler = Sampler.named(request.sampler)
+    usual = {"num_inference_steps": sampler.steps}
+    usual |= {"guidance_scale": 1.0} if sampler.distilled else {}
+    return {name: value for name, value in usual.items() if name in known}
 
 
 def _check_sizes(pipe: Any, asked: dict[str, Any]) -> None:

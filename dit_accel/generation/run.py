@@ -15,6 +15,7 @@ import torch
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
 from dit_accel.pipelines.registry import transformers_of
+from dit_accel.samplers.install import sampling
 
 ProgressFn = Callable[[str, int, int | None], None]
 StepFn = Callable[[int, torch.Tensor | None], None]
@@ -60,7 +61,7 @@ def generate(
     kwargs = arguments(pipe, defaults, request)
     watch = Watch(pipe, kwargs, progress, on_step)
     watch.progress("encode", 0, None)
-    with watch.listening():
+    with watch.listening(), sampling(pipe, request.sampler):
         output = pipe(**kwargs, **watch.callback(), output_type="np")
     times = watch.finish()
     pixels = output.frames if hasattr(output, "frames") else output.images

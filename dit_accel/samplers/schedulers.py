@@ -1,0 +1,114 @@
+"""A Sampler's grid in the form that diffusers' pipelines run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers import MiniMaxH3Scheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput as Output,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from dit_accel.samplers.grids import MOST, Sampler
+
+
+class GridScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow matching (x = (1 − σ)·clip + σ·noise, v = noise − clip) over a sampler's grid.
+
+    Args:
+        sampler: in words, as `Sampler.named` reads it.
+
+    `pipe.scheduler = GridScheduler("dmd")` is all it takes where the grid starts at σ = 1;
+    `install` also scales the first noise to another start and draws noise from the pipeline's
+    generator.
+    """
+
+    @register_to_config
+    def __init__(self, sampler: str = "flow", num_train_timesteps: int = MOST) -> None:
+        super().__init__(num_train_timesteps=num_train_timesteps)
+        self.sampler = Sampler.named(sampler)
+        self.generator: Any = None
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The first noise level: what the pipeline's noise is multiplied by."""
+        return float(self.sigmas[0])
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """The grid of this many steps; of a pipeline's own levels only the number is heard.
+
+        Raises ValueError for a number of steps that the sampler does not have.
+        """
+        given = timesteps if sigmas is None else sigmas
+        steps = num_inference_steps or (self.sampler.steps if given is None else len(given))
+        sigmas = torch.tensor(self.sampler.sigmas(steps), dtype=torch.float32, device=device)
+        self.num_inference_steps = steps
+        self.timesteps = sigmas * self.config.num_train_timesteps
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self._step_index = self._begin_index = None
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+        **_: Any,
+    ) -> Output | tuple[Tensor]:
+        """x at the next noise level, in float32 arithmetic and the dtype of `sample`.
+
+        generator: of fresh noise; None takes the pipeline's (see `install`), else torch's own.
+        """
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        now, then = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        x, v = sample.float(), model_output.float()
+        if self.sampler.renoises:
+            x = x - now * v
+            if self.step_index + 1 < len(self.timesteps):
+                source = self.generator if generator is None else generator
+                noise = randn_tensor(x.shape, source, x.device, torch.float32)
+                x = (1 - then) * x + then * noise
+        else:
+            x = x + (then - now) * v
+        self._step_index += 1
+        x = x.to(sample.dtype)
+        return Output(prev_sample=x) if return_dict else (x,)
+
+
+class H3GridScheduler(MiniMaxH3Scheduler):
+    """MiniMax H3's scheduler over a sampler's grid: time 1 − σ, Euler steps.
+
+    A pipeline of H3 counts grid points, one more than steps, so that `num_inference_steps=5` makes
+    four. sampler: in words; "dmd:999,749,500,250" or "flow". shift: as H3 has it, 12 for the clip
+    and 3 for its sound.
+    """
+
+    @register_to_config
+    def __init__(self, sampler: str = "flow", shift: float = 12.0) -> None:
+        super().__init__(shift=shift)
+        self.sampler = Sampler.named(sampler)
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None
+    ) -> None:
+        """The grid of num_inference_steps − 1 steps; ValueError where the sampler has no such."""
+        if sigmas is None:
+            points = num_inference_steps or self.sampler.steps + 1
+            sampler = replace(self.sampler, shift=self.shift)
+            sigmas = [*sampler.sigmas(points - 1), 0.0]
+        super().set_timesteps(None, device, sigmas)

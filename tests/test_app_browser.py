@@ -186,6 +186,15 @@ def test_bad_input_is_said_and_nothing_runs(page):
     assert not page.js("return document.querySelector('#go').disabled")
 
 
+def test_what_a_visitor_types_is_shown_and_never_run(page):
+    prompt = "<img src=x onerror=\"document.title='run'\"> {{ 7*7 }} ${7*7} <b>bold</b>"
+    page.fill("#prompt textarea", prompt)
+    page.generate()
+    page.until(FRESH)
+    assert page.js("return document.querySelector('.results .prompt').textContent") == f"“{prompt}”"
+    assert page.js("return document.title") != "run"
+
+
 def test_reload_during_a_run_frees_the_machine(page):
     page.generate(LONG)
     page.until("return document.querySelector('.left .state').textContent.includes('denoising')")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import saved_tiny_wan, tiny_flux
+from typed import NASTY, Reader, shown_as_text
 
 import dit_accel
 from dit_accel.config import AccelConfig
@@ -225,6 +226,17 @@ def test_the_page_stands_alone(done):
     assert "dit-accel &lt;x&gt;" in text
     assert html.headline(done.data) in text
     assert text.count("<polyline") == 3
+
+
+def test_what_is_typed_is_shown_and_never_run(done):
+    folder, pages = done.files["page"].parent, []
+    for words in (NASTY, "a cat"):
+        typed = dict.fromkeys(("prompt", "command", "python", "model", "method"), words)
+        attention = {**done.data["attention"], "fallbacks": {words: 1}}
+        pages.append(html.page({**done.data, **typed, "attention": attention}, folder))
+    assert shown_as_text(*pages)
+    # title, prompt, caption, reason, Python, command, settings
+    assert sum(NASTY in text for text in Reader(pages[0]).shown) == 7
 
 
 def test_large_clips_stay_beside_the_page(done, monkeypatch):

@@ -55,7 +55,8 @@ def test_the_embedded_model_ships_and_its_training_does_not(names):
 
 
 def test_pages_ship(names):
-    here = {p for kind in ("html", "css", "js") for p in (ROOT / "dit_accel").rglob(f"*.{kind}")}
+    kinds = ("*.html", "*.css", "*.js", "pages/*.svg")
+    here = {p for kind in kinds for p in (ROOT / "dit_accel").rglob(kind)}
     assert {str(p.relative_to(ROOT)) for p in here} <= names and here
 
 

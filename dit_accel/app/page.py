@@ -15,6 +15,7 @@ from dit_accel.app.ask import Ask, Limits, Side
 from dit_accel.app.desk import Desk, url
 from dit_accel.app.form import Form
 from dit_accel.app.stop import Cancelled
+from dit_accel.pages.render import render
 
 TITLE = "dit_accel: two clips from the same noise"
 
@@ -104,7 +105,7 @@ def _screens(shown: dict[str, Any]) -> tuple[gr.HTML, gr.HTML]:
     value = stage.recorded(shown[first], _home(first)) if first else stage.waiting(Ask("-"), "")
     screen = gr.HTML(
         value,
-        html_template=asset("stage.html"),
+        html_template=render("app/stage.html", sides=stage.SIDES),
         js_on_load=asset("stage.js"),
         apply_default_css=False,
         elem_id="stage",
@@ -198,5 +199,5 @@ def _buttons(running: bool) -> tuple[Any, Any]:
 
 def _still(value: Any, error: Exception | None) -> list[Any]:
     """Outputs when nothing runs: the stage as given, and the reason if something went wrong."""
-    note = f"<p role=alert>{views.sentence(error)}</p>" if error else ""
+    note = views.alert(error) if error else ""
     return [value, gr.skip(), note, *_buttons(running=False)]

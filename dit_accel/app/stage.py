@@ -6,9 +6,9 @@ from typing import Any
 
 from dit_accel.app.ask import Ask
 from dit_accel.app.studio import Progress, Run
-from dit_accel.app.views import seconds
+from dit_accel.app.views import SIDES
+from dit_accel.pages.figures import seconds
 
-SIDES = ("left", "right")
 WAITING = "waiting for the machine"
 WORDS = {
     "encode": "reading the prompt",

@@ -19,7 +19,7 @@ from dit_accel.cli.progress import Progress
 from dit_accel.cli.session import load, notices, slug
 from dit_accel.generation.loading import find_model
 from dit_accel.media.files import check_folder
-from dit_accel.pages.figures import headline, time_rows
+from dit_accel.pages.comparison import headline, times
 from dit_accel.parallel import launcher as ranks
 
 
@@ -63,7 +63,7 @@ def _print_comparison(data: dict[str, Any], folder: Path) -> None:
     table.add_column("")
     for name in ("dense", f"accelerated ({data['method']})", "speed-up"):
         table.add_column(name, justify="right")
-    for name, *values in time_rows(data):
+    for name, *values in times(data):
         table.add_row(name, *values, style="bold" if name == "denoising loop" else "")
     screen.print(f"\n[bold]{headline(data)}[/bold]\n")
     screen.print(table)

@@ -4,17 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 200
 LEFT, RIGHT, TOP, BOTTOM = 42, 4, 8, 20
 
 
+class Chart(NamedTuple):
+    """A drawing, and the unit of its values."""
+
+    drawing: Markup
+    unit: str
+
+
+def step_chart(steps: Mapping[str, Sequence[float]]) -> Chart | None:
+    """Seconds of each denoising step of each run, drawn in ms where all are short; None where a
+    pipeline does not report its steps."""
+    if not all(steps.values()):
+        return None
+    short = max(max(line) for line in steps.values()) < 1
+    series = {name: [1000 * x if short else x for x in line] for name, line in steps.items()}
+    unit = "ms" if short else "s"
+    return Chart(lines(series, "step", unit, from_zero=True), unit)
+
+
 def lines(
     series: Mapping[str, Sequence[float]], axis: str, unit: str, from_zero: bool = False
-) -> str:
+) -> Markup:
     """One SVG with a line per series (its key is the CSS class), numbered from 1.
 
-    `axis` and `unit` name the values shown under the pointer.
+    `axis` and `unit` name the values shown under the pointer; these words and the keys are ours,
+    never a visitor's: they are not escaped.
     """
     values = [v for line in series.values() for v in line]
     marks = ticks(0.0 if from_zero else min(values), max(values))
@@ -36,7 +58,8 @@ def lines(
             dots = ((x(i), y(v)) for i, v in enumerate(line))
             parts += [f"<circle class={name} cx={a:.1f} cy={b:.1f} r=2.2 />" for a, b in dots]
     parts += [_hover(series, i, axis, unit, x(i), x(1) - x(0)) for i in range(count)]
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{"".join(parts)}</svg>'
+    drawn = "".join(parts)
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{drawn}</svg>')
 
 
 def _grid(y: float, label: str) -> str:

@@ -1,25 +1,36 @@
-"""The figures of a comparison as text: headline, times, closeness, what ran."""
+"""What pages and commands say of two runs: times, closeness, what ran. Text, no markup."""
 
 from __future__ import annotations
 
-from html import escape
+from collections.abc import Mapping
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
+
+IDENTICAL_DB = 100  # PSNR of equal frames, as media.quality gives it
+PHASES = {
+    "encode": "text",
+    "denoise": "denoising loop",
+    "decode": "decoding",
+    "total": "whole run",
+    "median_step": "median step",
+}
 
 
-def headline(data: dict[str, Any]) -> str:
-    """Such as "1.30× faster, 31.2 dB": ratio of the denoising loops, mean PSNR against dense."""
-    ratio, near = data["speedup"]["denoise"], data["quality"]
+def headline(ratio: float, near: Mapping[str, Any], skipped: bool = True) -> str:
+    """Such as "1.30× faster, 31.2 dB": ratio of the denoising loops, mean PSNR to the first clip.
+
+    near: the quality of report.json. skipped: whether either run left something out; where
+    nothing was, any difference in time is noise.
+    """
     speed = f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
-    skipped = data["kept"] < 1 or data.get("boost", {}).get("step_cache") is not None
-    if not skipped:  # any difference in time is noise
-        speed = "no attention skipped"
-    close = "identical" if min(near["psnr"]) >= 100 else f"{near['psnr_mean']:.1f}\u00a0dB"
-    return f"{speed}, {close}"
+    same = min(near["psnr"]) >= IDENTICAL_DB
+    close = decibels(IDENTICAL_DB if same else near["psnr_mean"]).replace(" ", "\u00a0")
+    return f"{speed if skipped else 'no attention skipped'}, {close}"
 
 
-def _device(machine: dict[str, Any]) -> str:
-    return machine["gpu"] or f"{machine['threads']} threads of {machine['cpu']}"
+def decibels(value: float) -> str:
+    """A PSNR: "31.2 dB", or "identical"."""
+    return "identical" if value >= IDENTICAL_DB else f"{value:.1f} dB"
 
 
 def seconds(value: float) -> str:
@@ -27,52 +38,72 @@ def seconds(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f} s"
 
 
-def time_rows(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(phase, dense, accelerated, speed-up) as text; no speed-up for what is not accelerated."""
-    sides = [dict(data["times"][side]) for side in ("dense", "accelerated")]
-    names = {"encode": "text", "denoise": "denoising loop", "decode": "decoding"}
-    names |= {"total": "whole run"}
-    if "median_step" in data["speedup"]:
-        names["median_step"] = "median step"
+def device(machine: Mapping[str, Any]) -> str:
+    """The GPU, or the threads of the CPU, of a machine.describe()."""
+    count = machine["threads"]
+    return machine["gpu"] or f"{count} thread{'s' * (count != 1)} of {machine['cpu']}"
+
+
+def clip(size: tuple[int, int, int], fps: float) -> str:
+    """(frames, height, width) as "832 × 480, 81 frames at 16 fps"."""
+    count, height, width = size
+    return f"{width} × {height}" + (f", {count} frames at {fps:g} fps" if count > 1 else "")
+
+
+def time_rows(
+    first: Mapping[str, Any], second: Mapping[str, Any], ratios: Mapping[str, float]
+) -> list[tuple[str, str, str, str]]:
+    """(phase, first, second, speed-up) as text; no speed-up for what has no ratio.
+
+    first, second: seconds of each phase, and of the steps. A median step is told where it has a
+    ratio.
+    """
+    sides = [dict(first), dict(second)]
+    if "median_step" in ratios:
         for side in sides:
             side["median_step"] = median(side["steps"])
-    ratios = {key: f"{ratio:.2f}×" for key, ratio in data["speedup"].items()}
     return [
-        (name, *(seconds(side[key]) for side in sides), ratios.get(key, ""))
-        for key, name in names.items()
+        (
+            name,
+            *(seconds(side[key]) for side in sides),
+            f"{ratios[key]:.2f}×" if key in ratios else "",
+        )
+        for key, name in PHASES.items()
+        if key in sides[0]
     ]
 
 
-def _times(data: dict[str, Any]) -> str:
-    return "".join(
-        f"<tr{' class=strong' if name == 'denoising loop' else ''}><th scope=row>{name}</th>"
-        f"{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-        for name, *values in time_rows(data)
-    )
-
-
-def _closeness(data: dict[str, Any]) -> str:
-    near, many = data["quality"], len(data["quality"]["psnr"]) > 1
-    worst = f"<span>worst frame {min(near['psnr']):.1f} dB</span>" if many else ""
-    rows = {"PSNR": f"{near['psnr_mean']:.1f} dB{worst}", "SSIM": f"{near['ssim_mean']:.4f}"}
+def closeness_rows(near: Mapping[str, Any], other: str) -> list[tuple[str, str, str]]:
+    """(measure, value, what stands beside it) as text; `other` names the clip compared with."""
+    many = len(near["psnr"]) > 1
+    worst = f"worst frame {min(near['psnr']):.1f} dB" if many else ""
+    rows = [
+        ("PSNR", f"{near['psnr_mean']:.1f} dB", worst),
+        ("SSIM", f"{near['ssim_mean']:.4f}", ""),
+    ]
     if "latent_error" in near:
-        rows["latents, relative error"] = f"{near['latent_error']:.3f}"
+        rows.append(("latents, relative error", f"{near['latent_error']:.3f}", ""))
     if many:
         before, after = near["flicker"]
-        rows["change from frame to frame"] = f"{after:.2f}<span>dense {before:.2f}</span>"
-    return "".join(f"<tr><th scope=row>{k}</th><td>{v}</td></tr>" for k, v in rows.items())
+        rows.append(("change from frame to frame", f"{after:.2f}", f"{other} {before:.2f}"))
+    return rows
 
 
-def _ran(attention: dict[str, Any]) -> str:
-    sparse = sum(layer["sparse"] for layer in attention["layers"])
-    dense = sum(layer["dense"] for layer in attention["layers"])
-    served = ", ".join(f"{escape(n)} × {c}" for n, c in attention["implementations"].items())
-    marks = dict.fromkeys(attention["unplanned"], ", not planned")
-    reasons = "".join(
-        f"<li>{count} × {escape(why)}{marks.get(why, '')}</li>"
-        for why, count in attention["fallbacks"].items()
-    )
-    return (
-        f"<p>{sparse} attention calls ran sparse{f' ({served})' if served else ''}, {dense} ran "
-        f"dense{':' if reasons else '.'}</p><ul>{reasons}</ul>"
+class Ran(NamedTuple):
+    """Calls of attention by kind, the implementations that served them, why some ran dense."""
+
+    sparse: int
+    dense: int
+    served: str
+    reasons: list[str]
+
+
+def ran(report: Mapping[str, Any]) -> Ran:
+    """What ran, from a report's to_dict()."""
+    marks = dict.fromkeys(report["unplanned"], ", not planned")
+    return Ran(
+        sum(layer["sparse"] for layer in report["layers"]),
+        sum(layer["dense"] for layer in report["layers"]),
+        ", ".join(f"{name} × {count}" for name, count in report["implementations"].items()),
+        [f"{count} × {why}{marks.get(why, '')}" for why, count in report["fallbacks"].items()],
     )

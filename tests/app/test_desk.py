@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from asks import ASK, SPARSE
+from typed import NASTY, shown_as_text
 
 from dit_accel.app import examples, outcome, stage, views
 from dit_accel.app.desk import KEPT, Desk
@@ -75,12 +76,16 @@ def test_old_files_are_removed(studio, tmp_path):
     assert [f.exists() for f in folders] == [False] * 3 + [True] * KEPT
 
 
-def test_what_visitors_type_is_escaped(alone, tmp_path):
-    nasty = replace(alone.ask, prompt="<script>alert(1)</script>")
-    data = outcome.record(replace(alone, ask=nasty), tmp_path)
-    html = views.results(data, "base")
-    assert "<script>" not in html and "&lt;script&gt;" in html
-    assert views.sentence(ValueError("<b>no</b>")) == "&lt;b&gt;no&lt;/b&gt;."
+def test_what_visitors_type_is_shown_and_never_run(alone, tmp_path):
+    pages = []
+    for prompt in (NASTY, "a cat"):
+        data = outcome.record(replace(alone, ask=replace(alone.ask, prompt=prompt)), tmp_path)
+        data |= {"model": prompt}
+        pages.append(views.results(data, "base"))
+    assert shown_as_text(*pages)
+    assert shown_as_text(views.alert(ValueError(f"x{NASTY}")), views.alert(ValueError("no")))
+    assert views.alert(ValueError("no")) == "<p role=alert>No.</p>"
+    assert "KeyError" in views.alert(KeyError(NASTY)) and "raw" not in views.alert(KeyError(NASTY))
 
 
 def test_stored_examples_are_whole_and_small():

@@ -12,9 +12,13 @@ from dit_accel.app.studio import Progress
 
 def test_the_heat_map_has_a_cell_per_layer_and_step():
     layers = [{"name": "blocks.0"}, {"name": "blocks.1"}]
-    html = views.heat_map([[1.0, 0.25], [0.5, None]], layers)
-    assert html.count('title="step ') == 3
-    assert "step 1, blocks.1: 25% kept" in html and "step 1, blocks.0: dense" in html
+    found = views.heat_map([[1.0, 0.25], [0.5, None]], layers)
+    titles = [[cell and cell["title"] for cell in row["cells"]] for row in found["rows"]]
+    assert titles == [
+        ["step 1, blocks.0: dense", "step 2, blocks.0: 50% kept"],
+        ["step 1, blocks.1: 25% kept", None],
+    ]
+    assert found["steps"] == [1, 2]
 
 
 def test_the_stage_keeps_a_finished_side_when_the_other_is_cancelled(alone):

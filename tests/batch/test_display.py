@@ -6,6 +6,7 @@ import re
 
 import pytest
 from rich.console import Console
+from typed import NASTY, Reader, shown_as_text
 
 from dit_accel.batch import owner as owners
 from dit_accel.batch.display import Display
@@ -87,6 +88,23 @@ def test_only_what_is_new_is_shown(manifest):
     assert [json.loads(line)["text"] for line in out.getvalue().splitlines()] == ["news"]
 
 
+def test_what_a_job_file_says_is_shown_and_never_run(tmp_path):
+    pages = []
+    for words in (NASTY, "a cat"):
+        manifest = Manifest(tmp_path / str(len(pages)))
+        report = {**REPORT, "after_out_of_memory": [words]}
+        manifest.plan([(1, Job(words)), (2, Job("a dog"))], [(3, words)])
+        for fails in (False, True):
+            [row] = manifest.claim(owners.me())
+            if fails:
+                manifest.fail(row, owners.me(), words)
+            else:
+                manifest.finish(row, owners.me(), f"{row.output}.mp4", 2.0, report)
+        pages.append(write_gallery(manifest).read_text())
+    assert shown_as_text(*pages)
+    assert sum(NASTY in text for text in Reader(pages[0]).shown) == 4  # title, note, two lists
+
+
 def test_the_page_and_the_summary(manifest):
     work(manifest)
     page = write_gallery(manifest).read_text()
@@ -95,7 +113,7 @@ def test_the_page_and_the_summary(manifest):
     assert "a cat &lt;1&gt;" in page and "a cat <1>" not in page
     assert "25% of attention kept" in page and "30.0 dB, held against" in page
     assert "no [luck] &amp; &lt;no&gt; reason" in page
-    assert "Line 5" in page and "unknown key &#x27;&lt;b&gt;&#x27;" in page
+    assert "Line 5" in page and "unknown key &#39;&lt;b&gt;&#39;" in page
     assert "2 clips, 1 failed, 1 line refused, 1 not done yet" in page
     assert not re.search(r"https?://", page)
     summary = summarize(manifest)

@@ -91,7 +91,9 @@ def test_only_what_is_new_is_shown(manifest):
 def test_what_a_job_file_says_is_shown_and_never_run(tmp_path):
     pages = []
     for words in (NASTY, "a cat"):
-        manifest = Manifest(tmp_path / str(len(pages)))
+        folder = tmp_path / str(len(pages))
+        folder.mkdir()
+        manifest = Manifest(folder)
         report = {**REPORT, "after_out_of_memory": [words]}
         manifest.plan([(1, Job(words)), (2, Job("a dog"))], [(3, words)])
         for fails in (False, True):

@@ -82,11 +82,7 @@ def initial(method: SLA, dims: dict[int, int], device: torch.device) -> dict[str
 
     Raises ValueError for weights of another head dimension or of layers that the model lacks.
     """
-    start = {
-        f"layers.{layer}.{part}": x.float()
-        for layer, parts in method._learned.items()
-        for part, x in parts.items()
-    }
+    start = {name: x.float() for name, x in method.tensors().items()}
     fresh: dict[str, Tensor] = {}
     for layer, size in dims.items() if method.linear else ():
         if method.combine == "gate":

@@ -13,9 +13,15 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel import ops
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockTable, block_count
 
 _LONG = 8192
+
+
+def check_rounding(rounding: str) -> None:
+    """ValueError unless the number of kept blocks is rounded "up" or "down"."""
+    if rounding not in ("up", "down"):
+        raise ValueError(f"rounding of the kept blocks is 'up' or 'down', not {rounding!r}")
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Call:
         text_first: where keys hold more tokens than the grid, those come before the visual ones.
         index: int64 permutation of the visual tokens from raster order (CPU), or None for raster.
         layer, step, steps, passname: where in the run; steps is None when unknown.
+        part: which of the pipeline's transformers this is, 0 or 1.
         layers: numbers of the model's layers that run sparse, this one among them.
         refresh: the schedule asks methods with a state to rebuild it now.
         stateless: this layer's state finds no room: keep nothing.
@@ -47,6 +54,7 @@ class Call:
     text_first: bool = False
     index: torch.Tensor | None = None
     layer: int = 0
+    part: int = 0
     layers: tuple[int, ...] = (0,)
     step: int = 0
     steps: int | None = None
@@ -80,6 +88,7 @@ class Method:
     stateful: ClassVar[bool] = False
     divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    rounding: ClassVar[str] = "up"  # of the number of kept blocks
 
     def __post_init__(self) -> None:
         if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
@@ -118,7 +127,14 @@ class Method:
 
     def best(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """Forced blocks and the `keep` best by mean score."""
-        return ops.block_table(q, k, call.keep, *self.sizes(q), **self.valid(call))
+        keep = self.share(call.keep, block_count(k.shape[2], self.block_k))
+        return ops.block_table(q, k, keep, *self.sizes(q), **self.valid(call))
+
+    def share(self, keep: float, blocks: int) -> float:
+        """The share of `blocks` that stands for `keep` of them, as this method rounds."""
+        if self.rounding == "up":
+            return keep
+        return max(1, int(keep * blocks)) / blocks
 
     def sizes(self, q: torch.Tensor) -> tuple[int, int]:
         """Tokens in a query block of q [B, H, N, D] and in a key block."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel import ops
-from dit_accel.methods.base import Call, Method
+from dit_accel.methods.base import Call, Method, check_rounding
 from dit_accel.ops.checks import check_precision
 
 
@@ -17,6 +17,7 @@ class TopK(Method):
     """Each query block attends exactly to the key blocks whose means score highest.
 
     Args:
+        rounding: of the number of blocks kept, "up" or "down".
         precision: None, or "int8" for attention in eight bits (ops.block_sparse_attention).
     """
 
@@ -29,9 +30,11 @@ class TopK(Method):
     }
 
     precision: str | None = None
+    rounding: str = "up"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_rounding(self.rounding)
         check_precision(self.precision)
 
     def __call__(

@@ -92,7 +92,8 @@ def test_the_fine_tuned_sla_fits_the_model_and_changes_it():
     method = resolve(folder / "preset.json").method
     layers = len(pipe.transformer.blocks)
     method.check(pipe.transformer.config.attention_head_dim, layers)
-    assert sorted(method._learned) == list(range(layers)) and method.keep == 0.05
+    assert sorted(method._learned) == [(0, layer) for layer in range(layers)]
+    assert method.keep == 0.05
     noisy, text = torch.randn(1, 16, 5, 8, 8), torch.randn(1, 8, pipe.transformer.config.text_dim)
     with torch.no_grad():
         expected = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]

@@ -80,7 +80,7 @@ def test_the_result_loads_into_sla_and_is_what_was_measured(settings, done):
     teacher, errors = Teacher(pipe.transformer, "projection"), {}
     for weights in (None, f"{settings.out}/sla.safetensors"):
         method = SLA(keep=0.3, weights=weights)
-        tensors = {f"layers.{i}.{x}": t for i, p in method._learned.items() for x, t in p.items()}
+        tensors = method.tensors()
         assert set(tensors) == set(load_file(weights) if weights else ())
         student = Student(pipe.transformer, {n: torch.nn.Parameter(x) for n, x in tensors.items()})
         errors[weights] = velocity_error(student, teacher, batches, replace(settings))

@@ -138,3 +138,28 @@ def test_weights_of_another_model_are_refused_before_generation():
     with pytest.raises(ValueError, match="name layer 2, but this model has 2"):
         dit_accel.accelerate(pipe, SLA().with_weights(learned(64, layers=3)))
     assert "_dit_accel" not in pipe.transformer.__dict__
+
+
+@pytest.mark.parametrize("kind", [SLA, TopK])
+def test_the_kept_count_as_the_checkpoint_was_trained(kind):
+    """0.3 of 5 blocks is 1.5: two, or one where the count is cut off."""
+    q, k, _ = qkv()
+    cases = ((0.3, "up", 2), (0.3, "down", 1), (0.1, "down", 1), (1, "down", 5))
+    for keep, rounding, count in cases:
+        table = kind(keep=keep, rounding=rounding).select(q, k, Call(keep=keep))
+        assert table.counts.eq(count).all()
+    with pytest.raises(ValueError, match="rounding of the kept blocks is 'up' or 'down'"):
+        kind(rounding="nearest")
+
+
+def test_a_second_transformer_may_have_weights_of_its_own(tmp_path):
+    q, k, v = qkv()
+    first, second = learned(), learned()
+    names = {f"transformer_2.{name}": x for name, x in second.items()}
+    SLA(keep=0.4).with_weights(first | names).save(tmp_path / "both.safetensors")
+    method = SLA(keep=0.4, weights=str(tmp_path / "both.safetensors"))
+    for part, tensors in ((0, first), (1, second)):
+        alone = SLA(keep=0.4).with_weights(tensors)
+        expected = alone(q, k, v, Call(keep=0.4))
+        assert torch.equal(method(q, k, v, Call(keep=0.4, part=part)), expected)
+        assert torch.equal(alone(q, k, v, Call(keep=0.4, part=1)), expected)

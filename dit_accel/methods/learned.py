@@ -1,0 +1,135 @@
+"""Methods with learned tensors: their names, their file, and the form they were trained in."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from dit_accel.methods.base import Call, Method
+
+SECOND = "transformer_2."  # before the names of the second of a pipeline's two transformers
+Place = tuple[int, int]  # transformer, layer
+
+
+@dataclass(frozen=True)
+class Learned(Method):
+    """A method that reads tensors of its own in each layer.
+
+    They are called "layers.<i>.<part>"; those of a second transformer that has its own,
+    "transformer_2.layers.<i>.<part>". A layer without any runs without what they are for.
+
+    Args:
+        weights: a .safetensors file of `save`, trained in the same form; None is untrained.
+
+    Raises ValueError for weights of another form.
+    """
+
+    weights: str | None = None
+
+    form: ClassVar[tuple[str, ...]] = ()  # the options that training fixes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_learned", {} if self.weights is None else self._load())
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of a layer's tensors → what they are."""
+        raise TypeError(f"{type(self).__name__} names no learned tensors")
+
+    def check_layer(self, layer: int, parts: Mapping[str, Tensor]) -> None:
+        """ValueError where a layer's tensors do not fit together."""
+
+    def idle(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether a layer with these tensors is as one without."""
+        return False
+
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> Self:
+        """A copy that uses these tensors, by name. Parameters stay parameters: gradients reach
+        them."""
+        learned: dict[Place, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            place, part = self._place(name)
+            learned.setdefault(place, {})[part] = tensor
+        for place, parts in list(learned.items()):
+            self.check_layer(place[1], parts)
+            if self.idle(parts):
+                del learned[place]
+        new = copy.copy(self)
+        object.__setattr__(new, "_learned", learned)
+        return new
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The learned tensors by the names that `with_weights` takes."""
+        return {
+            f"{SECOND if second else ''}layers.{layer}.{part}": x
+            for (second, layer), parts in self._learned.items()
+            for part, x in parts.items()
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the learned tensors and the form they belong to as one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.tensors().items()}
+        save_file(tensors, path, {f"dit_accel.{self.name}": json.dumps(self._form())})
+
+    def check(self, head_dim: int | None, layers: int) -> None:
+        """The weights must be of layers that this model has, and of its head_dim."""
+        for (_, layer), parts in self._learned.items():
+            if layer >= layers:
+                raise ValueError(
+                    f"{type(self).__name__}'s weights name layer {layer}, but this model has "
+                    f"{layers} attention layers; load the weights that were trained for it"
+                )
+            self.check_head_dim(layer, parts, head_dim)
+
+    def check_head_dim(self, layer: int, parts: Mapping[str, Tensor], head_dim: int | None) -> None:
+        """ValueError where a layer's tensors are of another head dimension (None: unknown)."""
+
+    def of(self, call: Call, device: torch.device) -> dict[str, Tensor] | None:
+        """The tensors of this call's layer on a device, or None."""
+        own = (call.part, call.layer)
+        place = own if own in self._learned else (0, call.layer)
+        parts = self._learned.get(place)
+        if parts is not None and any(x.device != device for x in parts.values()):
+            parts = self._learned[place] = {name: x.to(device) for name, x in parts.items()}
+        return parts
+
+    def _form(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.form}
+
+    def _place(self, name: str) -> tuple[Place, str]:
+        head, _, part = name.removeprefix(SECOND).rpartition(".")
+        prefix, _, number = head.rpartition(".")
+        if prefix != "layers" or not number.isdigit() or part not in self.parts:
+            names = " or ".join(f"layers.<number>.{x}" for x in self.parts)
+            form = ", ".join(f"{key}={value!r}" for key, value in self._form().items())
+            raise ValueError(f"{type(self).__name__} with {form} takes {names}, not {name!r}")
+        return (int(name.startswith(SECOND)), int(number)), part
+
+    def _load(self) -> dict[Place, dict[str, Tensor]]:
+        from safetensors import safe_open
+
+        if not Path(self.weights).is_file():
+            raise ValueError(f"there is no weights file {self.weights}")
+        kind = type(self).__name__
+        with safe_open(self.weights, "pt") as file:
+            text = (file.metadata() or {}).get(f"dit_accel.{self.name}", "null")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        form = json.loads(text)
+        if not isinstance(form, dict):
+            raise ValueError(f"{self.weights} was not written by {kind}.save: it lacks its form")
+        mine = json.loads(json.dumps(self._form()))
+        wrong = [name for name in self.form if form.get(name) != mine[name]]
+        if wrong:
+            asked = ", ".join(f"{name}={form.get(name)!r}" for name in wrong)
+            raise ValueError(f"{self.weights} was trained with {asked}: give {kind} the same")
+        return self.with_weights(tensors)._learned

@@ -61,6 +61,26 @@ class Schedule:
         if self.refresh is not None and self.refresh < 1:
             raise ValueError(f"refresh is a number of steps ≥ 1 or None, not {self.refresh}")
 
+    def dense_at(self, step: int, steps: int | None) -> str:
+        """Why all layers are dense at `step` of `steps` (None, unknown, ignores shares), or "".
+
+        Raises ValueError for a warm-up that leaves no other step.
+        """
+        if steps is not None and isinstance(self.warmup, int) and self.warmup >= steps:
+            raise ValueError(
+                f"the schedule asks for {self.warmup} dense warm-up steps in a run of {steps}: "
+                "nothing would be accelerated; lower warmup or give a share such as 0.15"
+            )
+        if step < count_steps(self.warmup, steps or 0):
+            return "warm-up step"
+        if steps is not None and step >= steps - count_steps(self.cooldown, steps):
+            return "cool-down step"
+        return ""
+
+    def dense_steps(self, steps: int) -> int:
+        """How many of `steps` are dense in all layers."""
+        return sum(bool(self.dense_at(step, steps)) for step in range(steps))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -81,23 +101,16 @@ class Plan:
     def action(self, step: int, steps: int | None, layer: int) -> Action:
         """Dense or sparse for `layer` at `step` of `steps`; None steps (unknown) ignores shares."""
         s = self.schedule
-        known = steps if steps is not None else 0
-        first = count_steps(s.warmup, known)
-        if steps is not None and isinstance(s.warmup, int) and s.warmup >= steps:
-            raise ValueError(
-                f"the schedule asks for {s.warmup} dense warm-up steps in a run of {steps}: "
-                "nothing would be accelerated; lower warmup or give a share such as 0.15"
-            )
-        if step < first:
-            return Action(None, "warm-up step")
-        if steps is not None and step >= steps - count_steps(s.cooldown, steps):
-            return Action(None, "cool-down step")
+        reason = s.dense_at(step, steps)
+        if reason:
+            return Action(None, reason)
         if layer in self._layers(s.dense_layers):
             return Action(None, "dense layer")
         keep = {i % self.layers: k for i, k in s.layer_keep}.get(layer, self.keep)
         if keep >= 1:
             return Action(None, "keep = 1")
-        refresh = step == first or bool(s.refresh and (step - first) % s.refresh == 0)
+        since = step - count_steps(s.warmup, steps or 0)
+        refresh = since == 0 or bool(s.refresh and since % s.refresh == 0)
         return Action(keep, refresh=refresh)
 
     def sparse_layers(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ def kinds(p, steps, layer=0):
 )
 def test_dense_steps(options, steps, expected):
     assert "".join(kinds(plan(**options), steps)) == expected
+    assert Schedule(**options, dense_layers=(0,)).dense_steps(steps) == expected.count("d")
 
 
 def test_dense_layers_count_from_both_ends():

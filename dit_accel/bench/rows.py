@@ -26,7 +26,6 @@ from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
 from dit_accel.pruning.step_cache import LEADERS
-from dit_accel.schedule import Plan
 
 ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "int8", "nowarmup")
 TOGETHER = "pooled@0.1+cudnn+compile+prune+cache"
@@ -199,12 +198,11 @@ def whole_run(row: Row, steps: int) -> list[str]:
     on what the model's weights make of the prompt.
     """
     prune, method = TokenPruning(), row.method
-    plan = Plan(row.schedule, 0.5, 1)
     kinds, full, remembered, first = [], 0, None, None
     for step in range(steps):
-        action = plan.action(step, steps, 0)
-        first = step if first is None and action.keep is not None else first
-        if action.keep is None:
+        dense = row.schedule.dense_at(step, steps)
+        first = step if first is None and not dense else first
+        if dense:
             kind = "dense"
         elif "cache" in row.added and (step - first) % 2:
             kind = "skipped"

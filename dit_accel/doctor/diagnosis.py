@@ -15,7 +15,7 @@ from dit_accel.methods.stateful import Remembering
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Geometry
 from dit_accel.pruning import step_cache
-from dit_accel.schedule import Plan, Schedule
+from dit_accel.schedule import Schedule
 
 WORTH = 1.1  # a smaller gain is within what a busy machine varies by
 
@@ -92,11 +92,6 @@ def diagnose(
     times: method → seconds of each kind of block, or why it did not run. seen: shape of q
     [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were.
     """
-    """Put together what was found.
-
-    times: method → seconds of each kind of block, or why it did not run. seen: shape of q
-    [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were.
-    """
     forward = sum(layer.count * layer.dense for layer in layers)
     share = 1 - sum(layer.count * layer.hollow for layer in layers) / forward
     outlook = [_outlook(name, found, layers, share, steps) for name, found in times.items()]
@@ -151,11 +146,10 @@ def _outlook(
 
 def dense_steps(method: Method, steps: int) -> int:
     """Steps of a run that are dense in the usual schedule, a state's full steps included."""
-    plan = Plan(Schedule(), 0.5, 1)
-    dense = [plan.action(step, steps, 0).keep is None for step in range(steps)]
+    dense = Schedule().dense_steps(steps)
     if isinstance(method, Remembering):
-        return sum(dense) + -(-(steps - sum(dense)) // method.every(steps))
-    return sum(dense)
+        return dense + -(-(steps - dense) // method.every(steps))
+    return dense
 
 
 def state_bytes(

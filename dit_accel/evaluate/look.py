@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel.api import accelerated
 from dit_accel.config import AccelConfig
-from dit_accel.evaluate.probe import Probe
+from dit_accel.evaluate.probe import Probe, error_of
 from dit_accel.evaluate.rows import Row
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
@@ -90,15 +90,8 @@ class Look:
         action = self.plans[row.name].action(call.step, call.steps, call.layer)
         if action.keep is None:
             return None
-        mine = replace(
-            call,
-            keep=action.keep,
-            refresh=action.refresh,
-            state=call.state.setdefault(f"look {row.digest}", {}),
-            note=lambda table: None,
-        )
-        tried = method(q, k, v, mine).float()
-        return float((tried - out.float()).norm() / out.float().norm())
+        mine = replace(call, keep=action.keep, refresh=action.refresh)
+        return error_of(method, f"look {row.digest}", q, k, v, out, mine)
 
 
 def _group(

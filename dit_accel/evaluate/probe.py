@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import warm_up
-from dit_accel.methods import Call
+from dit_accel.methods import Call, Method
 from dit_accel.methods.dense import Dense
 from dit_accel.schedule import Schedule
 
@@ -38,6 +38,18 @@ class Probe(Dense):
         call.note(None)
         self.see(q, k, v, out, call)
         return out
+
+
+def error_of(
+    method: Method, name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: Call
+) -> float:
+    """‖O − O_dense‖ / ‖O_dense‖ of a watched call which `method` serves, too, unnoted.
+
+    name: what its state is kept by, beside those of others.
+    """
+    state = call.state.setdefault(name, {})
+    tried = method(q, k, v, replace(call, state=state, note=lambda table: None)).float()
+    return float((tried - out.float()).norm() / out.float().norm())
 
 
 def watching(see: See) -> AccelConfig:

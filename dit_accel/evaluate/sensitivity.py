@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dit_accel.api import accelerated
 from dit_accel.config import AccelConfig
-from dit_accel.evaluate.probe import Probe
+from dit_accel.evaluate.probe import Probe, error_of
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import ProgressFn, generate
-from dit_accel.methods import Call, Method
-from dit_accel.schedule import Plan, Schedule
+from dit_accel.methods import Call
+from dit_accel.schedule import Schedule
 
 EVERY = 4  # steps between two looks; a method with a state is followed at every step
 
@@ -71,12 +71,10 @@ def measure(
     books: dict[int, dict[float, list[float]]] = {}
     first: list[str] = []
     looked: list[int] = []
-    plan = Plan(replace(config.schedule, dense_layers=(), layer_keep=()), 0.5, 2**20)
 
     def see(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: Call) -> None:
         first[:] = first or [call.passname]
-        sparse = plan.action(call.step, call.steps, call.layer).keep is not None
-        if not sparse or call.passname != first[0]:
+        if config.schedule.dense_at(call.step, call.steps) or call.passname != first[0]:
             return
         if not looked or call.step - looked[-1] >= (1 if config.method.stateful else EVERY):
             looked.append(call.step)
@@ -84,7 +82,9 @@ def measure(
             return
         ladder = books.setdefault(call.layer, {keep: [] for keep in keeps})
         for keep in keeps:
-            ladder[keep].append(error_of(replace(config.method, keep=keep), q, k, v, out, call))
+            tried = replace(call, keep=keep, refresh=False)
+            method = replace(config.method, keep=keep)
+            ladder[keep].append(error_of(method, f"try {keep}", q, k, v, out, tried))
 
     watched = replace(
         config, method=Probe(see=see), schedule=Schedule(warmup=0), prune=None, min_tokens=0
@@ -98,11 +98,3 @@ def measure(
             "or the model's attention must stay dense (see dit-accel doctor)"
         )
     return Sensitivity(errors)
-
-
-def error_of(method: Method, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: Call) -> float:
-    """Relative error of one call; a state is kept apart for each keep."""
-    state = call.state.setdefault(f"try {method.keep}", {})
-    mine = replace(call, keep=method.keep, state=state, refresh=False, note=lambda table: None)
-    tried = method(q, k, v, mine).float()
-    return float((tried - out.float()).norm() / out.float().norm())

@@ -20,7 +20,7 @@ from dit_accel.evaluate.study import Study
 from dit_accel.generation.run import ProgressFn
 from dit_accel.media.files import atomic
 from dit_accel.pages.scatter import Point, scatter
-from dit_accel.schedule import Plan, Schedule
+from dit_accel.schedule import Schedule
 
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 METHODS = ("pooled", "topk")
@@ -110,7 +110,7 @@ class Search:
         """Whether even the cheapest choice that is left costs more than the best one so far."""
         if self.best is None or self.goal.psnr is None:
             return False
-        dense = _dense_share(template.schedule, self.study.steps)
+        dense = template.schedule.dense_steps(self.study.steps) / self.study.steps
         share = self.study.share
         return share * (dense + (1 - dense) * kept) + 1 - share >= self.best.work
 
@@ -251,11 +251,6 @@ def _thinned(limits: Sequence[float]) -> list[float]:
     if len(limits) <= CHOICES:
         return list(limits)
     return [limits[round(i * (len(limits) - 1) / (CHOICES - 1))] for i in range(CHOICES)]
-
-
-def _dense_share(schedule: Schedule, steps: int) -> float:
-    plan = Plan(schedule, 0.5, 1)
-    return fmean(plan.action(step, steps, 0).keep is None for step in range(steps))
 
 
 def _why(cell: dict[str, Any]) -> str:

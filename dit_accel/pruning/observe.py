@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dit_accel.forward.clock import Clock
 from dit_accel.pruning.config import TokenPruning
-from dit_accel.pruning.criteria import text_share, transition_variation
+from dit_accel.pruning.criteria import Facts, text_share, transition_variation
+from dit_accel.pruning.restore import Memory
 from dit_accel.pruning.rows import Rows
 
 
@@ -44,6 +45,21 @@ class Observer:
     def enter(self, tokens: Tensor) -> None:
         """The span starts with tokens [B, N, C]."""
         self.probe, self.first = tokens - self.first, None
+
+    def facts(self, tokens: Tensor, known: Memory) -> Facts:
+        """What a criterion is told of tokens [B, N, C] that enter the span."""
+        return Facts(
+            probe=self.probe,
+            reference=known.reference,
+            seen=known.seen,
+            step=self.clock.step,
+            seed=self.prune.seed,
+            block=self.prune.block,
+            transition=self.transition,
+            output=self.output,
+            tokens=tokens,
+            text=self.reading,
+        )
 
     def watch_attention(self, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """An attention call [B, n, H, D] comes; those of probe blocks tell who reads the text."""

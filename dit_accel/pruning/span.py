@@ -20,7 +20,6 @@ from dit_accel.pipelines.base import SpanSite
 from dit_accel.pruning import step_cache
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.context import Context
-from dit_accel.pruning.criteria import Facts
 from dit_accel.pruning.observe import Observer
 from dit_accel.pruning.restore import RESTORES, Memory, Past
 from dit_accel.pruning.rows import Rows
@@ -149,18 +148,7 @@ class Span:
         known = self.memory.get(clock.passname)
         if known is None or known.residual.shape != tokens.shape:
             return
-        facts = Facts(
-            probe=seen.probe,
-            reference=known.reference,
-            seen=known.seen,
-            step=clock.step,
-            seed=self.prune.seed,
-            block=self.prune.block,
-            transition=seen.transition,
-            output=seen.output,
-            tokens=tokens,
-            text=seen.reading,
-        )
+        facts = seen.facts(tokens, known)
         due = self.prune.prunes(clock.step, clock.steps, known.full)
         self.rows.index = self.selection.of(facts, self.rows, self.part, due)
 

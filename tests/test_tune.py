@@ -14,11 +14,10 @@ from dit_accel.config import AccelConfig, resolve
 from dit_accel.evaluate import Study, tune
 from dit_accel.evaluate.probe import watching
 from dit_accel.evaluate.rows import Row
-from dit_accel.evaluate.sensitivity import Sensitivity, error_of, measure
+from dit_accel.evaluate.sensitivity import Sensitivity, measure
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
-from dit_accel.methods import Call
 from dit_accel.schedule import Schedule
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
@@ -86,13 +85,11 @@ def test_a_method_with_a_state_is_followed_from_step_to_step(loaded):
     assert all(error > 0 for error in errors)  # the first step alone, which is full, has none
 
 
-def test_states_of_two_keeps_are_apart():
-    q, k, v = torch.randn(3, 1, 2, 128, 64).unbind()
-    call = Call(keep=1.0, grid=(2, 8, 8))
-    out = F.scaled_dot_product_attention(q, k, v)
-    for keep in (0.3, 0.6):
-        assert error_of(dit_accel.Rettention(keep), q, k, v, out, call) < 1e-5
-    assert set(call.state) == {"try 0.3", "try 0.6"}
+def test_states_of_two_keeps_are_apart(loaded):
+    config = replace(TEMPLATE, method=dit_accel.Rettention())
+    both = measure(*loaded, Request("a cat"), config, (0.3, 0.6)).errors
+    alone = measure(*loaded, Request("a cat"), config, (0.6,)).errors
+    assert {layer: row[0.6] for layer, row in both.items()} == {n: r[0.6] for n, r in alone.items()}
 
 
 def test_nothing_to_measure_is_said(loaded):

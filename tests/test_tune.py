@@ -18,6 +18,7 @@ from dit_accel.evaluate.sensitivity import Sensitivity, measure
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
+from dit_accel.media.quality import quality
 from dit_accel.schedule import Schedule
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
@@ -184,7 +185,7 @@ def test_the_preset_is_what_was_measured(loaded, tmp_path):
     with dit_accel.accelerated(pipe, tmp_path / "preset.json"):
         made = generate(pipe, defaults, Request("a dog"))
     dense = generate(pipe, defaults, Request("a dog"))
-    assert dit_accel.metrics.quality(dense.frames, made.frames).psnr_mean == pytest.approx(
+    assert quality(dense.frames, made.frames).psnr_mean == pytest.approx(
         done["on_held_out"]["psnr"]
     )
     before = (tmp_path / "cells.jsonl").read_bytes()

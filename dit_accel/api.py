@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from dit_accel.config import DEFAULT, AccelConfig, resolve
+from dit_accel.forward.clock import Clock
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter
 from dit_accel.pipelines.registry import transformers_of
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.config import resolve as pruning
+from dit_accel.pruning.span import Span
 from dit_accel.runtime import patch
 from dit_accel.runtime.assemble import assemble
 from dit_accel.runtime.engine import Engine
@@ -36,6 +38,16 @@ class Handle:
     def active(self) -> bool:
         """False once restored or replaced by a later `accelerate`."""
         return any(_holder(entry.transformer) is self for entry in self._patches)
+
+    @property
+    def clock(self) -> Clock:
+        """Step, guidance pass and token grid of the forward that ran last."""
+        return self._engine.clock
+
+    @property
+    def spans(self) -> list[Span]:
+        """The token pruning of each transformer; empty without any."""
+        return self._engine.spans
 
     def report(self) -> Report:
         """What ran since `accelerate`: print it, or take `.to_dict()`."""

@@ -84,11 +84,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule bound to a method's keep and a model's number of layers."""
+    """A schedule bound to a method's keep and a model's number of layers.
+
+    always: the method runs at keep = 1, too, where others leave the call to the user's backend.
+    """
 
     schedule: Schedule
     keep: float
     layers: int
+    always: bool = False
 
     def __post_init__(self) -> None:
         for layer in (*self.schedule.dense_layers, *(i for i, _ in self.schedule.layer_keep)):
@@ -107,7 +111,7 @@ class Plan:
         if layer in self._layers(s.dense_layers):
             return Action(None, "dense layer")
         keep = {i % self.layers: k for i, k in s.layer_keep}.get(layer, self.keep)
-        if keep >= 1:
+        if keep >= 1 and not self.always:
             return Action(None, "keep = 1")
         since = step - count_steps(s.warmup, steps or 0)
         refresh = since == 0 or bool(s.refresh and since % s.refresh == 0)
@@ -118,8 +122,10 @@ class Plan:
         s = self.schedule
         keep = {i % self.layers: k for i, k in s.layer_keep}
         dense = self._layers(s.dense_layers)
-        sparse = (i for i in range(self.layers) if keep.get(i, self.keep) < 1 and i not in dense)
-        return tuple(sparse)
+        most = 2 if self.always else 1
+        return tuple(
+            i for i in range(self.layers) if keep.get(i, self.keep) < most and i not in dense
+        )
 
     def _layers(self, indices: tuple[int, ...]) -> set[int]:
         return {i % self.layers for i in indices}

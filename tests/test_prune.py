@@ -112,7 +112,7 @@ def test_rope_rows_and_selection_are_those_of_the_kept_tokens(pipe):
     with pruned(pipe, keep=0.5, criterion="stratified") as handle:
         hooks.append(block.register_forward_pre_hook(spy, with_kwargs=True))
         run(pipe, steps=2)
-        index = handle._engine.spans[0].selection.index
+        index = handle.spans[0].selection.index
     for hook in hooks:
         hook.remove()
     assert tokens == [128, 128]  # step 1, both passes
@@ -193,7 +193,7 @@ def test_regional_compile_without_graph_breaks(pipe):
 def test_first_frames_always_run(pipe):
     with pruned(pipe, keep=0.3, anchor_frames=1, criterion="random") as handle:
         run(pipe, steps=3)
-        index = handle._engine.spans[0].selection.index
+        index = handle.spans[0].selection.index
     assert torch.equal(index[:64], torch.arange(64))
 
 

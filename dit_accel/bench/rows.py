@@ -67,8 +67,9 @@ _LEADER = LEADERS["FirstBlockCacheConfig"]
 class NoAttention(Method):
     """Each visual query's output is its value: what is left of a step is not attention."""
 
-    keep: float = 0.5
+    keep: float = 1.0
 
+    always: ClassVar[bool] = True
     name: ClassVar[str] = "none"
     description: ClassVar[str] = "no attention at all"
 

@@ -28,9 +28,6 @@ from dit_accel.generation.request import Request, arguments, unknown_words
 from dit_accel.methods import find
 from dit_accel.parallel import launcher as ranks
 from dit_accel.parallel import ulysses as parallel
-from dit_accel.schedule import Plan
-
-MANY = 2**20  # layers: how many there are is the adapter's to say, here only steps are checked
 
 
 def run_methods() -> None:
@@ -99,9 +96,7 @@ def load(
             parallel.share(pipe, common.ulysses, anything=True)
         defaults = replace(defaults, fps=common.fps or defaults.fps)
         values = arguments(pipe, defaults, request)
-        Plan(config.schedule, config.method.keep, MANY).action(
-            0, values.get("num_inference_steps"), 0
-        )
+        config.schedule.dense_at(0, values.get("num_inference_steps"))
     unknown = unknown_words(pipe, request.prompt)
     if unknown:
         words = ", ".join(repr(word) for word in unknown)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,10 @@ LONG = 0.5  # seconds: a processor runs such a block once in a round
 class Hollow(Dense):
     """No attention core at all: the queries are the output. Notes shape and dtype of q."""
 
+    always: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "keep", 0.5)
         object.__setattr__(self, "seen", [])
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -81,7 +82,7 @@ def _run(patient: Patient, config: AccelConfig) -> tuple[dict[str, float], Handl
         found = {}
         for name, run in calls.items():
             found[name] = _seconds(run, patient.device)
-            handle._engine.clock.step = 1
+            handle.clock.step = 1
             # a method with a state has filled it now, a GPU has compiled its kernels
             slow = found[name] > LONG and patient.device.type == "cpu"
             if config.method.stateful or not slow:
@@ -119,7 +120,7 @@ def examine(
             found, handle = _tried(patient, config)
             best[name] = _faster(best.get(name), found)
             if name == "":
-                geometry, reasons = handle._engine.clock.geometry, handle.report().unplanned
+                geometry, reasons = handle.clock.geometry, handle.report().unplanned
     progress("timing a layer", 1, 1)
     if reasons and not hollow.seen:
         best |= dict.fromkeys(set(best) - {"", "dense"}, next(iter(reasons)))

@@ -14,6 +14,7 @@ from dit_accel.doctor.from_config import Size, family_of, latent_size, sketch
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments, granularity
 from dit_accel.pipelines import registry
+from dit_accel.pipelines.registry import transformers_of
 
 # Tokens that a processor is timed on at most; a GPU runs what is asked.
 MOST = {"cpu": 2048}
@@ -40,7 +41,7 @@ class Patient:
 
     @property
     def transformer(self) -> nn.Module:
-        return getattr(self.pipe, "transformer", None) or self.pipe.transformer_2
+        return transformers_of(self.pipe)[0]
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +70,7 @@ def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Patient:
 
     Raises ValueError for a model without adapter and for a request that does not suit it.
     """
-    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    transformer = transformers_of(pipe)[0]
     registry.find(transformer)
     values = arguments(pipe, defaults, request)
     sizes = [values.get(name) for name in ("num_frames", "height", "width")]

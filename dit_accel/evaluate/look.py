@@ -86,7 +86,9 @@ class Look:
     ) -> float | None:
         method = row.config.method
         if row.name not in self.plans:
-            self.plans[row.name] = Plan(row.config.schedule, method.keep, len(call.layers))
+            self.plans[row.name] = Plan(
+                row.config.schedule, method.keep, len(call.layers), method.always
+            )
         action = self.plans[row.name].action(call.step, call.steps, call.layer)
         if action.keep is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from dit_accel.generation.request import Request
 from dit_accel.generation.run import warm_up
 from dit_accel.methods import Call, Method
 from dit_accel.methods.dense import Dense
+from dit_accel.pipelines.registry import transformers_of
 from dit_accel.schedule import Schedule
 
 See = Callable[[Tensor, Tensor, Tensor, Tensor, Call], None]
-_REACHED = 0.999  # keep = 1 would never come to the method
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Probe(Dense):
 
     see: See = field(default=lambda q, k, v, out, call: None, compare=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "keep", _REACHED)
+    always: ClassVar[bool] = True
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         out = super().__call__(q, k, v, call)
@@ -80,7 +78,7 @@ def attention_share(pipe: Any, defaults: Defaults, request: Request) -> float:
             other = sum(n for op, n in counts if "attention" not in str(op))
             seen.append(attended[0] / (attended[0] + other))
 
-    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    transformer = transformers_of(pipe)[0]
     with accelerated(pipe, watching(see)):
         hooks = (
             transformer.register_forward_pre_hook(begin),

@@ -274,7 +274,7 @@ def kept_work(handle: Handle, share: float) -> tuple[float, float]:
     attention is 1 − f(1 − t²) and the rest 1 − f(1 − t) of a whole forward; of a step that a cache
     skips, the layers that ran count. Overheads of a method (block scores, pooled keys) do not.
     """
-    spans = handle._engine.spans
+    spans = handle.spans
     part = (spans[0].last - spans[0].first) / spans[0].blocks if spans else 0.0
     steps = handle.report().steps
     calls = [s["sparse"] + s["dense"] for s in steps]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
+from dit_accel.pipelines.registry import transformers_of
 
 _OURS = ("hidden_states", "timestep", "return_dict")
 
@@ -69,9 +70,10 @@ def record(pipe: Any, defaults: Defaults, prompt: str) -> Conditions:
 
 
 def _transformer(pipe: Any) -> torch.nn.Module:
-    if getattr(pipe, "transformer_2", None) is not None:
+    found = transformers_of(pipe)
+    if len(found) > 1:
         raise ValueError(f"{type(pipe).__name__} has two transformers: fine-tune takes one")
-    if getattr(pipe, "transformer", None) is None:
+    if not found:
         raise ValueError(f"{type(pipe).__name__} has no transformer to fine-tune")
     scheduler = pipe.scheduler
     flow = "FlowMatch" in type(scheduler).__name__
@@ -80,7 +82,7 @@ def _transformer(pipe: Any) -> torch.nn.Module:
             f"fine-tuning is for flow-matching models, and {type(scheduler).__name__} "
             "is no flow-matching scheduler"
         )
-    return pipe.transformer
+    return found[0]
 
 
 def _read(pipe: Any, transformer: torch.nn.Module, seen: dict[str, Any]) -> Conditions:

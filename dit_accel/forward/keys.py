@@ -6,10 +6,12 @@ does not mind the order of its keys, so they are gathered and a length takes the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dit_accel.pipelines.base import Geometry
 
 
 class Keys(NamedTuple):
@@ -32,6 +34,76 @@ class Keys(NamedTuple):
             return x.index_select(1, self.index)
         rows = torch.arange(x.shape[0], device=x.device)[:, None]
         return x[rows, self.index]
+
+
+class Tokens(NamedTuple):
+    """Which tokens a call of the running forward has.
+
+    geometry: of its keys; a row of those that are seen where tokens are pruned. queries: how many
+    of its queries are visual.
+    """
+
+    geometry: Geometry
+    queries: int
+
+    def parts(self, n: int, n_visual: int) -> tuple[slice, slice]:
+        """Where the visual and where the text tokens lie in a sequence of n."""
+        if self.geometry.text_first:
+            return slice(n - n_visual, n), slice(0, n - n_visual)
+        return slice(0, n_visual), slice(n_visual, n)
+
+    def apart(self, n_queries: int, n_keys: int) -> bool:
+        """Is this one of several calls that make up the attention, and not that of the picture?"""
+        g = self.geometry
+        return g.segments and (n_queries, n_keys) != (self.queries, self.queries + g.n_text)
+
+    def misfit(self, n_queries: int, n_keys: int) -> str:
+        """Why a call with so many queries and keys cannot be this attention, or ""."""
+        g = self.geometry
+        fits = n_keys >= g.n_visual if g.n_text is None else n_keys == g.n_tokens
+        if n_queries - self.queries in (0, n_keys - g.n_visual) and fits:
+            return ""
+        return f"{n_queries} × {n_keys} tokens where the model's geometry says {g.n_tokens}"
+
+
+class Reader:
+    """Reads the keys of a forward's calls, each mask once."""
+
+    def __init__(self) -> None:
+        self._read: dict[Any, tuple[Tensor | None, Keys | str]] = {}
+        self._blocks: dict[tuple, dict[str, Any]] = {}
+
+    def begin(self, fresh: bool) -> None:
+        """A forward starts; `fresh`: so does a generation."""
+        self._read.clear()
+        if fresh:
+            self._blocks.clear()
+
+    def read(self, mask: Tensor | None, n: int, tokens: Tokens, order: Tensor | None) -> Keys | str:
+        """The n keys behind this mask, or why it is not served. order: of the visual keys."""
+        mask = narrow(mask)
+        same = mask is None or tokens.geometry.same_mask
+        name = (None if mask is None else mask.shape, n) if same else id(mask)
+        if name not in self._read:
+            visual, _ = tokens.parts(n, tokens.geometry.n_visual)
+            product = same and mask is not None and mask.ndim == 4 and mask.shape[2] > 1
+            # the mask is held so that its id stays its own; one read by shape needs no holding
+            self._read[name] = (None if same else mask, read(mask, n, visual, order, product))
+        return self._read[name][1]
+
+    def text_blocks(
+        self, n: int, n_visual: int, size: int, text_first: bool, device: torch.device
+    ) -> dict[str, Any]:
+        """Which blocks of n keys hold text, to be read by every query: Call.forced, n_forced."""
+        if n == n_visual:
+            return {}
+        key = (n, n_visual, size, text_first, device)
+        if key not in self._blocks:
+            first = torch.arange(0, n, size)
+            last = (first + size).clamp(max=n)
+            text = first < n - n_visual if text_first else last > n_visual
+            self._blocks[key] = {"forced": text.to(device), "n_forced": int(text.sum())}
+        return self._blocks[key]
 
 
 def narrow(mask: Tensor | None) -> Tensor | None:

@@ -6,6 +6,7 @@ in time and space, so that a block's mean stands for tokens that look alike.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -77,3 +78,36 @@ def inverse(index: torch.Tensor) -> torch.Tensor:
     back = torch.empty_like(index)
     back[index] = torch.arange(index.numel(), device=index.device)
     return back
+
+
+@dataclass
+class Order:
+    """The token order of the forward that runs.
+
+    index: int64 [T·H·W] on its device with x_ordered = x[index], back undoes it; None for raster.
+    carried: the tokens pass through the whole model in this order; otherwise each attention call
+    permutes its own.
+    """
+
+    kind: str
+    tile: Grid
+    index: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+    carried: bool = False
+    _made: tuple[str, Grid, torch.device] | None = None
+
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(index, back), or None for raster."""
+        return None if self.index is None else (self.index, self.back)
+
+    def begin(self, grid: Grid, device: torch.device, carried: bool) -> None:
+        """A forward over this grid starts."""
+        row = sum(n > 1 for n in grid) < 2  # tokens in a row have one order only
+        wanted = ("raster" if row else self.kind, grid, device)
+        if wanted != self._made:  # a copy to the device waits for it: not once per forward
+            index = token_order(wanted[0], grid, self.tile)
+            self.index = None if index is None else index.to(device)
+            self.back = None if index is None else inverse(index).to(device)
+            self._made = wanted
+        self.carried = carried

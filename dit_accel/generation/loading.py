@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_accel.pipelines.registry import SLOTS, transformers_of
+
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
@@ -165,7 +167,7 @@ def _check_index(name: str, index: Path) -> None:
         raise ValueError(
             f"{name} is not a diffusers pipeline: {index.name} is unreadable"
         ) from None
-    if not any((parts.get(slot) or [None])[0] for slot in ("transformer", "transformer_2")):
+    if not any((parts.get(slot) or [None])[0] for slot in SLOTS):
         what = "a UNet" if "unet" in parts else "no transformer"
         raise ValueError(
             f"{name} is a {kind}, which has {what}: only diffusion transformers are accelerated"
@@ -207,6 +209,6 @@ EMBEDDED_NAME = "the embedded model"
 
 def placement(pipe: Any) -> dict[str, str]:
     """Device and dtype of a pipeline, as text."""
-    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    transformer = transformers_of(pipe)[0]
     dtype = str(transformer.dtype).removeprefix("torch.")
     return {"device": str(pipe._execution_device), "dtype": dtype}

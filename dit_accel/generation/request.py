@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dit_accel.generation.loading import Defaults
+from dit_accel.pipelines.registry import transformers_of
 from dit_accel.samplers.grids import Sampler
 
 MAX_SIDE, MAX_FRAMES, MAX_STEPS = 8192, 1025, 1000
@@ -116,7 +117,7 @@ def granularity(pipe: Any) -> tuple[int, int]:
     """(n, t): sides are multiples of n pixels and frames are t·k + 1 for this pipeline."""
     names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
     scale = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 8)
-    transformer = getattr(pipe, "transformer", None) or pipe.transformer_2
+    transformer = transformers_of(pipe)[0]
     patch = getattr(transformer.config, "patch_size", 1)
     patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
     processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)

@@ -86,6 +86,7 @@ class Method:
     paper: ClassVar[str] = ""
     finetuning: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    always: ClassVar[bool] = False  # runs at keep = 1, too, not the user's backend
     divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     rounding: ClassVar[str] = "up"  # of the number of kept blocks

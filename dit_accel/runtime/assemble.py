@@ -26,12 +26,13 @@ def assemble(
     found = [_attentions(a, t) for a, t in zip(adapters, transformers, strict=True)]
     for modules in found:
         config.method.check(head_dim(next(iter(modules.values()))), len(modules))
-    plan = Plan(config.schedule, config.method.keep, len(found[0]))
+    plan = Plan(config.schedule, config.method.keep, len(found[0]), config.method.always)
     engine = Engine(config, plan, Clock(pipe))
     patches = []
-    for transformer, adapter, modules in zip(transformers, adapters, found, strict=True):
-        first = len(engine.layers)
-        engine.layers += [LayerBook(name, number) for number, name in enumerate(modules)]
+    given = zip(transformers, adapters, found, strict=True)
+    for part, (transformer, adapter, modules) in enumerate(given):
+        first = len(engine.books.layers)
+        engine.books.layers += [LayerBook(name, n, part) for n, name in enumerate(modules)]
         span = _span(config, adapter, transformer, engine)
         modules = list(modules.values())
         patches.append(patch.Patch(transformer, adapter, engine, modules, first, span))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
 from dit_accel.machine import Stopwatch
+from dit_accel.table import BlockTable
 
 
 @dataclass
 class LayerBook:
-    """What one layer (`number` in its transformer) did; `kept` sums over its sparse calls."""
+    """What one layer did: number `number` in the pipeline's transformer `part`.
+
+    kept: sums over its sparse calls.
+    """
 
     name: str
     number: int
+    part: int = 0
     sparse: int = 0
     dense: int = 0
     kept: float | torch.Tensor = 0.0
@@ -31,3 +37,45 @@ class StepBook:
     dense: int = 0
     kept: float | torch.Tensor = 0.0
     tokens: float = 1.0
+
+
+@dataclass
+class Books:
+    """All that is counted between `accelerate` and the report.
+
+    layers: of all transformers, one after another. forwards: of the last generation. reasons: why
+    calls ran dense → how many; unplanned: those of them that no schedule asked for. strict: such a
+    call is an error.
+    """
+
+    strict: bool = False
+    layers: list[LayerBook] = field(default_factory=list)
+    forwards: list[StepBook] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    unplanned: set[str] = field(default_factory=set)
+    implementations: dict[str, int] = field(default_factory=dict)
+
+    def dense(self, layer: int, reason: str, planned: bool) -> None:
+        """A call of `layer` ran dense. RuntimeError where it should not have."""
+        if not planned and self.strict:
+            raise RuntimeError(
+                f"layer {self.layers[layer].name} cannot run sparse: {reason}; "
+                "call accelerate with strict=False to let it run dense"
+            )
+        if not planned:
+            self.unplanned.add(reason)
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        for book in (self.layers[layer], self.forwards[-1]):
+            book.dense += 1
+
+    def sparse(self, layer: int, table: BlockTable | None) -> None:
+        """A call of `layer` read the blocks of `table`, or all."""
+        kept = 1.0 if table is None else table.density()
+        for book in (self.layers[layer], self.forwards[-1]):
+            book.sparse += 1
+            book.kept = book.kept + kept
+
+    def served(self, by: Iterable[str]) -> None:
+        """Names of the implementations that ran in a call."""
+        for name in by:
+            self.implementations[name] = self.implementations.get(name, 0) + 1

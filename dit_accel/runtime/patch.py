@@ -153,8 +153,11 @@ class Patch:
         if self.adapter.leave is None or self.engine.config.order == "raster":
             return
         for site in self.adapter.enter:
-            self._site(site, lambda: self.engine.index if self.engine.carried else None)
-        self._site(self.adapter.leave, lambda: self.engine.back if self.engine.carried else None)
+            self._site(site, lambda: self.engine.order.index if self.engine.order.carried else None)
+        self._site(
+            self.adapter.leave,
+            lambda: self.engine.order.back if self.engine.order.carried else None,
+        )
 
     def _site(self, site: Site, index: Callable[[], torch.Tensor | None]) -> None:
         @torch.compiler.disable

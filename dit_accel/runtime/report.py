@@ -54,7 +54,8 @@ class Report:
 
 def build(engine: Engine, model: str) -> Report:
     """Read the engine's books; on CUDA this is where the device is waited for."""
-    layers = [_row(book, name=book.name) for book in engine.layers]
+    books = engine.books
+    layers = [_row(book, name=book.name) for book in books.layers]
     steps = [
         _row(
             book,
@@ -63,7 +64,7 @@ def build(engine: Engine, model: str) -> Report:
             seconds=book.watch.seconds,
             tokens=book.tokens,
         )
-        for book in engine.forwards
+        for book in books.forwards
     ]
     calls = sum(row["sparse"] + row["dense"] for row in layers)
     kept = sum(row["kept"] * (row["sparse"] + row["dense"]) for row in layers)
@@ -74,9 +75,9 @@ def build(engine: Engine, model: str) -> Report:
         kept=kept / calls if calls else 1.0,
         layers=layers,
         steps=steps,
-        fallbacks=dict(engine.reasons),
-        unplanned={k: n for k, n in engine.reasons.items() if k in engine.unplanned},
-        implementations=dict(engine.implementations),
+        fallbacks=dict(books.reasons),
+        unplanned={k: n for k, n in books.reasons.items() if k in books.unplanned},
+        implementations=dict(books.implementations),
         state_bytes=engine.state_bytes(),
         stateless_from=engine.stateless_from,
         generations=engine.clock.generation,

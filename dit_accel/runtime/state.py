@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
+from dit_accel.forward.clock import Clock
 from dit_accel.machine import free_bytes
-
-if TYPE_CHECKING:
-    from dit_accel.runtime.engine import Engine
+from dit_accel.methods import Method
 
 _LOG = logging.getLogger(__name__)
 _SHARE = 0.75  # of the free memory, which a state may take where layers can run without theirs
@@ -26,42 +24,49 @@ class Announcer:
     Passes that are not foreseen (a pipeline that names none) are announced when they first come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, method: Method, clock: Clock) -> None:
+        self._method, self._clock = method, clock
         self._generation, self._covered = -1, 0
         self._seen: set[str] = set()
+        self._stateless_from: int | None = None
 
-    def __call__(self, engine: Engine, q: Tensor, v: Tensor) -> None:
-        """q, v [B, N, H, D]. Logs the bytes. Where they do not fit in free memory, layers of a
-        divisible method do without from `engine.stateless_from` on; else StateTooLarge."""
-        clock, method = engine.clock, engine.config.method
+    def __call__(
+        self,
+        layers: list[int],
+        shape: tuple[int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> int | None:
+        """The first layer that must do without a state, or None. Logs the bytes.
+
+        layers: numbers of those that run sparse, in all transformers. shape: of q (B, H, N, D),
+        without text. StateTooLarge where the state does not fit in free memory, unless layers of
+        the method can run without theirs.
+        """
+        clock, method = self._clock, self._method
         if clock.generation != self._generation:
-            self._generation, self._covered, self._seen = clock.generation, 0, set()
-        if clock.passname in self._seen:
-            return
+            self._generation, self._covered, self._stateless_from = clock.generation, 0, None
+            self._seen = set()
+        seen = clock.passname in self._seen
         self._seen.add(clock.passname)
-        if len(self._seen) <= self._covered:
-            return
+        if seen or len(self._seen) <= self._covered:
+            return self._stateless_from
         passes = max(1, clock.passes - self._covered)
         self._covered += passes
-        sparse = set(engine.plan.sparse_layers())
-        numbers = sorted(book.number for book in engine.layers if book.number in sparse)
-        layers = len(numbers)
-        shape = (q.shape[0], q.shape[2], engine.geometry.n_visual, q.shape[3])
-        each = method.state_bytes(shape, v.dtype) * passes
-        total = each * layers
+        each = method.state_bytes(shape, dtype) * passes
+        total, free = each * len(layers), free_bytes(device)
         what = f"the state of {method.name} takes {total / 2**20:.1f} MiB: "
-        what += f"{layers} layers in {passes} guidance pass{'es' * (passes > 1)}"
-        free = free_bytes(q.device)
+        what += f"{len(layers)} layers in {passes} guidance pass{'es' * (passes > 1)}"
         if method.divisible and free is not None and total > _SHARE * free:
-            first = numbers[int(_SHARE * free) // each]
-            before = engine.stateless_from
-            engine.stateless_from = first if before is None else min(first, before)
-            what += f", but {q.device} has {free / 2**20:.1f} MiB free: layers from "
-            _LOG.info(f"{what}{engine.stateless_from} on run without one")
-            return
+            first, before = layers[int(_SHARE * free) // each], self._stateless_from
+            self._stateless_from = first if before is None else min(first, before)
+            what += f", but {device} has {free / 2**20:.1f} MiB free: layers from "
+            _LOG.info(f"{what}{self._stateless_from} on run without one")
+            return self._stateless_from
         _LOG.info(what)
         if free is not None and total > free:
             raise StateTooLarge(
-                f"{what}, but {q.device} has {free / 2**20:.1f} MiB free; take residual='fp8', "
+                f"{what}, but {device} has {free / 2**20:.1f} MiB free; take residual='fp8', "
                 "more dense_layers, or method='pooled', which keeps nothing"
             )
+        return self._stateless_from

@@ -73,11 +73,11 @@ def row(case: Case) -> tuple[str, ...]:
     model = case.build()
     with dit_accel.accelerated(Pipe(model), TopK(keep=0.3), order="hilbert", **NOW) as handle:
         forward(model, case.arguments())
-        engine = handle._engine
-        if engine.index is None:
+        tokens = handle._engine.order
+        if tokens.index is None:
             order = "raster: no grid"
         else:
-            order = "through the model" if engine.carried else "at each call"
+            order = "through the model" if tokens.carried else "at each call"
     compiled = "no"  # no repeated block
     if repeats(case.name):
         n = graphs(case.name, True)

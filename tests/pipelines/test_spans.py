@@ -71,7 +71,7 @@ def test_the_rows_of_tokens_that_run_are_those_of_the_full_step(model):
     pipe = Pipe(built, steps=2)
     with dit_accel.accelerated(pipe, Dense(), prune=prune, **NOW) as handle:
         pipe.steps(case.arguments)
-        span = handle._engine.spans[0]
+        span = handle.spans[0]
         index, text_first = span.selection.index, span.clock.geometry.text_first
     for hook in hooks:
         hook.remove()
@@ -152,9 +152,8 @@ def test_first_frames_always_run_in_any_order(name, order):
     prune, pipe = TokenPruning(**{**SPAN, **options}), Pipe(case.build(), steps=2)
     with dit_accel.accelerated(pipe, Dense(), prune=prune, order=order, **NOW) as handle:
         pipe.steps(case.arguments)
-        engine = handle._engine
-        index = engine.spans[0].selection.index
-        cells = engine.index[index] if engine.carried and engine.index is not None else index
+        index, tokens = handle.spans[0].selection.index, handle._engine.order
+        cells = tokens.index[index] if tokens.carried and tokens.index is not None else index
     assert set(range(64)) <= set(cells.tolist()) and len(cells) < 192
 
 
@@ -284,7 +283,7 @@ def test_references_that_follow_the_image_are_pruned_with_it(name, criterion):
         for out in pipe.steps(lambda: arguments):
             torch.testing.assert_close(out, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
         assert handle.report().steps[-1]["tokens"] == 0.5
-        index = handle._engine.spans[0].selection.index
+        index = handle.spans[0].selection.index
     if criterion == "velocity":
         assert int(index.max()) < 256
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dit_accel.forward.order import ORDERS, Grid
+from dit_accel.inputs.data import read_object
+from dit_accel.inputs.fields import build, check, expect
 from dit_accel.methods import Method, find
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.schedule import Schedule
@@ -50,6 +53,7 @@ class AccelConfig:
                 f"{self.method.name} keeps a state of all tokens, so it cannot run on pruned ones; "
                 "take another method or prune=None"
             )
+        check(self)
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
         object.__setattr__(self, "tile", tuple(self.tile))
@@ -70,32 +74,22 @@ class AccelConfig:
     def from_dict(cls, data: dict[str, Any]) -> AccelConfig:
         """Inverse of `to_dict`; ValueError names an unknown key."""
         data = dict(data)
-        method = dict(data.pop("method", {}))
-        kind = find(method.pop("name", DEFAULT))
-        parts = {"method": _build(kind, method)}
+        method = data.pop("method", {})
+        expect("method", method, dict)
+        name = method.get("name", DEFAULT)
+        expect("the name of the method", name, str)
+        own = {key: value for key, value in method.items() if key != "name"}
+        parts = {"method": build(find(name), own, "method")}
         if "schedule" in data:
-            parts["schedule"] = _build(Schedule, data.pop("schedule"))
+            parts["schedule"] = build(Schedule, data.pop("schedule"), "schedule")
         if data.get("prune") is not None:
-            parts["prune"] = _build(TokenPruning, data.pop("prune"))
-        return _build(cls, {**data, **parts})
+            parts["prune"] = build(TokenPruning, data.pop("prune"), "prune")
+        return build(cls, {**data, **parts})
 
     def save(self, path: str | Path) -> None:
         """Write a preset file that `accelerate(pipe, "file.json")` loads."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-
-def _build(cls: type, values: dict[str, Any]):
-    known = {f.name for f in fields(cls)}
-    unknown = set(values) - known
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__} has no option {', '.join(sorted(map(repr, unknown)))}: "
-            f"it takes {', '.join(sorted(known))}"
-        )
-    needed = {f.name for f in fields(cls) if f.default is f.default_factory is MISSING}
-    if needed - set(values):
-        raise ValueError(f"{cls.__name__} needs {', '.join(sorted(needed - set(values)))}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
 
 
 def resolve(method: str | Path | Method | AccelConfig, **overrides: Any) -> AccelConfig:
@@ -120,9 +114,9 @@ def resolve(method: str | Path | Method | AccelConfig, **overrides: Any) -> Acce
 
 def named(text: str) -> Method:
     """The method of "name" or "name:preset"."""
-    name, _, preset = text.partition(":")
+    name, colon, preset = text.partition(":")
     kind = find(name)
-    if not preset:
+    if not colon:
         return kind()
     if preset not in kind.presets:
         have = ", ".join(f"{name}:{p}" for p in kind.presets) or "none"
@@ -131,21 +125,17 @@ def named(text: str) -> Method:
 
 
 def _read(path: Path) -> AccelConfig:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"there is no preset file {path}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"preset file {path} is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"preset file {path} holds a {type(data).__name__}, not an object")
+    data = read_object(path, "preset file")
     method = data.get("method")
-    if isinstance(method, dict) and method.get("weights"):
+    if isinstance(method, dict) and isinstance(method.get("weights"), str):
         weights = Path(method["weights"])
         beside = path.parent / weights.name  # wherever the folder has moved
-        if beside.is_file() and not (weights.is_absolute() and weights.is_file()):
+        if os.path.isfile(beside) and not (weights.is_absolute() and os.path.isfile(weights)):
             data["method"] = {**method, "weights": str(beside)}
-    return AccelConfig.from_dict(data)
+    try:
+        return AccelConfig.from_dict(data)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"preset file {path}: {error}") from None
 
 
 # Tokens below which dense attention is the faster one. cpu: `dit-accel bench --crossover` on two

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+from dit_accel.inputs import fields
+
 
 class Action(NamedTuple):
     """What one layer does at one step. `keep` is None for dense; `reason` says why it is dense."""
@@ -17,7 +19,8 @@ class Action(NamedTuple):
 
 def check_share(name: str, value: float | int) -> None:
     """ValueError unless `value` is a share of the steps (float) or a number of them (int)."""
-    if isinstance(value, bool) or value < 0 or (isinstance(value, float) and value > 1):
+    fields.expect(name, value, float)
+    if value < 0 or (isinstance(value, float) and value > 1):
         raise ValueError(f"{name} is a share of the steps in [0, 1] or a number ≥ 0, not {value!r}")
 
 
@@ -50,6 +53,7 @@ class Schedule:
     refresh: int | None = None
 
     def __post_init__(self) -> None:
+        fields.check(self)
         for name in ("warmup", "cooldown"):
             check_share(name, getattr(self, name))
         object.__setattr__(self, "dense_layers", tuple(int(i) for i in self.dense_layers))

@@ -14,11 +14,12 @@ from dit_accel.config import AccelConfig
 from dit_accel.evaluate import Study, clips
 from dit_accel.evaluate.journal import Journal
 from dit_accel.evaluate.rows import DEFAULT, PRUNING, UNTRAINED, Row, rows
-from dit_accel.evaluate.run import Budget, evaluate, read_prompts
+from dit_accel.evaluate.run import Budget, evaluate
 from dit_accel.evaluate.tables import markdown, summary, write
 from dit_accel.generation.loading import EMBEDDED, Defaults, load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
+from dit_accel.inputs.prompts import read_prompts
 from dit_accel.media import quality as metrics
 from dit_accel.methods import find
 from dit_accel.pages.scatter import Point, scatter

@@ -16,11 +16,12 @@ from dit_accel.evaluate import Study, look, perception
 from dit_accel.evaluate.probe import attention_share
 from dit_accel.evaluate.recognition import Recogniser, References
 from dit_accel.evaluate.rows import Row, rows
-from dit_accel.evaluate.run import Budget, evaluate, read_prompts
+from dit_accel.evaluate.run import Budget, evaluate
 from dit_accel.evaluate.tables import attention_mean
 from dit_accel.generation.loading import EMBEDDED, load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
+from dit_accel.inputs.prompts import read_prompts
 from dit_accel.media import quality as metrics
 from dit_accel.methods import Call
 

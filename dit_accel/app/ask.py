@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from dit_accel.config import AccelConfig, named
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
+from dit_accel.inputs import fields
 from dit_accel.pruning.config import resolve as pruning
 from dit_accel.schedule import Schedule
 
@@ -51,7 +52,8 @@ class Side:
     prune: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.warmup, bool) or not 0 <= self.warmup <= 1:
+        fields.check(self)
+        if not 0 <= self.warmup <= 1:
             raise ValueError(f"warm-up is a share of the steps from 0 to 1, not {self.warmup}")
         self.config()
 

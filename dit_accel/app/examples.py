@@ -27,7 +27,7 @@ PAIRS = {
 def stored(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
     """Name → record of every example in `folder`, in the order of `PAIRS`."""
     files = ((name, folder / name / outcome.RECORD) for name in PAIRS)
-    return {name: json.loads(file.read_text()) for name, file in files if file.is_file()}
+    return {name: json.loads(file.read_text("utf-8")) for name, file in files if file.is_file()}
 
 
 def make(studio: Studio, names: Sequence[str] = (), folder: Path = FOLDER) -> None:

@@ -56,7 +56,7 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
     name = "side_by_side." + ("mp4" if moving else "png")
     data["both"] = video.save(folder / name, both, fps).name
     with atomic(folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", "utf-8")
     return data
 
 
@@ -75,7 +75,7 @@ def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str
     python = recipe(config, where, values, pair.ask.seed) + "\n"
     names = {"config": f"{run.name}.json", "script": f"{run.name}.py"}
     config.save(folder / names["config"])
-    (folder / names["script"]).write_text(python)
+    (folder / names["script"]).write_text(python, encoding="utf-8")
     return {
         "label": run.side.label,
         "side": asdict(run.side),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dit_accel.config import DEFAULT, AccelConfig, resolve
 from dit_accel.generation.request import Request
+from dit_accel.inputs.fields import check, shown
 from dit_accel.pruning.config import resolve as pruning
 
 DENSE = "dense"
@@ -54,12 +56,7 @@ class Job:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("prompt", "negative_prompt", "sampler", "image", "method", "name"):
-            _expect(key, getattr(self, key), str, "a text")
-        for key in INTEGERS:
-            _expect(key, getattr(self, key), int, "a whole number")
-        _expect("guidance", self.guidance, (int, float), "a number")
-        _expect("prune", self.prune, (int, float, str), "a share of the tokens or a preset")
+        check(self)
         if self.name is not None and not re.fullmatch(r"[\w][\w .,=+-]{0,150}", self.name):
             raise ValueError(f"name is a file's, without folder and suffix: not {self.name!r}")
         self.request(load=False)
@@ -128,7 +125,7 @@ def check_keys(values: Mapping[str, Any]) -> None:
         if key not in KEYS:
             near = get_close_matches(str(key), KEYS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a job has {', '.join(KEYS)}"
-            raise ValueError(f"unknown key {key!r}: {hint}")
+            raise ValueError(f"unknown key {shown(key)}: {hint}")
 
 
 def open_image(path: str) -> Image.Image:
@@ -147,13 +144,6 @@ def _short(error: BaseException) -> str:
     return "it is no picture" if text.startswith("cannot identify") else text.rstrip(".")
 
 
-def _expect(key: str, value: Any, kind: type | tuple, what: str) -> None:
-    if value is None and key not in ("prompt", "seed", "method"):
-        return
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise ValueError(f"{key} is {what}, not {value!r}")
-
-
 def _is_file(method: str) -> bool:
     return method.endswith(".json")
 
@@ -161,7 +151,7 @@ def _is_file(method: str) -> bool:
 def _configuration(method: str, prune: float | str | None) -> AccelConfig | None:
     if method == DENSE and prune is None:
         return None
-    stamp = Path(method).stat().st_mtime_ns if _is_file(method) and Path(method).exists() else 0
+    stamp = os.stat(method).st_mtime_ns if _is_file(method) and os.path.isfile(method) else 0
     return _resolved(method, prune, stamp)
 
 
@@ -175,7 +165,7 @@ def _resolved(method: str, prune: float | str | None, stamp: int) -> AccelConfig
 
 def _digest(path: str) -> str:
     """sha256 of a picture's bytes, once it has been seen to be a picture."""
-    stat = Path(path).stat() if Path(path).is_file() else None
+    stat = os.stat(path) if os.path.isfile(path) else None
     return _hashed(path, (stat.st_size, stat.st_mtime_ns) if stat else None)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dit_accel.batch.jobs import INTEGERS, Job, check_keys
+from dit_accel.inputs.data import parse
+from dit_accel.inputs.fields import shown
+from dit_accel.inputs.prompts import prompt_lines
+from dit_accel.inputs.table import read_table
+from dit_accel.inputs.text import decode, lines, read_bytes
 
 MAX_JOBS = 100_000
 
@@ -69,7 +72,7 @@ def _build(rows: Rows, defaults: dict[str, Any], base: Path) -> Parsed:
             if isinstance(values, Exception):
                 raise values
             if not isinstance(values, Mapping):
-                raise ValueError(f'a job is an object such as {{"prompt": …}}, not {values!r:.60}')
+                raise ValueError(f'a job is an object such as {{"prompt": …}}, not {shown(values)}')
             if set(values) == {"defaults"}:
                 defaults = _merged(defaults, values["defaults"])
                 continue
@@ -86,7 +89,7 @@ def _build(rows: Rows, defaults: dict[str, Any], base: Path) -> Parsed:
 
 def _merged(defaults: dict[str, Any], more: Any) -> dict[str, Any]:
     if not isinstance(more, Mapping):
-        raise ValueError(f"defaults are an object of keys and values, not {more!r:.60}")
+        raise ValueError(f"defaults are an object of keys and values, not {shown(more)}")
     check_keys(more)
     return {**defaults, **more}
 
@@ -97,6 +100,9 @@ def expand(values: Mapping[str, Any], base: Path = Path()) -> Iterator[Job]:
     for key, options in choices.items():
         if not options:
             raise ValueError(f"{key} is an empty list: no job would come of it")
+    count = math.prod(map(len, choices.values()))
+    if count > MAX_JOBS:
+        raise ValueError(f"its lists make {count} jobs: at most {MAX_JOBS} are taken")
     for picked in itertools.product(*choices.values()):
         job = dict(zip(choices, picked, strict=True))
         for key in ("image", "method"):
@@ -115,80 +121,41 @@ def _claim(taken: dict[str, int], line: int, job: Job) -> None:
 
 
 def _read(path: Path) -> Rows:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return _json_lines(data)
-    if path.suffix.lower() == ".csv":
-        return _csv(path, data)
-    if path.suffix.lower() == ".txt":
-        return _prompts(data)
-    raise ValueError(f"jobs are read from .jsonl, .csv or .txt: not from {path.name!r}")
-
-
-def _lines(data: bytes) -> Iterator[tuple[int, str | ValueError]]:
-    for number, raw in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        try:
-            text = raw.decode().strip()
-        except UnicodeDecodeError:
-            yield number, ValueError("this line is not UTF-8 text")
-            continue
-        if text:
-            yield number, text
+    kinds = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".txt": _prompts}
+    kind = kinds.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"jobs are read from .jsonl, .csv or .txt: not from {path.name!r}")
+    return kind(read_bytes(path, "job file"))
 
 
 def _json_lines(data: bytes) -> Rows:
-    for number, text in _lines(data):
+    for number, text in lines(data):
         if isinstance(text, ValueError):
             yield number, text
             continue
         try:
-            yield number, json.loads(text, object_pairs_hook=_no_duplicates)
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"not JSON: {error.msg} at column {error.colno}")
+            yield number, parse(text)
         except ValueError as error:
             yield number, error
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} is there twice")
-        found[key] = value
-    return found
-
-
 def _prompts(data: bytes) -> Rows:
-    for number, text in _lines(data):
-        if isinstance(text, ValueError):
-            yield number, text
-        elif not text.startswith("#"):
-            yield number, {"prompt": text}
+    for number, text in prompt_lines(data):
+        yield number, text if isinstance(text, ValueError) else {"prompt": text}
 
 
-def _csv(path: Path, data: bytes) -> Rows:
+def _csv(data: bytes) -> Rows:
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: export it as UTF-8") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        check_keys(dict.fromkeys(reader.fieldnames or ()))
-        for row in reader:
-            yield reader.line_num, _cells(row)
-    except (csv.Error, ValueError) as error:
-        yield max(1, reader.line_num), ValueError(str(error))
+        rows = read_table(decode(data))
+        for number, row in rows:
+            yield number, row if isinstance(row, ValueError) else _cells(row)
+    except ValueError as error:
+        yield 1, error
 
 
-def _cells(row: dict[str | None, Any]) -> dict[str, Any] | ValueError:
-    if None in row:
-        return ValueError(f"this row has {len(row[None])} cell(s) more than the heading")
-    filled = {key: value for key, value in row.items() if value not in (None, "")}
+def _cells(row: dict[str, str]) -> dict[str, Any] | ValueError:
     try:
-        return {key: parse_value(key, value) for key, value in filled.items()}
+        return {key: parse_value(key, value) for key, value in row.items() if value != ""}
     except ValueError as error:
         return error
 
@@ -198,14 +165,14 @@ def parse_value(key: str, text: str) -> Any:
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            return parse(text)
+        except ValueError as error:
             if key != "prompt":
-                raise ValueError(f"{key}: {text} is no JSON list ({error.msg})") from None
+                raise ValueError(f"{key}: {shown(text)} is no JSON list ({error})") from None
     if key not in (*INTEGERS, "guidance"):
         return text
     try:
         return float(text) if key == "guidance" else int(text)
     except ValueError:
         kind = "a number" if key == "guidance" else "a whole number"
-        raise ValueError(f"{key} is {kind}, not {text!r}") from None
+        raise ValueError(f"{key} is {kind}, not {shown(text)}") from None

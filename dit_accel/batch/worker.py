@@ -20,6 +20,7 @@ from dit_accel.batch.writer import FULL, Finished, Writer
 from dit_accel.generation.boost import Boost
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
+from dit_accel.inputs.fields import check
 from dit_accel.machine import is_device_lost, is_out_of_memory
 
 BEAT = 1.0
@@ -53,6 +54,7 @@ class Settings:
     wait_for_space: float = 300.0
 
     def __post_init__(self) -> None:
+        check(self)
         for name, least in (("batch", 1), ("retries", 0), ("timeout", 0), ("wait_for_space", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is at least {least}, not {getattr(self, name)}")

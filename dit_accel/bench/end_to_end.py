@@ -26,6 +26,7 @@ from dit_accel.bench import table
 from dit_accel.bench.models import MODELS, Model, TooLarge, build, inputs
 from dit_accel.bench.rows import ROWS, Course, Row, set_skip, switched_on
 from dit_accel.bench.whole_run import books, complete, kinds_of, medians
+from dit_accel.inputs.data import read_object
 from dit_accel.machine import describe
 
 SLOW = 5.0  # seconds of a stock step from which other rows take their dense steps from it
@@ -190,7 +191,7 @@ class Benchmark:
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             part = self.out.with_name(self.out.name + ".part")
-            part.write_text(json.dumps(self.record(), indent=1) + "\n")
+            part.write_text(json.dumps(self.record(), indent=1) + "\n", "utf-8")
             part.replace(self.out)
         self.echo(table.line(row))
 
@@ -214,7 +215,7 @@ class Benchmark:
         }
 
     def _read(self, path: Path) -> None:
-        record = json.loads(path.read_text())
+        record = read_object(path, "record")
         same = {name: self.machine.get(name) for name in ("gpu", "torch", "triton")}
         other = {name: record.get("machine", {}).get(name) for name in same}
         if other != same or record.get("setting", {}) | {"rounds": 0} != self._setting() | {
@@ -249,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", action="store_true", help="--table as CSV instead of Markdown")
     given = parser.parse_args(arguments)
     if given.table:
-        record = json.loads(given.table.read_text())
+        record = read_object(given.table, "record")
         print((table.csv_text if given.csv else table.markdown)(record))
         return 0
     from diffusers.utils import logging

@@ -15,7 +15,7 @@ def store(rows: list[dict], out: str | Path) -> None:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     record = {"machine": describe(), "command": command, "rows": rows}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(record, indent=1) + "\n")
+    Path(out).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 def line(row: dict) -> str:

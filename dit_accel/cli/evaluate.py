@@ -114,8 +114,9 @@ def _run(
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import open_study
     from dit_accel.evaluate.rows import rows
-    from dit_accel.evaluate.run import evaluate, read_prompts
+    from dit_accel.evaluate.run import evaluate
     from dit_accel.generation.loading import EMBEDDED
+    from dit_accel.inputs.prompts import read_prompts
 
     texts = read_prompts(prompts or EMBEDDED.parent / "prompts.txt")
     rows(names, keeps, 2, common.config(), sla)  # refused before the model is loaded

@@ -81,8 +81,8 @@ def tune(
 
 def _prompts(prompts: Path | None, held_out: Path | None) -> tuple[list[str], list[str]]:
     """Those to tune on and those to check with."""
-    from dit_accel.evaluate.run import read_prompts
     from dit_accel.generation.loading import EMBEDDED
+    from dit_accel.inputs.prompts import read_prompts
 
     texts = read_prompts(prompts or EMBEDDED.parent / "prompts-tuning.txt")
     if held_out is not None:

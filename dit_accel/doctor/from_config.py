@@ -5,7 +5,6 @@ So a model can be examined without its weights: the time of a layer does not dep
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dit_accel.inputs.data import read_object
+from dit_accel.inputs.fields import expect
 
 Size = tuple[int, int, int]
 
@@ -130,10 +132,12 @@ def read_config(model: str) -> dict[str, Any]:
     elif not path.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         path = _from_hub(model)
     try:
-        config = json.loads(path.read_text())
-        config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{model} has no transformer configuration that can be read") from None
+        config = read_object(path, "configuration")
+        expect("_class_name", config.get("_class_name"), str)
+    except ValueError as error:
+        raise ValueError(
+            f"{model} has no transformer configuration that can be read: {error}"
+        ) from None
     return config
 
 

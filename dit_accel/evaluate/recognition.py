@@ -113,7 +113,7 @@ class Recogniser:
         if not FILE.is_file():
             return f"{FILE} is missing: assets/training/references.py writes it"
         facts = EMBEDDED / FACTS
-        known = json.loads(facts.read_text()) if facts.is_file() else {}
+        known = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
         found = References.load(FILE, known.get("colours"))
         placed = References(found.rgba.to(device), found.names, found.frames, found.colours)
         return cls(placed, known.get("frame_stride", 1))

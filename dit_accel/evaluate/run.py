@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dit_accel.evaluate.rows import UNTRAINED, Row
 from dit_accel.evaluate.study import Pair, Study
 from dit_accel.evaluate.tables import attention_mean, reference, summary, write
 from dit_accel.generation.run import ProgressFn
+from dit_accel.inputs import fields
 
 WRITE_EVERY = 15.0
 
@@ -27,6 +27,9 @@ class Budget:
     longest: float = 0.0
 
     def __post_init__(self) -> None:
+        fields.check(self)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is a number of cells ≥ 1, not {self.limit}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes is the time to measure for, above 0, not {self.minutes:g}")
 
@@ -178,15 +181,3 @@ def line(cells: Sequence[dict[str, Any]]) -> str:
         f"{head}{mean['psnr']:.1f} dB, {mean['work_kept']:.0%} of the work, "
         f"{first['seconds']:.2f} s a clip ({mean['speedup']:.2f}×)"
     )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, empty ones left out; ValueError when there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a list of prompts: {error}") from None
-    prompts = list(dict.fromkeys(text for text in map(str.strip, lines) if text))
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt: write one on each line")
-    return prompts

@@ -18,6 +18,7 @@ from dit_accel.evaluate.rows import Row
 from dit_accel.evaluate.sensitivity import Sensitivity, measure
 from dit_accel.evaluate.study import Study
 from dit_accel.generation.run import ProgressFn
+from dit_accel.inputs import fields
 from dit_accel.media.files import atomic
 from dit_accel.pages.scatter import Point, scatter
 from dit_accel.schedule import Schedule
@@ -39,6 +40,7 @@ class Goal:
     speedup: float | None = None
 
     def __post_init__(self) -> None:
+        fields.check(self)
         if (self.psnr is None) == (self.speedup is None):
             raise ValueError("tune towards one goal: a PSNR (psnr=35) or a speed-up (speedup=2)")
         if self.psnr is not None and not 5 <= self.psnr < 100:
@@ -259,7 +261,7 @@ def _why(cell: dict[str, Any]) -> str:
 
 def _write(study: Study, data: dict[str, Any]) -> None:
     with atomic(study.folder / "tuning.json") as temporary:
-        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", "utf-8")
     best = [Point("frontier", t["name"], t["work"] * 100, t["psnr"]) for t in data["frontier"]]
     tried = [
         Point(t["name"].partition(",")[0], t["name"], t["work"] * 100, t["psnr"])

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.student import Student, inference_config
+from dit_accel.inputs.data import read_object
+from dit_accel.inputs.fields import expect
+from dit_accel.inputs.tensors import open_tensors
 from dit_accel.media.files import atomic
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -47,7 +50,7 @@ class Training:
         save_file({n: x.detach().cpu().contiguous() for n, x in tensors.items()}, part / TENSORS)
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         state = {"step": self.step, "scaler": scaler, "settings": settings.to_dict()}
-        (part / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        (part / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
         shutil.rmtree(final, ignore_errors=True)
         os.rename(part, final)
         for old in checkpoints(out)[:-1]:
@@ -56,9 +59,8 @@ class Training:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Continue from this checkpoint; ValueError when it is of another model."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(folder / TENSORS)
+        with open_tensors(folder / TENSORS, "checkpoint") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         moments: list[dict[str, Tensor]] = []
         for name, p in self.live.items():
             stored = tensors.get(f"live.{name}")
@@ -90,10 +92,10 @@ def checkpoints(out: Path) -> list[Path]:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """step, scaler and settings of a checkpoint; ValueError when they cannot be read."""
-    try:
-        return json.loads((folder / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is no checkpoint that can be read ({error})") from None
+    state = read_object(folder / STATE, "checkpoint")
+    for key, kind in (("step", int), ("settings", dict)):
+        expect(f"checkpoint {folder / STATE}: {key}", state.get(key), kind)
+    return state
 
 
 def save_result(out: Path, pipe: Any, student: Student, settings: Settings) -> list[Path]:
@@ -109,7 +111,7 @@ def save_result(out: Path, pipe: Any, student: Student, settings: Settings) -> l
     config = inference_config(settings.method, settings).to_dict()
     config["method"]["weights"] = weights.name  # found beside the preset: the folder can move
     with atomic(preset) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
+        temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     written = [weights, preset]
     if settings.train == "full":
         written.append(_folder(out / "transformer", student.transformer.save_pretrained))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from dit_accel.forward.order import ORDERS
+from dit_accel.inputs import fields
 from dit_accel.methods.sla import SLA
 
 TRAIN = ("projection", "lora", "full")
@@ -91,6 +91,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.method, SLA):
             raise TypeError(f"finetune trains an SLA, not {type(self.method).__name__}")
+        fields.check(self)
         for name, values in (
             ("train", TRAIN),
             ("objective", OBJECTIVES),
@@ -142,15 +143,3 @@ class Settings:
                 f"the run in {self.out} was started with {', '.join(wrong)}: "
                 "give the same, or choose another output folder"
             )
-
-
-def read_prompts(path: str | None, number: int | None = None) -> list[str]:
-    """The lines of a prompt file (None: the package's own); ValueError when it has none."""
-    file = Path(path) if path else Path(__file__).parents[1] / "assets" / "prompts.txt"
-    if not file.is_file():
-        raise ValueError(f"there is no prompt file {file}")
-    lines = [line.strip() for line in file.read_text().splitlines()]
-    found = [line for line in lines if line and not line.startswith("#")]
-    if not found:
-        raise ValueError(f"{file} holds no prompt: write one a line")
-    return found[:number]

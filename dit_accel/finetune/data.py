@@ -8,6 +8,7 @@ negative.safetensors  "cond.<argument>" of the negative prompt
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from dit_accel.finetune.record import Conditions, batched
+from dit_accel.inputs.data import read_object
+from dit_accel.inputs.tensors import open_tensors
 from dit_accel.media.files import atomic
 
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
@@ -76,6 +79,7 @@ class LatentData:
             groups.setdefault(alike, []).append(number)
         self._groups = list(groups.values())
         self._files: dict[str, Any] = {}
+        self._open_files = ExitStack()
 
     def __len__(self) -> int:
         return len(self.index["samples"])
@@ -115,11 +119,9 @@ class LatentData:
 
     def _open(self, name: str) -> Any:
         if name not in self._files:
-            from safetensors import safe_open
-
-            if not (self.folder / name).is_file():
-                raise ValueError(f"{self.folder / name} is missing: prepare the data again")
-            self._files[name] = safe_open(self.folder / name, "pt")
+            self._files[name] = self._open_files.enter_context(
+                open_tensors(self.folder / name, "prepared data")
+            )
         return self._files[name]
 
 
@@ -131,10 +133,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
             "or train on the model's own samples with --data self"
         )
     try:
-        index = json.loads(file.read_text())
+        index = read_object(file)
         if not index["samples"]:
             raise ValueError
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{file} is no index of prepared data: prepare it again") from None
     return index
 
@@ -161,17 +163,14 @@ def save_shard(path: Path, latents: list[Tensor], conditions: list[Conditions], 
 
 def shard_label(path: Path) -> str | None:
     """What a shard was made from; None when there is none."""
-    from safetensors import safe_open
-
     if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
+    with open_tensors(path, "prepared data") as file:
         return (file.metadata() or {}).get("label")
 
 
 def save_index(folder: Path, transformer: str, captions: list[list[str]], base: Conditions) -> None:
     """Write the negative prompt's conditions and the index of all shards, the index last."""
-    from safetensors import safe_open
     from safetensors.torch import save_file
 
     with atomic(folder / NEGATIVE) as temporary:
@@ -179,7 +178,7 @@ def save_index(folder: Path, transformer: str, captions: list[list[str]], base: 
     samples = []
     for number, texts in enumerate(captions):
         name = shard_name(number)
-        with safe_open(folder / name, "pt") as file:
+        with open_tensors(folder / name, "prepared data") as file:
             statics = json.loads(file.metadata()["static"])
             for place, text in enumerate(texts):
                 parts = ["latents", *(f"cond.{x}" for x in sorted(base.tensors))]
@@ -195,7 +194,7 @@ def save_index(folder: Path, transformer: str, captions: list[list[str]], base: 
         "samples": samples,
     }
     with atomic(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(index, indent=1) + "\n")
+        temporary.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def shard_name(number: int) -> str:

@@ -22,6 +22,7 @@ from dit_accel.finetune.checkpoint import Training
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.data import Batch, LatentData
 from dit_accel.finetune.student import Student, Teacher, training_config
+from dit_accel.inputs.text import read
 from dit_accel.media.files import atomic
 
 _TRAIN, _VALIDATE = 0, 1
@@ -32,14 +33,26 @@ class Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+        kept = [line for line in _lines(path) if line["step"] <= step] if step else []
         with atomic(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            temporary.write_text(text, encoding="utf-8")
 
     def __call__(self, **values: Any) -> None:
-        with self.path.open("a") as out:
+        with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(values) + "\n")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log, the rest of one that was cut off left out; ValueError for no log."""
+    if not path.is_file():
+        return []
+    text = read(path, "log")
+    try:
+        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+        return [line for line in found if line["step"] >= 0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no log of a fine-tuning run ({error}): move it away") from None
 
 
 def draw_seed(settings: Settings, *place: int) -> int:

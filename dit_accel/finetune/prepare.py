@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable
@@ -18,6 +17,9 @@ from dit_accel.finetune import data
 from dit_accel.finetune.record import Conditions, record
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
+from dit_accel.inputs.data import read_json
+from dit_accel.inputs.table import read_table
+from dit_accel.inputs.text import read
 from dit_accel.media import video
 
 SHARD = 16
@@ -137,16 +139,12 @@ def read_captions(folder: Path) -> list[Source]:
     if not folder.is_dir():
         raise ValueError(f"there is no folder of clips {folder}")
     table, listing = folder / "captions.csv", folder / "captions.json"
+    if not (table.is_file() or listing.is_file()):
+        raise ValueError(f"{folder} has neither captions.json nor captions.csv")
     try:
-        if table.is_file():
-            with table.open(newline="") as lines:
-                rows = list(csv.DictReader(lines))
-        else:
-            rows = json.loads(listing.read_text())
+        rows = _rows(table) if table.is_file() else read_json(listing, "captions")
         found = [(row["caption"].strip(), folder / row["file"]) for row in rows]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has neither captions.json nor captions.csv") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise ValueError(f"the captions in {folder} are not rows of file and caption") from None
     if not found:
         raise ValueError(f"the captions in {folder} name no clip")
@@ -155,6 +153,15 @@ def read_captions(folder: Path) -> list[Source]:
             what = "has no caption" if file.is_file() else "does not exist"
             raise ValueError(f"{file}, named in the captions, {what}")
     return found
+
+
+def _rows(table: Path) -> list[dict[str, str]]:
+    rows = []
+    for line, row in read_table(read(table, "captions")):
+        if isinstance(row, ValueError):
+            raise ValueError(f"captions {table}, line {line}: {row}")
+        rows.append(row)
+    return rows
 
 
 def _sizes(pipe: Any, defaults: Defaults) -> tuple[int, int, int]:

@@ -15,13 +15,14 @@ import torch
 from dit_accel.finetune import prepare
 from dit_accel.finetune.average import Average
 from dit_accel.finetune.checkpoint import Training, checkpoints, read_state, save_result
-from dit_accel.finetune.config import Settings, read_prompts
+from dit_accel.finetune.config import Settings
 from dit_accel.finetune.data import LatentData
 from dit_accel.finetune.loop import Log, Trainer, draw_seed, parameter_groups, trained
 from dit_accel.finetune.student import Teacher, build
 from dit_accel.finetune.validate import DRAWS, Clips, velocity_error
-from dit_accel.generation.loading import Defaults, find_model, load_pipeline
+from dit_accel.generation.loading import EMBEDDED, Defaults, find_model, load_pipeline
 from dit_accel.generation.request import Request, arguments
+from dit_accel.inputs.prompts import read_prompts
 from dit_accel.media.files import check_folder
 
 ProgressFn = Callable[[str, int, int | None], None]
@@ -46,8 +47,8 @@ def finetune(
     """
     out = check_folder(settings.out)
     start = _start(out, settings, resume)
-    prompts = read_prompts(settings.prompts)
-    shown = read_prompts(settings.validation, settings.clips) if settings.validation else prompts
+    prompts = read_prompts(settings.prompts or EMBEDDED.parent / "prompts.txt")
+    shown = read_prompts(settings.validation) if settings.validation else prompts
     find_model(settings.model)
     accelerator = _accelerator(settings)
     first = accelerator.is_main_process
@@ -216,6 +217,6 @@ class _Books:
         """The first and the last velocity error that the log holds."""
         if self._log is None or not self.found:
             return (float("nan"), float("nan"))
-        lines = (json.loads(line) for line in self._log.path.read_text().splitlines())
+        lines = (json.loads(line) for line in self._log.path.read_text("utf-8").split("\n")[:-1])
         every = [line["velocity_error"] for line in lines if "velocity_error" in line]
         return every[0], every[-1]

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.inputs import fields
+from dit_accel.inputs.tensors import open_tensors
+from dit_accel.machine import is_out_of_memory
 from dit_accel.pipelines.registry import transformers_of
 
 
@@ -33,6 +36,7 @@ class Boost:
     lora: str | None = None
 
     def __post_init__(self) -> None:
+        fields.check(self)
         if self.step_cache is not None and not self.step_cache > 0:
             raise ValueError(
                 "step_cache is a relative change > 0 below which a step is skipped, not "
@@ -76,7 +80,13 @@ class Boost:
         if self.lora is None:
             yield
             return
-        pipe.load_lora_weights(self.lora)
+        try:
+            pipe.load_lora_weights(self.lora)
+        except Exception as error:  # peft, diffusers and PyTorch each have their own
+            if is_out_of_memory(error):
+                raise
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the LoRA {self.lora} does not suit this model: {why}") from error
         try:
             yield
         finally:
@@ -102,6 +112,10 @@ def _check_lora(pipe: Any, path: Path) -> None:
         raise ValueError(f"{type(pipe).__name__} takes no LoRA in diffusers: leave it out")
     if not find_spec("peft"):
         raise ValueError("a LoRA needs peft: pip install peft")
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    for file in files if not str(path).endswith(".bin") else ():
+        with open_tensors(file, "LoRA"):
+            pass
     if any(getattr(t, "peft_config", None) for t in transformers_of(pipe)):
         raise ValueError("the pipeline has a LoRA already: fuse or unload it first")
 

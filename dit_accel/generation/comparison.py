@@ -137,7 +137,7 @@ def _write(folder: Path, data: dict[str, Any], dense: Result, fast: Result) -> d
     data["files"] = {name: path.name for name, path in files.items()}
     files["report"] = folder / "report.json"
     with atomic(files["report"]) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
+        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n", "utf-8")
     files["page"] = folder / "report.html"
     with atomic(files["page"]) as temporary:
         temporary.write_text(html.page(data, folder), encoding="utf-8")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_accel.generation.limits import check_limits
+from dit_accel.inputs.data import read_object
+from dit_accel.inputs.fields import build, expect
+from dit_accel.inputs.tensors import check_folder
+from dit_accel.machine import is_out_of_memory
 from dit_accel.pipelines.registry import SLOTS, transformers_of
 
 if TYPE_CHECKING:
@@ -41,11 +45,13 @@ class Defaults:
     @classmethod
     def from_file(cls, path: Path) -> Defaults:
         """Read generation.json; ValueError names the file when it is not what it should be."""
+        what = "generation defaults"
+        found = build(cls, read_object(path, what), f"{what} {path}")
         try:
-            values = json.loads(path.read_text())
-            return cls(**values)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} does not hold generation defaults: {error}") from None
+            check_limits(vars(found))
+        except ValueError as error:
+            raise ValueError(f"{what} {path}: {error}") from None
+        return found
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> Defaults:
@@ -81,9 +87,12 @@ def load_pipeline(
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     source = find_model(model)
+    check_folder(Path(source))
     try:
         pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, kind))
-    except (OSError, ValueError, AttributeError, ImportError) as error:
+    except Exception as error:  # every library below has errors of its own
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{source} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     pipe = _place(pipe, where, offload)
@@ -110,10 +119,17 @@ def pick_device(device: str | None) -> torch.device:
         where = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}: give cpu, cuda, cuda:1 or mps") from None
+    if where.type == "meta":
+        raise ValueError("the device 'meta' holds no numbers: give cpu, cuda, cuda:1 or mps")
     if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"there is no device {device!r} here: PyTorch sees {_gpus()}")
     if where.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("there is no device 'mps' here: use --device cpu")
+    if where.type not in ("cpu", "cuda", "mps"):
+        try:
+            torch.empty(1, device=where)
+        except (RuntimeError, AssertionError, ImportError, NotImplementedError):
+            raise ValueError(f"there is no device {device!r} here: use --device cpu") from None
     return where
 
 
@@ -161,13 +177,15 @@ def find_model(model: str | Path | None = None) -> str:
 
 def _check_index(name: str, index: Path) -> None:
     try:
-        parts: dict[str, Any] = json.loads(index.read_text())
-        kind = parts["_class_name"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(
-            f"{name} is not a diffusers pipeline: {index.name} is unreadable"
-        ) from None
-    if not any((parts.get(slot) or [None])[0] for slot in SLOTS):
+        parts = read_object(index, index.name)
+        kind = parts.get("_class_name")
+        expect("_class_name", kind, str)
+        slots = {name: parts.get(name) or [None] for name in SLOTS}
+        for slot, named in slots.items():
+            expect(f"{slot} (library, class)", named, list[str | None])
+    except ValueError as error:
+        raise ValueError(f"{name} is not a diffusers pipeline: {error}") from None
+    if not any(named[0] for named in slots.values()):
         what = "a UNet" if "unet" in parts else "no transformer"
         raise ValueError(
             f"{name} is a {kind}, which has {what}: only diffusion transformers are accelerated"

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from dit_accel.generation.limits import LONGEST, check_limits
 from dit_accel.generation.loading import Defaults
+from dit_accel.inputs import fields
 from dit_accel.pipelines.registry import transformers_of
 from dit_accel.samplers.grids import Sampler
 
-MAX_SIDE, MAX_FRAMES, MAX_STEPS = 8192, 1025, 1000
 _ARGUMENTS = {
     "height": "height",
     "width": "width",
@@ -45,21 +46,14 @@ class Request:
     sampler: str | None = None
 
     def __post_init__(self) -> None:
+        fields.check(self)
         if not self.prompt.strip():
             raise ValueError("the prompt is empty: say what to show")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is a number from 0 to 2^63 - 1, not {self.seed}")
-        for name, low, high in (
-            ("steps", 1, MAX_STEPS),
-            ("height", 16, MAX_SIDE),
-            ("width", 16, MAX_SIDE),
-            ("frames", 1, MAX_FRAMES),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} lies from {low} to {high}, not {value}")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise ValueError(f"guidance lies from 0 to 100, not {self.guidance}")
+        for name in ("prompt", "negative_prompt"):
+            length = len(getattr(self, name) or "")
+            if length > LONGEST:
+                raise ValueError(f"{name} has {length} letters: at most {LONGEST} are taken")
+        check_limits(vars(self))
         if self.sampler is not None:
             sampler = Sampler.named(self.sampler)
             sampler.sigmas(self.steps or sampler.steps)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from dit_accel import ops
+from dit_accel.inputs import fields
 from dit_accel.table import BlockTable, block_count
 
 _LONG = 8192
@@ -92,7 +93,8 @@ class Method:
     rounding: ClassVar[str] = "up"  # of the number of kept blocks
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not 0 < self.keep <= 1:
+        fields.check(self)
+        if not 0 < self.keep <= 1:
             raise ValueError(
                 f"keep is the share of key blocks kept and lies in (0, 1], not {self.keep}; "
                 "0.25 keeps a quarter"

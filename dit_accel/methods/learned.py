@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from dit_accel.inputs.tensors import open_tensors
 from dit_accel.methods.base import Call, Method
 
 SECOND = "transformer_2."  # before the names of the second of a pipeline's two transformers
@@ -116,12 +117,8 @@ class Learned(Method):
         return (int(name.startswith(SECOND)), int(number)), part
 
     def _load(self) -> dict[Place, dict[str, Tensor]]:
-        from safetensors import safe_open
-
-        if not Path(self.weights).is_file():
-            raise ValueError(f"there is no weights file {self.weights}")
         kind = type(self).__name__
-        with safe_open(self.weights, "pt") as file:
+        with open_tensors(self.weights) as file:
             text = (file.metadata() or {}).get(f"dit_accel.{self.name}", "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         form = json.loads(text)

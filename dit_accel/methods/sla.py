@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_accel import ops
+from dit_accel.inputs import fields
 from dit_accel.methods.base import Call, check_rounding
 from dit_accel.methods.learned import Learned
 
@@ -58,6 +59,7 @@ class SLA(Learned):
     }
 
     def __post_init__(self) -> None:
+        fields.check(self)
         for name, values in (
             ("linear", ("all", "rest", "marginal", None)),
             ("combine", ("project", "gate")),

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from dit_accel.inputs import fields
 from dit_accel.pruning.context import CONTEXTS
 from dit_accel.pruning.criteria import CRITERIA, JOINT
 from dit_accel.pruning.restore import RESTORES
@@ -68,7 +69,8 @@ class TokenPruning:
     }
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, bool) or not 0 <= self.keep <= 1:
+        fields.check(self)
+        if not 0 <= self.keep <= 1:
             raise ValueError(f"keep is the share of tokens that run, in [0, 1], not {self.keep}")
         for name, low in (("refresh", 1), ("block", 1), ("anchor_frames", 0), ("first", 0)):
             if getattr(self, name) < low:

@@ -70,9 +70,9 @@ def test_every_bad_line_is_named_with_its_reason(tmp_path):
     [
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": 3}, "prompt is a text, not 3"),
-        ({"prompt": "a", "seed": -1}, "seed is a number from 0"),
+        ({"prompt": "a", "seed": -1}, "seed lies from 0"),
         ({"prompt": "a", "seed": True}, "seed is a whole number, not True"),
-        ({"prompt": "a", "guidance": float("nan")}, "guidance lies from 0 to 100"),
+        ({"prompt": "a", "guidance": float("nan")}, "guidance is a finite number, not nan"),
         ({"prompt": "a", "height": 7}, "height lies from 16"),
         ({"prompt": "a", "name": "../up"}, "name is a file's"),
         ({"prompt": "a", "name": ".hidden"}, "name is a file's"),
@@ -109,7 +109,7 @@ def test_prompts_line_by_line(tmp_path):
 
 
 def test_unusable_files(tmp_path):
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="there is no job file"):
         gather(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"from \.jsonl, \.csv or \.txt"):
         gather(write(tmp_path, "jobs.xlsx", "x"))

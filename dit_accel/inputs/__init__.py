@@ -1,0 +1,1 @@
+"""What comes from outside: text, prompts, JSON, tables, fields. One reader for each kind."""

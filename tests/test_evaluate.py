@@ -296,7 +296,7 @@ def test_the_command(model, tmp_path, capsys, monkeypatch):
         (["--keeps", "a,b"], "keeps is a comma-separated list"),
         (["--keeps", "2"], "lies in (0, 1], not 2"),
         (["--seeds", ""], "seeds is a comma-separated list"),
-        (["--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--prompts", "none.txt"], "there is no prompt file none.txt"),
         (["--resume"], "holds no evaluation to go on with"),
         (["--minutes", "-1"], "above 0, not -1"),
         (["--sla-weights", "none.safetensors"], "there is no weights file"),

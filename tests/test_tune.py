@@ -243,7 +243,7 @@ def test_the_command(model, tmp_path, capsys):
         ([], "tune towards one goal"),
         (["--psnr", "500"], "lies in [5, 100) dB, not 500"),
         (["--psnr", "30", "--warmups", "soon"], "warmups is a comma-separated list"),
-        (["--psnr", "30", "--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--psnr", "30", "--prompts", "none.txt"], "there is no prompt file none.txt"),
         (["--psnr", "30", "--model", "./none"], "there is no folder ./none"),
     ],
 )

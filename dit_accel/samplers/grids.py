@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import atan, cos, sin
 
+from dit_accel.inputs import fields
+
 RCM_ANGLES = (1.5, 1.4, 1.0)  # between atan(σ_max) and 0, in TrigFlow's angle
 DMD_RUNGS = (1000.0, 757.0, 522.0)  # of FastWan, their shift applied
 KINDS = ("rcm", "dmd", "flow", "renoise")
@@ -21,8 +23,7 @@ class Sampler:
     Args:
         kind: "rcm" (arXiv 2510.08431), 1 to 4 steps at the angles atan(σ_max), 1.5, 1.4, 1.0; "dmd"
             (distribution matching, arXiv 2405.14867), the rungs its student was trained on; "flow",
-            Euler steps over an even grid, any number of them; "renoise", that grid with fresh noise
-            after each step.
+            Euler steps over an even grid, any number of them; "renoise", that grid with fresh noise after each step.
         sigma_max: of rCM: 80 for text to video, 200 for image to video.
         rungs: of "dmd": noise levels of 1000, falling.
         shift: σ = shift·u / (1 + (shift − 1)·u) of each level u of "dmd", "flow" and "renoise".
@@ -37,6 +38,7 @@ class Sampler:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
+        fields.check(self)
         if self.kind not in KINDS:
             raise ValueError(f"a sampler is {', '.join(KINDS)}, not {self.kind!r}")
         if not self.sigma_max > 0:
@@ -51,9 +53,9 @@ class Sampler:
     @classmethod
     def named(cls, text: str) -> Sampler:
         """ "rcm", "rcm:200" (σ_max), "dmd:999,749,500,250", "flow:5" and "renoise:5" (shift)."""
-        kind, _, value = text.partition(":")
+        kind, colon, value = text.partition(":")
         given = "sigma_max" if kind == "rcm" else "rungs" if kind == "dmd" else "shift"
-        if not value:
+        if not colon:
             return cls(kind)
         try:
             numbers = tuple(float(part) for part in value.split(","))

@@ -23,7 +23,8 @@ class Sampler:
     Args:
         kind: "rcm" (arXiv 2510.08431), 1 to 4 steps at the angles atan(σ_max), 1.5, 1.4, 1.0; "dmd"
             (distribution matching, arXiv 2405.14867), the rungs its student was trained on; "flow",
-            Euler steps over an even grid, any number of them; "renoise", that grid with fresh noise after each step.
+            Euler steps over an even grid, any number of them; "renoise", that grid with fresh noise
+            after each step.
         sigma_max: of rCM: 80 for text to video, 200 for image to video.
         rungs: of "dmd": noise levels of 1000, falling.
         shift: σ = shift·u / (1 + (shift − 1)·u) of each level u of "dmd", "flow" and "renoise".

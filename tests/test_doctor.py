@@ -10,11 +10,10 @@ from tiny import saved_tiny_wan, tiny_flux, tiny_wan
 import dit_accel
 from dit_accel.cli import main as cli
 from dit_accel.config import named
-from dit_accel.doctor import diagnosis as outlook
+from dit_accel.doctor import diagnosis, sample
 from dit_accel.doctor import run as doctor
-from dit_accel.doctor import sample as patient
 from dit_accel.doctor.diagnosis import dense_steps, recommend, state_bytes
-from dit_accel.doctor.from_config import family_of, read_config, sketch
+from dit_accel.doctor.from_config import family_of, read_config, skeleton
 from dit_accel.generation.loading import Defaults, load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
@@ -86,7 +85,7 @@ def given_times(monkeypatch):
 
 
 def test_arithmetic(loaded, given_times):
-    who = patient.from_pipeline(*loaded, REQUEST)
+    who = sample.from_pipeline(*loaded, REQUEST)
     found = doctor.examine(who, steps=10)
     assert found.tokens == found.measured_tokens == 2 * 6 * 6
     assert (found.grid, found.layers, found.heads, found.head_dim) == ((2, 6, 6), 3, 2, 64)
@@ -106,7 +105,7 @@ def test_arithmetic(loaded, given_times):
 
 
 def test_more_tokens_than_were_timed(loaded, given_times):
-    who = replace(patient.from_pipeline(*loaded, REQUEST), scale=2.0)
+    who = replace(sample.from_pipeline(*loaded, REQUEST), scale=2.0)
     found = doctor.examine(who, steps=10)
     assert found.tokens == 2 * found.measured_tokens
     assert found.forward_seconds == pytest.approx(3 * (0.4 * 2 + 0.6 * 4))
@@ -117,7 +116,7 @@ def test_more_tokens_than_were_timed(loaded, given_times):
 def test_a_real_layer_and_the_model_as_it_was(loaded):
     pipe, defaults = loaded
     before = generate(pipe, defaults, replace(REQUEST, steps=2))
-    who = patient.from_pipeline(pipe, defaults, REQUEST)
+    who = sample.from_pipeline(pipe, defaults, REQUEST)
     found = doctor.examine(who, steps=10)
     assert 0 <= found.attention_share < 1
     assert found.forward_seconds > 0
@@ -144,7 +143,7 @@ def test_what_forces_dense_is_said(loaded, monkeypatch):
 
     odd = replace(ADAPTER, geometry=geometry, span=None)
     monkeypatch.setitem(registry._EXTRA, "WanTransformer3DModel", odd)
-    found = doctor.examine(patient.from_pipeline(*loaded, REQUEST), steps=10)
+    found = doctor.examine(sample.from_pipeline(*loaded, REQUEST), steps=10)
     assert found.obstacles == ["its mask is causal"]
     assert found.recommendation == "Leave it dense: its mask is causal."
     assert {o.why for o in found.outlook} == {"its mask is causal"}
@@ -154,7 +153,7 @@ def test_what_forces_dense_is_said(loaded, monkeypatch):
 def test_an_unknown_model_is_refused_with_the_reason(loaded, monkeypatch):
     monkeypatch.delitem(registry._HOME, "WanTransformer3DModel")
     with pytest.raises(ValueError, match="WanTransformer3DModel has no adapter"):
-        patient.from_pipeline(*loaded, REQUEST)
+        sample.from_pipeline(*loaded, REQUEST)
 
 
 def test_bytes_are_those_of_a_run(loaded):
@@ -167,13 +166,13 @@ def test_bytes_are_those_of_a_run(loaded):
         with dit_accel.accelerated(pipe, method, **now) as handle:
             generate(pipe, defaults, request)
             assert handle.report().state_bytes == said[f"{name}, residual={residual!r}"]
-    assert patient.from_pipeline(pipe, defaults, request).passes == 2
-    assert patient.from_pipeline(pipe, defaults, replace(request, guidance=1.0)).passes == 1
+    assert sample.from_pipeline(pipe, defaults, request).passes == 2
+    assert sample.from_pipeline(pipe, defaults, replace(request, guidance=1.0)).passes == 1
 
 
 def test_a_large_clip_is_timed_small_on_a_processor(loaded, monkeypatch):
-    monkeypatch.setitem(patient.MOST, "cpu", 50)
-    who = patient.from_pipeline(*loaded, replace(REQUEST, height=128, width=128, frames=9))
+    monkeypatch.setitem(sample.MOST, "cpu", 50)
+    who = sample.from_pipeline(*loaded, replace(REQUEST, height=128, width=128, frames=9))
     assert who.kwargs["hidden_states"].shape[-3:] == (3, 8, 8)  # 48 tokens instead of 192
     assert who.scale == 4
 
@@ -189,13 +188,13 @@ def test_a_large_clip_is_timed_small_on_a_processor(loaded, monkeypatch):
     ],
 )
 def test_shrinking(size, most, small):
-    assert patient._shrunk(size, 16, 4, most) == small
+    assert sample._shrunk(size, 16, 4, most) == small
 
 
 def test_flux_is_two_kinds_of_layers():
     pipe = tiny_flux(double=2, single=3)
     defaults = Defaults.from_pipeline(pipe)
-    who = patient.from_pipeline(pipe, defaults, Request("a cat", height=64, width=64))
+    who = sample.from_pipeline(pipe, defaults, Request("a cat", height=64, width=64))
     assert who.kinds() == {"transformer_blocks.0": 2, "single_transformer_blocks.0": 3}
     assert doctor.examine(who, steps=4).layers == 5
 
@@ -212,11 +211,11 @@ def test_a_model_without_its_weights(family):
     config = {**configs[family]}
     config.setdefault("_class_name", classes.get(family))
     frames = 1 if family == "flux" else 9
-    drawn = sketch(config, (frames, 128, 128), CPU, FP32)
+    built = skeleton(config, (frames, 128, 128), CPU, FP32)
     with torch.no_grad():
-        out = drawn.pipe.transformer(**drawn.arguments)[0]
+        out = built.pipe.transformer(**built.arguments)[0]
     assert torch.isfinite(out).all()
-    who = patient.from_config(config, (frames, 128, 128), CPU, FP32)
+    who = sample.from_config(config, (frames, 128, 128), CPU, FP32)
     found = doctor.examine(who, steps=50)
     layers = {"wan": 30, "flux": 57, "cogvideox": 7, "hunyuan": 8}
     tokens = {"wan": 192, "flux": 64, "cogvideox": 192, "hunyuan": 192}
@@ -224,7 +223,7 @@ def test_a_model_without_its_weights(family):
     assert found.obstacles == []
 
 
-def test_models_that_cannot_be_sketched(tmp_path):
+def test_models_that_cannot_be_built(tmp_path):
     with pytest.raises(ValueError, match="cannot be examined from its configuration alone"):
         family_of("MochiTransformer3DModel")
     with pytest.raises(ValueError, match="no transformer configuration"):
@@ -240,7 +239,7 @@ def test_dense_steps_of_a_schedule():
 
 
 def test_advice(loaded, given_times):
-    found = doctor.examine(patient.from_pipeline(*loaded, REQUEST), steps=10)
+    found = doctor.examine(sample.from_pipeline(*loaded, REQUEST), steps=10)
     assert "no method gains a tenth" in recommend(replace(found, bound=1.05))
     slow = [replace(o, predicted=1.02) for o in found.outlook]
     assert "gives 1.02×" in recommend(replace(found, outlook=slow))
@@ -250,7 +249,7 @@ def test_advice(loaded, given_times):
         replace(o, predicted={"topk": 3.0, "pooled": 2.0}.get(o.method, 1.0)) for o in found.outlook
     ]
     assert recommend(replace(found, outlook=far)).startswith("Take topk")
-    assert outlook.WORTH > 1
+    assert diagnosis.WORTH > 1
 
 
 def test_the_command(model, capsys):
@@ -279,10 +278,10 @@ def test_the_fastest_turn_counts(loaded, monkeypatch):
 
     real = doctor._run
     monkeypatch.setattr(doctor, "_run", run)
-    found = doctor.examine(patient.from_pipeline(*loaded, REQUEST), steps=10)
+    found = doctor.examine(sample.from_pipeline(*loaded, REQUEST), steps=10)
     assert set(turns.values()) == {3}
     assert found.forward_seconds == pytest.approx(3 * (1 + 1 / 3))
     monkeypatch.setattr(doctor, "BUDGET", 0.0)
     turns.clear()
-    doctor.examine(patient.from_pipeline(*loaded, REQUEST), steps=10)
+    doctor.examine(sample.from_pipeline(*loaded, REQUEST), steps=10)
     assert set(turns.values()) == {1}

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 import dit_accel
-from dit_accel.bench import end_to_end as e2e
-from dit_accel.bench import models as e2e_models
-from dit_accel.bench import table as e2e_table
+from dit_accel.bench import end_to_end, models, table
 from dit_accel.bench.command import main
 from dit_accel.bench.models import MODELS
 from dit_accel.bench.rows import ROWS, TOGETHER, Course, Row, whole_run
@@ -31,12 +29,14 @@ OTHERS = ["stock", "none", "topk@0.1", "pooled@0.1+prune+cache"]
 
 
 def tiny(**options):
-    return e2e.Benchmark(CPU, 1, tiny=True, compiler="eager", echo=lambda line: None, **options)
+    return end_to_end.Benchmark(
+        CPU, 1, tiny=True, compiler="eager", echo=lambda line: None, **options
+    )
 
 
 def made(name):
-    pipe = e2e_models.build(MODELS[name], CPU, torch.float32, tiny=True)
-    return pipe, e2e_models.inputs(MODELS[name], pipe, CPU, tiny=True)
+    pipe = models.build(MODELS[name], CPU, torch.float32, tiny=True)
+    return pipe, models.inputs(MODELS[name], pipe, CPU, tiny=True)
 
 
 def check(row):
@@ -58,7 +58,7 @@ def test_every_kind_of_row(tmp_path, monkeypatch):
     benchmark = tiny(out=tmp_path / "rows.json")
     call["generator"].manual_seed(0)
     before = pipe(**call, num_inference_steps=2)[0]
-    monkeypatch.setattr(e2e, "build", lambda *rest: pipe)
+    monkeypatch.setattr(end_to_end, "build", lambda *rest: pipe)
     benchmark.run([MODELS["wan1.3b-480p"]], [Row.parse(name) for name in KINDS])
     assert [row["row"] for row in benchmark.rows] == KINDS
     for row in benchmark.rows:
@@ -79,12 +79,12 @@ def test_every_kind_of_row(tmp_path, monkeypatch):
 
 
 def _tables(record):
-    lines = e2e_table.markdown(record).splitlines()
+    lines = table.markdown(record).splitlines()
     assert lines[1].startswith("Tiny") and "× cuDNN" in lines[5]
     assert [line.split(" | ")[0][2:] for line in lines[7:]] == KINDS
-    table = list(csv.DictReader(io.StringIO(e2e_table.csv_text(record))))
-    assert [row["row"] for row in table] == KINDS
-    assert float(table[0]["run s"]) == pytest.approx(record["rows"][0]["run_seconds"], abs=0.06)
+    cells = list(csv.DictReader(io.StringIO(table.csv_text(record))))
+    assert [row["row"] for row in cells] == KINDS
+    assert float(cells[0]["run s"]) == pytest.approx(record["rows"][0]["run_seconds"], abs=0.06)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "wan1.3b-480p"])
@@ -205,7 +205,7 @@ def test_a_course_has_each_kind_often_enough(name, dense):
 
 
 def test_dense_steps_of_slow_models_are_those_of_stock(monkeypatch):
-    monkeypatch.setattr(e2e, "SLOW", 0.0)
+    monkeypatch.setattr(end_to_end, "SLOW", 0.0)
     benchmark = tiny()
     benchmark.run([MODELS["flux-1024"]], [Row.parse("stock"), Row.parse("topk@0.1")])
     stock, row = benchmark.rows
@@ -226,7 +226,7 @@ def test_time_runs_out():
 
 
 def test_a_model_that_does_not_fit_says_so(monkeypatch):
-    monkeypatch.setattr(e2e_models, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(models, "free_bytes", lambda device: 1000)
     benchmark = tiny()
     benchmark.run([MODELS["flux-1024"], MODELS["qwen-1328"]], [Row.parse("stock")])
     assert [row["model"] for row in benchmark.rows] == ["flux-1024", "qwen-1328"]
@@ -234,7 +234,7 @@ def test_a_model_that_does_not_fit_says_so(monkeypatch):
 
 
 def test_a_row_that_fails_does_not_end_the_others(monkeypatch):
-    monkeypatch.setattr(e2e, "books", lambda *rest: 1 / 0)
+    monkeypatch.setattr(end_to_end, "books", lambda *rest: 1 / 0)
     benchmark = tiny()
     benchmark.run([MODELS["flux-1024"]], [Row.parse(name) for name in ("topk@0.1", "stock")])
     assert benchmark.rows[0]["error"] == "ZeroDivisionError: division by zero"
@@ -267,7 +267,7 @@ def test_another_setting_is_not_mixed_in(tmp_path):
     with pytest.raises(ValueError, match="another machine, version or setting"):
         tiny(out=out)
     with pytest.raises(ValueError, match="add --tiny"):
-        e2e.Benchmark(CPU)
+        end_to_end.Benchmark(CPU)
 
 
 def test_the_commands(tmp_path, capsys):

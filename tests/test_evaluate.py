@@ -20,7 +20,7 @@ from dit_accel.generation.loading import EMBEDDED, Defaults, load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
 from dit_accel.inputs.prompts import read_prompts
-from dit_accel.media import quality as metrics
+from dit_accel.media import quality
 from dit_accel.methods import find
 from dit_accel.pages.scatter import Point, scatter
 from dit_accel.pruning.criteria import CRITERIA
@@ -124,10 +124,10 @@ def test_a_cell_is_what_a_run_by_hand_gives(loaded, tmp_path):
     with dit_accel.accelerated(pipe, row.config) as handle:
         made = generate(pipe, defaults, request)
         kept = handle.report().kept
-    near = metrics.quality(dense.frames, made.frames)
-    assert cell["psnr"] == near.psnr_mean < metrics.IDENTICAL_DB
+    near = quality.quality(dense.frames, made.frames)
+    assert cell["psnr"] == near.psnr_mean < quality.IDENTICAL_DB
     assert cell["ssim"] == near.ssim_mean
-    assert cell["latent_error"] == metrics.latent_error(dense.latents, made.latents)
+    assert cell["latent_error"] == quality.latent_error(dense.latents, made.latents)
     assert cell["attention_kept"] == pytest.approx(kept)
     assert cell["work_kept"] == pytest.approx(1 - study.share * (1 - kept))
     assert cell["flicker"] == list(near.flicker)
@@ -242,7 +242,7 @@ def test_criteria_and_identical_clips_are_no_lines(tmp_path):
             ("drift", PRUNING, 20.0),
             ("lru", PRUNING, 21.0),
             ("topk", "topk", 22.0),
-            ("dense", "dense", metrics.IDENTICAL_DB),
+            ("dense", "dense", quality.IDENTICAL_DB),
         )
     ]
     write(tmp_path, {"rows": table})
@@ -343,7 +343,7 @@ def test_a_call_of_several_clips_gives_those_of_single_calls(loaded, tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-2), name
     assert len({cell["psnr"] for cell in together}) == 3
     assert study.cells(row, pairs) == together  # nothing is measured twice
-    assert study.known_dense("a dog", 4)["together"] == 3
+    assert study.dense.known("a dog", 4)["together"] == 3
 
 
 def test_a_call_that_does_not_fit_is_halved(loaded, tmp_path, monkeypatch):

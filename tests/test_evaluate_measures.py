@@ -22,7 +22,7 @@ from dit_accel.generation.loading import EMBEDDED, load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
 from dit_accel.inputs.prompts import read_prompts
-from dit_accel.media import quality as metrics
+from dit_accel.media import quality
 from dit_accel.methods import Call
 
 GENERATION = {"height": 96, "width": 96, "num_frames": 5, "num_inference_steps": 4, "fps": 8}
@@ -216,7 +216,7 @@ def test_a_fine_tuned_model_is_a_row_of_its_own(loaded, tmp_path):
     with dit_accel.accelerated(other, row.config):
         made = generate(other, defaults, Request("a cat", seed=0))
     dense = generate(pipe, defaults, Request("a cat", seed=0))
-    near = metrics.quality(dense.frames, made.frames)
+    near = quality.quality(dense.frames, made.frames)
     assert cell["psnr"] == pytest.approx(near.psnr_mean)
     (moved / "transformer").rename(moved / "lora")
     (adapted,) = rows([], (0.4,), 4, TEMPLATE, sla=[str(moved)])

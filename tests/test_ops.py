@@ -10,8 +10,7 @@ from dit_accel import ops
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.pooled_attention import reference as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified
-from dit_accel.ops import registration as library
-from dit_accel.ops import tables
+from dit_accel.ops import registration, tables
 from dit_accel.table import BlockTable
 from dit_accel.testing import assert_close
 
@@ -177,13 +176,13 @@ def test_a_table_hands_on_its_bits_of_the_same_keys(monkeypatch, op, made, given
     q, k, v = qkv()
     table, _ = ops.block_table(q, k, 0.4, kv_len=made, return_means=True)
     expected = getattr(ops, op)(q, k, v, replace(table, bits=None), kv_len=given)
-    handed, real = [], getattr(library, op)
+    handed, real = [], getattr(registration, op)
 
     def spy(*args):
         handed.extend(x for x in args if x is table.bits.words)
         return real(*args)
 
-    monkeypatch.setattr(library, op, spy)
+    monkeypatch.setattr(registration, op, spy)
     out = getattr(ops, op)(q, k, v, table, kv_len=given)
     assert bool(handed) == known and torch.equal(out, expected)
 
@@ -239,13 +238,13 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
     order = table.longest_first().order if means else None
     tensors, rest = (q, k, v, table.indices, table.counts, order), (64, 64, 0.25)
-    torch.library.opcheck(library.block_sparse_attention, (*tensors, *rest, length, None))
+    torch.library.opcheck(registration.block_sparse_attention, (*tensors, *rest, length, None))
     given = (known.k, table.bits.words) if means else (None, None)
-    torch.library.opcheck(library.pooled_attention, (*tensors, *given, *rest, length, None))
+    torch.library.opcheck(registration.pooled_attention, (*tensors, *given, *rest, length, None))
     tensors = [None if x is None else x.detach() for x in tensors]
     known = [known.q, known.k, known.q_far, known.k_far][: 2 * (means + spreads)]
     rest = (known, given[1], *rest, spreads, length, None)
-    torch.library.opcheck(library.rectified_attention, (*tensors, *rest))
+    torch.library.opcheck(registration.rectified_attention, (*tensors, *rest))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,8 @@ import dit_accel
 from dit_accel import Schedule, TokenPruning
 from dit_accel.config import named
 from dit_accel.generation.boost import compiled_blocks
-from dit_accel.parallel import ulysses as parallel
-from dit_accel.pruning import criteria as prune_criteria
-from dit_accel.pruning import select
+from dit_accel.parallel import ulysses
+from dit_accel.pruning import criteria, select
 from dit_accel.table import block_count, kept_blocks
 
 NOW = Schedule(warmup=0)
@@ -62,7 +61,7 @@ def in_halves(prune):
         count = kept_blocks(prune.keep, block_count(n, block)) if prune.keep else 0
         short = torch.arange(n) >= n - n % block if n % block and prune.keep else None
         halves = [scores[:n]] * 2 if prune.criterion == "stratified" else scores.split(n)
-        chosen = [prune_criteria.pick(half, count, block, short) for half in halves]
+        chosen = [criteria.pick(half, count, block, short) for half in halves]
         return torch.cat([chosen[0], chosen[1] + n])
 
     return pick
@@ -113,7 +112,7 @@ def work(rank, port, folder):
             select.pick = in_halves(TokenPruning(**case["prune"]))
         alone, report = generate(pipe, **case)
         select.pick = whole
-        parallel.share(pipe, anything=case.get("anything", False))
+        ulysses.share(pipe, anything=case.get("anything", False))
         together, shared = generate(pipe, **case)
         found[name] = {
             "error": float((alone - together).abs().max() / alone.abs().max()),
@@ -124,7 +123,7 @@ def work(rank, port, folder):
     found["refused"] = {}
     for says, (build, prune) in REFUSED.items():
         pipe = tiny_wan() if build == "wan" else tiny_flux()
-        parallel.share(pipe)
+        ulysses.share(pipe)
         try:
             generate(pipe, build, prune=prune)
         except RuntimeError as error:
@@ -165,11 +164,11 @@ def test_pruning_of_shared_tokens_is_refused_by_reason(found):
 
 def test_places_of_shared_tokens():
     cpu = torch.device("cpu")
-    there, back = parallel.token_places(5, 7, True, 2, cpu)
+    there, back = ulysses.token_places(5, 7, True, 2, cpu)
     # rank 0 brings text 0-2 and picture 5-8, rank 1 text 3-4 and picture 9-11
     assert back.tolist() == [0, 1, 2, 5, 6, 7, 8, 3, 4, 9, 10, 11]
     assert back[there].tolist() == list(range(12))
-    _, back = parallel.token_places(2, 4, False, 2, cpu)
+    _, back = ulysses.token_places(2, 4, False, 2, cpu)
     assert back.tolist() == [0, 1, 4, 2, 3, 5]
 
 
@@ -190,7 +189,7 @@ def test_ring_attention_stays_dense_with_the_reason():
         layer.dispatch = dispatch
     generate_once(pipe)
     assert seen and all(config is ring for config in seen)
-    assert set(handle.report().unplanned) == {parallel.RING}
+    assert set(handle.report().unplanned) == {ulysses.RING}
     handle.restore()
     handle = dit_accel.accelerate(pipe, "topk", schedule=NOW, min_tokens=0, strict=True)
     with pytest.raises(RuntimeError, match="set ulysses_degree instead"):
@@ -204,4 +203,4 @@ def generate_once(pipe):
 def test_sharing_needs_processes_and_a_plan(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(RuntimeError, match="torchrun"):
-        parallel.share(tiny_wan())
+        ulysses.share(tiny_wan())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dit_accel.config import CROSSOVER, named
-from dit_accel.doctor.sample import Patient
+from dit_accel.doctor.sample import Sample
 from dit_accel.machine import free_bytes
 from dit_accel.methods import Method, infos
 from dit_accel.methods.stateful import Remembering
@@ -79,7 +79,7 @@ class Diagnosis:
 
 
 def diagnose(
-    patient: Patient,
+    sample: Sample,
     layers: list[Layer],
     times: dict[str, dict[str, float] | str],
     seen: tuple[torch.Size, torch.dtype] | None,
@@ -95,15 +95,15 @@ def diagnose(
     forward = sum(layer.count * layer.dense for layer in layers)
     share = 1 - sum(layer.count * layer.hollow for layer in layers) / forward
     outlook = [_outlook(name, found, layers, share, steps) for name, found in times.items()]
-    obstacles, notes = _obstacles(patient, geometry, reasons)
-    q, dtype = seen or (None, patient.transformer.dtype)
-    tokens = round(geometry.n_visual * patient.scale)
+    obstacles, notes = _obstacles(sample, geometry, reasons)
+    q, dtype = seen or (None, sample.transformer.dtype)
+    tokens = round(geometry.n_visual * sample.scale)
     count = sum(layer.count for layer in layers)
-    crossover = CROSSOVER.get(patient.device.type)
-    state = {} if q is None else state_bytes((*q[:2], tokens, q[3]), dtype, count, patient.passes)
+    crossover = CROSSOVER.get(sample.device.type)
+    state = {} if q is None else state_bytes((*q[:2], tokens, q[3]), dtype, count, sample.passes)
     found = Diagnosis(
-        model=type(patient.transformer).__name__,
-        device=_device_name(patient.device),
+        model=type(sample.transformer).__name__,
+        device=_device_name(sample.device),
         dtype=str(dtype).removeprefix("torch."),
         grid=tuple(geometry.grid),
         tokens=tokens,
@@ -117,7 +117,7 @@ def diagnose(
         outlook=outlook,
         crossover=crossover,
         state_bytes=state,
-        free_bytes=free_bytes(patient.device),
+        free_bytes=free_bytes(sample.device),
         obstacles=obstacles,
         notes=notes,
         recommendation="",
@@ -171,10 +171,10 @@ def state_bytes(
 
 
 def _obstacles(
-    patient: Patient, geometry: Geometry, reasons: list[str]
+    sample: Sample, geometry: Geometry, reasons: list[str]
 ) -> tuple[list[str], list[str]]:
     """What forces attention to be dense, and what limits the rest."""
-    transformer, notes = patient.transformer, []
+    transformer, notes = sample.transformer, []
     adapter = registry.find(transformer)
     if adapter.span is None:
         notes.append("token pruning is not known for this model")
@@ -184,7 +184,7 @@ def _obstacles(
         notes += [f"token pruning cannot run: {why}"] if why else []
     if geometry.fixed_order:
         notes.append(f"tokens are reordered in each attention call: {geometry.fixed_order}")
-    if patient.scale > 1:
+    if sample.scale > 1:
         notes.append(
             "timed on fewer tokens; attention is scaled with their square, the rest in proportion"
         )

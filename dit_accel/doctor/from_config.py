@@ -45,7 +45,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Skeleton:
     """A transformer of one layer of each kind, arguments of a forward, and how many layers of each
     kind the model has."""
 
@@ -152,7 +152,9 @@ def _from_hub(model: str) -> Path:
         raise ValueError(f"the configuration of {model} cannot be had: {reason}") from None
 
 
-def sketch(config: dict[str, Any], size: Size, device: torch.device, dtype: torch.dtype) -> Sketch:
+def skeleton(
+    config: dict[str, Any], size: Size, device: torch.device, dtype: torch.dtype
+) -> Skeleton:
     """One layer of each kind of the model with this configuration, and inputs of `size` pixels.
 
     size: (frames, height, width).
@@ -167,7 +169,7 @@ def sketch(config: dict[str, Any], size: Size, device: torch.device, dtype: torc
         transformer = kind(**{**values, **dict.fromkeys(family.counts, 1)}).eval().to(dtype)
     arguments = family.inputs(transformer.config, latent_size(config, size), family.text)
     made = {name: _tensor(x, device, dtype) for name, x in arguments.items()}
-    return Sketch(Shell(transformer), {**made, "return_dict": False}, counts, family.passes)
+    return Skeleton(Shell(transformer), {**made, "return_dict": False}, counts, family.passes)
 
 
 def latent_size(config: dict[str, Any], size: Size) -> Size:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dit_accel.api import Handle, accelerated
 from dit_accel.config import AccelConfig, named
 from dit_accel.doctor.diagnosis import Diagnosis, Layer, diagnose
-from dit_accel.doctor.sample import Enough, Patient
+from dit_accel.doctor.sample import Enough, Sample
 from dit_accel.machine import Stopwatch
 from dit_accel.methods import Call, infos
 from dit_accel.methods.dense import Dense
@@ -47,11 +47,11 @@ class Hollow(Dense):
 
 
 @contextmanager
-def _inside(patient: Patient, config: AccelConfig) -> Iterator[tuple[Handle, dict[str, Callable]]]:
+def _inside(sample: Sample, config: AccelConfig) -> Iterator[tuple[Handle, dict[str, Callable]]]:
     """Within a forward of the accelerated transformer, at a step after the first: each kind of
     block as a function without arguments."""
-    transformer, calls = patient.transformer, {}
-    names = list(patient.kinds())
+    transformer, calls = sample.transformer, {}
+    names = list(sample.kinds())
 
     def keep(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -61,13 +61,13 @@ def _inside(patient: Patient, config: AccelConfig) -> Iterator[tuple[Handle, dic
 
         return hook
 
-    with accelerated(patient.pipe, config) as handle, torch.no_grad():
+    with accelerated(sample.pipe, config) as handle, torch.no_grad():
         hooks = [
             transformer.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True)
             for name in names
         ]
         try:
-            transformer(*patient.args, **patient.kwargs)
+            transformer(*sample.args, **sample.kwargs)
         except Enough:
             pass
         finally:
@@ -76,17 +76,17 @@ def _inside(patient: Patient, config: AccelConfig) -> Iterator[tuple[Handle, dic
         yield handle, calls
 
 
-def _run(patient: Patient, config: AccelConfig) -> tuple[dict[str, float], Handle]:
+def _run(sample: Sample, config: AccelConfig) -> tuple[dict[str, float], Handle]:
     """Seconds of each kind of block under a configuration, whose handle has its books."""
-    with _inside(patient, config) as (handle, calls):
+    with _inside(sample, config) as (handle, calls):
         found = {}
         for name, run in calls.items():
-            found[name] = _seconds(run, patient.device)
+            found[name] = _seconds(run, sample.device)
             handle.clock.step = 1
             # a method with a state has filled it now, a GPU has compiled its kernels
-            slow = found[name] > LONG and patient.device.type == "cpu"
+            slow = found[name] > LONG and sample.device.type == "cpu"
             if config.method.stateful or not slow:
-                found[name] = _seconds(run, patient.device)
+                found[name] = _seconds(run, sample.device)
         return found, handle
 
 
@@ -98,7 +98,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def examine(
-    patient: Patient,
+    sample: Sample,
     *,
     steps: int,
     order: str = "raster",
@@ -117,7 +117,7 @@ def examine(
             break
         for number, (name, config) in enumerate(configs.items()):
             progress("timing a layer", turn * len(configs) + number, ROUNDS * len(configs))
-            found, handle = _tried(patient, config)
+            found, handle = _tried(sample, config)
             best[name] = _faster(best.get(name), found)
             if name == "":
                 geometry, reasons = handle.clock.geometry, handle.report().unplanned
@@ -127,19 +127,19 @@ def examine(
     dense, bare = best.pop("dense"), best.pop("")
     layers = [
         Layer(
-            type(patient.transformer.get_submodule(name)).__name__,
+            type(sample.transformer.get_submodule(name)).__name__,
             count,
-            *patient.scaled(dense[name], bare[name]),
+            *sample.scaled(dense[name], bare[name]),
             {
-                method: patient.scaled(seconds[name], bare[name])[0]
+                method: sample.scaled(seconds[name], bare[name])[0]
                 for method, seconds in best.items()
                 if isinstance(seconds, dict)
             },
         )
-        for name, count in patient.kinds().items()
+        for name, count in sample.kinds().items()
     ]
     seen = hollow.seen[0] if hollow.seen else None
-    return diagnose(patient, layers, best, seen, geometry, list(reasons), steps)
+    return diagnose(sample, layers, best, seen, geometry, list(reasons), steps)
 
 
 def _configs(hollow: Hollow, order: str) -> dict[str, AccelConfig]:
@@ -152,12 +152,12 @@ def _configs(hollow: Hollow, order: str) -> dict[str, AccelConfig]:
     return {name: AccelConfig(m, now, order, min_tokens=0) for name, m in methods.items()}
 
 
-def _tried(patient: Patient, config: AccelConfig) -> tuple[dict[str, float] | str, Handle | None]:
+def _tried(sample: Sample, config: AccelConfig) -> tuple[dict[str, float] | str, Handle | None]:
     """Seconds of each kind of block, or why this method does not run."""
     if isinstance(config.method, Dense):
-        return _run(patient, config)
+        return _run(sample, config)
     try:
-        return _run(patient, config)
+        return _run(sample, config)
     except (ValueError, RuntimeError) as error:
         return str(error).splitlines()[0], None
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dit_accel.doctor.from_config import Size, family_of, latent_size, sketch
+from dit_accel.doctor.from_config import Size, family_of, latent_size, skeleton
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments, granularity
 from dit_accel.pipelines import registry
@@ -25,11 +25,14 @@ class Enough(Exception):
 
 
 @dataclass
-class Patient:
-    """What `doctor` examines.
+class Sample:
+    """What `doctor` examines: a pipeline and one forward of its transformer.
 
-    scale: asked tokens over those of these arguments. counts: layers of each kind of block; None
-    counts them in the model. passes: forwards in a denoising step.
+    pipe: whose transformer it is.
+    args, kwargs: of the forward.
+    scale: asked tokens over those of these arguments.
+    counts: layers of each kind of block; None counts them in the model.
+    passes: forwards in a denoising step.
     """
 
     pipe: Any
@@ -65,7 +68,7 @@ class Patient:
         return rest + max(0.0, whole - hollow) * self.scale**2, rest
 
 
-def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Patient:
+def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Sample:
     """The first transformer forward of this request, smaller where a processor would be slow.
 
     Raises ValueError for a model without adapter and for a request that does not suit it.
@@ -88,22 +91,22 @@ def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Patient:
         transformer.config, "guidance_embeds", False
     )
     one = next(x.shape[0] for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.ndim) == 1
-    return Patient(pipe, args, kwargs, scale, passes=2 if guided and one else 1)
+    return Sample(pipe, args, kwargs, scale, passes=2 if guided and one else 1)
 
 
 def from_config(
     config: dict[str, Any], size: Size | None, device: torch.device, dtype: torch.dtype
-) -> Patient:
-    """A model of which only the transformer's configuration is known; see sketch.py.
+) -> Sample:
+    """A model of which only the transformer's configuration is known; see from_config.py.
 
     size: (frames, height, width) pixels, or the family's usual one.
     """
     asked = size or family_of(config["_class_name"]).size
     unit = _unit(config)
     small = _shrunk(asked, *unit, MOST.get(device.type))
-    drawn = sketch(config, small, device, dtype)
+    built = skeleton(config, small, device, dtype)
     scale = _tokens(asked, *unit) / _tokens(small, *unit)
-    return Patient(drawn.pipe, (), drawn.arguments, scale, drawn.counts, drawn.passes)
+    return Sample(built.pipe, (), built.arguments, scale, built.counts, built.passes)
 
 
 def caught(transformer: nn.Module, run: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:

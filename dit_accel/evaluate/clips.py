@@ -13,6 +13,8 @@ from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import Watch
 
+Pair = tuple[str, int]  # prompt and seed
+
 
 @dataclass(frozen=True)
 class Clip:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dit_accel.evaluate.clips import Pair
 from dit_accel.evaluate.rows import UNTRAINED, Row
-from dit_accel.evaluate.study import Pair, Study
+from dit_accel.evaluate.study import Study
 from dit_accel.evaluate.tables import attention_mean, reference, summary, write
 from dit_accel.generation.run import ProgressFn
 from dit_accel.inputs import fields
@@ -28,8 +29,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         fields.check(self)
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is a number of cells ≥ 1, not {self.limit}")
+        if self.limit is not None and self.limit < 0:
+            raise ValueError(f"limit is a number of cells ≥ 0, not {self.limit}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes is the time to measure for, above 0, not {self.minutes:g}")
 
@@ -131,7 +132,7 @@ def _publish(
     for entry in table:
         if entry["row"] in facts["attention"]:
             entry["attention_error"] = attention_mean(facts["attention"][entry["row"]])
-    dense = [found for pair in pairs if (found := study.known_dense(*pair)) is not None]
+    dense = [found for pair in pairs if (found := study.dense.known(*pair)) is not None]
     data = {
         **facts,
         "missing": missing,

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from dit_accel.api import Handle, accelerated, restore
 from dit_accel.evaluate import clips, look, perception
-from dit_accel.evaluate.clips import Clip
+from dit_accel.evaluate.clips import Clip, Pair
+from dit_accel.evaluate.dense import DenseClips
 from dit_accel.evaluate.journal import Journal
 from dit_accel.evaluate.probe import attention_share
 from dit_accel.evaluate.recognition import Recogniser
 from dit_accel.evaluate.rows import Row
+from dit_accel.evaluate.weights import Weights
 from dit_accel.generation.loading import Defaults, placement
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import ProgressFn
 from dit_accel.machine import describe, is_device_lost, is_out_of_memory
-from dit_accel.media import quality as metrics
-from dit_accel.media.files import atomic
-
-Pair = tuple[str, int]  # prompt and seed
-DENSE = "dense"
+from dit_accel.media import quality
 
 
 class Study:
     """One pipeline, one setting, one folder: dense references and measured cells.
 
-    base: size, steps and guidance of every clip; its prompt and seed are replaced. batch: clips in
-    one call of the pipeline. recogniser: what tells emoji, or why there is none. Raises ValueError
-    when the request does not suit the pipeline, or the folder holds another setting.
+    base: size, steps and guidance of every clip; its prompt and seed are replaced.
+    batch: clips in one call of the pipeline.
+    recogniser: what tells emoji, or why there is none.
+
+    Raises ValueError when the request does not suit the pipeline, or the folder holds another
+    setting.
     """
 
     def __init__(
@@ -70,9 +65,9 @@ class Study:
         restore(pipe)
         self.journal = Journal(folder / "cells.jsonl", self.setting)
         self.lpips = perception.find(pipe._execution_device)
+        self.dense = DenseClips(pipe, defaults, base, folder / "dense", self.journal, self._seen)
+        self._weights = Weights()
         self._warm: set[tuple[str, int]] = set()
-        self._tuned: tuple[str, torch.nn.Module] | None = None
-        self._clips: tuple[Sequence[Pair], list[Clip]] = (), []
 
     @property
     def share(self) -> float:
@@ -93,10 +88,6 @@ class Study:
             return None
         return {**cell, "row": row.name, "family": row.family}
 
-    def known_dense(self, prompt: str, seed: int) -> dict[str, Any] | None:
-        """What the dense reference is like by itself, if it was made."""
-        return self.journal.lines.get(f"{DENSE} #{seed} {prompt}")
-
     def attention(
         self, rows: Sequence[Row], prompt: str, seed: int, progress: ProgressFn
     ) -> dict[str, look.Errors]:
@@ -116,44 +107,6 @@ class Study:
         lines = {name: self.journal.lines[key]["errors"] for name, key in keys.items()}
         return {name: _whole(errors) for name, errors in lines.items() if errors}
 
-    def dense(self, pairs: Sequence[Pair]) -> list[Clip]:
-        """The dense clips, from the folder or made now."""
-        if self._clips[0] != pairs:
-            self._clips = pairs, self._load(pairs) or self._make(pairs)
-        return self._clips[1]
-
-    def _path(self, pair: Pair) -> Path:
-        name = hashlib.sha256(f"{pair[1]} {pair[0]}".encode()).hexdigest()[:16]
-        return self.folder / "dense" / f"{name}.npz"
-
-    def _load(self, pairs: Sequence[Pair]) -> list[Clip] | None:
-        paths = [self._path(pair) for pair in pairs]
-        if not all(p.is_file() and self.known_dense(*x) for p, x in zip(paths, pairs, strict=True)):
-            return None
-        return [_load(path, self.pipe._execution_device) for path in paths]
-
-    def _make(self, pairs: Sequence[Pair]) -> list[Clip]:
-        requests = [replace(self.base, prompt=prompt, seed=seed) for prompt, seed in pairs]
-        try:
-            if (DENSE, len(pairs)) not in self._warm:
-                clips.warm(self.pipe, self.defaults, requests, 1)
-                self._warm.add((DENSE, len(pairs)))
-            made = clips.make(self.pipe, self.defaults, requests)
-        except Exception as error:
-            if len(pairs) == 1 or not is_out_of_memory(error):
-                raise
-            made = []
-        if not made:  # out of memory: out of the except block, whose frames hold tensors
-            clips.free()
-            half = len(pairs) // 2
-            return [*self._make(pairs[:half]), *self._make(pairs[half:])]
-        for pair, clip, seen in zip(pairs, made, self._seen(pairs, made), strict=True):
-            _save(self._path(pair), clip)
-            facts = {"seconds": clip.seconds, "wall": clip.wall, **seen}
-            facts |= {"flicker": metrics.flicker(clip.frames), "together": len(pairs)}
-            self.journal.add(f"{DENSE} #{pair[1]} {pair[0]}", facts)
-        return made
-
     def cell(self, row: Row, prompt: str, seed: int) -> dict[str, Any]:
         """One measured cell; a row this pipeline refuses gives {"error": why}."""
         return self.cells(row, [(prompt, seed)])[0]
@@ -163,7 +116,7 @@ class Study:
         known = [self.known(row, *pair) for pair in pairs]
         if all(known):
             return known
-        share, dense, smaller = self.share, self.dense(pairs), False
+        share, dense, smaller = self.share, self.dense.of(pairs), False
         try:
             found = self._measure(row, pairs, dense, share)
         except (ValueError, RuntimeError) as error:
@@ -186,7 +139,7 @@ class Study:
     ) -> list[dict[str, Any]]:
         steps = row.steps or self.base.steps
         requests = [replace(self.base, prompt=p, seed=s, steps=steps) for p, s in pairs]
-        with self._weights(row):
+        with self._weights.of(self.pipe, row):
             self._warm_up(row, requests)
             row.boost.check(self.pipe)
             with row.boost.cached(self.pipe), accelerated(self.pipe, row.config) as handle:
@@ -216,10 +169,10 @@ class Study:
 
     def closeness(self, dense: Clip, made: Clip) -> dict[str, Any]:
         """PSNR, SSIM, flicker, latent error and LPIPS of a clip against its reference."""
-        near = metrics.quality(dense.frames, made.frames)
+        near = quality.quality(dense.frames, made.frames)
         out = {"psnr": near.psnr_mean, "ssim": near.ssim_mean, "flicker": list(near.flicker)}
         if dense.latents is not None and made.latents is not None:
-            out["latent_error"] = metrics.latent_error(dense.latents, made.latents)
+            out["latent_error"] = quality.latent_error(dense.latents, made.latents)
         if not isinstance(self.lpips, str):
             out["lpips"] = self.lpips(dense.frames, made.frames)
         return out
@@ -228,23 +181,6 @@ class Study:
         if isinstance(self.recogniser, str):
             return [{}] * len(made)
         return self.recogniser.judge([prompt for prompt, _ in pairs], [c.frames for c in made])
-
-    @contextmanager
-    def _weights(self, row: Row) -> Iterator[None]:
-        """The row's own transformer in the pipeline, where it has one."""
-        if row.transformer is None:
-            yield
-            return
-        stock = self.pipe.transformer
-        if self._tuned is None or self._tuned[0] != row.transformer:
-            self._tuned = None
-            tuned = with_weights(stock, Path(row.transformer))
-            self._tuned = row.transformer, tuned.to(self.pipe._execution_device).eval()
-        self.pipe.transformer = self._tuned[1]
-        try:
-            yield
-        finally:
-            self.pipe.transformer = stock
 
     def _warm_up(self, row: Row, requests: Sequence[Request]) -> None:
         """The first sparse steps of a method pay for set-up: run some that are not timed."""
@@ -255,16 +191,6 @@ class Study:
         with accelerated(self.pipe, replace(row.config, schedule=schedule)):
             clips.warm(self.pipe, self.defaults, requests, 2 if method.stateful else 1)
         self._warm.add((method.name, len(requests)))
-
-
-def with_weights(stock: torch.nn.Module, folder: Path) -> torch.nn.Module:
-    """A transformer of this folder's weights, or of the stock ones and this folder's LoRA."""
-    if (folder / "config.json").is_file():
-        return type(stock).from_pretrained(folder, torch_dtype=stock.dtype)
-    tuned = copy.deepcopy(stock)
-    tuned.load_lora_adapter(str(folder), weight_name="pytorch_lora_weights.safetensors")
-    tuned.fuse_lora()
-    return tuned
 
 
 def kept_work(handle: Handle, share: float) -> tuple[float, float]:
@@ -288,17 +214,3 @@ def kept_work(handle: Handle, share: float) -> tuple[float, float]:
 def _whole(errors: dict[Any, dict[Any, float]]) -> look.Errors:
     """Layers and steps as numbers: JSON has them as text."""
     return {int(n): {int(s): e for s, e in steps.items()} for n, steps in errors.items()}
-
-
-def _save(path: Path, clip: Clip) -> None:
-    latents = np.empty(0) if clip.latents is None else clip.latents.float().cpu().numpy()
-    times = {"seconds": clip.seconds, "wall": clip.wall}
-    with atomic(path) as temporary:
-        np.savez(temporary, frames=clip.frames.cpu().numpy(), latents=latents, **times)
-
-
-def _load(path: Path, device: torch.device) -> Clip:
-    with np.load(path) as data:
-        latents = torch.from_numpy(data["latents"]).to(device) if data["latents"].size else None
-        frames = torch.from_numpy(data["frames"]).to(device)
-        return Clip(frames, latents, float(data["seconds"]), float(data["wall"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from dit_accel.evaluate.look import Errors
 from dit_accel.evaluate.rows import PRUNING
-from dit_accel.media import quality as metrics
+from dit_accel.media import quality
 from dit_accel.media.files import atomic
 from dit_accel.pages.scatter import Point, scatter
 
@@ -159,7 +159,7 @@ def _table(names: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 def write(folder: Path, data: dict[str, Any]) -> None:
     """Tables, results.json and both plots, each replaced whole; identical clips are not drawn."""
-    good = [r for r in data["rows"] if "error" not in r and r["psnr"] < metrics.IDENTICAL_DB]
+    good = [r for r in data["rows"] if "error" not in r and r["psnr"] < quality.IDENTICAL_DB]
     files = {
         "results.json": json.dumps(data, indent=1, default=str) + "\n",
         "table.md": markdown(data["rows"], data.get("dense"), data.get("notes", ())),
@@ -170,11 +170,9 @@ def write(folder: Path, data: dict[str, Any]) -> None:
         work = [Point(r["family"], r["row"], r["work_kept"] * 100, r["psnr"]) for r in good]
         time = [Point(r["family"], r["row"], r["seconds"], r["psnr"]) for r in good]
         dense = fmean(r["dense_seconds"] for r in good)
-        quality = "PSNR to dense (dB)"
-        files["quality-work.svg"] = scatter(
-            work, "work kept (% of FLOPs)", quality, 100, (PRUNING,)
-        )
-        files["quality-time.svg"] = scatter(time, "denoising loop (s)", quality, dense, (PRUNING,))
+        near = "PSNR to dense (dB)"
+        files["quality-work.svg"] = scatter(work, "work kept (% of FLOPs)", near, 100, (PRUNING,))
+        files["quality-time.svg"] = scatter(time, "denoising loop (s)", near, dense, (PRUNING,))
     for name, text in files.items():
         with atomic(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

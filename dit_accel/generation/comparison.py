@@ -16,8 +16,7 @@ from dit_accel.generation.recipe import recipe
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import ProgressFn, Result, generate, warm_up
 from dit_accel.machine import describe
-from dit_accel.media import quality as metrics
-from dit_accel.media import video
+from dit_accel.media import quality, video
 from dit_accel.media.files import atomic, check_folder
 from dit_accel.pages import comparison as html
 
@@ -101,9 +100,9 @@ def _warm_up(
 
 
 def _findings(dense: Result, fast: Result, ran: dict[str, Any]) -> dict[str, Any]:
-    near = metrics.quality(dense.frames, fast.frames).to_dict()
+    near = quality.quality(dense.frames, fast.frames).to_dict()
     if dense.latents is not None and fast.latents is not None:
-        near["latent_error"] = metrics.latent_error(dense.latents, fast.latents)
+        near["latent_error"] = quality.latent_error(dense.latents, fast.latents)
     speedup = {
         "denoise": dense.times.denoise / fast.times.denoise,
         "total": dense.times.total / fast.times.total,

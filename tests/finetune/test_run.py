@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import dit_accel
 from dit_accel import SLA
 from dit_accel.cli import main as cli
-from dit_accel.evaluate.study import with_weights
+from dit_accel.evaluate.weights import with_weights
 from dit_accel.finetune import Settings, finetune
 from dit_accel.finetune.checkpoint import checkpoints
 from dit_accel.finetune.data import LatentData

@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import dit_accel
 from dit_accel import Rettention, Schedule
 from dit_accel.methods import Call
-from dit_accel.runtime import state as announce
 
 GRID = (3, 10, 10)
 
@@ -110,7 +109,7 @@ def test_it_says_the_bytes_before_the_first_step(name: str, caplog):
 def test_what_does_not_fit_is_refused_before_the_first_step(monkeypatch):
     pipe = tiny_wan(layers=3)
     total = Rettention().state_bytes((1, 2, 192, 64), torch.float32) * 3 * 2
-    monkeypatch.setattr(announce, "free_bytes", lambda device: total - 1)
+    monkeypatch.setattr("dit_accel.runtime.state.free_bytes", lambda device: total - 1)
     steps, step = [], pipe.scheduler.step
     monkeypatch.setattr(pipe.scheduler, "step", lambda *a, **k: steps.append(1) or step(*a, **k))
     with on(pipe, Rettention(), schedule=Schedule(warmup=2)) as handle:
@@ -119,13 +118,13 @@ def test_what_does_not_fit_is_refused_before_the_first_step(monkeypatch):
         assert steps == [] and not handle._engine.state
         with pytest.raises(RuntimeError, match="3 layers in 2 guidance passes, but cpu has"):
             run(pipe, steps=4)  # and again: nothing was booked as told
-        monkeypatch.setattr(announce, "free_bytes", lambda device: total)
+        monkeypatch.setattr("dit_accel.runtime.state.free_bytes", lambda device: total)
         run(pipe, steps=4)
     assert len(steps) == 4
 
 
 def test_what_runs_dense_is_not_announced(monkeypatch, caplog):
-    monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
+    monkeypatch.setattr("dit_accel.runtime.state.free_bytes", lambda device: 0)
     pipe = tiny_wan()
     with caplog.at_level("INFO"), on(pipe, Rettention(), min_tokens=10**6):
         run(pipe)

@@ -8,7 +8,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dit_accel import Pooled, Rettention, Schedule, SharedResidual, ops
 from dit_accel.methods import Call
-from dit_accel.runtime import state as announce
 
 
 def drifting(step: int):
@@ -63,17 +62,19 @@ def test_layers_whose_state_finds_no_room_run_pooled(monkeypatch, caplog):
     each = method.state_bytes((1, 2, 192, 64), torch.float32) * 2
     with on(pipe, method, schedule=Schedule(warmup=1)) as handle:
         whole = run(pipe, steps=4)
-        monkeypatch.setattr(announce, "free_bytes", lambda device: int(2 * each / 0.75))
+        monkeypatch.setattr(
+            "dit_accel.runtime.state.free_bytes", lambda device: int(2 * each / 0.75)
+        )
         with caplog.at_level("INFO"):
             partly = run(pipe, steps=4)
         report = handle.report()
         assert report.stateless_from == 2 and report.state_bytes == 2 * each
         assert "MiB free: layers from 2 on run without one" in caplog.text
         assert "no room for the state of the layers from 2 on" in str(report)
-        monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
+        monkeypatch.setattr("dit_accel.runtime.state.free_bytes", lambda device: 0)
         nowhere = run(pipe, steps=4)
         assert handle.report().state_bytes == 0
-        monkeypatch.setattr(announce, "free_bytes", lambda device: None)
+        monkeypatch.setattr("dit_accel.runtime.state.free_bytes", lambda device: None)
         assert torch.equal(run(pipe, steps=4), whole)
         assert handle.report().stateless_from is None
     with on(pipe, Pooled(keep=0.5), schedule=Schedule(warmup=1)):

@@ -65,7 +65,8 @@ class AccelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal object."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        out["method"] = {"name": self.method.name, **asdict(self.method)}
+        choice = {"select": str(self.method.select), "reuse": str(self.method.reuse)}
+        out["method"] = {"name": self.method.name, **asdict(self.method), **choice}
         out["schedule"] = asdict(self.schedule)
         out["prune"] = None if self.prune is None else asdict(self.prune)
         return json.loads(json.dumps(out))

@@ -38,8 +38,12 @@ class Schedule:
         cooldown: dense steps at the end, likewise.
         dense_layers: indices of layers that are always dense; negative ones count from the last.
         layer_keep: (layer, keep) pairs that replace the method's `keep` on those layers.
+        step_keep: (start, keep) pairs, each a `keep` from that share or number of the steps on,
+            until the next; a layer's own keep is scaled alike. Most of the error of a clip comes
+            from its first sparse steps: keep much there, and little later.
         refresh: methods with a state rebuild it at the first sparse step and then every
-            `refresh` steps; None leaves it to the method.
+            `refresh` steps, or at the steps of a tuple of shares and numbers; None leaves it to the
+            method.
 
     The first steps decide the picture's layout, so a run with no dense step at all ends in another
     picture; a share (not a number) keeps few-step distilled models fast: 15 % of 4 steps is one.
@@ -50,7 +54,8 @@ class Schedule:
     cooldown: float | int = 0
     dense_layers: tuple[int, ...] = ()
     layer_keep: tuple[tuple[int, float], ...] = ()
-    refresh: int | None = None
+    step_keep: tuple[tuple[float | int, float], ...] = ()
+    refresh: int | tuple[float | int, ...] | None = None
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -62,7 +67,17 @@ class Schedule:
         for layer, keep in pairs:
             if not 0 < keep <= 1:
                 raise ValueError(f"layer_keep of layer {layer} lies in (0, 1], not {keep}")
-        if self.refresh is not None and self.refresh < 1:
+        curve = tuple((start, float(keep)) for start, keep in self.step_keep)
+        object.__setattr__(self, "step_keep", curve)
+        for start, keep in curve:
+            check_share("a start of step_keep", start)
+            if not 0 < keep <= 1:
+                raise ValueError(f"step_keep from {start} on lies in (0, 1], not {keep}")
+        if isinstance(self.refresh, list | tuple):
+            object.__setattr__(self, "refresh", tuple(self.refresh))
+            for start in self.refresh:
+                check_share("a step of refresh", start)
+        elif self.refresh is not None and self.refresh < 1:
             raise ValueError(f"refresh is a number of steps ≥ 1 or None, not {self.refresh}")
 
     def dense_at(self, step: int, steps: int | None) -> str:
@@ -84,6 +99,20 @@ class Schedule:
     def dense_steps(self, steps: int) -> int:
         """How many of `steps` are dense in all layers."""
         return sum(bool(self.dense_at(step, steps)) for step in range(steps))
+
+    def keep_at(self, step: int, steps: int | None, keep: float) -> float:
+        """The method's `keep` at a step; shares of an unknown number of steps are ignored."""
+        known = [(s, k) for s, k in self.step_keep if steps is not None or isinstance(s, int)]
+        starts = sorted((count_steps(start, steps or 0), k) for start, k in known)
+        reached = [k for start, k in starts if start <= step]
+        return reached[-1] if reached else keep
+
+    def refreshes(self, step: int, steps: int | None, first: int) -> bool:
+        """Whether a state is rebuilt at a step, given the first sparse one."""
+        if isinstance(self.refresh, tuple):
+            known = [x for x in self.refresh if steps is not None or isinstance(x, int)]
+            return step == first or step in {count_steps(x, steps or 0) for x in known}
+        return step == first or bool(self.refresh and (step - first) % self.refresh == 0)
 
 
 @dataclass(frozen=True)
@@ -114,12 +143,13 @@ class Plan:
             return Action(None, reason)
         if layer in self._layers(s.dense_layers):
             return Action(None, "dense layer")
-        keep = {i % self.layers: k for i, k in s.layer_keep}.get(layer, self.keep)
+        keep = s.keep_at(step, steps, self.keep)
+        own = {i % self.layers: k for i, k in s.layer_keep}.get(layer)
+        keep = keep if own is None else own * (keep / self.keep)
         if keep >= 1 and not self.always:
             return Action(None, "keep = 1")
-        since = step - count_steps(s.warmup, steps or 0)
-        refresh = since == 0 or bool(s.refresh and since % s.refresh == 0)
-        return Action(keep, refresh=refresh)
+        first = count_steps(s.warmup, steps or 0)
+        return Action(keep, refresh=s.refreshes(step, steps, first))
 
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers that run sparse at the steps that are not dense altogether."""

@@ -45,6 +45,24 @@ def test_refresh_opens_the_sparse_part_and_recurs():
     ]  # fmt: skip
 
 
+def test_keep_falls_with_the_steps_and_a_layers_own_alike():
+    curve = ((0.2, 0.5), (0.6, 0.1), (0.4, 1.0))
+    p = plan(warmup=1, step_keep=curve, layer_keep=((1, 0.5), (2, 0.1)))
+    assert [p.action(s, 10, 0).keep for s in range(10)] == [None, 0.25, 0.5, 0.5, None, None] + [
+        0.1
+    ] * 4
+    assert [p.action(s, 10, 1).keep for s in (1, 2, 6)] == [0.5, None, 0.2]
+    assert [p.action(s, 10, 2).keep for s in (1, 4, 6)] == pytest.approx([0.1, 0.4, 0.04])
+    assert [p.action(s, None, 0).keep for s in (1, 6)] == [0.25, 0.25]
+    assert plan(warmup=0, step_keep=((3, 0.5),)).action(3, None, 0).keep == 0.5
+
+
+def test_refresh_at_given_steps():
+    p = plan(warmup=2, refresh=(0.3, 5, 0.75))
+    assert [s for s in range(10) if p.action(s, 10, 0).refresh] == [2, 3, 5, 8]
+    assert [s for s in range(10) if p.action(s, None, 0).refresh] == [2, 5]
+
+
 def test_unknown_number_of_steps_runs_sparse_after_counted_warmup():
     assert plan(warmup=0.5).action(0, None, 0).keep == 0.25
     assert plan(warmup=2).action(1, None, 0).keep is None
@@ -58,6 +76,9 @@ def test_unknown_number_of_steps_runs_sparse_after_counted_warmup():
         {"cooldown": True},
         {"layer_keep": ((0, 0.0),)},
         {"refresh": 0},
+        {"refresh": (0.5, -1)},
+        {"step_keep": ((0.5, 0.0),)},
+        {"step_keep": ((1.5, 0.5),)},
     ],
 )
 def test_bad_values_are_refused(options):

@@ -7,14 +7,17 @@ compensation gives r and C for the blocks that were skipped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
-from dit_accel import ops
 from dit_accel.inputs import fields
-from dit_accel.table import BlockTable, block_count
+from dit_accel.methods import selectors
+from dit_accel.methods.reuse import Reuse
+from dit_accel.methods.selectors.base import Chosen, Selector
+from dit_accel.methods.selectors.means import Means
+from dit_accel.table import BlockTable, Keep, block_count
 
 _LONG = 8192
 
@@ -30,7 +33,7 @@ class Call:
     """The circumstances of one attention call.
 
     Args:
-        keep: share of key blocks to keep, in (0, 1].
+        keep: share of key blocks to keep, in (0, 1], or one for each head.
         scale: softmax scale; None is 1/√D.
         grid: (T, H, W) of the visual tokens, or None when unknown.
         forced: bool [Mk], key blocks every query reads (text), or None; `n_forced` of them.
@@ -43,10 +46,11 @@ class Call:
         refresh: the schedule asks methods with a state to rebuild it now.
         stateless: this layer's state finds no room: keep nothing.
         state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
+        together: the same of this layer in all passes.
         note: takes the table that is read, for the report; None when everything is.
     """
 
-    keep: float
+    keep: Keep
     scale: float | None = None
     grid: tuple[int, int, int] | None = None
     forced: torch.Tensor | None = None
@@ -63,6 +67,7 @@ class Call:
     refresh: bool = False
     stateless: bool = False
     state: dict[str, Any] = field(default_factory=dict)
+    together: dict[str, Any] = field(default_factory=dict)
     note: Callable[[BlockTable | None], None] = lambda table: None
 
 
@@ -74,6 +79,8 @@ class Method:
         keep: share of key blocks each query block reads, in (0, 1].
         block_q: queries that share their key blocks, 64 or 128; None: 128 from 8,192 queries on.
         block_k: tokens in a key block: 64 or 128.
+        select: how blocks are chosen: a selector, or its text such as "sub".
+        reuse: which calls share a table; a text such as "4+passes" is read.
 
     Raises ValueError for a value outside its range.
     """
@@ -81,6 +88,8 @@ class Method:
     keep: float = 0.25
     block_q: int | None = None
     block_k: int = 64
+    select: Selector | str = field(default=Means(), kw_only=True)
+    reuse: Reuse | str = field(default=Reuse(), kw_only=True)
 
     name: ClassVar[str]
     description: ClassVar[str]
@@ -103,6 +112,10 @@ class Method:
             raise ValueError(f"block_q is 64 or 128 tokens or None, not {self.block_q}")
         if self.block_k not in (64, 128):
             raise ValueError(f"block_k is 64 or 128 tokens, not {self.block_k}")
+        if isinstance(self.select, str):
+            object.__setattr__(self, "select", selectors.find(self.select))
+        if isinstance(self.reuse, str):
+            object.__setattr__(self, "reuse", Reuse.read(self.reuse))
 
     def query_block(self, n: int) -> int:
         """Tokens in a query block of a call with n queries.
@@ -122,31 +135,36 @@ class Method:
         """Bytes kept for one layer in one guidance pass; shape of q (B, H, N, D), without text."""
         return 0
 
-    def select(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
+    def table(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """The block table of this call, noted for the report."""
-        table = self.best(q, k, call)
+        table, _ = self.chosen(q, k, call)
         call.note(table)
         return table
 
-    def best(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
-        """Forced blocks and the `keep` best by mean score."""
+    def chosen(self, q: torch.Tensor, k: torch.Tensor, call: Call, **rules: Any) -> Chosen:
+        """Forced blocks and the `keep` best by the selector, or a table that serves this call too;
+        the means only where they were made. rules: see Selector.choose."""
+        sizes = self.sizes(q)
+        kept = self.reuse.find(call, q, k, sizes)
+        if kept is not None:
+            return kept, None
         keep = self.share(call.keep, block_count(k.shape[2], self.block_k))
-        return ops.block_table(q, k, keep, *self.sizes(q), **self.valid(call))
+        mine = call if keep == call.keep else replace(call, keep=keep)
+        table, means = self.select.choose(q, k, mine, sizes, **rules)
+        self.reuse.keep(table, call, q, k, sizes)
+        return table, means
 
-    def share(self, keep: float, blocks: int) -> float:
+    def share(self, keep: Keep, blocks: int) -> Keep:
         """The share of `blocks` that stands for `keep` of them, as this method rounds."""
         if self.rounding == "up":
             return keep
+        if isinstance(keep, tuple):
+            return tuple(self.share(x, blocks) for x in keep)
         return max(1, int(keep * blocks)) / blocks
 
     def sizes(self, q: torch.Tensor) -> tuple[int, int]:
         """Tokens in a query block of q [B, H, N, D] and in a key block."""
         return self.query_block(q.shape[2]), self.block_k
-
-    @staticmethod
-    def valid(call: Call) -> dict[str, Any]:
-        """What ops.block_table is told of this call's text and padding."""
-        return {"forced": call.forced, "max_forced": call.n_forced, "kv_len": call.kv_len}
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

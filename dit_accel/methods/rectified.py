@@ -9,8 +9,8 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
+from dit_accel.methods.selectors.base import Chosen
 from dit_accel.methods.selectors.near import neighbours
-from dit_accel.table import BlockMeans, BlockTable
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,15 @@ class Rectified(Method):
         if self.neighbours is not None and self.neighbours < 0:
             raise ValueError(f"neighbours is a number of blocks ≥ 0 or None, not {self.neighbours}")
 
-    def choose(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> tuple[BlockTable, BlockMeans]:
+    def choose(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> Chosen:
         """max(K, as many as hold `mass`) best blocks, the neighbours and the text; block means."""
         sizes, near = self.sizes(q), (None, 0)
         if self.neighbours is not None:
             n_q, n_k = q.shape[2], k.shape[2]
             first = n_k - n_q if call.text_first else 0
             near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
-        critical = {"mass": self.mass, "near": near[0], "max_near": near[1], "scale": call.scale}
-        wanted = {"return_means": True, "spreads": self.gapr}
-        return ops.block_table(q, k, call.keep, *sizes, **self.valid(call), **critical, **wanted)
+        critical = {"mass": self.mass, "near": near[0], "max_near": near[1]}
+        return self.chosen(q, k, call, **critical, return_means=True, spreads=self.gapr)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

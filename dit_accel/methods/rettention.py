@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.methods.base import Call
+from dit_accel.methods.reuse import Reuse
+from dit_accel.methods.selectors.means import Means
 from dit_accel.methods.selectors.window import WINDOWS, window_rows, window_table
 from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
@@ -53,13 +55,18 @@ class Rettention(Remembering):
             raise ValueError(f"growth lies in [0, 1], not {self.growth}")
         if self.window not in WINDOWS:
             raise ValueError(f"window is one of {', '.join(WINDOWS)}, not {self.window!r}")
+        if self.select != Means() or self.reuse != Reuse():
+            raise ValueError(
+                "Re-ttention reads its window at every step: it takes no select and no reuse; "
+                "shared is the method with a choice of blocks"
+            )
 
     def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
         """Bytes kept for one layer in one guidance pass: R and ρ; see Remembering."""
         ratio = shape[0] * shape[1] * shape[2] * 4 if self.rescale else 0
         return super().state_bytes(shape, dtype) + ratio
 
-    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
+    def table(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
         """The static window; ValueError when the tokens form no grid."""
         grid = call.grid
         if grid is None or grid[0] * grid[1] * grid[2] != q.shape[2]:

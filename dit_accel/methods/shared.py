@@ -39,7 +39,8 @@ class SharedResidual(Remembering):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if call.stateless:
-            pooled = Pooled(self.keep, self.block_q, self.block_k)
+            choice = {"select": self.select, "reuse": self.reuse}
+            pooled = Pooled(self.keep, self.block_q, self.block_k, **choice)
             return pooled(q, k, v, call)
         return super().__call__(q, k, v, call)
 
@@ -53,8 +54,8 @@ class SharedResidual(Remembering):
         """O_pooled."""
         return ops.pooled_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)
 
-    def select(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
+    def table(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
         """The best blocks of the last full step: R is what these missed."""
         if "table" not in call.state:
-            call.state["table"] = self.best(q, k, call)
+            call.state["table"], _ = self.chosen(q, k, call)
         return call.state["table"]

@@ -100,7 +100,7 @@ class SLA(Learned):
             )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        table = self.select(q, k, call)
+        table = self.table(q, k, call)
         options = {"scale": call.scale, "kv_len": call.kv_len}
         learned = self.of(call, q.device) if self.linear else None
         if learned is None:

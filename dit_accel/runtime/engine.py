@@ -43,6 +43,7 @@ class Engine:
     books: Books = field(init=False)
     order: Order = field(init=False)
     state: dict[tuple[str, tuple[int, int]], dict[str, Any]] = field(default_factory=dict)
+    together: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
     span: Span | None = None
     spans: list[Span] = field(default_factory=list)
     stateless_from: int | None = None
@@ -70,6 +71,7 @@ class Engine:
         fresh = self.clock.tick(geometry, timestep)
         if fresh:
             self.state.clear()
+            self.together.clear()
             self.stateless_from = None
             self.books.forwards.clear()
         self._keys.begin(fresh)
@@ -190,6 +192,7 @@ class Engine:
             refresh=action.refresh,
             stateless=self.stateless_from is not None and book.number >= self.stateless_from,
             state=self.state.setdefault((clock.passname, (layer, number)), {}),
+            together=self.together.setdefault((layer, number), {}),
             note=partial(self.books.sparse, layer),
         )
 

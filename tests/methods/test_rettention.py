@@ -44,7 +44,7 @@ def test_without_rescaling_it_is_ditfastattn():
     method, state, (q, k, v) = Rettention(rescale=False), {}, qkv()
     full = method(q, k, v, call(state))
     q2, k2, v2 = qkv()
-    table = method.select(q, k, call(state))
+    table = method.table(q, k, call(state))
     sparse = dit_accel.ops.block_sparse_attention
     expected = sparse(q2, k2, v2, table) + full - sparse(q, k, v, table)
     torch.testing.assert_close(method(q2, k2, v2, call(state, 1)), expected)

@@ -35,7 +35,7 @@ def allowed_pairs(linear, method, q, k, call):
 
 
 def _masks(method, q, k, call):
-    critical = method.select(q, k, call).to_mask()
+    critical = method.table(q, k, call).to_mask()
     scores = torch.stack([b.mean(-2) for b in q.split(64, 2)], 2)
     scores = scores @ torch.stack([b.mean(-2) for b in k.split(64, 2)], 2).mT
     worst = scores.topk(2, largest=False).indices  # 0.3 of 5 blocks
@@ -49,7 +49,7 @@ def test_the_projected_form_is_the_paper(linear: str):
     method = SLA(keep=0.4, linear=linear, skip=0.3).with_weights(tensors)
     allowed = allowed_pairs(linear, method, q, k, call)
     branch = naive_linear(q, k, v, allowed) @ tensors["layers.0.weight"].mT
-    expected = block_sparse_attention(q, k, v, method.select(q, k, call))
+    expected = block_sparse_attention(q, k, v, method.table(q, k, call))
     expected = expected + branch + tensors["layers.0.bias"]
     torch.testing.assert_close(method(q, k, v, call), expected)
 
@@ -60,7 +60,7 @@ def test_the_gated_form_is_a_convex_sum():
     method = SLA(keep=0.4, combine="gate").with_weights({"layers.0.gate": gate})
     alpha = gate.sigmoid()
     linear = naive_linear(q, k, v, torch.ones(1))
-    expected = alpha * block_sparse_attention(q, k, v, method.select(q, k, call))
+    expected = alpha * block_sparse_attention(q, k, v, method.table(q, k, call))
     expected = expected + (1 - alpha) * linear
     out = method(q, k, v, call)
     torch.testing.assert_close(out, expected)
@@ -91,10 +91,10 @@ def test_weights_come_back_from_a_file_and_change_only_their_layer(tmp_path):
     SLA(linear="rest").with_weights(tensors).save(path)
     method = SLA(keep=0.4, linear="rest", weights=str(path))
     q, k, v = qkv()
-    plain = ops.block_sparse_attention(q, k, v, method.select(q, k, Call(keep=0.4)))
+    plain = ops.block_sparse_attention(q, k, v, method.table(q, k, Call(keep=0.4)))
     assert torch.equal(method(q, k, v, Call(keep=0.4, layer=0)), plain)
     expected = ops.sparse_linear_attention(
-        q, k, v, method.select(q, k, Call(keep=0.4)), *tensors.values(), linear="rest"
+        q, k, v, method.table(q, k, Call(keep=0.4)), *tensors.values(), linear="rest"
     )
     assert torch.equal(method(q, k, v, Call(keep=0.4, layer=1)), expected)
 
@@ -146,7 +146,7 @@ def test_the_kept_count_as_the_checkpoint_was_trained(kind):
     q, k, _ = qkv()
     cases = ((0.3, "up", 2), (0.3, "down", 1), (0.1, "down", 1), (1, "down", 5))
     for keep, rounding, count in cases:
-        table = kind(keep=keep, rounding=rounding).select(q, k, Call(keep=keep))
+        table = kind(keep=keep, rounding=rounding).table(q, k, Call(keep=keep))
         assert table.counts.eq(count).all()
     with pytest.raises(ValueError, match="rounding of the kept blocks is 'up' or 'down'"):
         kind(rounding="nearest")

@@ -93,7 +93,7 @@ class Spy(TopK):
     """TopK that shows what it was given in its first call."""
 
     def __call__(self, q, k, v, call):
-        table = self.select(q, k, call)
+        table = self.table(q, k, call)
         self.__dict__.setdefault("seen", (k, call, table))
         return super().__call__(q, k, v, call)
 

@@ -36,8 +36,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel: registers per thread, bytes of stack and of shared
-    memory, and counts of instructions."""
+    """What the compiler made of one kernel.
+
+    kernel: its name.
+    capability: compute capability times ten.
+    registers: of a thread.
+    stack, shared: bytes of stack and of shared memory.
+    cp_async, tma, wgmma, mma: instructions.
+    """
 
     kernel: str
     capability: int

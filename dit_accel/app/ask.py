@@ -16,8 +16,12 @@ from dit_accel.schedule import Schedule
 class Limits:
     """The most a visitor may ask for.
 
-    prompt in characters; side in pixels; frames, steps per clip; queue: visitors who may wait.
-    models: folders or ids offered beside the embedded model; public: no other may be typed in.
+    prompt: characters.
+    side: pixels.
+    frames, steps: of a clip.
+    queue: visitors who may wait.
+    models: folders or ids offered beside the embedded model.
+    public: no other model may be typed in.
     """
 
     prompt: int = 500
@@ -38,10 +42,14 @@ class Limits:
 class Side:
     """One of the two configurations.
 
-    method: "dense", a name or a preset such as "topk:fast". keep: share of key blocks kept, None
-    for the method's own. warmup: share of dense steps at the start. order: token order. small:
-    accelerate below the device's crossover too. prune: a preset of token pruning. Raises
-    ValueError for a bad value.
+    method: "dense", a name or a preset such as "topk:fast".
+    keep: share of key blocks kept, None for the method's own.
+    warmup: share of dense steps at the start.
+    order: token order.
+    small: accelerate below the device's crossover too.
+    prune: a preset of token pruning.
+
+    Raises ValueError for a bad value.
     """
 
     method: str = "dense"

@@ -26,7 +26,13 @@ Loader = Callable[[str | None], tuple[Any, Defaults]]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands. side: "left", "right", or "" before they start; preview: a data: URI."""
+    """Where a job stands.
+
+    side: "left", "right", or "" before they start.
+    phase: what is done now.
+    done, total: steps of the phase; total is None where they are not known.
+    preview: a data: URI.
+    """
 
     side: str
     phase: str

@@ -48,7 +48,14 @@ class DiskFull(OSError):
 
 @dataclass(frozen=True)
 class Row:
-    """A claimed job. `turn` counts claims of it: an older claim can change nothing any more."""
+    """A claimed job.
+
+    id: of the job.
+    values: of its line in the job file.
+    output: name of its file.
+    checked: it also runs dense, to be compared.
+    turn: counts claims of it: an older claim can change nothing any more.
+    """
 
     id: str
     values: dict[str, Any]

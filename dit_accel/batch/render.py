@@ -25,8 +25,14 @@ REPORTED = ("method", "kept", "fallbacks", "unplanned", "implementations", "stat
 
 @dataclass(frozen=True)
 class Clip:
-    """frames uint8 [T, H, W, 3], or the reason why there are none; latents where the call was for
-    one clip; seconds of generation; report: JSON-able, what ran."""
+    """One clip of a call.
+
+    frames: uint8 [T, H, W, 3], or None.
+    latents: of the clip, where the call was for it alone.
+    seconds: of generation.
+    report: JSON-able, what ran.
+    error: why there are no frames.
+    """
 
     frames: np.ndarray | None
     latents: torch.Tensor | None

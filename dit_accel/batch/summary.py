@@ -18,8 +18,12 @@ RESULTS = "results.jsonl"
 class Summary:
     """The state of an output folder after a run.
 
-    failures: {id, line, output, error}. refused: {line, reason} of the job file. drift: mean and
-    worst over the jobs that also ran dense. seconds: generation time of the finished jobs.
+    folder: its path.
+    done, failed, waiting: numbers of jobs.
+    seconds: generation time of the finished jobs.
+    failures: {id, line, output, error} each.
+    refused: {line, reason} of the job file.
+    drift: mean and worst over the jobs that also ran dense.
     stopped: why the run ended early, or "".
     """
 

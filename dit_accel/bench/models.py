@@ -21,18 +21,21 @@ class Model:
     """One checkpoint's transformer, and the call of its pipeline that is timed.
 
     Args:
+        name, title: on the command line, and in tables.
         pipeline, transformer: names of diffusers classes.
         config: what differs from the transformer class's defaults.
-        scheduler: name of a diffusers class, and its arguments.
         size: the call's height, width and, for video, frames.
         text: tokens of the prompt.
         embeds: call argument → name of the transformer's option that gives its width; "-" before
             the name: one vector, not one for each token.
-        masks: call arguments that mark a quarter of the prompt's tokens as valid.
         call: further arguments of the call.
-        passes: transformer forwards of a step in the pipeline's usual call; `timed` of them run
-            here, and a step's seconds are scaled to all (the forwards differ in the text alone).
-        attributes: set on the pipeline, as its VAE would. pipeline_config: its further options.
+        scheduler: name of a diffusers class, and its arguments.
+        masks: call arguments that mark a quarter of the prompt's tokens as valid.
+        passes: transformer forwards of a step in the pipeline's usual call.
+        timed: how many of them run here; a step's seconds are scaled to all (the forwards differ in
+            the text alone).
+        attributes: set on the pipeline, as its VAE would.
+        pipeline_config: further options of the pipeline.
         tiny: replaces `config`, `size` and `text` where only the path is to be tried.
     """
 

@@ -22,7 +22,14 @@ WORTH = 1.1  # a smaller gain is within what a busy machine varies by
 
 @dataclass(frozen=True)
 class Layer:
-    """Seconds of one transformer block of a kind of which the model has `count`."""
+    """Seconds of one transformer block of a kind.
+
+    kind: its class.
+    count: how many of it the model has.
+    dense: as it is.
+    hollow: without its attention core.
+    methods: method → with it.
+    """
 
     kind: str
     count: int
@@ -35,8 +42,11 @@ class Layer:
 class Outlook:
     """What one method can give a whole denoising loop.
 
-    keep: of the method as it comes. ceiling: speed-up if its work cost exactly its share of dense
-    attention. predicted: speed-up from the measured block, or None when it did not run, `why`.
+    method: its name.
+    keep: of the method as it comes.
+    ceiling: speed-up if its work cost exactly its share of dense attention.
+    predicted: speed-up from the measured block, or None when it did not run.
+    why: it did not run.
     """
 
     method: str
@@ -48,10 +58,24 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that `dit-accel doctor` says. Seconds of one forward, bytes of a whole run.
+    """All that `dit-accel doctor` says.
 
-    measured_tokens: tokens of the timed block; where fewer than `tokens`, attention was scaled with
-    the square and the rest in proportion. bound: speed-up if attention took no time at all.
+    model, device, dtype: what was examined.
+    grid: (T, H, W) of the visual tokens of the timed block.
+    tokens: visual tokens of a forward at the asked size.
+    measured_tokens: of the timed block; where fewer than `tokens`, attention was scaled with the
+        square and the rest in proportion.
+    layers, heads, head_dim: of the model's attention.
+    forward_seconds: of one transformer forward.
+    attention_share: of it, spent in attention's core.
+    bound: speed-up if attention took no time at all.
+    outlook: of each method.
+    crossover: tokens below which attention stays dense on this device, or None.
+    state_bytes: of a whole run, by what keeps them.
+    free_bytes: of the device, or None where it does not tell.
+    obstacles: why attention would run dense.
+    notes: what else to know.
+    recommendation: one piece of advice.
     """
 
     model: str

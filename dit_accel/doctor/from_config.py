@@ -31,9 +31,12 @@ class Shell:
 class Family:
     """What a family's forward takes.
 
-    inputs: (config, latent size (T, H, W), text tokens) → arguments, as shapes or tensors. size:
-    (frames, height, width) unless asked otherwise. compression: pixels per latent in time and
-    space. counts: configuration keys of the numbers of layers. passes: forwards in a step.
+    inputs: (config, latent size (T, H, W), text tokens) → arguments, as shapes or tensors.
+    size: (frames, height, width) in pixels unless asked otherwise.
+    text: tokens of the prompt.
+    compression: pixels per latent in time and space.
+    counts: configuration keys of the numbers of layers.
+    passes: forwards in a step.
     """
 
     inputs: Callable[[Any, Size, int], dict[str, Any]]

@@ -25,8 +25,10 @@ from dit_accel.media.files import atomic
 class DenseClips:
     """The dense clips of one pipeline and setting.
 
+    pipe, defaults: as loaded.
     base: size, steps and guidance of every clip; its prompt and seed are replaced.
-    folder: of the clips. journal: of what each is like by itself.
+    folder: of the clips.
+    journal: of what each is like by itself.
     seen: what is recognised in clips of these prompts and seeds.
     """
 

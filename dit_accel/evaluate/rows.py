@@ -39,9 +39,14 @@ DEFAULT = ("steps", *(name for name in _METHODS if name != EIGHT), "prune")
 class Row:
     """One line of the table.
 
-    family: rows that a plot joins by a line. steps: of the run; None takes as many as the dense
-    reference. transformer: folder of fine-tuned weights to run instead of the model's, or of a LoRA
-    to run on them. rank: rows of a low one are measured first. boost: what runs beside the method.
+    name: of the line.
+    family: rows that a plot joins by a line.
+    config: of the run.
+    steps: of the run; None takes as many as the dense reference.
+    transformer: folder of fine-tuned weights to run instead of the model's, or of a LoRA to run on
+        them.
+    rank: rows of a low one are measured first.
+    boost: what runs beside the method.
     """
 
     name: str

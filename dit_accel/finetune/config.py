@@ -47,8 +47,9 @@ class Settings:
         order: token order, as AccelConfig's.
         device: "cpu"; None takes what accelerate finds.
         warmup: dense share of a validation clip's steps; training itself is sparse at every step.
-        clips: validation clips, of the first prompts in the text file `validation` (None: those of
-            `prompts`); 0 makes none.
+        seed: of the noise and the batches.
+        clips: validation clips, of the first prompts; 0 makes none.
+        validation: text file of their prompts; None takes those of `prompts`.
         save_every, validate_every, log_every: steps between checkpoints, validations, log lines.
 
     Raises ValueError for a value outside its range.

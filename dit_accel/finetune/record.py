@@ -25,8 +25,10 @@ _OURS = ("hidden_states", "timestep", "return_dict")
 class Conditions:
     """Arguments of a transformer forward beside the latents and the time.
 
-    tensors: by argument name, those with a batch dimension of 1 and those without; static: JSON
-    values; shape: of the latents; sigmas: noise levels of the pipeline's steps, falling to 0;
+    tensors: by argument name, those with a batch dimension of 1 and those without.
+    static: JSON values by argument name.
+    shape: of the latents.
+    sigmas: noise levels of the pipeline's steps, falling to 0.
     time_scale: what the model is told for noise level 1.
     """
 

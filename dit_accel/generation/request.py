@@ -29,9 +29,17 @@ _ARGUMENTS = {
 class Request:
     """What the user asks of a pipeline; None takes the model's default.
 
-    Sizes in pixels; sampler: a grid of few steps in words (see samplers.Sampler), None is the
-    pipeline's own. Raises ValueError for a value that no pipeline could take; `arguments` checks
-    the rest against one pipeline.
+    prompt, negative_prompt: what to show, and what not.
+    seed: of the noise.
+    steps: of denoising.
+    height, width: pixels.
+    frames: of the clip.
+    guidance: the pipeline's guidance scale.
+    image: where a clip or an edit starts from.
+    sampler: a grid of few steps in words (see samplers.Sampler); None is the pipeline's own.
+
+    Raises ValueError for a value that no pipeline could take; `arguments` checks the rest against
+    one pipeline.
     """
 
     prompt: str

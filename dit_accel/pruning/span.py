@@ -31,7 +31,9 @@ from dit_accel.pruning.shared import Part
 class Span:
     """The pruned blocks of one transformer.
 
-    prune: how. site: where the blocks have their tokens. clock: where the generation stands.
+    prune: how.
+    site: where the blocks have their tokens.
+    clock: where the generation stands.
     blocks: how many the model has, in all its lists.
     part: of the tokens, where devices share them.
     whole: the tokens that run go back among the others after each block of this forward.

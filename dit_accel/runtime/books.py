@@ -43,9 +43,12 @@ class StepBook:
 class Books:
     """All that is counted between `accelerate` and the report.
 
-    layers: of all transformers, one after another. forwards: of the last generation. reasons: why
-    calls ran dense → how many; unplanned: those of them that no schedule asked for. strict: such a
-    call is an error.
+    strict: a dense call that no schedule asked for is an error.
+    layers: of all transformers, one after another.
+    forwards: of the last generation.
+    reasons: why calls ran dense → how many.
+    unplanned: those of the reasons that no schedule asked for.
+    implementations: operator and implementation that served → calls.
     """
 
     strict: bool = False

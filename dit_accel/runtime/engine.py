@@ -33,8 +33,14 @@ class Engine:
     """The state of an accelerated pipeline; dies with it.
 
     `begin` opens a transformer forward, `attend` serves each attention call in it, `end` closes it.
-    state: (pass, (layer, call)) → what the method keeps there. spans: the token pruning of each
-    transformer, span: of the one that runs.
+
+    config, plan, clock: how, when, and where the generation stands.
+    books: what is counted.
+    order: of the tokens.
+    state: (pass, (layer, call)) → what the method keeps there.
+    span: the token pruning of the transformer that runs.
+    spans: of each transformer.
+    stateless_from: the first layer whose state finds no room, or None.
     """
 
     config: AccelConfig

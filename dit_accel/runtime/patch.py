@@ -30,8 +30,13 @@ from dit_accel.runtime.rebind import NAMES, give_back, rebound_class, set_proces
 class Patch:
     """One transformer's replaced objects. `install` and `remove` are exact inverses.
 
-    modules: the attention modules; the first is layer `first` in the engine's books. span: the
-    token pruning of this transformer, or None.
+    transformer, adapter: whose objects, and where they are.
+    engine: what serves its attention calls.
+    modules: the attention modules.
+    first: the number of the first of them in the engine's books.
+    span: the token pruning of this transformer, or None.
+    undo: what puts everything back, the last change last.
+    layers: the seams of the modules.
     """
 
     transformer: nn.Module

@@ -13,11 +13,18 @@ from dit_accel.runtime.engine import Engine
 class Report:
     """The books of one accelerated pipeline since `accelerate`.
 
+    method, model: their names.
+    config: of the acceleration, as JSON has it.
     kept: share of query-key block pairs computed over all attention calls (a dense call counts 1).
-    layers: name, sparse calls, dense calls, kept share. steps: one entry per transformer forward
-    of the last generation: step, pass, seconds, kept, and the share of tokens that ran the pruned
-    span. fallbacks: reason → calls that ran dense, the
-    scheduled ones included. unplanned: the part of them that no schedule asked for.
+    layers: name, sparse calls, dense calls, kept share.
+    steps: one entry per transformer forward of the last generation: step, pass, seconds, kept, and
+        the share of tokens that ran the pruned span.
+    fallbacks: reason → calls that ran dense, the scheduled ones included.
+    unplanned: the part of them that no schedule asked for.
+    implementations: operator and implementation that served → calls.
+    state_bytes: kept between steps, by methods and by token pruning.
+    stateless_from: the first layer whose state found no room, or None.
+    generations: how many.
     """
 
     method: str

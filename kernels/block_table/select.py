@@ -215,7 +215,8 @@ def _block_select_fwd_kernel(
 class Rules(NamedTuple):
     """What a row keeps besides its best blocks, and how many; see ops.block_table.
 
-    forced is [B, H, Mq, Mk]. scale: of a softmax over the scores, in log2 units; None where they
+    forced: bool [B, H, Mq, Mk].
+    scale: of a softmax over the scores, in log2 units; None where they
     are shares already.
     """
 

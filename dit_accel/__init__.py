@@ -24,6 +24,7 @@ _HOME = {
     "accelerate": "api",
     "accelerated": "api",
     "attention": "api",
+    "load_checkpoint": "checkpoints",
     "register_adapter": "api",
     "restore": "api",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "attention",
+    "load_checkpoint",
     "methods",
     "register_adapter",
     "restore",

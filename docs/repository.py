@@ -9,6 +9,7 @@ import ast
 import posixpath
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -28,7 +29,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if name and name != HOME and not name.startswith(("docs/", ".github/")):
             files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     files.append(File.generated(config, "reference/modules.md", content=modules()))
+    files.append(File.generated(config, "reference/cli.md", content=commands()))
     return files
+
+
+def commands() -> str:
+    """Every command with its options, as typer writes them down."""
+    command = (sys.executable, "-m", "typer", "dit_accel.cli.main", "utils", "docs")
+    command += ("--name", "dit-accel", "--title", "Command line")
+    text = subprocess.check_output(command, cwd=ROOT, text=True)
+    return re.sub(r"\*\*Commands\*\*:\n.*?(?=\n## )", "", text, flags=re.DOTALL)  # in the margin
 
 
 def modules() -> str:

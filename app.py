@@ -2,7 +2,8 @@
 
 import sys
 
-from dit_accel.app.launch import main
+from dit_accel.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv.insert(1, "app")
+    main()

@@ -9,8 +9,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from dit_accel import bench
 from dit_accel.bench import baselines, operators
-from dit_accel.bench.command import main
 from dit_accel.bench.results import line
+from dit_accel.cli import main as cli
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.table import BlockTable
 
@@ -49,7 +49,7 @@ def test_unknown_names_are_refused():
 
 def test_command_line(capsys: pytest.CaptureFixture):
     arguments = ["--op", "block_sparse_attention", "--shape", "small", "--rounds", "1"]
-    assert main([*arguments, "--device", "cpu"]) == 0
+    assert cli.run(["bench", *arguments, "--device", "cpu"]) == 0
     assert "[1,2,300,16]" in capsys.readouterr().out
 
 

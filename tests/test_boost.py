@@ -138,14 +138,14 @@ def test_compare_with_everything(tmp_path):
 
 
 def test_options_become_a_configuration():
-    from dit_accel.cli.options import Common
+    from dit_accel.cli.options import How
 
-    config = Common("x", prune="fast").config()
+    config = How(prune="fast").config()
     assert config.method.name == "pooled"
     assert config.prune == TokenPruning(**TokenPruning.presets["fast"])
-    assert Common("x", prune="0.4", method="topk").config().prune == TokenPruning(0.4)
-    assert Common("x").config().method.name == "shared"
-    assert Common("x", compile=True, step_cache=0.1).boost() == Boost(True, 0.1)
+    assert How(prune="0.4", method="topk").config().prune == TokenPruning(0.4)
+    assert How().config().method.name == "shared"
+    assert How(compile=True, step_cache=0.1).boost() == Boost(True, 0.1)
 
 
 def test_from_the_command_line(tmp_path, monkeypatch):

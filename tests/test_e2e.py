@@ -11,7 +11,6 @@ import torch
 
 import dit_accel
 from dit_accel.bench import end_to_end, models, table
-from dit_accel.bench.command import main
 from dit_accel.bench.models import MODELS
 from dit_accel.bench.rows import ROWS, TOGETHER, Course, Row, whole_run
 from dit_accel.bench.whole_run import complete, kinds_of
@@ -273,9 +272,13 @@ def test_another_setting_is_not_mixed_in(tmp_path):
 def test_the_commands(tmp_path, capsys):
     out = str(tmp_path / "rows.json")
     words = ["--e2e", "--tiny", "--device", "cpu", "--model", "flux-1024", "--rows", "stock"]
-    assert cli.run(["bench", *words, "--out", out]) == 0
-    assert main(["--e2e", "--table", out, "--csv"]) == 0
-    assert "flux-1024,stock," in capsys.readouterr().out
+    assert cli.run(["bench", *words, "none", "--rounds", "1", "--out", out]) == 0
+    capsys.readouterr()
+    assert cli.run(["bench", "--e2e", "--table", out, "--csv"]) == 0
+    assert [line[:14] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "flux-1024,stoc",
+        "flux-1024,none",
+    ]
     assert cli.run(["bench", *words[:-1], "best@0.1"]) == 2
 
 
@@ -283,11 +286,13 @@ def test_it_runs_without_what_only_the_command_line_needs():
     script = (
         "import sys\n"
         "sys.modules |= dict.fromkeys(('rich', 'typer', 'imageio', 'gradio', 'skimage', 'ftfy'))\n"
-        "from dit_accel.bench.command import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "import torch\n"
+        "from dit_accel.bench.end_to_end import Benchmark\n"
+        "from dit_accel.bench.models import find\n"
+        "from dit_accel.bench.rows import Row\n"
+        "rows = [Row.parse(name) for name in ('stock', 'pooled@0.1')]\n"
+        "Benchmark(torch.device('cpu'), 1, tiny=True).run([find('flux-1024')], rows)\n"
     )
-    words = "--e2e --tiny --device cpu --rounds 1 --model flux-1024 --rows stock pooled@0.1"
-    command = [sys.executable, "-c", script, *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "| pooled@0.1 |" in done.stdout and "error" not in done.stdout.lower()
+    assert "pooled@0.1" in done.stdout and "error" not in done.stdout.lower()

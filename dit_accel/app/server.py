@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ def settings(jobs: Path) -> dict[str, Any]:
     }
 
 
-def serve(studio: Studio, limits: Limits, jobs: Path, options: argparse.Namespace) -> None:
+def serve(studio: Studio, limits: Limits, jobs: Path, host: str, port: int, browser: bool) -> None:
     """Serve until interrupted."""
     jobs.mkdir(parents=True)
     demo = build(Desk(studio, jobs), limits)
     demo.launch(
-        server_name=options.host,
-        server_port=options.port,
-        inbrowser=options.open,
+        server_name=host,
+        server_port=port,
+        inbrowser=browser,
         **settings(jobs),
     )

@@ -1,8 +1,8 @@
-"""`python -m dit_accel.bench`."""
+"""`python -m dit_accel.bench` is `dit-accel bench`."""
 
+import runpy
 import sys
 
-from dit_accel.bench.command import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv.insert(1, "bench")
+    runpy.run_module("dit_accel", run_name="__main__")

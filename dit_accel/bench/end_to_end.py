@@ -9,7 +9,6 @@ written as it ends; one that fails holds its error, one that was not reached its
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import shlex
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 
 from dit_accel.bench import table
-from dit_accel.bench.models import MODELS, Model, TooLarge, build, inputs
-from dit_accel.bench.rows import ROWS, Course, Row, set_skip, switched_on
+from dit_accel.bench.models import Model, TooLarge, build, inputs
+from dit_accel.bench.rows import Course, Row, set_skip, switched_on
 from dit_accel.bench.whole_run import books, complete, kinds_of, medians
 from dit_accel.inputs.data import read_object
 from dit_accel.machine import describe
@@ -231,35 +230,3 @@ class Benchmark:
 def _text(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line of `python -m dit_accel.bench --e2e`."""
-    parser = argparse.ArgumentParser(prog="python -m dit_accel.bench --e2e", description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["wan1.3b-480p"])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), help="as in pooled@0.1+compile")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each kind")
-    parser.add_argument("--steps", type=int, default=50, help="of the run that is computed")
-    parser.add_argument("--minutes", type=float, help="time for everything; default: no limit")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--tiny", action="store_true", help="small models, to try the path")
-    parser.add_argument("--compiler", default="inductor", help="torch.compile's backend")
-    parser.add_argument("--min-tokens", type=int, help="attend densely below this many")
-    parser.add_argument("--out", type=Path, help="a JSON file to write, and to go on with")
-    parser.add_argument("--table", type=Path, help="only print the table of such a file")
-    parser.add_argument("--csv", action="store_true", help="--table as CSV instead of Markdown")
-    given = parser.parse_args(arguments)
-    if given.table:
-        record = read_object(given.table, "record")
-        print((table.csv_text if given.csv else table.markdown)(record))
-        return 0
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # it remarks on embeddings that come without a mask
-    rows = [Row.parse(name) for name in given.rows]
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options = {name: getattr(given, name) for name in ("minutes", "out", "compiler", "min_tokens")}
-    benchmark = Benchmark(device, given.rounds, given.steps, tiny=given.tiny, **options)
-    benchmark.run([MODELS[name] for name in given.model], rows)
-    print(table.markdown(benchmark.record()))
-    return 0 if any("seconds" in row for row in benchmark.rows) else 1

@@ -274,6 +274,13 @@ class TooLarge(RuntimeError):
     """The weights do not fit in the memory that is free."""
 
 
+def find(name: str) -> Model:
+    """The model of this name; ValueError says which there are."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; the benchmark has {', '.join(MODELS)}")
+    return MODELS[name]
+
+
 def build(model: Model, device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Any:
     """The pipeline with random weights on `device`, as `from_pretrained(torch_dtype=dtype)` has it.
 

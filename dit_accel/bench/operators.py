@@ -1,7 +1,6 @@
 """Operator benchmarks: map and attention together against dense attention, side by side.
 
     python -m dit_accel.bench --op pooled_attention --shape wan1.3b-480p --keep 0.05 --out rows.json
-    python -m dit_accel.bench --e2e --help
 
 A row gives times, TFLOP/s of the kept work and the error; its ratio stands only if the error check
 passes. Dense and sparse rounds alternate, so that a busy machine slows both; --clock cpu counts the

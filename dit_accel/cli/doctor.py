@@ -1,34 +1,31 @@
-"""The options of `dit-accel doctor`. Nothing heavy is imported until it runs."""
+"""`dit-accel doctor`. Nothing heavy is imported until it runs."""
 
 from __future__ import annotations
 
 import json
 from typing import Annotated, Any
 
-from dit_accel.cli.options import Common, checked, option, parse_size
+from dit_accel.cli import options as say
+from dit_accel.cli.options import How, What, Where, checked, option, parse_size
 
-_WHAT, _WHERE = "What to examine", "Where to run"
+_WHAT = "What to examine"
 PROMPT = "rocket on a blue background"
 STEPS = 50  # of a model that is known by its configuration only
 
+ConfigOnly = Annotated[
+    bool, option("Random weights from the configuration.", _WHAT, "--config-only")
+]
+Json = Annotated[bool, option("JSON on stdout.", _WHAT, "--json")]
+
 
 def doctor(
-    model: Annotated[
-        str | None, option("Folder or Hugging Face id. \\[the embedded emoji model]", _WHAT)
-    ] = None,
-    config_only: Annotated[
-        bool, option("Random weights from the configuration.", _WHAT, "--config-only")
-    ] = False,
-    size: Annotated[str | None, option("WIDTHxHEIGHT in pixels.", _WHAT)] = None,
-    frames: Annotated[int | None, option("Frames of the clip.", _WHAT)] = None,
-    steps: Annotated[int | None, option("Denoising steps.", _WHAT)] = None,
-    order: Annotated[str, option("Token order: raster, tile or hilbert.", _WHAT)] = "raster",
-    as_json: Annotated[bool, option("JSON on stdout.", _WHAT, "--json")] = False,
-    device: Annotated[str | None, option("cpu, cuda, cuda:1, mps.", _WHERE)] = None,
-    dtype: Annotated[str | None, option("bf16, fp16, fp32.", _WHERE)] = None,
-    offload: Annotated[
-        bool, option("Keep only the running part on the GPU.", _WHERE, "--offload")
-    ] = False,
+    where: Where,
+    config_only: ConfigOnly = False,
+    size: say.Size = None,
+    frames: say.Frames = None,
+    steps: say.Steps = None,
+    order: say.Order = "raster",
+    as_json: Json = False,
 ) -> None:
     """Say what acceleration can give a model on this machine, by timing one layer of it.
 
@@ -41,50 +38,42 @@ def doctor(
     from dit_accel.cli.progress import Progress
     from dit_accel.doctor.run import examine
 
-    common = Common(
-        PROMPT,
-        steps=steps,
-        size=size,
-        frames=frames,
-        order=order,
-        model=model,
-        device=device,
-        dtype=dtype,
-        offload=offload,
-    )
+    what, how = What(PROMPT, steps=steps, size=size, frames=frames), How(order=order)
     with Progress() as progress, checked():
-        patient, count = _patient(common, config_only, progress)
-        found = examine(patient, steps=count, order=order, progress=progress)
+        sample, count = _sample(what, how, where, config_only, progress)
+        found = examine(sample, steps=count, order=order, progress=progress)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
         _print(found)
 
 
-def _patient(common: Common, config_only: bool, progress: Any) -> tuple[Any, int]:
-    """Whom to examine, and the steps of a run."""
+def _sample(
+    what: What, how: How, where: Where, config_only: bool, progress: Any
+) -> tuple[Any, int]:
+    """What to examine, and the steps of a run."""
     import torch
 
-    from dit_accel.cli import session as cli_run
-    from dit_accel.doctor import sample as patient
+    from dit_accel.cli.session import load
+    from dit_accel.doctor import sample
     from dit_accel.doctor.from_config import family_of, read_config
     from dit_accel.generation.loading import find_model, pick_device, pick_dtype
     from dit_accel.generation.request import arguments
 
     if config_only:
-        config = read_config(common.model or find_model(None))
-        where = pick_device(common.device)
-        kind = getattr(torch, pick_dtype(common.dtype, where))
+        config = read_config(where.model or find_model(None))
+        device = pick_device(where.device)
+        kind = getattr(torch, pick_dtype(where.dtype, device))
         usual = family_of(config["_class_name"]).size
-        width, height = parse_size(common.size) if common.size else usual[:0:-1]
-        asked = (common.frames or usual[0], height, width)
+        width, height = parse_size(what.size) if what.size else usual[:0:-1]
+        asked = (what.frames or usual[0], height, width)
         progress("building a layer", 0, None)
-        return patient.from_config(config, asked, where, kind), common.steps or STEPS
-    request = common.request()
-    pipe, defaults = cli_run.load(common, request, common.config(), progress)
+        return sample.from_config(config, asked, device, kind), what.steps or STEPS
+    request = what.request()
+    pipe, defaults = load(where, request, how.config(), progress)
     progress("reading the model", 0, None)
     count = arguments(pipe, defaults, request).get("num_inference_steps") or STEPS
-    return patient.from_pipeline(pipe, defaults, request), count
+    return sample.from_pipeline(pipe, defaults, request), count
 
 
 def _print(found: Any) -> None:

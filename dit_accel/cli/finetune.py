@@ -1,99 +1,142 @@
-"""The options of `dit-accel finetune`."""
+"""`dit-accel finetune`. Nothing heavy is imported until it runs."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dit_accel.cli.options import parse_size
-from dit_accel.finetune.config import OBJECTIVES, PRECISIONS, TRAIN, Settings
-from dit_accel.forward.order import ORDERS
-from dit_accel.methods.sla import SLA
+from dit_accel.cli import options as say
+from dit_accel.cli.options import BadInput, checked, option, parse_size
 
-_METHOD = ("keep", "linear", "combine", "feature_map", "block_q", "block_k", "weights")
+if TYPE_CHECKING:
+    from dit_accel.finetune.config import Settings
+
+_DATA, _METHOD, _TRAIN, _RUN = "Data", "Method", "Training", "Run"
+Text, Whole, Real = str | None, int | None, float | None
+
+Out = Annotated[
+    Text, option("Folder of the result; may be left out with --prepare.", _RUN, "--out", "-o")
+]
+Resume = Annotated[bool, option("Go on with the run in --out.", _RUN, "--resume")]
 
 
-def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(
-        prog="dit-accel finetune",
-        description="Train SLA's projections, and the model's weights or a LoRA with them, so that "
-        "sparse attention gives what dense attention gives. See docs/train/finetune.md.",
+@dataclass(frozen=True)
+class Data:
+    """What is learned from."""
+
+    data: Annotated[
+        Text, option("Prepared folder, or self: the model's own samples. \\[self]", _DATA)
+    ] = None
+    prepare: Annotated[Text, option("Encode this captioned folder into --data.", _DATA)] = None
+    prompts: Annotated[Text, option(f"{say.PROMPTS} \\[the package's]", _DATA)] = None
+    samples: Annotated[Whole, option("Clips of --data self. \\[64]", _DATA)] = None
+    size: Annotated[Text, option(f"{say.SIZE} \\[the model's]", _DATA)] = None
+    frames: Annotated[Whole, option(f"{say.FRAMES} \\[the model's]", _DATA)] = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """The SLA that is trained."""
+
+    keep: Annotated[Real, option("Share of key blocks kept. \\[0.1]", _METHOD)] = None
+    linear: Annotated[Text, option("all, rest, marginal or none. \\[all]", _METHOD)] = None
+    combine: Annotated[Text, option("project or gate. \\[project]", _METHOD)] = None
+    feature_map: Annotated[Text, option("softmax, elu or relu. \\[softmax]", _METHOD)] = None
+    block_q: Annotated[Whole, option("64 or 128. \\[128 from 8,192 tokens on]", _METHOD)] = None
+    block_k: Annotated[Whole, option("64 or 128. \\[64]", _METHOD)] = None
+    weights: Annotated[Text, option("SLA weights to start from (.safetensors).", _METHOD)] = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """How it is trained."""
+
+    train: Annotated[
+        Text, option("What is trained: projection, lora or full. \\[projection]", _TRAIN)
+    ] = None
+    objective: Annotated[
+        Text, option("Velocity to match: teacher or diffusion. \\[teacher]", _TRAIN)
+    ] = None
+    steps: Annotated[Whole, option("Optimizer steps. \\[2000]", _TRAIN)] = None
+    batch: Annotated[Whole, option("Clips at a time on each device. \\[1]", _TRAIN)] = None
+    accumulate: Annotated[Whole, option("Batches in a step. \\[1]", _TRAIN)] = None
+    lr: Annotated[Real, option("Rate of weights \\[1e-5] or LoRA \\[1e-4].", _TRAIN)] = None
+    lr_projection: Annotated[Real, option("Rate of SLA's tensors. \\[1e-3]", _TRAIN)] = None
+    lr_warmup: Annotated[Whole, option("Steps of linear warm-up. \\[100]", _TRAIN)] = None
+    lr_decay: Annotated[Real, option("Share of the steps that fall to rate 0. \\[0]", _TRAIN)] = (
+        None
     )
-    add = words.add_argument
-    data = words.add_argument_group("data")
-    add("-o", "--out", help="folder of the result; may be left out with --prepare")
-    add("--model", help="folder or Hugging Face id [the embedded model]")
-    data.add_argument("--data", help="prepared folder, or self: the model's own samples [self]")
-    data.add_argument("--prepare", metavar="CLIPS", help="encode a captioned folder into --data")
-    data.add_argument("--prompts", help="text file, one prompt a line [the package's]")
-    data.add_argument("--samples", type=int, help="clips of --data self [64]")
-    data.add_argument("--size", help="WIDTHxHEIGHT in pixels [the model's]")
-    data.add_argument("--frames", type=int, help="frames of a clip [the model's]")
-    method = words.add_argument_group("method")
-    method.add_argument("--keep", type=float, help="share of key blocks kept [0.1]")
-    method.add_argument("--linear", help="all, rest, marginal or none [all]")
-    method.add_argument("--combine", help="project or gate [project]")
-    method.add_argument("--feature-map", help="softmax, elu or relu [softmax]")
-    method.add_argument("--block-q", type=int, help="64 or 128 [128 from 8,192 tokens on]")
-    method.add_argument("--block-k", type=int, help="64 or 128 [64]")
-    method.add_argument("--order", choices=ORDERS, help="token order [raster]")
-    method.add_argument("--weights", help="SLA weights to start from (.safetensors)")
-    _add_training(words)
-    return words
+    weight_decay: Annotated[Real, option("AdamW's. \\[0.01]", _TRAIN)] = None
+    clip: Annotated[Real, option("Largest gradient norm. \\[1]", _TRAIN)] = None
+    ema: Annotated[Real, option("Decay of the averaged weights, 0: off. \\[0.999]", _TRAIN)] = None
+    drop_prompt: Annotated[Real, option("Share with the negative prompt. \\[0.1]", _TRAIN)] = None
+    rank: Annotated[Whole, option("Of the LoRA. \\[16]", _TRAIN)] = None
+    seed: Annotated[Whole, option("Of noise, order and samples. \\[0]", _TRAIN)] = None
 
 
-def _add_training(words: argparse.ArgumentParser) -> None:
-    train = words.add_argument_group("training")
-    train.add_argument("--train", choices=TRAIN, help="what is trained [projection]")
-    train.add_argument("--objective", choices=OBJECTIVES, help="velocity to match [teacher]")
-    train.add_argument("--steps", type=int, help="optimizer steps [2000]")
-    train.add_argument("--batch", type=int, help="clips at a time on each device [1]")
-    train.add_argument("--accumulate", type=int, help="batches in a step [1]")
-    train.add_argument("--lr", type=float, help="rate of weights [1e-5] or LoRA [1e-4]")
-    train.add_argument("--lr-projection", type=float, help="rate of SLA's tensors [1e-3]")
-    train.add_argument("--lr-warmup", type=int, help="steps of linear warm-up [100]")
-    train.add_argument("--lr-decay", type=float, help="share of the steps that fall to rate 0 [0]")
-    train.add_argument("--weight-decay", type=float, help="[0.01]")
-    train.add_argument("--clip", type=float, help="largest gradient norm [1]")
-    train.add_argument("--ema", type=float, help="decay of the averaged weights, 0: off [0.999]")
-    train.add_argument("--drop-prompt", type=float, help="share with the negative prompt [0.1]")
-    train.add_argument("--rank", type=int, help="of the LoRA [16]")
-    train.add_argument("--seed", type=int, help="[0]")
-    run = words.add_argument_group("run")
-    run.add_argument("--precision", choices=PRECISIONS, help="mixed precision [no]")
-    run.add_argument("--checkpointing", action="store_const", const=True, help="save memory")
-    run.add_argument("--device", help="cpu [a GPU if any]")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    run.add_argument("--save-every", type=int, help="steps between checkpoints [500]")
-    run.add_argument("--validate-every", type=int, help="steps between validations [500]")
-    run.add_argument("--log-every", type=int, help="steps between lines of log.jsonl [10]")
-    run.add_argument("--clips", type=int, help="validation clips [2]")
-    run.add_argument("--validation", help="text file of their prompts [those of --prompts]")
-    run.add_argument("--warmup", type=float, help="dense share of their steps [0]")
+@dataclass(frozen=True)
+class Run:
+    """How the run goes and is watched."""
+
+    precision: Annotated[Text, option("Mixed precision: no, bf16 or fp16. \\[no]", _RUN)] = None
+    checkpointing: Annotated[bool, option("Save memory.", _RUN, "--checkpointing")] = False
+    device: Annotated[Text, option("cpu. \\[a GPU if any]", _RUN)] = None
+    save_every: Annotated[Whole, option("Steps between checkpoints. \\[500]", _RUN)] = None
+    validate_every: Annotated[Whole, option("Steps between validations. \\[500]", _RUN)] = None
+    log_every: Annotated[Whole, option("Steps between lines of log.jsonl. \\[10]", _RUN)] = None
+    clips: Annotated[Whole, option("Validation clips. \\[2]", _RUN)] = None
+    validation: Annotated[
+        Text, option("Text file of their prompts. \\[those of --prompts]", _RUN)
+    ] = None
+    warmup: Annotated[Real, option("Dense share of their steps. \\[0]", _RUN)] = None
 
 
-def settings(options: argparse.Namespace) -> Settings:
+def finetune(
+    *,
+    out: Out = None,
+    resume: Resume = False,
+    data: Data,
+    method: Method,
+    order: say.Order = None,
+    training: Training,
+    run: Run,
+    model: say.Model = None,
+) -> None:
+    """Train SLA so that sparse attention gives what dense attention gives.
+
+    Its projections are trained, and the model's weights or a LoRA with them. See
+    docs/train/finetune.md.
+    """
+    if out is None and data.prepare is None:
+        raise BadInput("finetune writes to a folder: name it with --out")
+    with checked():
+        values = {"out": out, "model": model, "order": order}
+        for group in (data, training, run):
+            values |= vars(group)
+        _run(_settings(values, method), data.prepare, out is not None, resume)
+
+
+def _settings(values: dict[str, Any], method: Method) -> Settings:
     """The run that is asked for; ValueError for what cannot be."""
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    form: dict[str, Any] = {"keep": 0.1} | {n: given.pop(n) for n in _METHOD if n in given}
+    from dit_accel.finetune.config import Settings
+    from dit_accel.methods.sla import SLA
+
+    form = {"keep": 0.1} | _given(vars(method))
     if form.get("linear") == "none":
         form["linear"] = None
+    known = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in _given(values).items() if name in known}
     if "size" in given:
         given["size"] = parse_size(given["size"])
-    known = {f.name for f in fields(Settings)}
-    run = {name: value for name, value in given.items() if name in known}
-    return Settings(**{"out": ".", **run, "method": SLA(**form)})
+    return Settings(**{"out": ".", **given, "method": SLA(**form)})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prepare data, train, or both, as the options say. Raises ValueError for bad input."""
-    words = parser()
-    options = words.parse_args(arguments)
-    if options.out is None and options.prepare is None:
-        words.error("the following arguments are required: -o/--out")
-    asked = settings(options)
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _run(asked: Settings, prepare: str | None, train: bool, resume: bool) -> None:
+    """Prepare data, train, or both. Raises ValueError for bad input."""
     import diffusers
     import transformers
     from rich.console import Console
@@ -104,14 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     console = Console(highlight=False, soft_wrap=True)
-    if options.prepare is not None:
+    if prepare is not None:
         with Progress() as progress:
-            count = prepare_data(asked, options.prepare, progress)
+            count = prepare_data(asked, prepare, progress)
         console.print(f"{count} clips encoded in {asked.data}", markup=False)
-        if options.out is None:
-            return 0
+    if not train:
+        return
     with Progress() as progress:
-        done = finetune(asked, options.resume, progress)
+        done = finetune(asked, resume, progress)
     before, after = done.velocity_error
     if done.files:
         console.print(
@@ -121,4 +164,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         for path in done.files:
             console.print(str(path), markup=False)
-    return 0

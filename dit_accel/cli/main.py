@@ -8,7 +8,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -16,10 +15,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from dit_accel import __version__
+from dit_accel.cli.app import page
 from dit_accel.cli.batch import batch
+from dit_accel.cli.bench import bench
+from dit_accel.cli.command import Several, grouped
+from dit_accel.cli.compare import compare
 from dit_accel.cli.doctor import doctor
 from dit_accel.cli.evaluate import evaluate
-from dit_accel.cli.options import BadInput, Common, checked, with_common
+from dit_accel.cli.finetune import finetune
+from dit_accel.cli.generate import generate
+from dit_accel.cli.methods import methods
+from dit_accel.cli.options import BadInput
 from dit_accel.cli.tune import tune
 from dit_accel.parallel import launcher as ranks
 
@@ -51,96 +57,11 @@ def root(
         print(context.get_help())
 
 
-@app.command()
-@with_common
-def generate(
-    common: Common,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="File to write. \\[named after the prompt]", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """Make one clip or picture with an accelerated pipeline (--method dense for the stock one).
-
-    dit-accel generate "rocket on a blue background"
-
-    dit-accel generate "cat on a red background" --method topk --keep 0.2 --seed 3 -o cat.mp4
-
-    dit-accel generate "a cat" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480
-    """
-    from dit_accel.cli.generate import run_generate
-
-    run_generate(common, output)
-
-
-@app.command()
-@with_common
-def compare(
-    common: Common,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder to write. \\[named after the prompt]", show_default=False
-        ),
-    ] = None,
-) -> None:
-    """Make the same clip dense and accelerated, and report how much faster and how close.
-
-    dit-accel compare "rocket on a blue background"
-
-    dit-accel compare "cat on a red background" --keep 0.5 -o out/cat
-
-    Writes both clips, a side-by-side clip, a contact sheet, report.json and report.html.
-    """
-    from dit_accel.cli.compare import run_compare
-
-    run_compare(common, output)
-
-
-app.command()(batch)
-app.command()(evaluate)
-app.command()(tune)
-app.command()(doctor)
-
-
-@app.command()
-def methods() -> None:
-    """List the methods, their presets and papers."""
-    from dit_accel.cli.session import run_methods
-
-    run_methods()
-
-
-Rest = Annotated[list[str] | None, typer.Argument(hidden=True)]
-_OWN_OPTIONS = {"add_help_option": False, "context_settings": {"ignore_unknown_options": True}}
-
-
-@app.command("bench", **_OWN_OPTIONS)
-def operators(rest: Rest = None) -> None:
-    """Time the operators against dense attention, with an error check; whole models with --e2e."""
-    from dit_accel.bench.command import main as bench
-
-    with checked():
-        raise typer.Exit(bench(rest or []))
-
-
-@app.command("app", **_OWN_OPTIONS)
-def page(rest: Rest = None) -> None:
-    """Open the page that compares two configurations in a browser (the extra `app`)."""
-    from dit_accel.app.launch import main as serve
-
-    raise typer.Exit(serve(rest or []))
-
-
-@app.command("finetune", **_OWN_OPTIONS)
-def train(rest: Rest = None) -> None:
-    """Train SLA so that sparse attention gives what dense attention gives."""
-    from dit_accel.cli.finetune import main as finetune
-
-    with checked():
-        raise typer.Exit(finetune(rest or []))
+for command in (generate, compare, batch, evaluate, tune, doctor, methods):
+    app.command()(grouped(command))
+app.command(cls=Several)(grouped(bench))
+app.command("app")(grouped(page))
+app.command()(grouped(finetune))
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -1,13 +1,16 @@
-"""The options that `generate` and `compare` share, and what they become. Imports nothing heavy."""
+"""The options of all commands, each described once, and what they become. Imports nothing heavy.
+
+A command takes an option by its name here (`steps: Steps = None`), or several as a group (`where:
+Where`, see command.py). None leaves the choice to the model or the method.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,77 +33,75 @@ def checked() -> Iterator[None]:
         raise BadInput(str(error)) from error
 
 
-_WHAT, _HOW, _WHERE = "What to make", "How to accelerate", "Where to run"
+def option(text: str, panel: str, *names: str) -> Any:
+    """A typer option under the heading `panel` of the help; its default is told in `text`."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
 
 
-def _option(text: str, panel: str) -> Any:
-    return typer.Option(help=text, rich_help_panel=panel, show_default=False)
+WHAT, HOW, WHERE = "What to make", "How to accelerate", "Where to run"
+# What is said of options that a command may also take several times, or under another heading.
+NEGATIVE, STEPS, SIZE = "What not to show.", "Denoising steps.", "WIDTHxHEIGHT in pixels."
+FRAMES, GUIDANCE = "Frames of the clip.", "Classifier-free guidance scale."
+IMAGE = "First picture, for models that need one."
+METHOD = "Name, name:preset or preset file; see `methods`."
+PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
+MIN_TOKENS = "Attend densely below this many tokens."
+PROMPTS, SEEDS = "Text file, a prompt a line.", "Comma-separated. \\[0]"
+
+Prompt = Annotated[str, typer.Argument(help="What to show.", show_default=False)]
+Negative = Annotated[str | None, option(NEGATIVE, WHAT)]
+Seed = Annotated[int, option("Same seed, same noise, on any device. \\[0]", WHAT)]
+Steps = Annotated[int | None, option(STEPS, WHAT)]
+Size = Annotated[str | None, option(SIZE, WHAT)]
+Frames = Annotated[int | None, option(FRAMES, WHAT)]
+Fps = Annotated[float | None, option("Frames a second of the file.", WHAT)]
+Guidance = Annotated[float | None, option(GUIDANCE, WHAT)]
+Image = Annotated[Path | None, option(IMAGE, WHAT)]
+
+Method = Annotated[str | None, option(METHOD, HOW)]
+Keep = Annotated[float | None, option("Share of key blocks kept, in (0, 1].", HOW)]
+Warmup = Annotated[
+    str | None, option("Dense steps at the start: a share (0.15) or a number (3).", HOW)
+]
+Prune = Annotated[str | None, option(PRUNE, HOW)]
+Compile = Annotated[bool, option("Compile the blocks; worth a minute on a GPU.", HOW)]
+StepCache = Annotated[
+    float | None, option("Skip steps that change less than this, such as 0.05.", HOW)
+]
+Lora = Annotated[str | None, option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
+Order = Annotated[str | None, option("Token order: raster, tile or hilbert.", HOW)]
+MinTokens = Annotated[int | None, option(MIN_TOKENS, HOW)]
+
+Model = Annotated[
+    str | None, option("Folder or Hugging Face id. \\[the embedded emoji model]", WHERE)
+]
+Device = Annotated[str | None, option("cpu, cuda, cuda:1, mps. \\[a GPU if any]", WHERE)]
+Dtype = Annotated[str | None, option("bf16, fp16, fp32. \\[bf16 on CUDA, else fp32]", WHERE)]
+Offload = Annotated[bool, option("Keep only the running part on the GPU.", WHERE)]
+Ulysses = Annotated[int, option("GPUs (or CPU processes) that share one generation. \\[1]", WHERE)]
 
 
 @dataclass(frozen=True)
-class Common:
-    """One field, one option; None leaves the choice to the model or the method."""
+class What:
+    """What to make."""
 
-    prompt: Annotated[str, typer.Argument(help="What to show.", show_default=False)]
-    negative: Annotated[str | None, _option("What not to show.", _WHAT)] = None
-    seed: Annotated[int, _option("Same seed, same noise, on any device. \\[0]", _WHAT)] = 0
-    steps: Annotated[int | None, _option("Denoising steps.", _WHAT)] = None
-    size: Annotated[str | None, _option("WIDTHxHEIGHT in pixels.", _WHAT)] = None
-    frames: Annotated[int | None, _option("Frames of the clip.", _WHAT)] = None
-    fps: Annotated[float | None, _option("Frames a second of the file.", _WHAT)] = None
-    guidance: Annotated[float | None, _option("Classifier-free guidance scale.", _WHAT)] = None
-    image: Annotated[Path | None, _option("First picture, for models that need one.", _WHAT)] = None
-    method: Annotated[
-        str | None, _option("Name, name:preset or preset file; see `methods`.", _HOW)
-    ] = None
-    keep: Annotated[float | None, _option("Share of key blocks kept, in (0, 1].", _HOW)] = None
-    warmup: Annotated[
-        str | None, _option("Dense steps at the start: a share (0.15) or a number (3).", _HOW)
-    ] = None
-    prune: Annotated[
-        str | None,
-        _option("Share of the tokens run in most steps (0.5), or safe, balanced, fast.", _HOW),
-    ] = None
-    compile: Annotated[bool, _option("Compile the blocks; worth a minute on a GPU.", _HOW)] = False
-    step_cache: Annotated[
-        float | None, _option("Skip steps that change less than this, such as 0.05.", _HOW)
-    ] = None
-    lora: Annotated[
-        str | None, _option("LoRA of a fine-tuned SLA; the dense run goes without.", _HOW)
-    ] = None
-    order: Annotated[str | None, _option("Token order: raster, tile or hilbert.", _HOW)] = None
-    min_tokens: Annotated[int | None, _option("Attend densely below this many tokens.", _HOW)] = (
-        None
-    )
-    model: Annotated[
-        str | None, _option("Folder or Hugging Face id. \\[the embedded emoji model]", _WHERE)
-    ] = None
-    device: Annotated[str | None, _option("cpu, cuda, cuda:1, mps. \\[a GPU if any]", _WHERE)] = (
-        None
-    )
-    dtype: Annotated[
-        str | None, _option("bf16, fp16, fp32. \\[bf16 on CUDA, else fp32]", _WHERE)
-    ] = None
-    offload: Annotated[bool, _option("Keep only the running part on the GPU.", _WHERE)] = False
-    ulysses: Annotated[
-        int, _option("GPUs (or CPU processes) that share one generation. \\[1]", _WHERE)
-    ] = 1
+    prompt: Prompt
+    negative: Negative = None
+    seed: Seed = 0
+    steps: Steps = None
+    size: Size = None
+    frames: Frames = None
+    fps: Fps = None
+    guidance: Guidance = None
+    image: Image = None
 
     def request(self) -> Request:
         """The generation asked for; ValueError for an impossible value."""
-        from PIL import Image, UnidentifiedImageError
-
         from dit_accel.generation.request import Request
 
         width, height = parse_size(self.size) if self.size else (None, None)
         if self.fps is not None and not 1 <= self.fps <= 240:
             raise ValueError(f"fps lies from 1 to 240, not {self.fps:g}")
-        try:
-            picture = Image.open(self.image).convert("RGB") if self.image else None
-            if picture is not None:
-                picture.filename = str(self.image)  # lost by convert; the report names it
-        except (OSError, UnidentifiedImageError):
-            raise ValueError(f"{self.image} is not a picture that can be opened") from None
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative,
@@ -110,8 +111,35 @@ class Common:
             width=width,
             frames=self.frames,
             guidance=self.guidance,
-            image=picture,
+            image=None if self.image is None else _picture(self.image),
         )
+
+
+def _picture(path: Path) -> Any:
+    from PIL import Image as pictures
+    from PIL import UnidentifiedImageError
+
+    try:
+        picture = pictures.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError):
+        raise ValueError(f"{path} is not a picture that can be opened") from None
+    picture.filename = str(path)  # lost by convert; the report names it
+    return picture
+
+
+@dataclass(frozen=True)
+class How:
+    """How to accelerate."""
+
+    method: Method = None
+    keep: Keep = None
+    warmup: Warmup = None
+    prune: Prune = None
+    compile: Compile = False
+    step_cache: StepCache = None
+    lora: Lora = None
+    order: Order = None
+    min_tokens: MinTokens = None
 
     def config(self) -> AccelConfig:
         """The acceleration asked for; ValueError for an unknown method or a bad option."""
@@ -138,6 +166,38 @@ class Common:
         return Boost(self.compile, self.step_cache, self.lora)
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where to run."""
+
+    model: Model = None
+    device: Device = None
+    dtype: Dtype = None
+    offload: Offload = False
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The clips that a study makes of many prompts, and what all its configurations share."""
+
+    steps: Steps = None
+    size: Size = None
+    frames: Frames = None
+    guidance: Guidance = None
+    order: Order = None
+    min_tokens: MinTokens = None
+
+    def of(self, prompt: str) -> What:
+        """The clip of one prompt."""
+        return What(
+            prompt, steps=self.steps, size=self.size, frames=self.frames, guidance=self.guidance
+        )
+
+    def how(self, warmup: str | None = None) -> How:
+        """What configurations start from."""
+        return How(warmup=warmup, order=self.order, min_tokens=self.min_tokens)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """(width, height) of "832x480"; ValueError for anything else."""
     width, cross, height = text.lower().replace("×", "x").partition("x")
@@ -156,34 +216,15 @@ def parse_warmup(text: str) -> float | int:
         ) from None
 
 
-def with_common(command: Callable[..., None]) -> Callable[..., None]:
-    """Give `command(common, **own)` every option of Common beside its own."""
-    shared = [f.name for f in fields(Common)]
-
-    def run(**values: Any) -> None:
-        common = Common(**{name: values.pop(name) for name in shared})
-        command(common, **values)
-
-    first, *own = inspect.signature(command).parameters.values()
-    theirs = inspect.signature(Common).parameters.values()
-    hints = get_type_hints(Common, include_extras=True)
-    hints |= get_type_hints(command, include_extras=True)
-    together = [p.replace(kind=p.KEYWORD_ONLY, annotation=hints[p.name]) for p in (*theirs, *own)]
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    run.__signature__ = inspect.Signature(together)
-    run.__annotations__ = {p.name: p.annotation for p in together}
-    return run
-
-
-def option(text: str, panel: str, *names: str) -> Any:
-    """A typer option as the other commands have them."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+def words(text: str) -> list[str]:
+    """The parts of "steps, pooled"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def numbers(text: str, kind: type, name: str) -> list[Any]:
     """ "0.1,0.2" as numbers; ValueError names the option."""
     try:
-        found = [kind(part) for part in text.split(",") if part.strip()]
+        found = [kind(part) for part in words(text)]
     except ValueError:
         found = []
     if not found:

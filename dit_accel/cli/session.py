@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-import dit_accel
-from dit_accel.cli.options import Common, checked
+from dit_accel.cli.options import What, Where, checked
 from dit_accel.cli.progress import Progress
 from dit_accel.config import AccelConfig
 from dit_accel.generation.loading import (
@@ -25,21 +23,8 @@ from dit_accel.generation.loading import (
     pick_dtype,
 )
 from dit_accel.generation.request import Request, arguments, unknown_words
-from dit_accel.methods import find
 from dit_accel.parallel import launcher as ranks
 from dit_accel.parallel import ulysses as parallel
-
-
-def run_methods() -> None:
-    """`dit-accel methods`."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("method", "what it does", "presets", "paper", "fine-tuning"):
-        table.add_column(column)
-    for name, info in dit_accel.methods().items():
-        presets = ", ".join(f"{name}:{p}" for p in find(name).presets)
-        tuned = "needed" if info.finetuning else "no"
-        table.add_row(f"[bold]{name}[/bold]", info.description, presets, info.paper, tuned)
-    Console().print(table)
 
 
 class _Notices(logging.Handler):
@@ -78,7 +63,12 @@ def slug(request: Request) -> str:
 
 
 def load(
-    common: Common, request: Request, config: AccelConfig, progress: Progress
+    where: Where,
+    request: Request,
+    config: AccelConfig,
+    progress: Progress,
+    fps: float | None = None,
+    ulysses: int = 1,
 ) -> tuple[Any, Defaults]:
     """The pipeline, once everything that can be refused without it has been."""
     import diffusers
@@ -87,14 +77,14 @@ def load(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with checked():
-        pick_dtype(common.dtype, pick_device(common.device))
-        find_model(common.model)
+        pick_dtype(where.dtype, pick_device(where.device))
+        find_model(where.model)
         progress("loading", 0, None)
-        device = ranks.device(common.device) if common.ulysses > 1 else common.device
-        pipe, defaults = load_pipeline(common.model, device, common.dtype, common.offload)
-        if common.ulysses > 1:
-            parallel.share(pipe, common.ulysses, anything=True)
-        defaults = replace(defaults, fps=common.fps or defaults.fps)
+        device = ranks.device(where.device) if ulysses > 1 else where.device
+        pipe, defaults = load_pipeline(where.model, device, where.dtype, where.offload)
+        if ulysses > 1:
+            parallel.share(pipe, ulysses, anything=True)
+        defaults = replace(defaults, fps=fps or defaults.fps)
         values = arguments(pipe, defaults, request)
         config.schedule.dense_at(0, values.get("num_inference_steps"))
     unknown = unknown_words(pipe, request.prompt)
@@ -104,7 +94,14 @@ def load(
     return pipe, defaults
 
 
-def open_study(common: Common, prompt: str, output: Path, progress: Any, batch: int = 1) -> Any:
+def open_study(
+    what: What,
+    config: AccelConfig,
+    where: Where,
+    output: Path,
+    progress: Progress,
+    batch: int = 1,
+) -> Any:
     """The pipeline of these options, and what is known of it in the folder `output`."""
     from dit_accel.evaluate import Study
     from dit_accel.evaluate.recognition import Recogniser
@@ -112,15 +109,20 @@ def open_study(common: Common, prompt: str, output: Path, progress: Any, batch: 
 
     if output.is_file():
         raise ValueError(f"{output} is a file: give the name of a folder")
-    common = replace(common, prompt=prompt)
-    request = common.request()
-    pipe, defaults = load(common, request, common.config(), progress)
+    request = what.request()
+    pipe, defaults = load(where, request, config, progress)
     return Study(
         pipe,
         defaults,
         request,
         output,
-        common.model or EMBEDDED_NAME,
+        where.model or EMBEDDED_NAME,
         batch=batch,
-        recogniser=Recogniser.of(common.model, pipe._execution_device),
+        recogniser=Recogniser.of(where.model, pipe._execution_device),
     )
+
+
+def noted(progress: Progress) -> Callable[[str], None]:
+    """Prints a line as it stands, above the bars."""
+    options = {"markup": False, "highlight": False, "soft_wrap": True}
+    return lambda line: progress.console.print(line, **options)

@@ -1,47 +1,58 @@
-"""The options of `dit-accel tune`. Nothing heavy is imported until it runs."""
+"""`dit-accel tune`. Nothing heavy is imported until it runs."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from dit_accel.cli.options import Common, checked, numbers, option
+from dit_accel.cli import options as say
+from dit_accel.cli.options import Clips, Where, checked, numbers, option, words
 
-_WHAT, _HOW, _WHERE = "What to reach", "How to search", "Where to run"
+_WHAT, _HOW = "What to reach", "How to search"
 NOT_REACHED = 1
 BUILT_IN = 3  # prompts of each of the package's lists
 
+Output = Annotated[Path, option("Folder of the preset.", _WHAT, "--output", "-o")]
 
-def tune(
-    output: Annotated[Path, option("Folder of the preset.", _WHAT, "--output", "-o")],
-    psnr: Annotated[float | None, option("Reach this PSNR to dense, in dB.", _WHAT)] = None,
-    speedup: Annotated[float | None, option("Reach this speed-up of the loop.", _WHAT)] = None,
-    prompts: Annotated[Path | None, option("Text file, a prompt a line.", _WHAT)] = None,
+
+@dataclass(frozen=True)
+class Aim:
+    """What to reach, and on which prompts."""
+
+    psnr: Annotated[float | None, option("Reach this PSNR to dense, in dB.", _WHAT)] = None
+    speedup: Annotated[float | None, option("Reach this speed-up of the loop.", _WHAT)] = None
+    prompts: Annotated[Path | None, option(say.PROMPTS, _WHAT)] = None
     held_out: Annotated[
         Path | None, option("Prompts to check with. \\[the last quarter]", _WHAT)
-    ] = None,
-    seeds: Annotated[str, option("Comma-separated. \\[0]", _WHAT)] = "0",
-    steps: Annotated[int | None, option("Denoising steps.", _WHAT)] = None,
-    size: Annotated[str | None, option("WIDTHxHEIGHT in pixels.", _WHAT)] = None,
-    frames: Annotated[int | None, option("Frames of a clip.", _WHAT)] = None,
-    guidance: Annotated[float | None, option("Classifier-free guidance scale.", _WHAT)] = None,
-    methods: Annotated[str, option("Methods. \\[pooled,topk]", _HOW)] = "pooled,topk",
-    warmups: Annotated[str, option("Shares of dense steps. \\[.15,.3,.45]", _HOW)] = ".15,.3,.45",
-    keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = ".1,.2,.3,.5",
-    trials: Annotated[int, option("Configurations to try at most. \\[24]", _HOW)] = 24,
-    order: Annotated[str | None, option("Token order: raster, tile or hilbert.", _HOW)] = None,
-    min_tokens: Annotated[int | None, option("Attend densely below this many.", _HOW)] = None,
-    model: Annotated[str | None, option("Folder or Hugging Face id.", _WHERE)] = None,
-    device: Annotated[str | None, option("cpu, cuda, cuda:1, mps.", _WHERE)] = None,
-    dtype: Annotated[str | None, option("bf16, fp16, fp32.", _WHERE)] = None,
-    offload: Annotated[
-        bool, option("Keep only the running part on the GPU.", _WHERE, "--offload")
-    ] = False,
-) -> None:
+    ] = None
+    seeds: Annotated[str, option(say.SEEDS, _WHAT)] = "0"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried."""
+
+    methods: Annotated[str, option("Methods. \\[pooled,topk]", _HOW)] = "pooled,topk"
+    warmups: Annotated[str, option("Shares of dense steps. \\[.15,.3,.45]", _HOW)] = ".15,.3,.45"
+    keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = ".1,.2,.3,.5"
+    trials: Annotated[int, option("Configurations to try at most. \\[24]", _HOW)] = 24
+
+    def values(self) -> dict[str, Any]:
+        """Arguments of evaluate.tune; ValueError for what are no numbers."""
+        return {
+            "methods": words(self.methods),
+            "warmups": numbers(self.warmups, float, "warmups"),
+            "keeps": numbers(self.keeps, float, "keeps"),
+            "trials": self.trials,
+        }
+
+
+def tune(output: Output, aim: Aim, search: Search, clips: Clips, where: Where) -> None:
     """Find the fastest configuration that is close enough, on your own prompts.
 
     dit-accel tune -o out/tuned --psnr 35 --prompts my-prompts.txt
@@ -50,33 +61,37 @@ def tune(
 
     Run it again with the same folder to go on. Exit code 1: no trial reached the goal.
     """
-    from dit_accel.evaluate import tune as tuning
+    from dit_accel.evaluate.tune import Goal
 
-    common = Common(
-        prompt="-",
-        steps=steps,
-        size=size,
-        frames=frames,
-        guidance=guidance,
-        order=order,
-        min_tokens=min_tokens,
-        model=model,
-        device=device,
-        dtype=dtype,
-        offload=offload,
-    )
     with checked():
-        goal = tuning.Goal(psnr, speedup)
-        known, unseen = _prompts(prompts, held_out)
-        search = {
-            "seeds": numbers(seeds, int, "seeds"),
-            "methods": [name.strip() for name in methods.split(",")],
-            "warmups": numbers(warmups, float, "warmups"),
-            "keeps": numbers(keeps, float, "keeps"),
-            "trials": trials,
-        }
-        data = _run(common, output, goal, known, unseen, search)
+        goal = Goal(aim.psnr, aim.speedup)
+        data = _run(output, goal, aim, search, clips, where)
     _print(data, goal, output)
+
+
+def _run(
+    output: Path, goal: Any, aim: Aim, search: Search, clips: Clips, where: Where
+) -> dict[str, Any]:
+    from dit_accel.cli.progress import Progress
+    from dit_accel.cli.session import noted, open_study
+    from dit_accel.evaluate.tune import tune
+
+    known, unseen = _prompts(aim.prompts, aim.held_out)
+    seeds, tried, config = numbers(aim.seeds, int, "seeds"), search.values(), clips.how().config()
+    with Progress() as progress:
+        study = open_study(clips.of(known[0]), config, where, output, progress)
+        return tune(
+            study,
+            goal,
+            known,
+            unseen,
+            config,
+            seeds=seeds,
+            **tried,
+            command=shlex.join(["dit-accel", *sys.argv[1:]]),
+            progress=progress,
+            note=noted(progress),
+        )
 
 
 def _prompts(prompts: Path | None, held_out: Path | None) -> tuple[list[str], list[str]]:
@@ -93,35 +108,6 @@ def _prompts(prompts: Path | None, held_out: Path | None) -> tuple[list[str], li
         raise ValueError(f"{prompts} holds one prompt: add others, or give --held-out")
     count = max(1, len(texts) // 4)
     return texts[:-count], texts[-count:]
-
-
-def _run(
-    common: Common,
-    output: Path,
-    goal: Any,
-    known: list[str],
-    unseen: list[str],
-    search: dict[str, Any],
-) -> dict[str, Any]:
-    from dit_accel.cli.progress import Progress
-    from dit_accel.cli.session import open_study
-    from dit_accel.evaluate.tune import tune
-
-    with Progress() as progress:
-        study = open_study(common, known[0], output, progress)
-        return tune(
-            study,
-            goal,
-            known,
-            unseen,
-            common.config(),
-            **search,
-            command=shlex.join(["dit-accel", *sys.argv[1:]]),
-            progress=progress,
-            note=lambda line: progress.console.print(
-                line, markup=False, highlight=False, soft_wrap=True
-            ),
-        )
 
 
 def _print(data: dict[str, Any], goal: Any, output: Path) -> None:

@@ -1,6 +1,5 @@
 """The form, the server without a browser, the command line."""
 
-import argparse
 import json
 import urllib.error
 import urllib.request
@@ -10,12 +9,13 @@ from pathlib import Path
 import pytest
 from asks import DEFAULTS, SPARSE
 
-from dit_accel.app import launch, server
+from dit_accel.app import server
 from dit_accel.app.ask import Limits, Side
 from dit_accel.app.desk import Desk
 from dit_accel.app.form import Form
 from dit_accel.app.page import build
 from dit_accel.app.studio import Studio
+from dit_accel.cli.app import Page
 
 
 def test_the_form_makes_the_request_it_shows(studio, tmp_path):
@@ -70,16 +70,8 @@ def test_the_page_calls_nobody_else(address):
     assert config["analytics_enabled"] is False
 
 
-def test_the_command_line(capsys):
-    with pytest.raises(SystemExit) as stop:
-        launch.main(["--help"])
-    assert stop.value.code == 0 and "127.0.0.1" in capsys.readouterr().out
-    for bad in (["--queue", "0"], ["--device", "cuda:99"], ["--dtype", "int3"]):
-        with pytest.raises(SystemExit) as stop:
-            launch.main(bad)
-        assert stop.value.code == 2
-    options = launch.parser().parse_args(["--public", "--model", "a/b", "--queue", "3"])
-    assert isinstance(options, argparse.Namespace)
-    bounds = launch.limits(options)
+def test_what_the_options_allow():
+    bounds = Page(public=True, model=["a/b"], queue=3).limits()
     assert bounds.public and bounds.models == ("a/b",) and bounds.queue == 3
-    assert launch.parser().parse_args([]).host == "127.0.0.1"
+    assert bounds.side == Limits.for_public().side and Page().limits() == Limits()
+    assert Page().host == "127.0.0.1"

@@ -1,0 +1,62 @@
+"""What typer lacks: options that come in groups, and options that take several words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any, get_type_hints
+
+from typer.core import TyperCommand
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer reads it: where a parameter's type is a dataclass, each of its fields is
+    an option, and the dataclass is made of them for the call.
+
+    ValueError when two groups have a field of the same name.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    options: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        options += _fields(groups[name]) if name in groups else [_plain(parameter, hints[name])]
+
+    def run(**values: Any) -> None:
+        made = {
+            name: kind(**{field.name: values.pop(field.name) for field in _fields(kind)})
+            for name, kind in groups.items()
+        }
+        command(**made, **values)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    run.__annotations__ = {option.name: option.annotation for option in options}
+    return run
+
+
+def _fields(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return [_plain(p, hints[p.name]) for p in inspect.signature(group).parameters.values()]
+
+
+def _plain(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
+    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint)
+
+
+class Several(TyperCommand):
+    """A command whose repeatable options take several words at once: --rows stock none."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        many = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        words: list[str] = []
+        option, taken = "", False
+        for word in args:
+            if word.startswith("-"):
+                option, taken = word if word in many else "", False
+            elif option and taken:
+                words.append(option)
+            else:
+                taken = True
+            words.append(word)
+        return super().parse_args(ctx, words)

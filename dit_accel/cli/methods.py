@@ -1,0 +1,19 @@
+"""`dit-accel methods`."""
+
+
+def methods() -> None:
+    """List the methods, their presets and papers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import dit_accel
+    from dit_accel.methods import find
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("method", "what it does", "presets", "paper", "fine-tuning"):
+        table.add_column(column)
+    for name, info in dit_accel.methods().items():
+        presets = ", ".join(f"{name}:{p}" for p in find(name).presets)
+        tuned = "needed" if info.finetuning else "no"
+        table.add_row(f"[bold]{name}[/bold]", info.description, presets, info.paper, tuned)
+    Console().print(table)

@@ -97,7 +97,7 @@ def test_methods_lists_them_all(capsys, monkeypatch):
         (["bench", "--rows", "stock"], "--rows belongs to whole models"),
         (["bench", "--e2e", "--clock", "cpu"], "--clock belongs to operators"),
         (["bench", "--e2e", "--model", "best"], "unknown model 'best'"),
-        (["bench", "--e2e", "--table", "none.json"], "none.json is no file that --e2e wrote"),
+        (["bench", "--e2e", "--table", "none.json"], "there is no record none.json"),
         (["finetune"], "name it with --out"),
         (["finetune", "-o", "out", "--train", "all"], "train is one of projection"),
         (["generate", " "], "the prompt is empty"),

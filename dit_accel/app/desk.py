@@ -13,7 +13,7 @@ from typing import Any
 from dit_accel.app import outcome, stage, views
 from dit_accel.app.ask import Ask
 from dit_accel.app.stop import Cancelled
-from dit_accel.app.studio import Pair, Progress, Run, Studio
+from dit_accel.app.studio import News, Pair, Run, Studio
 
 KEPT = 32
 
@@ -54,7 +54,7 @@ class Desk:
         value = stage.waiting(ask)
         try:
             for item in self.studio.run(ask, cancel):
-                if isinstance(item, Progress):
+                if isinstance(item, News):
                     value = stage.moved(value, item)
                     yield value, None
                 elif isinstance(item, Run):

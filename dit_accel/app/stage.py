@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_accel.app.ask import Ask
-from dit_accel.app.studio import Progress, Run
+from dit_accel.app.studio import News, Run
 from dit_accel.app.views import SIDES
 from dit_accel.pages.figures import seconds
 
@@ -26,7 +26,7 @@ def waiting(ask: Ask, words: str = WAITING) -> dict[str, Any]:
     return value
 
 
-def moved(value: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def moved(value: dict[str, Any], progress: News) -> dict[str, Any]:
     """`value` after a piece of progress."""
     name = progress.side or "left"
     words = WORDS.get(progress.phase, progress.phase)

@@ -25,7 +25,7 @@ Loader = Callable[[str | None], tuple[Any, Defaults]]
 
 
 @dataclass(frozen=True)
-class Progress:
+class News:
     """Where a job stands.
 
     side: "left", "right", or "" before they start.
@@ -83,7 +83,7 @@ class Studio:
         """Frames per second of the loaded model's clips."""
         return self._loaded[1].fps if self._loaded else Defaults.fps
 
-    def run(self, ask: Ask, cancel: Event) -> Iterator[Progress | Run | Pair]:
+    def run(self, ask: Ask, cancel: Event) -> Iterator[News | Run | Pair]:
         """Yield progress, each side as it is done, and at the end the pair.
 
         Raises Cancelled within one layer's time of `cancel` being set, ValueError for a request
@@ -135,7 +135,7 @@ class Studio:
 
     def _model(self, name: str | None, put: Callable[[Any], None]) -> tuple[Any, Defaults]:
         if self._loaded is None or name != self._name:
-            put(Progress("", "loading the model"))
+            put(News("", "loading the model"))
             self._loaded = None  # before the next one is read, so that two never share the memory
             self._warm.clear()
             self._colours = None
@@ -199,4 +199,4 @@ class _Recorder:
     ) -> None:
         check(self.cancel)
         self.total = total
-        self.put(Progress(self.name, phase, done, total, preview))
+        self.put(News(self.name, phase, done, total, preview))

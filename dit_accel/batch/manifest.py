@@ -47,7 +47,7 @@ class DiskFull(OSError):
 
 
 @dataclass(frozen=True)
-class Row:
+class Claim:
     """A claimed job.
 
     id: of the job.
@@ -169,7 +169,7 @@ class Manifest:
         )
         self._note(db, "again", id, None, text)
 
-    def claim(self, owner: str, limit: int = 1) -> list[Row]:
+    def claim(self, owner: str, limit: int = 1) -> list[Claim]:
         """Take the next job, and up to `limit` of equal shape, for `owner`; [] when none waits.
 
         Jobs of owners that are no longer alive are put back first.
@@ -203,11 +203,11 @@ class Manifest:
         return [self._row(row) for row in rows]
 
     @staticmethod
-    def _row(row: sqlite3.Row) -> Row:
+    def _row(row: sqlite3.Row) -> Claim:
         turn = row["tries"] + row["deaths"] + 1
-        return Row(row["id"], json.loads(row["job"]), row["output"], bool(row["checked"]), turn)
+        return Claim(row["id"], json.loads(row["job"]), row["output"], bool(row["checked"]), turn)
 
-    def finish(self, row: Row, owner: str, file: str, seconds: float, report: dict) -> bool:
+    def finish(self, row: Claim, owner: str, file: str, seconds: float, report: dict) -> bool:
         """The clip is on disk. False when the job has gone to another worker meanwhile."""
         with self._change() as db:
             changed = db.execute(
@@ -219,7 +219,7 @@ class Manifest:
                 self._note(db, "done", row.id, owner, f"{seconds:.2f} s")
         return bool(changed)
 
-    def fail(self, row: Row, owner: str, reason: str, retries: int = 0) -> None:
+    def fail(self, row: Claim, owner: str, reason: str, retries: int = 0) -> None:
         """The job gave no clip: it waits again while `retries` are left, otherwise it is failed."""
         with self._change() as db:
             tries = db.execute(f"SELECT tries FROM jobs {_MINE}", (row.id, owner, row.turn))

@@ -14,7 +14,7 @@ from typing import Any
 from dit_accel.batch import memory, render
 from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
-from dit_accel.batch.manifest import DiskFull, Manifest, Row
+from dit_accel.batch.manifest import Claim, DiskFull, Manifest
 from dit_accel.batch.together import Apart, Together
 from dit_accel.batch.writer import FULL, Finished, Writer
 from dit_accel.generation.boost import Boost
@@ -150,7 +150,7 @@ class Worker:
             return False
         return True
 
-    def _serve(self, rows: Sequence[Row]) -> None:
+    def _serve(self, rows: Sequence[Claim]) -> None:
         """Generate the rows of one claim; failures end in the manifest, not in an exception."""
         error = self._try(rows)
         if error is None:
@@ -168,7 +168,7 @@ class Worker:
         else:
             self._split(rows, reason, self.settings.retries)
 
-    def _try(self, rows: Sequence[Row]) -> Exception | None:
+    def _try(self, rows: Sequence[Claim]) -> Exception | None:
         """None, or what went wrong, without its traceback: the frames in it hold the tensors."""
         try:
             jobs = [Job.from_dict(row.values) for row in rows]
@@ -195,7 +195,7 @@ class Worker:
                 clip.report["after_out_of_memory"] = list(self.savings.taken)
         return clips
 
-    def _split(self, rows: Sequence[Row], reason: str, retries: int) -> None:
+    def _split(self, rows: Sequence[Claim], reason: str, retries: int) -> None:
         """A call for several clips failed: do them one by one, to see which one it was."""
         if len(rows) == 1:
             self.manifest.fail(rows[0], self.owner, reason, retries)
@@ -203,7 +203,7 @@ class Worker:
         for row in rows:
             self._serve([row])
 
-    def _save_memory(self, rows: Sequence[Row], reason: str) -> None:
+    def _save_memory(self, rows: Sequence[Claim], reason: str) -> None:
         measure = self.savings.more()
         if measure is None:
             tried = ", ".join(self.savings.taken) or "nothing was left to give up"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_accel.batch.manifest import DiskFull, Manifest, Row
+from dit_accel.batch.manifest import Claim, DiskFull, Manifest
 from dit_accel.batch.render import Clip
 from dit_accel.media import quality as metrics
 from dit_accel.media import video
@@ -30,7 +30,7 @@ POLL = 1.0
 class Finished:
     """A generated job: its clip, and the dense one it is held against, if any."""
 
-    row: Row
+    row: Claim
     clip: Clip
     dense: Clip | None = None
 

@@ -17,7 +17,7 @@ _PAGE, _EXAMPLES = "The page", "The stored examples"
 
 
 @dataclass(frozen=True)
-class Page:
+class PageOptions:
     """Where the page is found, and what it allows."""
 
     host: Annotated[str, option("Address to listen on. \\[127.0.0.1]", _PAGE)] = "127.0.0.1"
@@ -57,7 +57,7 @@ Names = Annotated[list[str] | None, typer.Argument(help="With --make-examples.")
 
 
 def page(
-    page: Page,
+    page: PageOptions,
     names: Names = None,
     device: say.Device = None,
     dtype: say.Dtype = None,

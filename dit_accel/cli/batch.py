@@ -27,7 +27,7 @@ Numbers = list[int] | None
 
 
 @dataclass(frozen=True)
-class Defaults:
+class JobOptions:
     """What the jobs are that do not say otherwise; several values multiply them."""
 
     method: Annotated[Texts, option(say.METHOD, _JOBS)] = None
@@ -59,7 +59,7 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkOptions:
     """How to work through the jobs."""
 
     retries: Annotated[int, option("Further tries of a failed job. \\[1]", _RUN)] = 1
@@ -103,7 +103,12 @@ class Work:
 
 
 def batch(
-    jobs: Jobs, output: Output, defaults: Defaults, work: Work, where: Where, ulysses: Ulysses = 1
+    jobs: Jobs,
+    output: Output,
+    defaults: JobOptions,
+    work: WorkOptions,
+    where: Where,
+    ulysses: Ulysses = 1,
 ) -> None:
     """Make many clips, and go on after any interruption where it stopped.
 

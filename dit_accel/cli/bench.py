@@ -24,7 +24,7 @@ E2e = Annotated[bool, option("Time whole models, not operators.", _E2E, "--e2e")
 
 
 @dataclass(frozen=True)
-class Operators:
+class OperatorOptions:
     """Which operators are timed, on what."""
 
     op: Annotated[
@@ -56,7 +56,7 @@ class Operators:
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelOptions:
     """Which whole models are timed, and how they are run."""
 
     model: Annotated[
@@ -82,9 +82,9 @@ def bench(
     rounds: Rounds = None,
     out: Out = None,
     device: Device = None,
-    operators: Operators,
+    operators: OperatorOptions,
     e2e: E2e = False,
-    models: Models,
+    models: ModelOptions,
 ) -> None:
     """Time the operators against dense attention, with an error check; whole models with --e2e.
 
@@ -114,13 +114,13 @@ def bench(
         raise typer.Exit(FAILED)
 
 
-def _given(group: Operators | Models) -> list[str]:
+def _given(group: OperatorOptions | ModelOptions) -> list[str]:
     """The options of a group that were given."""
     names = (f.name for f in fields(group) if getattr(group, f.name) not in ([], f.default))
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
-def _operators(asked: Operators, device: str | None, rounds: int, out: Path | None) -> bool:
+def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Path | None) -> bool:
     """Whether every error check passed."""
     import torch
 
@@ -155,7 +155,7 @@ def _operators(asked: Operators, device: str | None, rounds: int, out: Path | No
     return all(row["check"] == "passed" for row in rows)
 
 
-def _sweep(asked: Operators, device: str | None, out: Path | None) -> bool:
+def _sweep(asked: OperatorOptions, device: str | None, out: Path | None) -> bool:
     from dit_accel.bench import sweep
 
     fixed = {"op": asked.op, "device": device, "dtype": asked.dtype, "block": asked.block}
@@ -170,7 +170,9 @@ def _sweep(asked: Operators, device: str | None, out: Path | None) -> bool:
     return True
 
 
-def _whole_models(asked: Models, device: str | None, rounds: int | None, out: Path | None) -> bool:
+def _whole_models(
+    asked: ModelOptions, device: str | None, rounds: int | None, out: Path | None
+) -> bool:
     """Whether any step was timed."""
     from dit_accel.bench import table
     from dit_accel.inputs.data import read_object

@@ -18,7 +18,7 @@ Output = Annotated[Path, option("Folder of the results.", _WHAT, "--output", "-o
 
 
 @dataclass(frozen=True)
-class Table:
+class TableOptions:
     """What to measure."""
 
     rows: Annotated[
@@ -44,7 +44,7 @@ class Table:
 
 
 def evaluate(
-    output: Output, table: Table, clips: Clips, where: Where, warmup: say.Warmup = None
+    output: Output, table: TableOptions, clips: Clips, where: Where, warmup: say.Warmup = None
 ) -> None:
     """Compare configurations over prompts and seeds: closeness to dense, kept work, time.
 
@@ -65,7 +65,7 @@ def evaluate(
 
 
 def _run(
-    output: Path, table: Table, clips: Clips, where: Where, warmup: str | None, began: float
+    output: Path, table: TableOptions, clips: Clips, where: Where, warmup: str | None, began: float
 ) -> dict[str, Any]:
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import noted, open_study

@@ -21,7 +21,7 @@ Resume = Annotated[bool, option("Go on with the run in --out.", _RUN, "--resume"
 
 
 @dataclass(frozen=True)
-class Data:
+class DataOptions:
     """What is learned from."""
 
     data: Annotated[
@@ -35,7 +35,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodOptions:
     """The SLA that is trained."""
 
     keep: Annotated[Real, option("Share of key blocks kept. \\[0.1]", _METHOD)] = None
@@ -48,7 +48,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingOptions:
     """How it is trained."""
 
     train: Annotated[
@@ -75,7 +75,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """How the run goes and is watched."""
 
     precision: Annotated[Text, option("Mixed precision: no, bf16 or fp16. \\[no]", _RUN)] = None
@@ -95,11 +95,11 @@ def finetune(
     *,
     out: Out = None,
     resume: Resume = False,
-    data: Data,
-    method: Method,
+    data: DataOptions,
+    method: MethodOptions,
     order: say.Order = None,
-    training: Training,
-    run: Run,
+    training: TrainingOptions,
+    run: RunOptions,
     model: say.Model = None,
 ) -> None:
     """Train SLA so that sparse attention gives what dense attention gives.
@@ -116,7 +116,7 @@ def finetune(
         _run(_settings(values, method), data.prepare, out is not None, resume)
 
 
-def _settings(values: dict[str, Any], method: Method) -> Settings:
+def _settings(values: dict[str, Any], method: MethodOptions) -> Settings:
     """The run that is asked for; ValueError for what cannot be."""
     from dit_accel.finetune.config import Settings
     from dit_accel.methods.sla import SLA

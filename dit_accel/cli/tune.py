@@ -21,7 +21,7 @@ Output = Annotated[Path, option("Folder of the preset.", _WHAT, "--output", "-o"
 
 
 @dataclass(frozen=True)
-class Aim:
+class AimOptions:
     """What to reach, and on which prompts."""
 
     psnr: Annotated[float | None, option("Reach this PSNR to dense, in dB.", _WHAT)] = None
@@ -34,7 +34,7 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchOptions:
     """What is tried."""
 
     methods: Annotated[str, option("Methods. \\[pooled,topk]", _HOW)] = "pooled,topk"
@@ -52,7 +52,9 @@ class Search:
         }
 
 
-def tune(output: Output, aim: Aim, search: Search, clips: Clips, where: Where) -> None:
+def tune(
+    output: Output, aim: AimOptions, search: SearchOptions, clips: Clips, where: Where
+) -> None:
     """Find the fastest configuration that is close enough, on your own prompts.
 
     dit-accel tune -o out/tuned --psnr 35 --prompts my-prompts.txt
@@ -70,7 +72,7 @@ def tune(output: Output, aim: Aim, search: Search, clips: Clips, where: Where) -
 
 
 def _run(
-    output: Path, goal: Any, aim: Aim, search: Search, clips: Clips, where: Where
+    output: Path, goal: Any, aim: AimOptions, search: SearchOptions, clips: Clips, where: Where
 ) -> dict[str, Any]:
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import noted, open_study

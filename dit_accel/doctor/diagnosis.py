@@ -21,7 +21,7 @@ WORTH = 1.1  # a smaller gain is within what a busy machine varies by
 
 
 @dataclass(frozen=True)
-class Layer:
+class BlockTimes:
     """Seconds of one transformer block of a kind.
 
     kind: its class.
@@ -104,7 +104,7 @@ class Diagnosis:
 
 def diagnose(
     sample: Sample,
-    layers: list[Layer],
+    layers: list[BlockTimes],
     times: dict[str, dict[str, float] | str],
     seen: tuple[torch.Size, torch.dtype] | None,
     geometry: Geometry,
@@ -152,7 +152,7 @@ def diagnose(
 def _outlook(
     name: str,
     found: dict[str, float] | str,
-    layers: list[Layer],
+    layers: list[BlockTimes],
     share: float,
     steps: int,
 ) -> Outlook:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit_accel.api import Handle, accelerated
 from dit_accel.config import AccelConfig, named
-from dit_accel.doctor.diagnosis import Diagnosis, Layer, diagnose
+from dit_accel.doctor.diagnosis import BlockTimes, Diagnosis, diagnose
 from dit_accel.doctor.sample import Enough, Sample
 from dit_accel.machine import Stopwatch
 from dit_accel.methods import Call, infos
@@ -126,7 +126,7 @@ def examine(
         best |= dict.fromkeys(set(best) - {"", "dense"}, next(iter(reasons)))
     dense, bare = best.pop("dense"), best.pop("")
     layers = [
-        Layer(
+        BlockTimes(
             type(sample.transformer.get_submodule(name)).__name__,
             count,
             *sample.scaled(dense[name], bare[name]),

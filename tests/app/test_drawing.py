@@ -7,7 +7,7 @@ import torch
 from asks import ASK
 
 from dit_accel.app import preview, stage, views
-from dit_accel.app.studio import Progress
+from dit_accel.app.studio import News
 
 
 def test_the_heat_map_has_a_cell_per_layer_and_step():
@@ -24,7 +24,7 @@ def test_the_heat_map_has_a_cell_per_layer_and_step():
 def test_the_stage_keeps_a_finished_side_when_the_other_is_cancelled(alone):
     value = stage.waiting(ASK)
     value = stage.finished(value, alone.left, "url/left.mp4", 8)
-    value = stage.moved(value, Progress("right", "denoise", 2, 4))
+    value = stage.moved(value, News("right", "denoise", 2, 4))
     assert value["right"]["share"] == 0.5 and value["right"]["state"] == "denoising, 2 of 4"
     value = stage.stopped(value, "cancelled")
     assert value["left"]["src"] == "url/left.mp4"

@@ -15,7 +15,7 @@ from dit_accel.app.desk import Desk
 from dit_accel.app.form import Form
 from dit_accel.app.page import build
 from dit_accel.app.studio import Studio
-from dit_accel.cli.app import Page
+from dit_accel.cli.app import PageOptions
 
 
 def test_the_form_makes_the_request_it_shows(studio, tmp_path):
@@ -71,7 +71,7 @@ def test_the_page_calls_nobody_else(address):
 
 
 def test_what_the_options_allow():
-    bounds = Page(public=True, model=["a/b"], queue=3).limits()
+    bounds = PageOptions(public=True, model=["a/b"], queue=3).limits()
     assert bounds.public and bounds.models == ("a/b",) and bounds.queue == 3
-    assert bounds.side == Limits.for_public().side and Page().limits() == Limits()
-    assert Page().host == "127.0.0.1"
+    assert bounds.side == Limits.for_public().side and PageOptions().limits() == Limits()
+    assert PageOptions().host == "127.0.0.1"

@@ -15,7 +15,7 @@ from tiny import tiny_wan
 from dit_accel.app import outcome, views
 from dit_accel.app.ask import Ask, Side
 from dit_accel.app.stop import Cancelled
-from dit_accel.app.studio import Progress, Studio
+from dit_accel.app.studio import News, Studio
 
 
 def hooks_of(pipe) -> int:
@@ -66,7 +66,7 @@ def test_a_run_leaves_the_pipeline_stock(pipe, alone):
 
 
 def test_progress_tells_side_phase_and_shows_pictures(studio):
-    news = [n for n in studio.run(ASK, threading.Event()) if isinstance(n, Progress)]
+    news = [n for n in studio.run(ASK, threading.Event()) if isinstance(n, News)]
     assert {n.side for n in news} == {"", "left", "right"}
     assert {"loading the model", "encode", "denoise", "decode"} <= {n.phase for n in news}
     assert [n.done for n in news if n.side == "right" and n.preview][0] == 1
@@ -79,7 +79,7 @@ def test_cancel_stops_within_a_step_and_leaves_no_trace(studio, pipe, alone):
     cancel, steps = threading.Event(), []
     with pytest.raises(Cancelled):
         for news in studio.run(ASK, cancel):
-            if isinstance(news, Progress) and (news.side, news.phase) == ("right", "denoise"):
+            if isinstance(news, News) and (news.side, news.phase) == ("right", "denoise"):
                 steps.append(news.done)
                 if news.done == 1:
                     cancel.set()

@@ -252,11 +252,20 @@ def test_a_row_that_fails_does_not_end_the_others(monkeypatch):
         "pooled@0.1+int8",
         "stock+prune",
         "best@0.1",
+        "stock@0.1",
+        "none/sub",
+        "pooled@0.1+cache@0.1",
+        "topk/best@0.1",
     ],
 )
 def test_names_that_are_no_row(name):
-    with pytest.raises(ValueError, match="row|unknown method"):
+    with pytest.raises(ValueError, match="row|unknown method|unknown selector"):
         Row.parse(name)
+
+
+def test_a_row_may_name_a_selector():
+    row = Row.parse("topk/sub(8)@0.1+compile")
+    assert row.method == dit_accel.TopK(0.1, select="sub(8)") and row.added == {"compile"}
 
 
 def test_another_setting_is_not_mixed_in(tmp_path):

@@ -89,6 +89,19 @@ def test_rows_add_pruning_and_a_step_cache():
     assert len({row.digest for row in found}) == 5
 
 
+def test_a_name_may_tell_the_keep_and_the_selector():
+    found = rows(["topk@0.3+cache", "topk/sub@0.1", "pooled/sub+prune"], (0.2, 0.5), 25, TEMPLATE)
+    assert [(row.name, row.family) for row in found] == [
+        ("topk 30% + cache", "topk+cache"),
+        ("topk/sub 10%", "topk/sub"),
+        ("pooled/sub 20% + prune", "pooled/sub+prune"),
+        ("pooled/sub 50% + prune", "pooled/sub+prune"),
+    ]
+    assert found[0].config == rows(["topk"], (0.3,), 25, TEMPLATE)[0].config
+    assert found[1].config.method == dit_accel.TopK(0.1, select="sub")
+    assert found[3].config.method == dit_accel.Pooled(0.5, select="sub")
+
+
 def test_what_a_step_cache_skips_is_no_work(loaded, tmp_path):
     pipe, defaults = loaded
     study = Study(pipe, defaults, BASE, tmp_path)
@@ -105,8 +118,12 @@ def test_what_a_step_cache_skips_is_no_work(loaded, tmp_path):
     [
         (["magic"], "unknown method 'magic'"),
         ([], "no rows"),
-        (["topk+magic"], "adds 'magic'; it can add prune and cache@0.1"),
-        (["topk+cache@x"], "has the threshold 'x'; write cache@0.1"),
+        (["topk+magic"], "adds 'magic'; what can be added is prune, cache@0.1"),
+        (["topk+cache@x"], "has 'x' behind an @; write a number, as in cache@0.1"),
+        (["topk+prune@0.5"], "gives prune a value; here it takes none"),
+        (["topk/magic"], "unknown selector 'magic'"),
+        (["topk@2"], "lies in .0, 1., not 2.0"),
+        (["dense@0.5+prune"], "dense attention has none to choose"),
     ],
 )
 def test_rows_that_are_none(names, says):

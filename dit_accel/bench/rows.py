@@ -1,6 +1,6 @@
 """The rows of the end-to-end benchmark: what is switched on, on which steps, and what 50 cost.
 
-A row's name is its recipe: a base ("stock", "none", or a method and its kept share as in
+A row's name is a generation.variant: a base ("stock", "none", or a method and its kept share as in
 "pooled@0.1") and what is added to it: "+cudnn" or "+flash" (backend of dense attention),
 "+compile", "+prune", "+cache", "+fp8" (how a state is kept), "+int8" (sparse attention in eight
 bits), "+nowarmup" (no dense step, as fine-tuned SLA runs). "none" leaves the attention core out: no
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dit_accel import SLA, Schedule, TokenPruning, accelerated
 from dit_accel.config import named
 from dit_accel.generation.boost import compiled_blocks
+from dit_accel.generation.variant import Variant
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
@@ -79,7 +80,7 @@ class NoAttention(Method):
 
 @dataclass(frozen=True)
 class Row:
-    """One way of running a model. ValueError for a name that is none of the grammar above."""
+    """One way of running a model. ValueError for a name that is none of those above."""
 
     name: str
     method: Method | None
@@ -87,19 +88,15 @@ class Row:
 
     @classmethod
     def parse(cls, name: str) -> Row:
-        base, *added = name.split("+")
-        unknown = [text for text in added if text not in ADDED]
-        if unknown:
-            raise ValueError(
-                f"row {name!r} adds {unknown[0]!r}; what can be added is {', '.join(ADDED)}"
-            )
-        if base in ("stock", "none"):
-            method = NoAttention() if base == "none" else None
+        variant = Variant.parse(name, dict.fromkeys(ADDED, False))
+        added = variant.parts
+        if variant.base in ("stock", "none"):
+            if not variant.plain:
+                raise ValueError(f"row {name!r} chooses blocks: {variant.base} has none to choose")
+            method = NoAttention() if variant.base == "none" else None
         else:
-            kind, at, keep = base.partition("@")
-            method = named(kind)
-            method = replace(method, keep=_number(name, keep)) if at else method
-            if kind == "rectified":  # random scores are flat: a mass would keep more than asked
+            method = variant.of(named(variant.base))
+            if method.name == "rectified":  # random scores are flat: a mass would keep more
                 method = replace(method, mass=0.0)
         if "nowarmup" in added and method is None:
             raise ValueError(f"row {name!r} leaves the warm-up out: it has no method to start with")
@@ -136,13 +133,6 @@ class Row:
         kinds = ("full", "sparse") if self.method.stateful else ("sparse",)
         kinds += ("pruned",) * ("prune" in self.added)
         return kinds + ("skipped",) * ("cache" in self.added)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"row {name!r} keeps {text!r}; write a share as in pooled@0.1") from None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dit_accel.config import AccelConfig, resolve
 from dit_accel.generation.boost import Boost
+from dit_accel.generation.variant import Variant, additions
 from dit_accel.methods import Method, find
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.criteria import CRITERIA
@@ -32,6 +34,7 @@ _METHODS: dict[str, Callable[[float], Method]] = {
     "shared": lambda keep: find("shared")(keep),
     "ditfastattn": lambda keep: find("rettention")(keep, rescale=False),
 }
+ADDED = {"prune": False, "cache": True}  # and whether it takes a value
 DEFAULT = ("steps", *(name for name in _METHODS if name != EIGHT), "prune")
 
 
@@ -80,10 +83,10 @@ def rows(
 ) -> list[Row]:
     """The rows of these names, the controls included where they are named.
 
-    names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a method of
-    `DEFAULT`, "topk-int8" or "dense", to which "+prune" and "+cache@0.1" (First-Block-Cache and its
-    threshold) may be added, else a preset or preset file. keeps: the first is measured first, in
-    all methods.
+    names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a
+    generation.variant of a method of `DEFAULT`, "topk-int8" or "dense", to which "+prune" and
+    "+cache@0.1" (First-Block-Cache and its threshold) may be added, else a preset or preset file.
+    keeps: of methods whose name tells none; the first is measured first, in all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
     for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for; the
     same may be added to them. Raises ValueError for a name or a keep that is none, and for no rows
@@ -95,15 +98,15 @@ def rows(
             found += _fewer(steps)
         elif name == "prune":
             found += [replace(row, rank=len(keeps) + 1) for row in _pruned(template)]
-        elif name.partition("+")[0] in (*_METHODS, "dense"):
+        elif re.split("[/@+]", name)[0] in (*_METHODS, "dense") and not name.endswith(".json"):
             found += _combined(name, keeps, template)
         else:
             found.append(Row(name, name, resolve(name)))
     for path in sla:
         path, *added = [path] if Path(path).exists() else path.split("+")
-        config, boost = _adding("+".join((path, *added)), added, template)
-        family = "+".join(("sla", *added))
-        found += _boosted(_learned(Path(path), keeps, config), added, boost, family)
+        parts = additions("+".join((path, *added)), added, ADDED)
+        config, boost = _adding(parts, template)
+        found += _boosted(_learned(Path(path), keeps, config), "sla", added, boost)
     unique = {row.name: row for row in found}
     if not unique:
         raise ValueError(f"no rows are named: give some of {', '.join(DEFAULT)}")
@@ -130,38 +133,33 @@ def _pruned(template: AccelConfig) -> list[Row]:
 
 def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[Row]:
     """A method, or dense attention, with what a name adds to it."""
-    base, *added = name.split("+")
-    template, boost = _adding(name, added, template)
-    if base == "dense":
+    variant = Variant.parse(name, ADDED)
+    _, *added = name.split("+")
+    template, boost = _adding(variant.parts, template)
+    if variant.base == "dense":
+        if not variant.plain:
+            raise ValueError(f"row {name!r} chooses blocks: dense attention has none to choose")
         return [Row(name, name, template, boost=boost)]
-    rows = _at_each(base, _METHODS[base], keeps, template)
-    return _boosted(rows, added, boost, name)
+    base = variant.base if variant.select is None else f"{variant.base}/{variant.select}"
+
+    def build(keep: float) -> Method:
+        return replace(variant, keep=keep).of(_METHODS[variant.base](keep))
+
+    rows = _at_each(base, build, keeps if variant.keep is None else [variant.keep], template)
+    return _boosted(rows, base, added, boost)
 
 
-def _adding(name: str, added: Sequence[str], template: AccelConfig) -> tuple[AccelConfig, Boost]:
+def _adding(parts: Mapping[str, float | None], template: AccelConfig) -> tuple[AccelConfig, Boost]:
     """The template, its method still to come, and the boost with what a name adds."""
-    template, boost = replace(template, method=find("dense")()), Boost()
-    for part in added:
-        what, _, threshold = part.partition("@")
-        if part == "prune":
-            template = replace(template, prune=TokenPruning(keep=PRUNED))
-        elif what == "cache":
-            boost = Boost(step_cache=_number(name, threshold or "0.1"))
-        else:
-            raise ValueError(f"row {name!r} adds {part!r}; it can add prune and cache@0.1")
-    return template, boost
+    prune = TokenPruning(keep=PRUNED) if "prune" in parts else template.prune
+    cache = parts.get("cache")
+    boost = Boost(step_cache=0.1 if cache is None else cache) if "cache" in parts else Boost()
+    return replace(template, method=find("dense")(), prune=prune), boost
 
 
-def _boosted(rows: list[Row], added: Sequence[str], boost: Boost, family: str) -> list[Row]:
-    tail = "".join(f" + {part}" for part in added)
+def _boosted(rows: list[Row], base: str, added: Sequence[str], boost: Boost) -> list[Row]:
+    tail, family = "".join(f" + {part}" for part in added), "+".join((base, *added))
     return [replace(row, name=row.name + tail, family=family, boost=boost) for row in rows]
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"row {name!r} has the threshold {text!r}; write cache@0.1") from None
 
 
 def _at_each(

@@ -12,6 +12,12 @@ def test_it_is_short():
     assert len(README.read_text().split()) <= 800
 
 
+def test_it_counts_the_models_that_were_observed():
+    counts = r"(\d+) transformer classes(?: of diffusers)?, (\d+) pipelines"
+    observed = (README.parent / "docs" / "reference" / "models.md").read_text()
+    assert re.search(counts, README.read_text()).groups() == re.search(counts, observed).groups()
+
+
 def test_the_snippet_runs(monkeypatch, capsys):
     call = WanPipeline.__call__
 

@@ -115,6 +115,7 @@ def test_methods_lists_them_all(capsys, monkeypatch):
         (["compare", "x", "--prune", "half"], "prune is the share of the tokens that run"),
         (["compare", "x", "--prune", "2"], "keep is the share of tokens that run, in [0, 1]"),
         (["compare", "x", "--prune", "0.5", "--method", "shared"], "cannot run on pruned ones"),
+        (["generate", "x", "--sampler", "ddim"], "a sampler is rcm, dmd"),
         (["generate", "x", "--step-cache", "0"], "step_cache is a relative change > 0"),
         (["generate", "x", "-o", "clip.txt"], "ends in .mp4, .gif, .webp"),
         (["generate", "x", "--device", "toaster"], "unknown device 'toaster'"),
@@ -195,9 +196,12 @@ def test_a_single_frame_is_a_picture(model, tmp_path):
 def test_compare_writes_and_prints(capsys, model, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run = ["compare", "a cat", "--model", model, "--keep", "0.5", "-o", "out/cat", *SPARSE]
+    run += ["--sampler", "flow:3", "--steps", "3"]
     assert cli.run(run) == 0
     report = json.loads((tmp_path / "out" / "cat" / "report.json").read_text())
     assert report["attention"]["config"]["method"]["keep"] == 0.5
+    assert report["sampler"] == "flow:3"
+    assert "<dd>flow:3</dd>" in (tmp_path / "out" / "cat" / "report.html").read_text()
     out = capsys.readouterr().out
     assert "denoising loop" in out
     assert "report.html" in out

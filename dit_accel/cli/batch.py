@@ -38,6 +38,7 @@ class JobOptions:
     size: Annotated[str | None, option(say.SIZE, _JOBS)] = None
     frames: Annotated[Numbers, option(say.FRAMES, _JOBS)] = None
     guidance: Annotated[list[float] | None, option(say.GUIDANCE, _JOBS)] = None
+    sampler: Annotated[Texts, option(say.SAMPLER, _JOBS)] = None
     image: Annotated[Path | None, option(say.IMAGE, _JOBS)] = None
 
     def keys(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class JobOptions:
             "height": height,
             "frames": self.frames,
             "guidance": self.guidance,
+            "sampler": self.sampler,
             "image": str(self.image.absolute()) if self.image else None,
         }
         return {key: value for key, value in values.items() if value}

@@ -43,6 +43,7 @@ WHAT, HOW, WHERE = "What to make", "How to accelerate", "Where to run"
 NEGATIVE, STEPS, SIZE = "What not to show.", "Denoising steps.", "WIDTHxHEIGHT in pixels."
 FRAMES, GUIDANCE = "Frames of the clip.", "Classifier-free guidance scale."
 IMAGE = "First picture, for models that need one."
+SAMPLER = "Grid of few steps, for models distilled to it: rcm, dmd, flow:5, renoise:5."
 METHOD = "Name, name:preset or preset file; see `methods`."
 PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
 MIN_TOKENS = "Attend densely below this many tokens."
@@ -57,6 +58,7 @@ Frames = Annotated[int | None, option(FRAMES, WHAT)]
 Fps = Annotated[float | None, option("Frames a second of the file.", WHAT)]
 Guidance = Annotated[float | None, option(GUIDANCE, WHAT)]
 Image = Annotated[Path | None, option(IMAGE, WHAT)]
+Sampler = Annotated[str | None, option(SAMPLER, WHAT)]
 
 Method = Annotated[str | None, option(METHOD, HOW)]
 Keep = Annotated[float | None, option("Share of key blocks kept, in (0, 1].", HOW)]
@@ -93,6 +95,7 @@ class What:
     frames: Frames = None
     fps: Fps = None
     guidance: Guidance = None
+    sampler: Sampler = None
     image: Image = None
 
     def request(self) -> Request:
@@ -111,6 +114,7 @@ class What:
             width=width,
             frames=self.frames,
             guidance=self.guidance,
+            sampler=self.sampler,
             image=None if self.image is None else _picture(self.image),
         )
 

@@ -82,6 +82,7 @@ def _settings(data: dict[str, Any]) -> dict[str, Any]:
         "model": f"{data['model']} ({data['pipeline']}, {data['dtype']})",
         "clip": figures.clip(data["size"], data["fps"]),
         "steps": len(data["times"]["dense"]["steps"]) or "not reported by this pipeline",
+        **({"sampler": data["sampler"]} if data.get("sampler") else {}),
         "seed": data["seed"],
         "method": ", ".join(f"{k} {v}" if k != "name" else f"{v}" for k, v in method.items()),
         **({"beside it": "; ".join(beside)} if beside else {}),

@@ -120,7 +120,7 @@ def test_methods_lists_them_all(capsys, monkeypatch):
         (["generate", "x", "-o", "clip.txt"], "ends in .mp4, .gif, .webp"),
         (["generate", "x", "--device", "toaster"], "unknown device 'toaster'"),
         (["generate", "x", "--dtype", "int3"], "unknown dtype 'int3'"),
-        (["generate", "x", "--image", "none.png"], "none.png is not a picture"),
+        (["generate", "x", "--image", "none.png"], "there is no picture none.png"),
         (["generate", "x", "--model", "./none"], "there is no folder ./none"),
         (["generate", "x", "--model", "."], "has no model_index.json"),
     ],
@@ -252,11 +252,11 @@ def interruptible():
 def test_a_signal_while_writing(model, tmp_path, monkeypatch, number, code):
     """The encoder is stopped in the middle of its file."""
 
-    def stopped(path: Path, frames, fps):
+    def stopped(path: Path, frames, fps, tags):
         path.write_text("half")
         signal.raise_signal(number)
 
-    monkeypatch.setattr(video, "_encode", stopped)
+    monkeypatch.setattr(video, "encode", stopped)
     monkeypatch.setattr(
         sys, "argv", ["dit-accel", "generate", "a cat", "--model", model, "-o", "cat.mp4", *SPARSE]
     )
@@ -272,7 +272,7 @@ def test_the_unexpected_is_code_1_with_a_traceback(capsys, model, monkeypatch):
     def broken(*args, **options):
         raise ValueError("from deep inside")
 
-    monkeypatch.setattr(video, "save", broken)
+    monkeypatch.setattr(video, "save_or_rescue", broken)
     assert cli.run(["generate", "a cat", "--model", model, *SPARSE]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
@@ -36,7 +35,7 @@ class Display:
         stream: TextIO | None = None,
     ) -> None:
         self.manifest, self.json = manifest, json_events
-        self.console, self.stream = console or Console(stderr=True), stream or sys.stdout
+        self.console, self.stream = console or _plain(), stream or sys.stdout
         self._seen = manifest.ask("SELECT COALESCE(MAX(seq), 0) AS n FROM events")[0]["n"]
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -45,7 +44,11 @@ class Display:
 
     def __enter__(self) -> Display:
         if not self.json and self.console.is_terminal:
-            columns = (TextColumn("{task.description:<58}"), BarColumn(24), MofNCompleteColumn())
+            columns = (
+                TextColumn("{task.description:<58}", markup=False),
+                BarColumn(24),
+                MofNCompleteColumn(),
+            )
             self._bars = Bars(*columns, TimeElapsedColumn(), console=self.console)
             self._tasks[""] = self._bars.add_task("jobs", total=None)
             self._bars.start()
@@ -88,9 +91,8 @@ class Display:
             left = self._left(counts) if event["kind"] == "done" else ""
             what = event["output"] or ""
             self.console.print(
-                f"{head:>9}  {event['kind']:<9} {escape(what)}{': ' if what else ''}"
-                f"{escape(event['text'] or '')}{left}",
-                highlight=False,
+                f"{head:>9}  {event['kind']:<9} {what}{': ' if what else ''}"
+                f"{event['text'] or ''}{left}",
                 soft_wrap=True,
             )
 
@@ -115,7 +117,7 @@ class Display:
         for name in set(self._tasks) - {"", *(w["owner"] for w in workers)}:
             self._bars.remove_task(self._tasks.pop(name))
         for worker in workers:
-            name, text = worker["owner"], escape(f"{worker['device']} {worker['phase']}"[-58:])
+            name, text = worker["owner"], f"{worker['device']} {worker['phase']}"[-58:]
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(text, total=worker["total"])
             self._bars.update(
@@ -124,6 +126,11 @@ class Display:
                 total=worker["total"],
                 description=text,
             )
+
+
+def _plain() -> Console:
+    """No letter of a prompt or a path is taken for markup."""
+    return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def _event(event: sqlite3.Row, counts: dict[str, int]) -> dict[str, Any]:

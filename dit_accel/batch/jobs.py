@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -13,11 +12,11 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from dit_accel.config import DEFAULT, AccelConfig, resolve
 from dit_accel.generation.request import Request
 from dit_accel.inputs.fields import check, shown
+from dit_accel.media import names
+from dit_accel.media.pictures import read_picture
 from dit_accel.pruning.config import resolve as pruning
 
 DENSE = "dense"
@@ -57,8 +56,8 @@ class Job:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.name is not None and not re.fullmatch(r"[\w][\w .,=+-]{0,150}", self.name):
-            raise ValueError(f"name is a file's, without folder and suffix: not {self.name!r}")
+        if self.name is not None:
+            object.__setattr__(self, "name", names.check_name(self.name))
         self.request(load=False)
         _configuration(self.method, self.prune)
         if self.image is not None:
@@ -97,11 +96,10 @@ class Job:
         """File name without suffix (which is known once there is a clip or a picture)."""
         if self.name is not None:
             return self.name
-        words = re.sub(r"\W+", "-", self.prompt.lower()).strip("-")[:40].strip("-")
         method = Path(self.method).stem if _is_file(self.method) else self.method
-        method += "" if self.prune is None else f"-prune-{self.prune}"
-        method = re.sub(r"\W+", "-", method)
-        return f"{words or 'clip'}-{method}-s{self.seed}-{self.id[:8]}"
+        method += "" if self.prune is None else f" prune {self.prune}"
+        words = [names.from_text(self.prompt, 40) or "clip", names.from_text(method, 60)]
+        return "-".join([*words, f"s{self.seed}", self.id[:8]])
 
     @property
     def shape(self) -> str:
@@ -113,7 +111,7 @@ class Job:
     def request(self, load: bool = True) -> Request:
         """What the pipeline is asked; `load` opens the picture."""
         values = {key: getattr(self, key) for key in _REQUEST}
-        return Request(**values, image=open_image(self.image) if load and self.image else None)
+        return Request(**values, image=read_picture(self.image) if load and self.image else None)
 
 
 KEYS = tuple(f.name for f in fields(Job))
@@ -126,22 +124,6 @@ def check_keys(values: Mapping[str, Any]) -> None:
             near = get_close_matches(str(key), KEYS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a job has {', '.join(KEYS)}"
             raise ValueError(f"unknown key {shown(key)}: {hint}")
-
-
-def open_image(path: str) -> Image.Image:
-    """The picture, in RGB; ValueError when it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"there is no image {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read: {_short(error)}") from None
-
-
-def _short(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return "it is no picture" if text.startswith("cannot identify") else text.rstrip(".")
 
 
 def _is_file(method: str) -> bool:
@@ -171,5 +153,5 @@ def _digest(path: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _hashed(path: str, stamp: tuple[int, int] | None) -> str:
-    open_image(path)
+    read_picture(path)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -19,12 +19,15 @@ from dit_accel.batch.jobs import Job
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.run import ProgressFn
 from dit_accel.parallel import ulysses as parallel
+from dit_accel.parallel.launcher import AGAIN
 
 _PATIENCE = timedelta(days=7)  # between two jobs there may be a full disk to wait for
 
 
 class Apart(RuntimeError):
     """The processes no longer do the same: only new ones get over that."""
+
+    exit_code = AGAIN
 
 
 class Together:

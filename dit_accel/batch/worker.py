@@ -66,6 +66,8 @@ class Settings:
 class DeviceLost(RuntimeError):
     """CUDA failed in a way that only a new process gets over."""
 
+    exit_code = DEVICE_LOST
+
 
 class Worker:
     """Serves the queue with one pipeline, until no job waits or runs elsewhere."""

@@ -10,6 +10,7 @@ import typer
 
 from dit_accel.cli import options as say
 from dit_accel.cli.options import WHERE, checked, option
+from dit_accel.media.files import check_place
 
 _BOTH, _OPS, _E2E = "Both", "Operators", "Whole models, with --e2e"
 FAILED = 1
@@ -97,6 +98,8 @@ def bench(
     with checked():
         if rounds is not None and rounds < 1:
             raise ValueError(f"rounds is a number ≥ 1, not {rounds}")
+        if out is not None:
+            check_place(out)
         stray = _given(operators if e2e else models)
         if stray:
             kinds = ("operators", "whole models") if e2e else ("whole models", "operators")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from dit_accel.cli.options import WHAT, How, Ulysses, What, Where, checked, option
+from dit_accel.cli.options import WHAT, How, Metadata, Ulysses, What, Where, checked, option
 from dit_accel.parallel import launcher as ranks
+
+if TYPE_CHECKING:
+    from dit_accel.generation.request import Request
 
 Output = Annotated[
     Path | None, option("Folder to write. \\[named after the prompt]", WHAT, "--output", "-o")
@@ -18,7 +20,12 @@ Output = Annotated[
 
 
 def compare(
-    what: What, how: How, where: Where, ulysses: Ulysses = 1, output: Output = None
+    what: What,
+    how: How,
+    where: Where,
+    ulysses: Ulysses = 1,
+    output: Output = None,
+    metadata: Metadata = True,
 ) -> None:
     """Make the same clip dense and accelerated, and report how much faster and how close.
 
@@ -30,16 +37,14 @@ def compare(
     """
     from dit_accel import api
     from dit_accel.cli.progress import Progress
-    from dit_accel.cli.session import load, notices, slug
-    from dit_accel.generation.comparison import compare
+    from dit_accel.cli.session import free_name, load, notices, slug, typed
+    from dit_accel.generation.comparison import check_output, compare
     from dit_accel.generation.loading import find_model
-    from dit_accel.media.files import check_folder
 
     with checked():
         request, config, boost = what.request(), how.config(), how.boost()
-        folder = check_folder(output or Path(f"compare-{slug(request)}"))
-        if folder.is_file():
-            raise ValueError(f"{folder} is a file: give the name of a folder")
+        folder = output or free_name(f"compare-{slug(request)}", "", _is_of(request))
+        check_output(folder)
         ranks.check(ulysses)
     with Progress() as progress, ExitStack() as stack:
         if not ranks.first(ulysses):  # it takes part, and what it makes is thrown away
@@ -57,39 +62,52 @@ def compare(
                 folder,
                 boost=boost,
                 model=find_model(where.model),
-                command=shlex.join(["dit-accel", *sys.argv[1:]]),
+                command=typed(),
+                metadata=metadata,
                 progress=progress,
             )
     if ranks.first(ulysses):
         _print(done.data, folder)
 
 
-def _print(data: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+def _is_of(request: Request) -> Callable[[Path], bool]:
+    """Whether a folder holds a comparison of this prompt and seed, and may be written again."""
+    from dit_accel.inputs.data import read_object
 
+    def same(folder: Path) -> bool:
+        try:
+            data = read_object(folder / "report.json")
+        except ValueError:
+            return False
+        return (data.get("prompt"), data.get("seed")) == (request.prompt, request.seed)
+
+    return same
+
+
+def _print(data: dict[str, Any], folder: Path) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from dit_accel.cli.screen import screen
     from dit_accel.pages.comparison import headline, times
 
     near = data["quality"]
-    screen = Console(highlight=False)
+    out = screen()
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     for name in ("dense", f"accelerated ({data['method']})", "speed-up"):
         table.add_column(name, justify="right")
     for name, *values in times(data):
         table.add_row(name, *values, style="bold" if name == "denoising loop" else "")
-    screen.print(f"\n[bold]{headline(data)}[/bold]\n")
-    screen.print(table)
-    screen.print(
+    out.print(f"\n{headline(data)}\n", style="bold")
+    out.print(table, soft_wrap=False)
+    out.print(
         f"\nPSNR {near['psnr_mean']:.1f} dB and SSIM {near['ssim_mean']:.3f} to the dense clip; "
         f"{data['kept']:.0%} of the attention work kept"
     )
     reasons = data["attention"]["unplanned" if data["kept"] < 1 else "fallbacks"]
     for why, count in reasons.items():
-        screen.print(f"[yellow]{count} attention calls ran dense:[/yellow] {escape(why)}")
+        out.print(Text.assemble((f"{count} attention calls ran dense: ", "yellow"), why))
     names = ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
-    screen.print(f"\n{folder}/  {names}", soft_wrap=True, markup=False)
-    screen.print(
-        f"open [bold]{escape(str(folder / 'report.html'))}[/bold] in a browser", soft_wrap=True
-    )
+    out.print(f"\n{folder}/  {names}")
+    out.print(Text.assemble("open ", (str(folder / "report.html"), "bold"), " in a browser"))

@@ -77,18 +77,19 @@ def _sample(
 
 
 def _print(found: Any) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    screen = Console(highlight=False)
-    screen.print(f"[bold]{found.model}[/bold] on {found.device}, {found.dtype}")
+    from dit_accel.cli.screen import screen
+
+    out = screen()
+    out.print(Text.assemble((str(found.model), "bold"), f" on {found.device}, {found.dtype}"))
     grid = " × ".join(map(str, found.grid))
     if found.measured_tokens != found.tokens:
         grid = f"timed on {found.measured_tokens}"
     shape = f"{found.layers} layers, {found.heads} heads of {found.head_dim}"
-    screen.print(f"{found.tokens} visual tokens ({grid}), {shape}")
-    screen.print(
+    out.print(f"{found.tokens} visual tokens ({grid}), {shape}")
+    out.print(
         f"one forward {found.forward_seconds:.3g} s, of it attention {found.attention_share:.0%}: "
         f"at most {found.bound:.2f}× if attention took no time"
     )
@@ -96,15 +97,15 @@ def _print(found: Any) -> None:
     for column in ("method", "keep", "at most", "predicted"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for o in found.outlook:
-        predicted = f"{o.predicted:.2f}×" if o.predicted else escape(o.why)
+        predicted = f"{o.predicted:.2f}×" if o.predicted else o.why
         table.add_row(o.method, f"{o.keep:g}", f"{o.ceiling:.2f}×", predicted)
-    screen.print(table)
+    out.print(table, soft_wrap=False)
     for name, size in found.state_bytes.items():
-        screen.print(f"state of {name}: {size / 2**20:.1f} MiB", markup=False)
+        out.print(f"state of {name}: {size / 2**20:.1f} MiB")
     if found.free_bytes is not None:
-        screen.print(f"free memory: {found.free_bytes / 2**30:.1f} GiB")
+        out.print(f"free memory: {found.free_bytes / 2**30:.1f} GiB")
     if found.crossover is not None:
-        screen.print(f"below {found.crossover} tokens attention stays dense unless --min-tokens")
+        out.print(f"below {found.crossover} tokens attention stays dense unless --min-tokens")
     for line in (*(f"dense: {why}" for why in found.obstacles), *found.notes):
-        screen.print(line, markup=False)
-    screen.print(f"\n[bold]{escape(found.recommendation)}[/bold]", soft_wrap=True)
+        out.print(line)
+    out.print(f"\n{found.recommendation}", style="bold")

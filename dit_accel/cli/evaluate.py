@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +66,7 @@ def _run(
     output: Path, table: TableOptions, clips: Clips, where: Where, warmup: str | None, began: float
 ) -> dict[str, Any]:
     from dit_accel.cli.progress import Progress
-    from dit_accel.cli.session import noted, open_study
+    from dit_accel.cli.session import noted, open_study, typed
     from dit_accel.evaluate.rows import DEFAULT, rows
     from dit_accel.evaluate.run import Budget, evaluate
     from dit_accel.generation.loading import EMBEDDED
@@ -89,20 +87,19 @@ def _run(
             seeds,
             budget=budget,
             attention=table.attention,
-            command=shlex.join(["dit-accel", *sys.argv[1:]]),
+            command=typed(),
             progress=progress,
             note=noted(progress),
         )
 
 
 def _print(data: dict[str, Any], output: Path) -> None:
-    from rich.console import Console
-
+    from dit_accel.cli.screen import screen
     from dit_accel.evaluate.tables import markdown
 
-    screen = Console(highlight=False, soft_wrap=True)
-    screen.print(markdown(data["rows"], data["dense"], data["notes"]), markup=False)
+    out = screen()
+    out.print(markdown(data["rows"], data["dense"], data["notes"]))
     if data["missing"]:
-        screen.print(f"{data['missing']} cells are left: run the same command again")
+        out.print(f"{data['missing']} cells are left: run the same command again")
     names = sorted(p.name for p in output.iterdir() if p.is_file() and p.suffix != ".jsonl")
-    screen.print(f"{output}/  {', '.join(names)}", markup=False)
+    out.print(f"{output}/  {', '.join(names)}")

@@ -139,28 +139,27 @@ def _run(asked: Settings, prepare: str | None, train: bool, resume: bool) -> Non
     """Prepare data, train, or both. Raises ValueError for bad input."""
     import diffusers
     import transformers
-    from rich.console import Console
 
     from dit_accel.cli.progress import Progress
+    from dit_accel.cli.screen import screen
     from dit_accel.finetune.run import finetune, prepare_data
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    console = Console(highlight=False, soft_wrap=True)
+    out = screen()
     if prepare is not None:
         with Progress() as progress:
             count = prepare_data(asked, prepare, progress)
-        console.print(f"{count} clips encoded in {asked.data}", markup=False)
+        out.print(f"{count} clips encoded in {asked.data}")
     if not train:
         return
     with Progress() as progress:
         done = finetune(asked, resume, progress)
     before, after = done.velocity_error
     if done.files:
-        console.print(
+        out.print(
             f"{done.steps} steps: velocity error to the dense model {before:.4f} before, "
             f"{after:.4f} after",
-            markup=False,
         )
         for path in done.files:
-            console.print(str(path), markup=False)
+            out.print(str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -11,8 +12,7 @@ from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from dit_accel import __version__
 from dit_accel.cli.app import page
@@ -25,11 +25,15 @@ from dit_accel.cli.evaluate import evaluate
 from dit_accel.cli.finetune import finetune
 from dit_accel.cli.generate import generate
 from dit_accel.cli.methods import methods
-from dit_accel.cli.options import BadInput
+from dit_accel.cli.screen import print_anything, screen
+from dit_accel.cli.show import show
 from dit_accel.cli.tune import tune
 from dit_accel.parallel import launcher as ranks
 
 OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# What a system says of names and rights: the user's to mend.
+_MENDED = {getattr(errno, name) for name in ("ENOENT", "EACCES", "EPERM", "EROFS", "ENOTDIR")}
+_MENDED |= {errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 # Typer carries its own copy of click in some versions: its usage error is reached through it.
 UsageError = typer.BadParameter.__base__
 
@@ -57,7 +61,7 @@ def root(
         print(context.get_help())
 
 
-for command in (generate, compare, batch, evaluate, tune, doctor, methods):
+for command in (generate, compare, batch, evaluate, tune, doctor, methods, show):
     app.command()(grouped(command))
 app.command(cls=Several)(grouped(bench))
 app.command("app")(grouped(page))
@@ -77,30 +81,46 @@ def run(arguments: Sequence[str]) -> int:
         while code == ranks.AGAIN:  # a batch counts the tries of each job
             code = ranks.launch(wanted.count, arguments)
         return code
-    except BadInput as error:
-        return _say(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNEXPECTED
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            return _say("the GPU's memory is full: try --offload or a smaller --size", UNEXPECTED)
-        if type(error).__name__ in ("DeviceLost", "Apart"):
-            return _say(f"{error}; the same command goes on", ranks.AGAIN)
-        if type(error).__name__ == "StateTooLarge":
-            return _say(str(error), BAD_INPUT)
-        traceback.print_exc()
-        return _say(f"unexpected {type(error).__name__}, see the lines above", UNEXPECTED)
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong; an exception of ours brings its `exit_code`."""
+    code = getattr(error, "exit_code", None)
+    if code is not None:
+        again = "; the same command goes on" if code == ranks.AGAIN else ""
+        return _say(f"{error}{again}", code)
+    if _is_out_of_memory(error):
+        return _say("the memory is full: try --offload or a smaller --size", UNEXPECTED)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(f"{where}{error.strerror}", BAD_INPUT if error.errno in _MENDED else UNEXPECTED)
+    traceback.print_exc()
+    return _say(f"unexpected {type(error).__name__}, see the lines above", UNEXPECTED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from dit_accel.machine import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _say(message: str, code: int) -> int:
-    Console(stderr=True, soft_wrap=True).print(
-        f"[red]error:[/red] {escape(message)}", highlight=False
-    )
+    screen(stderr=True).print(Text.assemble(("error:", "red"), f" {message}"))
     return code
 
 
 def _quiet() -> None:
     """Other libraries' notices stay out of the way: our progress and our errors are on stderr."""
+    print_anything()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -116,5 +136,5 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     code = run(sys.argv[1:])
     if code == INTERRUPTED:
-        Console(stderr=True).print("interrupted: nothing half-written is left")
+        screen(stderr=True).print("interrupted: nothing half-written is left")
     sys.exit(code)

@@ -3,10 +3,11 @@
 
 def methods() -> None:
     """List the methods, their presets and papers."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     import dit_accel
+    from dit_accel.cli.screen import screen
     from dit_accel.methods import find
 
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -15,5 +16,5 @@ def methods() -> None:
     for name, info in dit_accel.methods().items():
         presets = ", ".join(f"{name}:{p}" for p in find(name).presets)
         tuned = "needed" if info.finetuning else "no"
-        table.add_row(f"[bold]{name}[/bold]", info.description, presets, info.paper, tuned)
-    Console().print(table)
+        table.add_row(Text(name, "bold"), info.description, presets, info.paper, tuned)
+    screen().print(table, soft_wrap=False)

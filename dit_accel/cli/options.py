@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class BadInput(Exception):
     """What the user gave cannot be used; the message is one sentence."""
 
+    exit_code = 2
+
 
 @contextmanager
 def checked() -> Iterator[None]:
@@ -59,6 +61,12 @@ Fps = Annotated[float | None, option("Frames a second of the file.", WHAT)]
 Guidance = Annotated[float | None, option(GUIDANCE, WHAT)]
 Image = Annotated[Path | None, option(IMAGE, WHAT)]
 Sampler = Annotated[str | None, option(SAMPLER, WHAT)]
+Metadata = Annotated[
+    bool,
+    option(
+        "Write into the file what it was made from; see `show`.", WHAT, "--metadata/--no-metadata"
+    ),
+]
 
 Method = Annotated[str | None, option(METHOD, HOW)]
 Keep = Annotated[float | None, option("Share of key blocks kept, in (0, 1].", HOW)]
@@ -100,11 +108,12 @@ class What:
 
     def request(self) -> Request:
         """The generation asked for; ValueError for an impossible value."""
+        from dit_accel.generation.limits import check_limits
         from dit_accel.generation.request import Request
+        from dit_accel.media.pictures import read_picture
 
         width, height = parse_size(self.size) if self.size else (None, None)
-        if self.fps is not None and not 1 <= self.fps <= 240:
-            raise ValueError(f"fps lies from 1 to 240, not {self.fps:g}")
+        check_limits({"fps": self.fps})
         return Request(
             prompt=self.prompt,
             negative_prompt=self.negative,
@@ -115,20 +124,8 @@ class What:
             frames=self.frames,
             guidance=self.guidance,
             sampler=self.sampler,
-            image=None if self.image is None else _picture(self.image),
+            image=None if self.image is None else read_picture(self.image),
         )
-
-
-def _picture(path: Path) -> Any:
-    from PIL import Image as pictures
-    from PIL import UnidentifiedImageError
-
-    try:
-        picture = pictures.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        raise ValueError(f"{path} is not a picture that can be opened") from None
-    picture.filename = str(path)  # lost by convert; the report names it
-    return picture
 
 
 @dataclass(frozen=True)

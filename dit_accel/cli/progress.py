@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from dit_accel.cli.screen import screen
+
 
 class Progress:
     """Call it with (phase, done, total); total None is a phase of unknown length.
@@ -18,7 +20,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or screen(stderr=True)
         self.prefix = ""
         self._phase, self._began = "", 0.0
         self._task: TaskID | None = None
@@ -26,7 +28,11 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description:<24}"), BarColumn(32), MofNCompleteColumn())
+            columns = (
+                TextColumn("{task.description:<24}", markup=False),
+                BarColumn(32),
+                MofNCompleteColumn(),
+            )
             self._bars = Bars(*columns, TimeElapsedColumn(), console=self.console)
             self._bars.start()
         return self
@@ -61,7 +67,7 @@ class Progress:
             return
         if self._bars is None:
             seconds = time.perf_counter() - self._began
-            self.console.print(f"{self._phase}: {seconds:.1f} s", highlight=False)
+            self.console.print(f"{self._phase}: {seconds:.1f} s")
         else:
             task = next(t for t in self._bars.tasks if t.id == self._task)
             total = task.total or max(task.completed, 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import re
+import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +26,8 @@ from dit_accel.generation.loading import (
     pick_dtype,
 )
 from dit_accel.generation.request import Request, arguments, unknown_words
+from dit_accel.media.files import check_folder
+from dit_accel.media.names import from_text
 from dit_accel.parallel import launcher as ranks
 from dit_accel.parallel import ulysses as parallel
 
@@ -39,7 +44,7 @@ class _Notices(logging.Handler):
         text = record.getMessage()
         if text not in self.said:
             self.said.add(text)
-            self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+            self.console.print(f"note: {text}")
 
 
 @contextmanager
@@ -58,8 +63,20 @@ def notices(progress: Progress) -> Iterator[None]:
 
 def slug(request: Request) -> str:
     """A file name from the prompt: "rocket-on-a-blue-background", with the seed when not 0."""
-    words = re.findall(r"[a-z0-9]+", request.prompt.lower()) or ["clip"]
-    return "-".join(words)[:60].strip("-") + (f"-{request.seed}" if request.seed else "")
+    name = from_text(request.prompt) or "clip"
+    return f"{name}-{request.seed}" if request.seed else name
+
+
+def free_name(stem: str, suffix: str, mine: Callable[[Path], bool]) -> Path:
+    """The first of stem, stem-2, stem-3 … that is free, or is `mine` to replace."""
+    numbers = (f"-{n}" if n > 1 else "" for n in itertools.count(1))
+    paths = (Path(f"{stem}{number}{suffix}") for number in numbers)
+    return next(path for path in paths if not os.path.lexists(path) or mine(path))
+
+
+def typed() -> str:
+    """The command line, as it would be typed again."""
+    return shlex.join(["dit-accel", *sys.argv[1:]])
 
 
 def load(
@@ -107,8 +124,7 @@ def open_study(
     from dit_accel.evaluate.recognition import Recogniser
     from dit_accel.generation.loading import EMBEDDED_NAME
 
-    if output.is_file():
-        raise ValueError(f"{output} is a file: give the name of a folder")
+    check_folder(output)
     request = what.request()
     pipe, defaults = load(where, request, config, progress)
     return Study(
@@ -124,5 +140,4 @@ def open_study(
 
 def noted(progress: Progress) -> Callable[[str], None]:
     """Prints a line as it stands, above the bars."""
-    options = {"markup": False, "highlight": False, "soft_wrap": True}
-    return lambda line: progress.console.print(line, **options)
+    return progress.console.print

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,7 +73,7 @@ def _run(
     output: Path, goal: Any, aim: AimOptions, search: SearchOptions, clips: Clips, where: Where
 ) -> dict[str, Any]:
     from dit_accel.cli.progress import Progress
-    from dit_accel.cli.session import noted, open_study
+    from dit_accel.cli.session import noted, open_study, typed
     from dit_accel.evaluate.tune import tune
 
     known, unseen = _prompts(aim.prompts, aim.held_out)
@@ -90,7 +88,7 @@ def _run(
             config,
             seeds=seeds,
             **tried,
-            command=shlex.join(["dit-accel", *sys.argv[1:]]),
+            command=typed(),
             progress=progress,
             note=noted(progress),
         )
@@ -113,26 +111,27 @@ def _prompts(prompts: Path | None, held_out: Path | None) -> tuple[list[str], li
 
 
 def _print(data: dict[str, Any], goal: Any, output: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    screen = Console(highlight=False, soft_wrap=True)
+    from dit_accel.cli.screen import screen
+
+    out = screen()
     table = Table(box=None, pad_edge=False, header_style="dim", title="frontier")
     for column in ("configuration", "PSNR (dB)", "work kept", "speed-up"):
         table.add_column(column, justify="left" if column == "configuration" else "right")
     for trial in data["frontier"]:
         figures = f"{trial['psnr']:.1f}", f"{trial['work']:.0%}", f"{trial['speedup']:.2f}×"
         table.add_row(trial["name"], *figures)
-    screen.print(table)
+    out.print(table, soft_wrap=False)
     chosen, seen = data["chosen"], data["on_held_out"]
     if chosen is None:
         best = max(data["trials"], key=lambda t: t["psnr" if goal.psnr else "speedup"])
         reached = f"{best['psnr']:.1f} dB at {best['speedup']:.2f}×"
-        screen.print(f"none of {len(data['trials'])} trials reached {goal}: the nearest {reached}")
+        out.print(f"none of {len(data['trials'])} trials reached {goal}: the nearest {reached}")
         raise typer.Exit(NOT_REACHED)
-    screen.print(
-        f"\n[bold]{chosen['name']}[/bold]: {chosen['psnr']:.1f} dB, {chosen['speedup']:.2f}×; on "
+    out.print(
+        f"\n{chosen['name']}: {chosen['psnr']:.1f} dB, {chosen['speedup']:.2f}×; on "
         f"{len(data['held_out'])} prompts it did not see {seen['psnr']:.1f} dB "
         f"(worst {seen['worst']:.1f}), {seen['speedup']:.2f}×"
     )
-    screen.print(f"dit-accel generate PROMPT --method {output / 'preset.json'}", markup=False)
+    out.print(f"dit-accel generate PROMPT --method {output / 'preset.json'}")

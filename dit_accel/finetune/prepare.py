@@ -21,6 +21,7 @@ from dit_accel.inputs.data import read_json
 from dit_accel.inputs.table import read_table
 from dit_accel.inputs.text import read
 from dit_accel.media import video
+from dit_accel.media.pictures import read_picture
 
 SHARD = 16
 ProgressFn = Callable[[str, int, int | None], None]
@@ -176,17 +177,10 @@ def load_clip(path: Path, frames: int, height: int, width: int, fps: float) -> T
 
     Raises ValueError for a clip that is too short or cannot be read.
     """
-    import av
-
-    try:
-        if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            every, rate = np.asarray(Image.open(path).convert("RGB"))[None], fps
-        else:
-            every = video.read(path)
-            with av.open(str(path)) as container:
-                rate = float(container.streams.video[0].average_rate or fps)
-    except (OSError, ValueError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a clip ({error})") from None
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        every, rate = np.asarray(read_picture(path))[None], fps
+    else:
+        every, rate = video.read(path), video.rate(path) or fps
     picked = [round(i * rate / fps) for i in range(frames)]
     if picked[-1] >= len(every):
         raise ValueError(

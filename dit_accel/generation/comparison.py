@@ -8,17 +8,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+import dit_accel
 from dit_accel.api import accelerated, restore
 from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import STOCK, Boost
+from dit_accel.generation.facts import facts_of
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, Defaults, placement
 from dit_accel.generation.recipe import recipe
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import ProgressFn, Result, generate, warm_up
 from dit_accel.machine import describe
 from dit_accel.media import quality, video
-from dit_accel.media.files import atomic, check_folder
+from dit_accel.media.files import check_folder, check_own, elsewhere, write_text
+from dit_accel.media.metadata import KEY, Facts
 from dit_accel.pages import comparison as html
+
+Clips = dict[str, tuple[np.ndarray, Facts | None]]
+CLIPS = ("dense", "accelerated", "side_by_side")
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,19 @@ def compare(
     boost: Boost = STOCK,
     model: str = "",
     command: str = "",
+    metadata: bool = True,
     progress: ProgressFn = lambda phase, done, total: None,
 ) -> Comparison:
     """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
-    boost: compilation is for both, step cache and LoRA are for the accelerated run. The pipeline is
-    left stock. Raises ValueError before anything runs when the request does not suit the pipeline
-    or `out` cannot be written.
+    boost: compilation is for both, step cache and LoRA are for the accelerated run. metadata: the
+    clips carry what they were made from. The pipeline is left stock. Raises ValueError before
+    anything runs when the request does not suit the pipeline or `out` cannot be written or holds
+    files of that name; NotWritten, which says where they are kept, when they cannot be at the end.
     """
     values = arguments(pipe, defaults, request)
-    folder = check_folder(out)
+    folder = check_output(out)
     restore(pipe)
     boost.check(pipe)
     with boost.compiled(pipe):
@@ -76,7 +86,22 @@ def compare(
         **_findings(dense, fast, ran),
         "machine": describe(placement(pipe)["device"]),
     }
-    return Comparison(data, _write(folder, data, dense, fast))
+    facts: list[Facts | None] = [None, None]
+    if metadata:
+        told = {"model": model, "fps": defaults.fps, "boost": boost, "sampler": request.sampler}
+        facts = [
+            facts_of(pipe, values, request.seed, x, command=command, **told) for x in (None, config)
+        ]
+    clips = {"dense": (dense.frames, facts[0]), "accelerated": (fast.frames, facts[1])}
+    return Comparison(data, _write_or_rescue(folder, data, clips))
+
+
+def check_output(out: str | Path) -> Path:
+    """The folder of a comparison; ValueError where it cannot be written, or holds other files."""
+    folder = check_folder(out)
+    clips = (f"{name}.{kind}" for name in CLIPS for kind in ("mp4", "png"))
+    check_own(folder, "report.json", (*clips, "contact_sheet.png", "report.html"))
+    return folder
 
 
 def _named(name: str, progress: ProgressFn) -> ProgressFn:
@@ -119,25 +144,35 @@ def _findings(dense: Result, fast: Result, ran: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _write(folder: Path, data: dict[str, Any], dense: Result, fast: Result) -> dict[str, Path]:
-    kind = "mp4" if len(dense.frames) > 1 else "png"
+def _write_or_rescue(folder: Path, data: dict[str, Any], clips: Clips) -> dict[str, Path]:
+    try:
+        return _write(folder, data, clips)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        kept = elsewhere(clips["dense"][0].nbytes // 4)
+        if kept is None:
+            raise video.NotWritten(f"{folder} cannot be written ({why})") from error
+        _write(kept, data, clips)
+        raise video.NotWritten(f"{folder} cannot be written ({why}): all is in {kept}") from error
+
+
+def _write(folder: Path, data: dict[str, Any], clips: Clips) -> dict[str, Path]:
+    (dense, _), (fast, facts) = clips.values()
+    write_text(
+        folder / "report.json", json.dumps({KEY: dit_accel.__version__})
+    )  # the folder is ours
+    kind = "mp4" if len(dense) > 1 else "png"
     names = ("dense", f"accelerated ({data['method']})")
-    clips = {
-        "dense": dense.frames,
-        "accelerated": fast.frames,
-        "side_by_side": video.side_by_side(dense.frames, fast.frames, names),
-    }
-    files = {name: folder / f"{name}.{kind}" for name in clips}
+    both = facts and {**facts, "shows": "dense beside accelerated"}
+    clips = {**clips, "side_by_side": (video.side_by_side(dense, fast, names), both)}
+    files = {name: folder / f"{name}.{kind}" for name in CLIPS}
     for name, path in files.items():
-        video.save(path, clips[name], data["fps"])
+        frames, about = clips[name]
+        video.save(path, frames, data["fps"], about)
     files["contact_sheet"] = folder / "contact_sheet.png"
-    sheet = video.contact_sheet(dense.frames, fast.frames, names)
-    video.save(files["contact_sheet"], sheet[None])
+    video.save(files["contact_sheet"], video.contact_sheet(dense, fast, names)[None], facts=both)
     data["files"] = {name: path.name for name, path in files.items()}
     files["report"] = folder / "report.json"
-    with atomic(files["report"]) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n", "utf-8")
-    files["page"] = folder / "report.html"
-    with atomic(files["page"]) as temporary:
-        temporary.write_text(html.page(data, folder), encoding="utf-8")
+    write_text(files["report"], json.dumps(data, indent=2, default=str) + "\n")
+    files["page"] = write_text(folder / "report.html", html.page(data, folder))
     return files

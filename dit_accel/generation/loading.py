@@ -179,10 +179,10 @@ def _check_index(name: str, index: Path) -> None:
     try:
         parts = read_object(index, index.name)
         kind = parts.get("_class_name")
-        expect("_class_name", kind, str)
-        slots = {name: parts.get(name) or [None] for name in SLOTS}
+        expect(f"_class_name in {index.name}", kind, str)
+        slots = {slot: parts.get(slot) or [None] for slot in SLOTS}
         for slot, named in slots.items():
-            expect(f"{slot} (library, class)", named, list[str | None])
+            expect(f"{slot} in {index.name}", named, list[str | None])
     except ValueError as error:
         raise ValueError(f"{name} is not a diffusers pipeline: {error}") from None
     if not any(named[0] for named in slots.values()):

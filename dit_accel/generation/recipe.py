@@ -31,11 +31,11 @@ def recipe(
     lines = [
         "import torch",
         f"from diffusers import {kind}",
-        *(["from diffusers.utils import load_image"] if "image" in values else []),
         "",
         "import dit_accel",
         *(["from dit_accel.boost import Boost"] if boost != STOCK else []),
         *(["from dit_accel.loading import EMBEDDED"] if embedded else []),
+        *(["from dit_accel.media.pictures import read_picture"] if "image" in values else []),
         *(["from dit_accel.samplers import install"] if sampler is not None else []),
         "",
         load if where["device"] == "cpu" else f"{load}.to({_literal(where['device'])})",
@@ -54,8 +54,10 @@ def recipe(
 def _literal(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict) and set(value) == {"file"}:  # a picture, in the facts of a clip
+        return f"read_picture({_literal(str(value['file']))})"
     if isinstance(value, Image.Image):
-        return f"load_image({_literal(str(getattr(value, 'filename', 'picture.png')))})"
+        return f"read_picture({_literal(str(getattr(value, 'filename', 'picture.png')))})"
     return repr(value)
 
 

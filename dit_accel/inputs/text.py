@@ -15,20 +15,29 @@ _MARK = "\ufeff"
 _SEPARATORS = str.maketrans(dict.fromkeys("\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
 
-def read_bytes(path: str | Path, what: str = "file") -> bytes:
-    """The bytes of a file; ValueError, with its name, where there is none to be read."""
+def check_file(path: str | Path, what: str = "file") -> int:
+    """The bytes of a file that can be read, counted; ValueError, with its name, for any other."""
     try:
         found = Path(path).stat()
         if stat.S_ISDIR(found.st_mode):
             raise ValueError(f"{path} is a folder: give the name of a {what}")
         if stat.S_ISCHR(found.st_mode) or stat.S_ISBLK(found.st_mode):
             raise ValueError(f"{path} is a device: give the name of a {what}")
-        if found.st_size > MOST_BYTES:
-            size = f"{found.st_size >> 20} MiB; at most {MOST_BYTES >> 20} are read"
-            raise ValueError(f"{what} {path} has {size}")
-        return Path(path).read_bytes()
     except FileNotFoundError:
         raise ValueError(f"there is no {what} {path}") from None
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
+    return found.st_size
+
+
+def read_bytes(path: str | Path, what: str = "file") -> bytes:
+    """The bytes of a file; ValueError, with its name, where there is none to be read."""
+    size = check_file(path, what)
+    if size > MOST_BYTES:
+        most = f"at most {MOST_BYTES >> 20} are read"
+        raise ValueError(f"{what} {path} has {size >> 20} MiB: {most}")
+    try:
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
 

@@ -3,56 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dit_accel.media.files import atomic, check_target
+from dit_accel.media.container import encode, rate, read
+from dit_accel.media.files import atomic, check_target, elsewhere
+from dit_accel.media.metadata import Facts, container_tags, picture_options
 
 PAPER, INK = (250, 250, 249), (41, 37, 36)
-BT709 = 1
+__all__ = [
+    "NotWritten",
+    "contact_sheet",
+    "difference",
+    "rate",
+    "read",
+    "save",
+    "save_or_rescue",
+    "side_by_side",
+]
 
 
-def save(path: str | Path, frames: np.ndarray, fps: float = 16) -> Path:
-    """Write frames, uint8 [T, H, W, 3], in the format the name asks for; T = 1 is a picture."""
-    path = check_target(path, moving=len(frames) > 1)
+class NotWritten(OSError):
+    """A clip could not be written where it was asked for; the message says where it is kept."""
+
+    exit_code = 1
+
+
+def save(path: str | Path, frames: np.ndarray, fps: float = 16, facts: Facts | None = None) -> Path:
+    """Write frames, uint8 [T, H, W, 3], in the format the name asks for; T = 1 is a picture.
+
+    facts: what the file carries about how it was made (see `metadata`); None writes nothing.
+    """
+    path = check_target(path, moving=len(frames) > 1, room=0)
     with atomic(path) as temporary:
         if path.suffix.lower() == ".mp4":
-            _encode(temporary, frames, fps)
+            encode(temporary, frames, fps, container_tags(facts))
         else:
             pictures = [Image.fromarray(frame) for frame in frames]
             moving = {"save_all": True, "append_images": pictures[1:], "loop": 0}
             timing = {"duration": round(1000 / fps), **moving} if len(frames) > 1 else {}
-            pictures[0].save(temporary, quality=92, **timing)
+            options = picture_options(path.suffix.lower(), facts)
+            pictures[0].save(temporary, quality=92, **timing, **options)
     return path
 
 
-def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264, 4:2:0, BT.709, index first: what every browser plays. Odd sides repeat one row."""
-    import av  # what measures but writes no clip does without
-
-    height, width = frames.shape[1:3]
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "14"})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(picture.reformat(format="yuv420p", dst_colorspace=BT709)))
-        container.mux(stream.encode())
-
-
-def read(path: str | Path) -> np.ndarray:
-    """The frames of a clip, uint8 [T, H, W, 3]."""
-    import av
-
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+def save_or_rescue(
+    path: str | Path, frames: np.ndarray, fps: float, facts: Facts | None = None
+) -> Path:
+    """`save`; where that fails the clip is kept elsewhere, and NotWritten names the place."""
+    try:
+        return save(path, frames, fps, facts)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        kept = elsewhere(frames.nbytes // 16)
+        if kept is None:
+            raise NotWritten(f"{path} cannot be written ({why}), nor anything else here") from error
+        kept = save(kept / Path(path).name, frames, fps, facts)
+        raise NotWritten(f"{path} cannot be written ({why}): the clip is in {kept}") from error
 
 
 def side_by_side(

@@ -17,6 +17,8 @@ _SHARE = 0.75  # of the free memory, which a state may take where layers can run
 class StateTooLarge(RuntimeError):
     """What a method would keep does not fit in the memory that is free."""
 
+    exit_code = 2
+
 
 class Announcer:
     """At the first attention call of a generation, dense or not, the shape of every state is known.

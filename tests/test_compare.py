@@ -76,7 +76,7 @@ def test_pictures_too():
         ({"height": 10}, "height lies from 16 to 8192"),
         ({"width": 100000}, "width lies from 16 to 8192"),
         ({"frames": 0}, "frames lies from 1"),
-        ({"seed": -1}, "seed is a number from 0"),
+        ({"seed": -1}, "seed lies from 0 to"),
         ({"guidance": -2}, "guidance lies from 0"),
         ({"prompt": "  "}, "prompt is empty"),
     ],

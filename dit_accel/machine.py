@@ -41,8 +41,10 @@ class Stopwatch:
     @property
     def seconds(self) -> float | None:
         """None when the forward did not finish."""
-        if len(self.marks) < 2:
-            return None
+        return None if len(self.marks) < 2 else self.stopped()
+
+    def stopped(self) -> float:
+        """Seconds, once it has been stopped."""
         start, end = self.marks
         if not self.cuda:
             return end - start

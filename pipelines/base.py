@@ -47,6 +47,9 @@ class Geometry(NamedTuple):
         return self.n_visual + (self.n_text or 0)
 
 
+NOWHERE = Geometry((0, 0, 0))  # no forward runs
+
+
 class Site(NamedTuple):
     """A sub-module whose output holds a row for each token.
 
@@ -63,7 +66,8 @@ class Site(NamedTuple):
     text: bool = False
 
 
-class SpanSite(NamedTuple):
+@dataclass(frozen=True)
+class SpanSite:
     """What token pruning must know of a model's blocks.
 
     Args:
@@ -115,8 +119,14 @@ class SpanSite(NamedTuple):
         return bool(self.text or self.single or self.keys) and not self.apart
 
     def lists(self, transformer: nn.Module) -> list[nn.ModuleList]:
-        """The module lists themselves."""
-        return [transformer.get_submodule(name) for name in self.blocks]
+        """The module lists themselves. TypeError where one is something else."""
+        found: list[nn.ModuleList] = []
+        for name in self.blocks:
+            blocks = transformer.get_submodule(name)
+            if not isinstance(blocks, nn.ModuleList):
+                raise TypeError(f"{name} is no ModuleList of blocks but {type(blocks).__name__}")
+            found.append(blocks)
+        return found
 
     def stays_whole(self, args: dict[str, Any]) -> bool:
         """Do the tokens of a forward with these arguments stay together between blocks?"""

@@ -15,38 +15,39 @@ def _geometry(transformer, args) -> Geometry:
 
 
 # image_rotary_emb: cosines and sines [N, D]
+_SPAN = SpanSite(
+    ("transformer_blocks",),
+    "hidden_states",
+    (("image_rotary_emb", 0, 2),),
+    ("attn1",),  # the feed-forward runs on text, too
+    text="encoder_hidden_states",
+)
 ADAPTER = Adapter(
     classes=("CogVideoXTransformer3DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=_geometry,
-    span=SpanSite(
-        ("transformer_blocks",),
-        "hidden_states",
-        (("image_rotary_emb", 0, 2),),
-        ("attn1",),  # the feed-forward runs on text, too
-        text="encoder_hidden_states",
-    ),
+    span=_SPAN,
 )
 # adds face features to all tokens between its blocks
 CONSISID = replace(
     ADAPTER,
     classes=("ConsisIDTransformer3DModel",),
-    span=ADAPTER.span._replace(whole=True),
+    span=replace(_SPAN, whole=True),
 )
 GLM = Adapter(
     classes=("GlmImageTransformer2DModel",),
     attention=("transformer_blocks.*.attn1",),
     geometry=latents("first"),
-    span=ADAPTER.span._replace(refuses=unless_given("kv_caches", "attention_mask")),
+    span=replace(_SPAN, refuses=unless_given("kv_caches", "attention_mask")),
 )
 # CogView 4 has cosines and sines of the picture, as CogVideoX; CogView 3 has none
 COGVIEW = replace(
     GLM,
     classes=("CogView4Transformer2DModel",),
-    span=ADAPTER.span._replace(refuses=unless_given("attention_mask")),
+    span=replace(_SPAN, refuses=unless_given("attention_mask")),
 )
 COGVIEW3 = replace(
     GLM,
     classes=("CogView3PlusTransformer2DModel",),
-    span=ADAPTER.span._replace(rows=(), refuses=unless_given("attention_mask")),
+    span=replace(_SPAN, rows=(), refuses=unless_given("attention_mask")),
 )

@@ -20,17 +20,19 @@ TEXT: dict[str, dict[str, Any]] = {
 
 def patch_size(transformer: nn.Module) -> tuple[int, int, int]:
     """Latent pixels of one token along (T, H, W)."""
-    config = transformer.config
+    config: Any = transformer.config
     size = config.patch_size
     if isinstance(size, int):
         size = (getattr(config, "patch_size_t", None) or 1, size, size)
-    return (1,) * (3 - len(size)) + tuple(size)
+    t, h, w = (1,) * (3 - len(size)) + tuple(size)
+    return t, h, w
 
 
 def grid_of(transformer: nn.Module, x: Tensor) -> tuple[int, int, int]:
     """(T, H, W) tokens of latents x [B, C, T, H, W] or [B, C, H, W]."""
-    sizes = (1, *x.shape[2:])[-3:]
-    return tuple(n // p for n, p in zip(sizes, patch_size(transformer), strict=True))
+    t, h, w = (1, *x.shape[2:])[-3:]
+    p_t, p_h, p_w = patch_size(transformer)
+    return t // p_t, h // p_h, w // p_w
 
 
 def latents(text: str = "apart", **more: Any) -> Callable[[nn.Module, dict], Geometry]:
@@ -57,13 +59,15 @@ def grid_of_ids(ids: Tensor) -> tuple[int, int, int]:
 
     Costs a device synchronisation, once per ids tensor: pipelines hand the same one to each step.
     """
-    if not hasattr(ids, "_accel_grid"):
+    known = getattr(ids, "_accel_grid", None)
+    if known is None:
         flat = ids if ids.ndim == 2 else ids[0]
         rows, columns = (flat[:, 1:3].amax(0) - flat[:, 1:3].amin(0) + 1).long().tolist()
         n = flat.shape[0]
         whole = n % (rows * columns) == 0
-        ids._accel_grid = (n // (rows * columns), rows, columns) if whole else (1, 1, n)
-    return ids._accel_grid
+        known = (n // (rows * columns), rows, columns) if whole else (1, 1, n)
+        setattr(ids, "_accel_grid", known)  # noqa: B010 -- a tensor declares no such attribute
+    return known
 
 
 def grid_of_images(shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:

@@ -41,37 +41,39 @@ def _with_history(transformer, args) -> Geometry:
     return Geometry((1, 1, n), None)
 
 
+# freqs_cis, image_rotary_emb: cosines and sines [N, D]; attention_mask [B, 1, 1, N + text]
+_SPAN = SpanSite(
+    ("transformer_blocks", "single_transformer_blocks"),
+    "hidden_states",
+    (("freqs_cis", 0, 2), ("image_rotary_emb", 0, 2), ("attention_mask", 3, 4)),
+    ("attn", "ff"),
+    text="encoder_hidden_states",
+    refuses=_own_modulation,
+)
 ADAPTER = Adapter(
     classes=("HunyuanVideoTransformer3DModel",),
     attention=_ATTENTION,
     geometry=_geometry,
     enter=(Site("rope", 0), Site("x_embedder", 1)),
     leave=Site("proj_out", 1),
-    # freqs_cis, image_rotary_emb: cosines and sines [N, D]; attention_mask [B, 1, 1, N + text]
-    span=SpanSite(
-        ("transformer_blocks", "single_transformer_blocks"),
-        "hidden_states",
-        (("freqs_cis", 0, 2), ("image_rotary_emb", 0, 2), ("attention_mask", 3, 4)),
-        ("attn", "ff"),
-        text="encoder_hidden_states",
-        refuses=_own_modulation,
-    ),
+    span=_SPAN,
 )
 FRAMEPACK = Adapter(
     classes=("HunyuanVideoFramepackTransformer3DModel",),
     attention=_ATTENTION,
     geometry=_with_history,
-    span=ADAPTER.span._replace(refuses=None),
+    span=replace(_SPAN, refuses=None),
 )
+_IMAGE_SPAN = replace(_SPAN, rows=_SPAN.rows[1:], refuses=None)
 IMAGE = Adapter(
     classes=("HunyuanImageTransformer2DModel",),
     attention=_ATTENTION,
     geometry=latents("last"),
-    span=ADAPTER.span._replace(rows=ADAPTER.span.rows[1:], refuses=None),
+    span=_IMAGE_SPAN,
 )
 # of its single blocks, the last ones start again from the first tokens
 MOTIF = replace(
     IMAGE,
     classes=("MotifVideoTransformer3DModel",),
-    span=IMAGE.span._replace(blocks=("transformer_blocks",)),
+    span=replace(_IMAGE_SPAN, blocks=("transformer_blocks",)),
 )

@@ -1,5 +1,6 @@
 """JoyImage Edit and Edit Plus: visual tokens of all images first, then the text."""
 
+from dataclasses import replace
 from math import prod
 
 from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
@@ -15,17 +16,18 @@ def _geometry(transformer, args) -> Geometry:
     return Geometry((images * t, h, w), None)
 
 
+_SPAN = SpanSite(
+    ("double_blocks",),
+    rows=(("image_rotary_emb.0", 0, 2),),
+    probes=("attn", "img_mlp"),
+    text="encoder_hidden_states",
+)
 # image_rotary_emb: cosines and sines of the images [N, D], then of the text
 ADAPTER = Adapter(
     classes=("JoyImageEditTransformer3DModel",),
     attention=_ATTENTION,
     geometry=_geometry,
-    span=SpanSite(
-        ("double_blocks",),
-        rows=(("image_rotary_emb.0", 0, 2),),
-        probes=("attn", "img_mlp"),
-        text="encoder_hidden_states",
-    ),
+    span=_SPAN,
 )
 
 
@@ -46,7 +48,7 @@ PLUS = Adapter(
     classes=("JoyImageEditPlusTransformer3DModel",),
     attention=_ATTENTION,
     geometry=_listed,
-    span=ADAPTER.span._replace(
-        rows=(("image_rotary_emb", 1, 3), ("attention_mask", 3, 4)), refuses=_ragged
+    span=replace(
+        _SPAN, rows=(("image_rotary_emb", 1, 3), ("attention_mask", 3, 4)), refuses=_ragged
     ),
 )

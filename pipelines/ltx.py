@@ -3,8 +3,6 @@
 LTX-2's audio and audio-video attention is left alone.
 """
 
-from math import prod
-
 from dit_accel.pipelines.base import Adapter, Geometry, Site, SpanSite
 
 _POSITIONS = ("video_rotary_emb", "ca_video_rotary_emb")
@@ -12,12 +10,12 @@ _POSITIONS = ("video_rotary_emb", "ca_video_rotary_emb")
 
 def _geometry(transformer, args) -> Geometry:
     n = args["hidden_states"].shape[1]
-    grid = tuple(args.get(name) or 0 for name in ("num_frames", "height", "width"))
-    if prod(grid) != n:  # conditioning frames were put before the clip
+    t, h, w = (args.get(name) or 0 for name in ("num_frames", "height", "width"))
+    if t * h * w != n:  # conditioning frames were put before the clip
         return Geometry((1, 1, n))
     steps = args["timestep"]
     per_token = steps.ndim == 2 and steps.shape[1] > 1
-    return Geometry(grid, fixed_order="timesteps are per token" if per_token else "")
+    return Geometry((t, h, w), fixed_order="timesteps are per token" if per_token else "")
 
 
 ADAPTER = Adapter(

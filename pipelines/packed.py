@@ -26,7 +26,7 @@ ADAPTER = Adapter(
 FLUX2 = replace(
     ADAPTER,
     classes=("Flux2Transformer2DModel",),
-    span=_SPAN._replace(refuses=unless_given("kv_cache_mode")),
+    span=replace(_SPAN, refuses=unless_given("kv_cache_mode")),
 )
 DOUBLE = replace(
     ADAPTER,
@@ -35,7 +35,7 @@ DOUBLE = replace(
         "LongCatImageTransformer2DModel",
         "OvisImageTransformer2DModel",
     ),
-    span=_SPAN._replace(single=(), whole=_CONTROL),
+    span=replace(_SPAN, single=(), whole=_CONTROL),
 )
 
 
@@ -66,7 +66,8 @@ CHROMA = Adapter(
     classes=("ChromaTransformer2DModel",),
     attention=_BLOCKS,
     geometry=image_ids(same_mask=True),
-    span=_SPAN._replace(
+    span=replace(
+        _SPAN,
         rows=(*_SPAN.rows, ("attention_mask", 1, 2)),
         whole=_CONTROL,
     ),

@@ -33,13 +33,14 @@ COSMOS = replace(
         ("attn1", "ff"),
     ),
 )
+_PIXART_SPAN = SpanSite(("transformer_blocks",), "hidden_states", probes=("attn1", "ff"))
 PIXART = replace(
     ADAPTER,
     classes=("PixArtTransformer2DModel",),
-    span=SpanSite(("transformer_blocks",), "hidden_states", probes=("attn1", "ff")),
+    span=_PIXART_SPAN,
 )
 DIT = replace(
-    PIXART, classes=("DiTTransformer2DModel",), span=PIXART.span._replace(leave="proj_out_2")
+    PIXART, classes=("DiTTransformer2DModel",), span=replace(_PIXART_SPAN, leave="proj_out_2")
 )
 # image_rotary_emb: rotations [1, N, D / 2]; attention_mask [B, N]
 LUMINA_NEXT = Adapter(

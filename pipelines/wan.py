@@ -16,6 +16,9 @@ def _geometry(transformer, args) -> Geometry:
     return Geometry(grid)
 
 
+_SPAN = SpanSite(
+    ("blocks",), "hidden_states", (("rotary_emb", 1, 4), ("temb", 1, 4)), ("attn1", "ffn")
+)
 ADAPTER = Adapter(
     classes=(
         "WanTransformer3DModel",
@@ -26,21 +29,20 @@ ADAPTER = Adapter(
     enter=(Site("rope", 1), Site("patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
     # rotary_emb: cosines and sines [1, N, 1, D]; temb [B, N, 6, C] where timesteps are per token
-    span=SpanSite(
-        ("blocks",), "hidden_states", (("rotary_emb", 1, 4), ("temb", 1, 4)), ("attn1", "ffn")
-    ),
+    span=_SPAN,
 )
 # diffusion forcing: modulation [B, 6, N, C] per token, and a block-causal mask over all tokens
 SKYREELS = replace(
     ADAPTER,
     classes=("SkyReelsV2Transformer3DModel",),
-    span=ADAPTER.span._replace(
+    span=replace(
+        _SPAN,
         rows=(
             ("rotary_emb", 1, 4),
             ("temb", 2, 4),
             ("attention_mask", 2, 4),
             ("attention_mask", 3, 4),
-        )
+        ),
     ),
 )
 VACE = Adapter(
@@ -50,14 +52,14 @@ VACE = Adapter(
     enter=(*ADAPTER.enter, Site("vace_patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
     # a hint is added to all tokens after a block; the blocks that make the hints see all tokens
-    span=ADAPTER.span._replace(whole=True),
+    span=replace(_SPAN, whole=True),
 )
 # its face blocks attend frame by frame, so tokens cannot pass through the model permuted
 ANIMATE = Adapter(
     classes=("WanAnimateTransformer3DModel",),
     attention=("blocks.*.attn1",),
     geometry=latents(),
-    span=ADAPTER.span._replace(whole=True),
+    span=replace(_SPAN, whole=True),
 )
 
 
@@ -71,8 +73,8 @@ ANYFLOW = Adapter(
     attention=("blocks.*.attn1",),
     geometry=_frames_first,
     # rotary_emb: of queries and of keys [1, 1, N, D / 2]; temb [B, N, 6, C]
-    span=ADAPTER.span._replace(
-        rows=(("rotary_emb.query", 2, 4), ("rotary_emb.key", 2, 4), ("temb", 1, 4))
+    span=replace(
+        _SPAN, rows=(("rotary_emb.query", 2, 4), ("rotary_emb.key", 2, 4), ("temb", 1, 4))
     ),
 )
 

@@ -219,7 +219,7 @@ def test_pick_takes_whole_blocks_and_counts_the_short_one_truly():
 
 
 def test_stratified_rotates_over_all_blocks():
-    facts = [Facts(None, None, torch.zeros(640), step, 0, 64) for step in range(10)]
+    facts = [Facts(None, None, None, torch.zeros(640), step, 0, 64) for step in range(10)]
     ran = torch.cat([pick(CRITERIA["stratified"](f), 2, 64) for f in facts])
     assert ran.unique().numel() == 640
 

@@ -116,11 +116,12 @@ def diagnose(
     times: method → seconds of each kind of block, or why it did not run. seen: shape of q
     [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were.
     """
+    model: Any = sample.transformer
     forward = sum(layer.count * layer.dense for layer in layers)
     share = 1 - sum(layer.count * layer.hollow for layer in layers) / forward
     outlook = [_outlook(name, found, layers, share, steps) for name, found in times.items()]
     obstacles, notes = _obstacles(sample, geometry, reasons)
-    q, dtype = seen or (None, sample.transformer.dtype)
+    q, dtype = seen or (None, model.dtype)
     tokens = round(geometry.n_visual * sample.scale)
     count = sum(layer.count for layer in layers)
     crossover = CROSSOVER.get(sample.device.type)
@@ -129,7 +130,7 @@ def diagnose(
         model=type(sample.transformer).__name__,
         device=_device_name(sample.device),
         dtype=str(dtype).removeprefix("torch."),
-        grid=tuple(geometry.grid),
+        grid=geometry.grid,
         tokens=tokens,
         measured_tokens=geometry.n_visual,
         layers=count,
@@ -218,25 +219,26 @@ def _obstacles(
 def recommend(found: Diagnosis) -> str:
     """One piece of advice, in plain words."""
     share = f"attention takes {found.attention_share:.0%} of a layer's time"
-    if found.obstacles and not any(o.predicted for o in found.outlook):
+    gains = {o.method: o.predicted for o in found.outlook if o.predicted}
+    if found.obstacles and not gains:
         return f"Leave it dense: {found.obstacles[0]}."
     fewer = "try fewer steps first; dit-accel evaluate shows what they cost"
     if found.bound < WORTH:
         return f"Leave attention dense: {share}, so that no method gains a tenth; {fewer}."
-    best = max((o for o in found.outlook if o.predicted), key=lambda o: o.predicted, default=None)
-    if best is None:
+    if not gains:
         return f"Leave it dense: no method ran here ({found.outlook[0].why})."
-    if best.predicted < WORTH:
+    best = max(gains, key=gains.__getitem__)
+    if gains[best] < WORTH:
         return (
-            f"Leave attention dense at this size: {share}, and the fastest method ({best.method}) "
-            f"gives {best.predicted:.2f}×; {fewer}."
+            f"Leave attention dense at this size: {share}, and the fastest method ({best}) "
+            f"gives {gains[best]:.2f}×; {fewer}."
         )
-    near = [o for o in found.outlook if o.predicted and o.predicted > 0.9 * best.predicted]
-    pick = next((o for o in near if o.method == "pooled"), best)
+    pick = "pooled" if gains.get("pooled", 0.0) > 0.9 * gains[best] else best
+    keep = next(o.keep for o in found.outlook if o.method == pick)
     low = f", with --min-tokens {found.tokens}" if found.tokens < (found.crossover or 0) else ""
     return (
-        f"Take {pick.method} at keep {pick.keep:g}{low}: {share}, and a whole run should be "
-        f"{pick.predicted:.2f}× as fast; let dit-accel tune find the keep that is close enough."
+        f"Take {pick} at keep {keep:g}{low}: {share}, and a whole run should be "
+        f"{gains[pick]:.2f}× as fast; let dit-accel tune find the keep that is close enough."
     )
 
 

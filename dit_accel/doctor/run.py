@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from dit_accel.config import AccelConfig, named
 from dit_accel.doctor.diagnosis import BlockTimes, Diagnosis, diagnose
 from dit_accel.doctor.sample import Enough, Sample
 from dit_accel.machine import Stopwatch
-from dit_accel.methods import Call, infos
+from dit_accel.methods import Call, Method, infos
 from dit_accel.methods.dense import Dense
 from dit_accel.methods.stateful import Remembering
 from dit_accel.schedule import Schedule
@@ -30,10 +30,10 @@ BUDGET = 15.0  # seconds: no round is begun after them
 LONG = 0.5  # seconds: a processor runs such a block once in a round
 
 
-@dataclass(frozen=True)
 class Hollow(Dense):
     """No attention core at all: the queries are the output. Notes shape and dtype of q."""
 
+    seen: list[tuple[torch.Size, torch.dtype]]  # no field: it configures nothing
     always: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     watch = Stopwatch(device)
     run()
     watch.stop()
-    return watch.seconds
+    return watch.stopped()
 
 
 def examine(
@@ -111,19 +111,26 @@ def examine(
     """
     hollow, began = Hollow(), time.perf_counter()
     configs = _configs(hollow, order)
-    best: dict[str, dict[str, float] | str] = {}
+    best: dict[str, dict[str, float]] = {}
+    refused: dict[str, str] = {}
     for turn in range(ROUNDS):
         if turn and time.perf_counter() - began > BUDGET:
             break
         for number, (name, config) in enumerate(configs.items()):
             progress("timing a layer", turn * len(configs) + number, ROUNDS * len(configs))
-            found, handle = _tried(sample, config)
-            best[name] = _faster(best.get(name), found)
+            try:
+                found, handle = _run(sample, config)
+            except (ValueError, RuntimeError) as error:
+                if isinstance(config.method, Dense):
+                    raise
+                refused[name] = str(error).splitlines()[0]
+                continue
+            best[name] = _faster(best.get(name, found), found)
             if name == "":
                 geometry, reasons = handle.clock.geometry, handle.report().unplanned
     progress("timing a layer", 1, 1)
     if reasons and not hollow.seen:
-        best |= dict.fromkeys(set(best) - {"", "dense"}, next(iter(reasons)))
+        refused = dict.fromkeys(configs.keys() - {"", "dense"}, next(iter(reasons)))
     dense, bare = best.pop("dense"), best.pop("")
     layers = [
         BlockTimes(
@@ -133,38 +140,26 @@ def examine(
             {
                 method: sample.scaled(seconds[name], bare[name])[0]
                 for method, seconds in best.items()
-                if isinstance(seconds, dict)
+                if method not in refused
             },
         )
         for name, count in sample.kinds().items()
     ]
     seen = hollow.seen[0] if hollow.seen else None
-    return diagnose(sample, layers, best, seen, geometry, list(reasons), steps)
+    times = {name: refused.get(name) or best[name] for name in configs if name not in ("", "dense")}
+    return diagnose(sample, layers, times, seen, geometry, list(reasons), steps)
 
 
 def _configs(hollow: Hollow, order: str) -> dict[str, AccelConfig]:
     """Each method as it comes, sparse from the first step on; "" has no attention core."""
     now = Schedule(warmup=0)
-    methods = {"": hollow, **{name: named(name) for name in infos()}}
+    methods: dict[str, Method] = {"": hollow, **{name: named(name) for name in infos()}}
     for name, method in methods.items():
         if isinstance(method, Remembering):  # its full steps are counted apart
             methods[name] = replace(method, period=10**6)
     return {name: AccelConfig(m, now, order, min_tokens=0) for name, m in methods.items()}
 
 
-def _tried(sample: Sample, config: AccelConfig) -> tuple[dict[str, float] | str, Handle | None]:
-    """Seconds of each kind of block, or why this method does not run."""
-    if isinstance(config.method, Dense):
-        return _run(sample, config)
-    try:
-        return _run(sample, config)
-    except (ValueError, RuntimeError) as error:
-        return str(error).splitlines()[0], None
-
-
-def _faster(
-    known: dict[str, float] | str | None, found: dict[str, float] | str
-) -> dict[str, float] | str:
-    if not (isinstance(known, dict) and isinstance(found, dict)):
-        return found
+def _faster(known: dict[str, float], found: dict[str, float]) -> dict[str, float]:
+    """Of each kind of block the smaller time."""
     return {name: min(seconds, known[name]) for name, seconds in found.items()}

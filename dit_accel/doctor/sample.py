@@ -76,15 +76,15 @@ def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Sample:
     transformer = transformers_of(pipe)[0]
     registry.find(transformer)
     values = arguments(pipe, defaults, request)
-    sizes = [values.get(name) for name in ("num_frames", "height", "width")]
+    frames, height, width = (values.get(name) for name in ("num_frames", "height", "width"))
     side, stride = granularity(pipe)
     scale = 1.0
-    if None not in sizes[1:]:
-        asked = (sizes[0] or 1, sizes[1], sizes[2])
+    if height is not None and width is not None:
+        asked = (frames or 1, height, width)
         small = _shrunk(asked, side, stride, MOST.get(pipe._execution_device.type))
         scale = _tokens(asked, side, stride) / _tokens(small, side, stride)
         request = replace(request, height=small[1], width=small[2])
-        request = request if sizes[0] is None else replace(request, frames=small[0])
+        request = request if frames is None else replace(request, frames=small[0])
     values = {**arguments(pipe, defaults, request), "output_type": "latent"}
     args, kwargs = caught(transformer, lambda: pipe(**values))
     guided = values.get("guidance_scale", 0) > 1 and not getattr(

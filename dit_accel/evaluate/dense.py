@@ -86,9 +86,10 @@ class DenseClips:
 
 def _save(path: Path, clip: Clip) -> None:
     latents = np.empty(0) if clip.latents is None else clip.latents.float().cpu().numpy()
-    times = {"seconds": clip.seconds, "wall": clip.wall}
+    kept = {"frames": clip.frames.cpu().numpy(), "latents": latents}
+    times = {"seconds": np.array(clip.seconds), "wall": np.array(clip.wall)}
     with atomic(path) as temporary:
-        np.savez(temporary, frames=clip.frames.cpu().numpy(), latents=latents, **times)
+        np.savez(temporary, allow_pickle=False, **kept, **times)
 
 
 def _load(path: Path, device: torch.device) -> Clip:

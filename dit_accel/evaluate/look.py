@@ -102,9 +102,9 @@ def _group(
     """Rows of one token order and block size, which see the same arranged tokens."""
     found: dict[str, Errors] = {row.name: {} for row in rows}
     config = rows[0].config
-    size = {"block_q": config.method.block_q, "block_k": config.method.block_k}
+    look = Look(rows, found)
     watched = AccelConfig(
-        Probe(see=Look(rows, found), **size),
+        Probe(block_q=config.method.block_q, block_k=config.method.block_k, see=look),
         Schedule(warmup=0),
         order=config.order,
         tile=config.tile,

@@ -25,13 +25,17 @@ def find(device: torch.device | str) -> Distance | str:
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET
     if not weights.is_file():
         return f"AlexNet's weights are not at {weights}, and nothing is downloaded unasked"
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as lpips
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
     def distance(reference: Tensor, clip: Tensor) -> float:
         total = 0.0
         for a, b in zip(reference.split(_AT_ONCE), clip.split(_AT_ONCE), strict=True):
-            pair = [x.to(device).permute(0, 3, 1, 2).float() / 255 for x in (a, b)]
-            total += float(lpips(*pair, net_type="alex", reduction="sum", normalize=True))
+            x, y = (z.to(device).permute(0, 3, 1, 2).float() / 255 for z in (a, b))
+            total += float(
+                learned_perceptual_image_patch_similarity(
+                    x, y, net_type="alex", reduction="sum", normalize=True
+                )
+            )
         return total / len(clip)
 
     return distance

@@ -7,12 +7,21 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dit_accel.config import AccelConfig, resolve
 from dit_accel.generation.boost import Boost
 from dit_accel.generation.variant import Variant, additions
-from dit_accel.methods import Method, find
+from dit_accel.methods import Method
+from dit_accel.methods.dense import Dense
+from dit_accel.methods.pooled import Pooled
+from dit_accel.methods.rectified import Rectified
+from dit_accel.methods.rettention import Rettention
+from dit_accel.methods.shared import SharedResidual
+from dit_accel.methods.sla import SLA
+from dit_accel.methods.topk import TopK
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.criteria import CRITERIA
 from dit_accel.schedule import Schedule
@@ -24,15 +33,15 @@ PRUNING = "token pruning"  # the family of its rows, which are criteria at one k
 UNTRAINED = "sla-untrained"  # top-k exactly, so its cells are top-k's
 EIGHT = "topk-int8"
 _METHODS: dict[str, Callable[[float], Method]] = {
-    "topk": lambda keep: find("topk")(keep),
-    UNTRAINED: lambda keep: find("topk")(keep),
-    EIGHT: lambda keep: find("topk")(keep, precision="int8"),
-    "pooled": lambda keep: find("pooled")(keep),
-    "rectified": lambda keep: find("rectified")(keep, gapr=False),
-    "rectified-gapr": lambda keep: find("rectified")(keep),
-    "rettention": lambda keep: find("rettention")(keep),
-    "shared": lambda keep: find("shared")(keep),
-    "ditfastattn": lambda keep: find("rettention")(keep, rescale=False),
+    "topk": TopK,
+    UNTRAINED: TopK,
+    EIGHT: partial(TopK, precision="int8"),
+    "pooled": Pooled,
+    "rectified": partial(Rectified, gapr=False),
+    "rectified-gapr": Rectified,
+    "rettention": Rettention,
+    "shared": SharedResidual,
+    "ditfastattn": partial(Rettention, rescale=False),
 }
 ADDED = {"prune": False, "cache": True}  # and whether it takes a value
 DEFAULT = ("steps", *(name for name in _METHODS if name != EIGHT), "prune")
@@ -64,13 +73,13 @@ class Row:
     def digest(self) -> str:
         """Same configuration, learned weights, boost and steps, same digest."""
         beside = [] if self.boost == Boost() else [asdict(self.boost)]
-        facts = [self.config.to_dict(), self.steps, *beside]
+        facts: list[Any] = [self.config.to_dict(), self.steps, *beside]
         text = json.dumps(facts, sort_keys=True).encode()
         weights = getattr(self.config.method, "weights", None)
         learned = Path(weights).read_bytes() if weights else b""
         parts = sorted(Path(self.transformer).iterdir()) if self.transformer else []
-        facts = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
-        learned += repr(facts).encode() if facts else b""
+        known = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
+        learned += repr(known).encode() if known else b""
         return hashlib.sha256(text + learned).hexdigest()[:12]
 
 
@@ -115,12 +124,12 @@ def rows(
 
 def _fewer(steps: int) -> list[Row]:
     counts = sorted({max(1, round(steps * share)) for share in FEWER} - {steps}, reverse=True)
-    dense = AccelConfig(find("dense")(), Schedule(warmup=0))
+    dense = AccelConfig(Dense(), Schedule(warmup=0))
     return [Row(f"dense, {n} of {steps} steps", "fewer steps", dense, n) for n in counts]
 
 
 def _pruned(template: AccelConfig) -> list[Row]:
-    dense = replace(template, method=find("dense")())
+    dense = replace(template, method=Dense())
     return [
         Row(
             f"pruning {PRUNED:.0%}, {criterion}",
@@ -154,7 +163,7 @@ def _adding(parts: Mapping[str, float | None], template: AccelConfig) -> tuple[A
     prune = TokenPruning(keep=PRUNED) if "prune" in parts else template.prune
     cache = parts.get("cache")
     boost = Boost(step_cache=0.1 if cache is None else cache) if "cache" in parts else Boost()
-    return replace(template, method=find("dense")(), prune=prune), boost
+    return replace(template, method=Dense(), prune=prune), boost
 
 
 def _boosted(rows: list[Row], base: str, added: Sequence[str], boost: Boost) -> list[Row]:
@@ -179,8 +188,7 @@ def _at_each(
 def _learned(path: Path, keeps: Sequence[float], template: AccelConfig) -> list[Row]:
     """SLA with learned weights: a file of them, or the folder of a fine-tuning run."""
     if not path.is_dir():
-        weights = str(path)
-        return _at_each("sla", lambda keep: find("sla")(keep, weights=weights), keeps, template)
+        return _at_each("sla", partial(SLA, weights=str(path)), keeps, template)
     preset, weights = path / "preset.json", path / "sla.safetensors"
     if not (preset.is_file() and weights.is_file()):
         raise ValueError(f"{path} is no result of fine-tuning: it lacks {preset.name}")

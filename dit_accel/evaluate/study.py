@@ -54,7 +54,7 @@ class Study:
         if not self.steps:
             raise ValueError(f"{type(pipe).__name__} does not say its steps: give --steps")
         asked = {k: v for k, v in values.items() if k not in ("prompt", "generator")}
-        self.setting = {
+        self.setting: dict[str, Any] = {
             "model": model,
             "pipeline": type(pipe).__name__,
             **placement(pipe),
@@ -113,8 +113,8 @@ class Study:
 
     def cells(self, row: Row, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         """The cells of one call; halved, and halved again, where memory does not suffice."""
-        known = [self.known(row, *pair) for pair in pairs]
-        if all(known):
+        known = [cell for pair in pairs if (cell := self.known(row, *pair)) is not None]
+        if len(known) == len(pairs):
             return known
         share, dense, smaller = self.share, self.dense.of(pairs), False
         try:

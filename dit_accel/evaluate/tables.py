@@ -71,7 +71,8 @@ def _row(name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
     head = {"row": name, "family": cells[0]["family"], "cells": len(good)}
     if not good:
         return {**head, "error": cells[0]["error"]}
-    out = {key: fmean(c[key] for c in good) for key in _MEANS if all(key in c for c in good)}
+    shown = [key for key in _MEANS if all(key in c for c in good)]
+    out: dict[str, Any] = {key: fmean(c[key] for c in good) for key in shown}
     out["psnr_sd"] = stdev(c["psnr"] for c in good) if len(good) > 1 else 0.0
     out |= _shares(good)
     moving = [c["flicker"] for c in good if c["flicker"][0] > 0]

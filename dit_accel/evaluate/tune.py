@@ -51,7 +51,7 @@ class Goal:
     def met(self, trial: Trial) -> bool:
         if self.psnr is not None:
             return trial.psnr >= self.psnr
-        return trial.speedup >= self.speedup
+        return self.speedup is not None and trial.speedup >= self.speedup
 
     def rank(self, trial: Trial) -> float:
         """Smaller is better among those that meet the goal."""
@@ -209,7 +209,7 @@ def score(study: Study, row: Row, prompts: Sequence[str], seeds: Sequence[int]) 
 
 def frontier(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that no other one beats in both work and PSNR, by rising work."""
-    best = []
+    best: list[Trial] = []
     for trial in sorted(trials, key=lambda t: (t.work, -t.psnr)):
         if not best or trial.psnr > best[-1].psnr:
             best.append(trial)

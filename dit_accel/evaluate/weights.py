@@ -37,7 +37,7 @@ class Weights:
             pipe.transformer = stock
 
 
-def with_weights(stock: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def with_weights(stock: Any, folder: Path) -> torch.nn.Module:
     """A transformer of this folder's weights, or of the stock ones and this folder's LoRA."""
     if (folder / "config.json").is_file():
         return type(stock).from_pretrained(folder, torch_dtype=stock.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dit_accel.pipelines.base import Geometry
+from dit_accel.pipelines.base import NOWHERE, Geometry
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
         self.step = -1
         self.steps: int | None = None
         self.passname = ""
-        self.geometry: Geometry | None = None
+        self.geometry = NOWHERE
         self._context: tuple[str, dict[str, Any]] | None = None
         self._seen: list[str] = []
         self._timesteps: Any = None
@@ -46,9 +46,8 @@ class Clock:
         step, self.steps = self._read(timestep)
         name = self._context[0] if self._context else None
         timesteps = getattr(self._scheduler(), "timesteps", None)
-        grid = self.geometry.grid if self.geometry else None
         fresh = timesteps is not self._timesteps or step < self.step
-        fresh = fresh or geometry.grid != grid or (step == 0 and name in self._seen)
+        fresh = fresh or geometry.grid != self.geometry.grid or (step == 0 and name in self._seen)
         if fresh:
             self.generation += 1
         if fresh or step != self.step:

@@ -6,6 +6,7 @@ does not mind the order of its keys, so they are gathered and a length takes the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from dit_accel.pipelines.base import Geometry
 
 
-class Keys(NamedTuple):
+@dataclass(frozen=True)
+class Keys:
     """The keys of one attention call.
 
     index: int64 [N] or [B, N], the order in which keys are gathered; None: as they come.
@@ -55,7 +57,8 @@ class Tokens(NamedTuple):
     def apart(self, n_queries: int, n_keys: int) -> bool:
         """Is this one of several calls that make up the attention, and not that of the picture?"""
         g = self.geometry
-        return g.segments and (n_queries, n_keys) != (self.queries, self.queries + g.n_text)
+        whole = (self.queries, self.queries + (g.n_text or 0))
+        return g.segments and (n_queries, n_keys) != whole
 
     def misfit(self, n_queries: int, n_keys: int) -> str:
         """Why a call with so many queries and keys cannot be this attention, or ""."""

@@ -84,22 +84,28 @@ def inverse(index: torch.Tensor) -> torch.Tensor:
 class Order:
     """The token order of the forward that runs.
 
-    index: int64 [T·H·W] on its device with x_ordered = x[index], back undoes it; None for raster.
+    kind: its name. tile: (T, H, W) of its boxes.
+    pair: int64 [T·H·W] on its device, index with x_ordered = x[index] and back, which undoes it;
+        None for raster.
     carried: the tokens pass through the whole model in this order; otherwise each attention call
     permutes its own.
     """
 
     kind: str
     tile: Grid
-    index: torch.Tensor | None = None
-    back: torch.Tensor | None = None
+    pair: tuple[torch.Tensor, torch.Tensor] | None = None
     carried: bool = False
     _made: tuple[str, Grid, torch.device] | None = None
 
     @property
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(index, back), or None for raster."""
-        return None if self.index is None else (self.index, self.back)
+    def index(self) -> torch.Tensor | None:
+        """The order, or None for raster."""
+        return None if self.pair is None else self.pair[0]
+
+    @property
+    def back(self) -> torch.Tensor | None:
+        """What undoes it, or None for raster."""
+        return None if self.pair is None else self.pair[1]
 
     def begin(self, grid: Grid, device: torch.device, carried: bool) -> None:
         """A forward over this grid starts."""
@@ -107,7 +113,6 @@ class Order:
         wanted = ("raster" if row else self.kind, grid, device)
         if wanted != self._made:  # a copy to the device waits for it: not once per forward
             index = token_order(wanted[0], grid, self.tile)
-            self.index = None if index is None else index.to(device)
-            self.back = None if index is None else inverse(index).to(device)
+            self.pair = None if index is None else (index.to(device), inverse(index).to(device))
             self._made = wanted
         self.carried = carried

@@ -47,16 +47,19 @@ class Context:
     ) -> tuple[Tensor, Tensor]:
         """k, v [B, K + text, H, D], `visual` where the tokens `index` of n lie in them → the same
         with all n visual tokens, the others as they were."""
-        whole = []
-        for x, old in zip((k, v), self.memory[name], strict=True):
+
+        def whole(x: Tensor, old: Tensor) -> Tensor:
             full = old.clone() if self.kind == "stale" else self._grow(old, n)
             full[:, index] = x[:, visual]
-            whole.append(full)
-        self.remember(name, *whole)
-        return tuple(
-            torch.cat([x[:, : visual.start], full, x[:, visual.stop :]], dim=1)
-            for x, full in zip((k, v), whole, strict=True)
-        )
+            return full
+
+        def among(x: Tensor, full: Tensor) -> Tensor:
+            return torch.cat([x[:, : visual.start], full, x[:, visual.stop :]], dim=1)
+
+        old_k, old_v = self.memory[name]
+        full_k, full_v = whole(k, old_k), whole(v, old_v)
+        self.remember(name, full_k, full_v)
+        return among(k, full_k), among(v, full_v)
 
     def mask(
         self, mask: Tensor | None, visual: slice, n: int, product: bool = False

@@ -19,6 +19,7 @@ from torch import Tensor
 class Facts:
     """What one guidance pass knows of its tokens when a selection is due.
 
+    tokens: [B, N, C], as they enter the span.
     probe: [B, N, C] what the probe blocks did to each token at this step.
     reference: [B, N, C], the same at the step each token ran last.
     seen: int64 [N], that step.
@@ -26,10 +27,10 @@ class Facts:
     seed, block: of the TokenPruning.
     transition: [B, N] summed Token Transition Variation of the probe blocks, or None.
     output: pass name → [B, N, P] the model's output tokens at the previous step.
-    tokens: [B, N, C], as they enter the span.
     text: [N] summed share of the probe blocks' attention that goes to the text, or None.
     """
 
+    tokens: Tensor
     probe: Tensor
     reference: Tensor
     seen: Tensor
@@ -38,7 +39,6 @@ class Facts:
     block: int
     transition: Tensor | None = None
     output: dict[str, Tensor] = field(default_factory=dict)
-    tokens: Tensor | None = None
     text: Tensor | None = None
 
 

@@ -23,7 +23,6 @@ class Observer:
     clock: which guidance pass this is.
     rows: where the tokens of this forward lie.
     first: [B, N, C] tokens at the first block, until the span starts.
-    probe: [B, N, C] what the blocks before the span did to them.
     transition: [B, N] summed Token Transition Variation of the probe modules.
     reading: [N] summed share of the probe blocks' attention that goes to the text.
     output: pass name → [B, N, P] tokens of the model's output at the previous step.
@@ -33,23 +32,25 @@ class Observer:
     clock: Clock
     rows: Rows
     first: Tensor | None = None
-    probe: Tensor | None = None
     transition: Tensor | None = None
     reading: Tensor | None = None
     output: dict[str, Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         """Let go of a forward's tensors; the output stays for the next step."""
-        self.first = self.probe = self.transition = self.reading = None
+        self.first = self.transition = self.reading = None
 
-    def enter(self, tokens: Tensor) -> None:
-        """The span starts with tokens [B, N, C]."""
-        self.probe, self.first = tokens - self.first, None
+    def enter(self, tokens: Tensor) -> Tensor:
+        """The span starts with tokens [B, N, C]: what the probe blocks did to them."""
+        assert self.first is not None, "the first block has run"
+        probe, self.first = tokens - self.first, None
+        return probe
 
-    def facts(self, tokens: Tensor, known: Memory) -> Facts:
+    def facts(self, tokens: Tensor, probe: Tensor, known: Memory) -> Facts:
         """What a criterion is told of tokens [B, N, C] that enter the span."""
         return Facts(
-            probe=self.probe,
+            tokens=tokens,
+            probe=probe,
             reference=known.reference,
             seen=known.seen,
             step=self.clock.step,
@@ -57,7 +58,6 @@ class Observer:
             block=self.prune.block,
             transition=self.transition,
             output=self.output,
-            tokens=tokens,
             text=self.reading,
         )
 

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.pipelines.base import Geometry, SpanSite
-
-_NONE = Geometry((0, 0, 0))
+from dit_accel.pipelines.base import NOWHERE, Geometry, SpanSite
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Rows:
     """
 
     site: SpanSite
-    geometry: Geometry = _NONE
+    geometry: Geometry = NOWHERE
     order: Tensor | None = None
     n: int = 0
     index: Tensor | None = None
@@ -39,13 +37,18 @@ class Rows:
 
     def clear(self) -> None:
         """Let go of a forward's tensors."""
-        self.geometry, self.order, self.index = _NONE, None, None
+        self.geometry, self.order, self.index = NOWHERE, None, None
         self._taken.clear()
 
     @property
     def running(self) -> bool:
         """Does a forward run?"""
-        return self.geometry is not _NONE
+        return self.geometry is not NOWHERE
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, those that run."""
+        return 1.0 if self.index is None else self.index.numel() / self.n
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -85,7 +88,7 @@ class Rows:
         """What a block returns."""
         if single:
             parts = (text, visual) if self.geometry.text_first else (visual, text)
-            row = torch.cat(parts, dim=1)
+            row = torch.cat([x for x in parts if x is not None], dim=1)
             return row.transpose(0, 1).contiguous() if self.site.tokens_first else row
         if not self.site.text:
             return visual
@@ -101,8 +104,8 @@ class Rows:
             return F.pad(x, (0, 0, 0, missing) if last else (0, 0, missing, 0))
         return x[:, self.among(x.shape[1], self.n)]
 
-    def gather(self, arguments: dict[str, Any], text: Tensor | None) -> None:
-        """A block's arguments with the per-token rows of the tokens that run."""
+    def gather(self, arguments: dict[str, Any], text: Tensor | None, index: Tensor) -> None:
+        """A block's arguments with the per-token rows of the tokens `index`."""
         text = arguments.get(self.site.keys) if text is None else text
         n_text = max(0 if text is None else text.shape[1], self.geometry.n_text or 0)
         for name, dim, rank in self.site.rows:
@@ -112,16 +115,16 @@ class Rows:
                 continue
             if isinstance(value, dict):
                 if value.get(part) is not None:
-                    taken = self._take(value[part], dim, rank, n_text)
+                    taken = self._take(value[part], dim, rank, n_text, index)
                     arguments[name] = {**value, part: taken}
             elif part:
                 at = int(part)
-                taken = self._take(value[at], dim, rank, n_text)
+                taken = self._take(value[at], dim, rank, n_text, index)
                 arguments[name] = (*value[:at], taken, *value[at + 1 :])
             else:
-                arguments[name] = self._take(value, dim, rank, n_text)
+                arguments[name] = self._take(value, dim, rank, n_text, index)
         if self.site.count:
-            arguments[self.site.count] = self.index.numel()
+            arguments[self.site.count] = index.numel()
 
     def _parted(self, row: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """Text and n visual tokens of one row."""
@@ -131,31 +134,31 @@ class Rows:
             return row[:, first:], row[:, :first]
         return row[:, :n], row[:, n:]
 
-    def _take(self, value: Any, dim: int, rank: int, n_text: int) -> Any:
+    def _take(self, value: Any, dim: int, rank: int, n_text: int, index: Tensor) -> Any:
         """`value` or the tensors in it that have `rank` dimensions, gathered along `dim`; once.
 
         Rows of text beside the visual ones stay; a single row, for all tokens, stays too.
         """
         if id(value) not in self._taken:
             if isinstance(value, (tuple, list)):
-                taken = type(value)(self._take(x, dim, rank, n_text) for x in value)
+                taken = type(value)(self._take(x, dim, rank, n_text, index) for x in value)
             elif value.ndim != rank or value.shape[dim] == 1:
                 taken = value
             else:
-                taken = value.index_select(dim, self._at(value.shape[dim], n_text))
+                taken = value.index_select(dim, self._at(value.shape[dim], n_text, index))
             self._taken[id(value)] = (value, taken)  # the value is held, so its id stays its own
         return self._taken[id(value)][1]
 
-    def _at(self, rows: int, n_text: int) -> Tensor:
-        """int64: which of an argument's rows are those of the chosen tokens and of the text."""
+    def _at(self, rows: int, n_text: int, index: Tensor) -> Tensor:
+        """int64: which of an argument's rows are those of the tokens `index` and of the text."""
         if rows == self.n:
-            return self.index
+            return index
         if rows != self.n + n_text:
             raise RuntimeError(
                 f"a block's argument has {rows} rows where the model has {self.n} visual and "
                 f"{n_text} text tokens: the adapter's span does not fit this forward"
             )
-        text = torch.arange(n_text, device=self.index.device)
+        text = torch.arange(n_text, device=index.device)
         if self.geometry.text_first:
-            return torch.cat([text, self.index + n_text])
-        return torch.cat([self.index, text + self.n])
+            return torch.cat([text, index + n_text])
+        return torch.cat([index, text + self.n])

@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from dit_accel.forward.clock import Clock
-from dit_accel.forward.keys import narrow
+from dit_accel.forward.keys import Tokens, narrow
 from dit_accel.pipelines.base import SpanSite
 from dit_accel.pruning import step_cache
 from dit_accel.pruning.config import TokenPruning
@@ -25,6 +25,15 @@ from dit_accel.pruning.restore import RESTORES, Memory, Past
 from dit_accel.pruning.rows import Rows
 from dit_accel.pruning.select import Selection
 from dit_accel.pruning.shared import Part
+
+
+class Entry(NamedTuple):
+    """What came to the span: tokens [B, N, C], text [B, T, C] or None, what the probe blocks did
+    to the tokens."""
+
+    tokens: Tensor
+    text: Tensor | None
+    probe: Tensor
 
 
 @dataclass
@@ -53,7 +62,7 @@ class Span:
     memory: dict[str, Memory] = field(default_factory=dict)
     _generation: int = -1
     _cached: bool = False
-    _entered: tuple[Tensor, Tensor | None] | None = None
+    _entered: Entry | None = None
 
     def __post_init__(self) -> None:
         self.first, self.last = self.prune.span(self.blocks)
@@ -114,7 +123,7 @@ class Span:
         elif index.numel() == 0:
             out = self.rows.join(tokens, text, single)
         else:
-            out = self._run_part(number, block, bound, tokens, text, single)
+            out = self._run_part(number, block, bound, tokens, text, index, single)
         if number == 0:
             self._cached = step_cache.skips(block)
         if number == self.last - 1 and self.inside:
@@ -122,20 +131,13 @@ class Span:
         self.inside = False
         return out
 
-    @property
-    def share(self) -> float:
-        """Of this forward's tokens, those that run the span."""
-        return 1.0 if self.rows.index is None else self.rows.index.numel() / self.rows.n
-
-    @property
-    def queries(self) -> int | None:
-        """How many visual tokens of all devices run just now, None for all."""
-        return None if self.live is None else self.live * self.part.ranks
-
-    @property
-    def visual_keys(self) -> int | None:
-        """How many visual tokens the keys of a call stand for while tokens are pruned."""
-        return self.queries if self.context is None or self.live is None else self.rows.n
+    def tokens(self) -> Tokens | None:
+        """Which ones, of all devices, an attention call has just now; None for all."""
+        if self.live is None:
+            return None
+        queries = self.live * self.part.ranks
+        seen = queries if self.context is None else self.rows.n
+        return Tokens(self.rows.geometry._replace(grid=(1, 1, seen)), queries)
 
     @property
     def _visual(self) -> int:
@@ -144,13 +146,12 @@ class Span:
 
     def _enter(self, tokens: Tensor, text: Tensor | None) -> None:
         """The span's start: what the probe did, and who runs."""
-        self._entered = (tokens, text)
         seen, clock = self.observer, self.clock
-        seen.enter(tokens)
+        self._entered = Entry(tokens, text, seen.enter(tokens))
         known = self.memory.get(clock.passname)
         if known is None or known.residual.shape != tokens.shape:
             return
-        facts = seen.facts(tokens, known)
+        facts = seen.facts(tokens, self._entered.probe, known)
         due = self.prune.prunes(clock.step, clock.steps, known.full)
         self.rows.index = self.selection.of(facts, self.rows, self.part, due)
 
@@ -161,46 +162,52 @@ class Span:
         bound: inspect.BoundArguments,
         visual: Tensor,
         text: Tensor | None,
+        index: Tensor,
         single: bool,
     ) -> Any:
-        """A block of the span on the chosen tokens, which the next one is handed as they are, or,
+        """A block of the span on the tokens `index`, which the next one is handed as they are, or,
         where something is added to all of them in between, back among the others."""
-        rows, index = self.rows, self.rows.index
-        self.live = index.numel()
+        rows, live = self.rows, index.numel()
+        self.live = live
         if number == self.first or self.whole:
             rows.write(bound.arguments, single, visual[:, index], text)
-        rows.gather(bound.arguments, text)
+        rows.gather(bound.arguments, text, index)
         out = block(*bound.args[1:], **bound.kwargs)
         if not self.whole:
             return out
-        ran, text = rows.split(out, single, self.live)
+        ran, text = rows.split(out, single, live)
         self.live = None
         return rows.join(visual.index_copy(1, index, ran), text, single)
 
     def _leave(self, out: Any, single: bool) -> Any:
         """The span's end: update R where tokens ran, restore the others from it."""
-        rows, index, (entered, before) = self.rows, self.rows.index, self._entered
+        rows, index, entry = self.rows, self.rows.index, self._entered
+        assert entry is not None, "the span was entered"
+        entered = entry.tokens
         found, text = rows.split(out, single, self._visual)
         self.live = None
         if index is None:
-            self._remember(None, found - entered, text if text is None else text - before)
+            self._remember(entry, None, found - entered, text)
             return out
         known = self.memory[self.clock.passname]
         if index.numel() == 0:
-            text = _moved(before, known.text)
+            text = _moved(entry.text, known.text)
         ran = found if found.shape[1] == index.numel() else found[:, index]
         fresh = ran - entered[:, index]
         past = Past(known, self.clock.step, index, fresh, entered, rows.grid, rows.order)
         full = entered + RESTORES[self.prune.restore](past)
         if index.numel():
             full[:, index] = ran
-            self._remember(index, fresh, None if text is None else text - before)
+            self._remember(entry, index, fresh, text)
         return rows.join(full, text, single)
 
-    def _remember(self, index: Tensor | None, fresh: Tensor, text: Tensor | None) -> None:
-        """R of the tokens that ran, None for all; and of the text."""
-        step, name, probe = self.clock.step, self.clock.passname, self.observer.probe
+    def _remember(
+        self, entry: Entry, index: Tensor | None, fresh: Tensor, text: Tensor | None
+    ) -> None:
+        """R of the tokens that ran, None for all; and of the text, which left the span so."""
+        step, name, probe = self.clock.step, self.clock.passname, entry.probe
         known = self.memory.get(name)
+        text = None if text is None or entry.text is None else text - entry.text
         if known is None or (index is None and known.residual.shape != fresh.shape):
             self.memory[name] = Memory.of_all(step, fresh, probe, text)
         else:
@@ -216,12 +223,11 @@ class Span:
             return k, v, mask
         n, name = self.rows.n, (self.clock.passname, name)
         visual = self.rows.among(k.shape[1], self.live or n)
-        if self.live is None:
+        if self.live is None or self.rows.index is None:
             self.context.remember(name, k[:, visual], v[:, visual])
             return k, v, mask
-        whole = self.context.complete(name, k, v, visual, self.rows.index, n)
-        product = self.rows.geometry.same_mask
-        return *whole, self.context.mask(narrow(mask), visual, n, product)
+        k, v = self.context.complete(name, k, v, visual, self.rows.index, n)
+        return k, v, self.context.mask(narrow(mask), visual, n, self.rows.geometry.same_mask)
 
     def nbytes(self) -> int:
         """Bytes kept between steps."""

@@ -94,7 +94,7 @@ class Engine:
         book = self.books.forwards[-1]
         book.watch.stop()
         if self.span is not None:
-            book.tokens = self.span.share
+            book.tokens = self.span.rows.share
             self.span.end()
 
     def attend(
@@ -137,10 +137,9 @@ class Engine:
         return self.span is not None and self.span.live is not None
 
     def _tokens(self) -> Tokens:
-        g = self.clock.geometry
-        if not self._pruned:
-            return Tokens(g, g.n_visual)
-        return Tokens(g._replace(grid=(1, 1, self.span.visual_keys)), self.span.queries)
+        pruned = self.span.tokens() if self.span is not None else None
+        geometry = self.clock.geometry
+        return pruned or Tokens(geometry, geometry.n_visual)
 
     def _number(self, layer: int) -> int:
         """The how manieth call of this layer: some models call once per sample of the batch."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_accel.kernels import aot_ragged
 from dit_accel.kernels.aot import Report, report
 from dit_accel.kernels.block_sparse_attention import gluon as hopper
 from dit_accel.kernels.block_sparse_attention import triton as forward
@@ -332,6 +333,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "linear_backward": linear_backward_case,
     "int8": int8_case,
     "int8_quantize": int8_quantize_case,
+    **aot_ragged.CASES,
 }
 
 

@@ -10,6 +10,7 @@ from dit_accel.ops.operators import (
     sparse_linear_attention,
     window_attention,
 )
+from dit_accel.ops.ragged import ragged_attention, tile_means
 
 __all__ = [
     "block_means",
@@ -17,7 +18,9 @@ __all__ = [
     "block_table",
     "choose_blocks",
     "pooled_attention",
+    "ragged_attention",
     "rectified_attention",
     "sparse_linear_attention",
+    "tile_means",
     "window_attention",
 ]

@@ -21,6 +21,7 @@ _HOME = {
     "SharedResidual": "methods.shared",
     "TokenPruning": "pruning.config",
     "TopK": "methods.topk",
+    "VSA": "methods.vsa",
     "accelerate": "api",
     "accelerated": "api",
     "attention": "api",
@@ -31,6 +32,7 @@ _HOME = {
 
 __all__ = [
     "SLA",
+    "VSA",
     "AccelConfig",
     "Dense",
     "Pooled",

@@ -54,6 +54,8 @@ class AccelConfig:
                 "take another method or prune=None"
             )
         check(self)
+        if self.method.tile is not None:
+            self._lay_out(self.method.tile)
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
         object.__setattr__(self, "tile", tuple(self.tile))
@@ -61,6 +63,18 @@ class AccelConfig:
             raise ValueError(f"tile is three sizes (t, h, w) ≥ 1, not {self.tile}")
         if self.min_tokens is not None and self.min_tokens < 0:
             raise ValueError(f"min_tokens is ≥ 0 or None, not {self.min_tokens}")
+
+    def _lay_out(self, tile: Grid) -> None:
+        """The order of a method that says how its tokens are laid out."""
+        name = self.method.name
+        if self.prune is not None:
+            raise ValueError(
+                f"{name} needs whole tiles of tokens: take another method or prune=None"
+            )
+        if self.order not in ("raster", "tile"):
+            raise ValueError(f"{name} lays tokens out in its own tiles: leave the order out")
+        object.__setattr__(self, "order", "tile")
+        object.__setattr__(self, "tile", tile)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal object."""

@@ -1,4 +1,4 @@
-"""The kernels of ragged tiles at the size of a 480p video (6 × 8 × 13 tiles), on the meta device."""
+"""The kernels of ragged tiles for a 480p video (6 × 8 × 13 of them), on the meta device."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     x, (table, bounds) = _tokens(head_dim, dtype), _tiles(launch.block)
     rows = _empty(table.indices.numel(), dtype=torch.int32)
     transposed = (table.counts.long(), table.counts, rows)
-    _, arguments, _ = backward.dkdv_launch(
-        _given(x), table, bounds, None, launch, transposed, x, x
-    )
+    _, arguments, _ = backward.dkdv_launch(_given(x), table, bounds, None, launch, transposed, x, x)
     return backward._ragged_attention_bwd_dkdv_kernel, arguments
 
 

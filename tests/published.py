@@ -114,3 +114,52 @@ def packed_top_k(ratio, n_text, block_q=128, block_k=64):
         return (q @ k.mT / d**0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
     return attention
+
+
+def tiles_of(grid, tile):
+    """Raster numbers of the tokens of each tile, tile after tile."""
+    cells = torch.arange(math.prod(grid)).view(grid)
+    steps = [range(0, n, size) for n, size in zip(grid, tile, strict=True)]
+    return [
+        cells[t : t + tile[0], h : h + tile[1], w : w + tile[2]].flatten()
+        for t in steps[0] for h in steps[1] for w in steps[2]
+    ]  # fmt: skip
+
+
+def vsa(grid, tile, sparsity, gate, sections=()):
+    """FastVideo's VSA, text and sound in front: dense masks over tokens, means of true counts.
+
+    gate: (layer, hidden) → [B, N, H·D], or None where the layer has none.
+    """
+
+    def attention(layer, q, k, v, hidden):
+        n_text = sum(sections)
+        text = [torch.arange(n) for n in sections]
+        starts = [sum(sections[:i]) for i in range(len(sections))]
+        pieces = [
+            p + s for t, s in zip(text, starts, strict=True) for p in t.split(math.prod(tile))
+        ]
+        groups = [*pieces, *(n_text + t for t in tiles_of(grid, tile))]
+        n, d = q.shape[2:]
+        owner = torch.empty(n, dtype=torch.long)
+        for i, group in enumerate(groups):
+            owner[group] = i
+        q_mean, k_mean, v_mean = (
+            torch.stack([x[:, :, group].mean(2) for group in groups], 2) for x in (q, k, v)
+        )
+        scores = q_mean @ k_mean.mT / d**0.5
+        clip = len(groups) - len(pieces)
+        count = max(1, math.ceil((1 - sparsity) * clip - 1e-9))
+        best = scores[..., len(pieces) :].topk(count, -1).indices + len(pieces)
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+        kept[..., : len(pieces)] = True
+        kept[:, :, : len(pieces)] = True
+        mask = kept[:, :, owner][..., owner]
+        out = (q @ k.mT / d**0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        own = gate(layer, hidden) if gate is not None else None
+        if own is None:
+            return out
+        own = own.unflatten(-1, (q.shape[1], d)).transpose(1, 2)
+        return out + own * (scores.softmax(-1) @ v_mean)[:, :, owner]
+
+    return attention

@@ -18,6 +18,7 @@ _HOME = {
     "rettention": ("rettention", "Rettention"),
     "shared": ("shared", "SharedResidual"),
     "sla": ("sla", "SLA"),
+    "vsa": ("vsa", "VSA"),
 }
 
 __all__ = ["Call", "Method", "MethodInfo", "find", "infos"]

@@ -48,6 +48,9 @@ class Call:
         state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
         together: the same of this layer in all passes.
         note: takes the table that is read, for the report; None when everything is.
+        gate: what `Method.gate` gave for these queries, [B, H, Nq, D]; None where it gave none.
+        sections: lengths of the parts (text, references, sound) of the tokens beside the grid's;
+            empty when unknown.
     """
 
     keep: Keep
@@ -69,6 +72,8 @@ class Call:
     state: dict[str, Any] = field(default_factory=dict)
     together: dict[str, Any] = field(default_factory=dict)
     note: Callable[[BlockTable | None], None] = lambda table: None
+    gate: torch.Tensor | None = None
+    sections: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,9 @@ class Method:
     divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     rounding: ClassVar[str] = "up"  # of the number of kept blocks
+    gated: ClassVar[bool] = False  # reads the attention's input, see `gate`
+    whole: ClassVar[bool] = False  # serves the queries of text, too, where all keys are valid
+    tile: ClassVar[tuple[int, int, int] | None] = None  # the tiles it needs its tokens laid out in
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -134,6 +142,14 @@ class Method:
     def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
         """Bytes kept for one layer in one guidance pass; shape of q (B, H, N, D), without text."""
         return 0
+
+    def gate(self, hidden: torch.Tensor, place: tuple[int, int], heads: int) -> torch.Tensor | None:
+        """[B, N, H, D] from the attention's input hidden [B, N, C], or None: Call.gate.
+
+        place: transformer and layer. Called for methods that are `gated`, with a rank's own tokens
+        where several share a sequence.
+        """
+        return None
 
     def table(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
         """The block table of this call, noted for the report."""

@@ -97,8 +97,11 @@ class Learned(Method):
 
     def of(self, call: Call, device: torch.device) -> dict[str, Tensor] | None:
         """The tensors of this call's layer on a device, or None."""
-        own = (call.part, call.layer)
-        place = own if own in self._learned else (0, call.layer)
+        return self.at((call.part, call.layer), device)
+
+    def at(self, place: Place, device: torch.device) -> dict[str, Tensor] | None:
+        """The tensors of a place on a device, or None."""
+        place = place if place in self._learned else (0, place[1])
         parts = self._learned.get(place)
         if parts is not None and any(x.device != device for x in parts.values()):
             parts = self._learned[place] = {name: x.to(device) for name, x in parts.items()}

@@ -10,13 +10,14 @@ from dit_accel.ops.operators import (
     sparse_linear_attention,
     window_attention,
 )
-from dit_accel.ops.ragged import ragged_attention, tile_means
+from dit_accel.ops.ragged import of_tiles, ragged_attention, tile_means
 
 __all__ = [
     "block_means",
     "block_sparse_attention",
     "block_table",
     "choose_blocks",
+    "of_tiles",
     "pooled_attention",
     "ragged_attention",
     "rectified_attention",

@@ -67,7 +67,9 @@ def ragged_attention(
     if not learned:
         return _ragged(q, k, v, *rows, gate, coarse, *sizes)[0]
     out = _ragged(q, k, v, *rows, None, None, *sizes)[0]
-    return out if gate is None else out + gate * _spread(coarse, q_bounds, q).to(out.dtype)
+    return (
+        out if gate is None else out + gate * of_tiles(coarse, q_bounds, q.shape[2]).to(out.dtype)
+    )
 
 
 def check_bounds(name: str, bounds: Tensor, tiles: int | None, x: Tensor) -> None:
@@ -91,9 +93,9 @@ def _whole_first(table: BlockTable, k_bounds: Tensor) -> tuple[Tensor, Tensor]:
     return indices, (~late & table.valid()).sum(-1, dtype=torch.int32)
 
 
-def _spread(coarse: Tensor, bounds: Tensor, like: Tensor) -> Tensor:
-    """[B, H, N, D]: each tile's row for its tokens."""
-    return coarse.index_select(2, _tiles(bounds, like.shape[2]))
+def of_tiles(x: Tensor, bounds: Tensor, n: int) -> Tensor:
+    """[B, H, n, D]: the rows of x [B, H, M, D], each for the tokens of its tile."""
+    return x.index_select(2, _tiles(bounds, n))
 
 
 def _tiles(bounds: Tensor, n: int) -> Tensor:

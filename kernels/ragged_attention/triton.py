@@ -1,4 +1,4 @@
-"""Attention over ragged tiles on CUDA, in Triton: one program per query tile, tokens where they are.
+"""Attention over ragged tiles on CUDA, in Triton: one program per query tile.
 
 Tile m of the keys is tokens bounds[m] … bounds[m + 1] of an unpadded sequence, so nothing is copied
 to pad it. A row names its whole tiles first, and these are loaded without a mask. The epilogue adds

@@ -30,9 +30,7 @@ def inputs(q_tiles, k_tiles, block, d, dtype, device="cpu", batch=2, keep=0.6):
     mask[..., 0] |= ~mask.any(-1)
     sizes = (block, block, block * len(q_tiles), block * len(k_tiles))
     table = BlockTable.from_mask(mask.to(device), *sizes)
-    bounds = [
-        torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (q_tiles, k_tiles)
-    ]
+    bounds = [torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (q_tiles, k_tiles)]
     coarse = torch.randn(batch, 2, len(q_tiles), d).to(device)
     return (q, k, v, table, *bounds), (gate, coarse)
 
@@ -64,9 +62,6 @@ def test_backward(case, module, device):
     out, lse = reference.ragged_attention(q, k, v, table, *bounds)
     grad, grad_lse = torch.randn_like(q), torch.randn_like(lse)
     call = (grad, grad_lse, q, k, v, out, lse, table, *bounds, 0.2)
-    exact = reference.ragged_attention(*(x.double() for x in (q, k, v)), table, *bounds,
-                                       0.2, dtype=torch.float64)  # fmt: skip
-    del exact
     for name, ours, naive in zip(
         "qkv", module.backward(*call), reference.backward(*call), strict=True
     ):
@@ -101,7 +96,9 @@ def test_the_operators_have_gradients():
 def test_one_node_under_compile_and_no_gradient_is_lost_there():
     call, learned = inputs((64, 20), (64, 16), 64, 64, torch.float32)
     ours = torch.compile(ops.ragged_attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(ours(*call, 0.2, *learned), ops.ragged_attention(*call, 0.2, *learned))
+    torch.testing.assert_close(
+        ours(*call, 0.2, *learned), ops.ragged_attention(*call, 0.2, *learned)
+    )
     tests = ("test_schema", "test_faketensor")
     q, k, v, table, *bounds = call
     indices, whole = ops.ragged._whole_first(table, bounds[1])

@@ -27,6 +27,7 @@ class Geometry(NamedTuple):
         dense: why this forward must stay dense, or "".
         one_row: devices share text and visual tokens as one row; otherwise each has its part of
             both.
+        sections: lengths of the parts of the other tokens (text, references, sound), where known.
     """
 
     grid: tuple[int, int, int]
@@ -37,6 +38,7 @@ class Geometry(NamedTuple):
     segments: bool = False
     dense: str = ""
     one_row: bool = False
+    sections: tuple[int, ...] = ()
 
     @property
     def n_visual(self) -> int:

@@ -59,18 +59,19 @@ def _minimax(transformer, args) -> Geometry:
     """Text, references and sound, then the clip, the last run of `video_indices`."""
     rows = args["video_indices"]
     if not hasattr(rows, "_accel_geometry"):
-        rows._accel_geometry = _last_run(rows, args["position_ids"])
+        rows._accel_geometry = _last_run(rows, args["position_ids"], args["token_tags"])
     return rows._accel_geometry
 
 
-def _last_run(rows: Tensor, positions: Tensor) -> Geometry:
+def _last_run(rows: Tensor, positions: Tensor, tags: Tensor) -> Geometry:
     ahead = (rows - rows.new_tensor(range(len(rows)))).tolist()
     n = ahead.count(ahead[-1])
     if int(rows[-1]) != len(positions) - 1:
         return Geometry((1, 1, n), None, dense="the clip's tokens do not come last")
     h, w = (len(positions[-n:, axis].unique()) for axis in (1, 2))
     grid = (n // (h * w), h, w) if n % (h * w) == 0 else (1, 1, n)
-    return Geometry(grid, None, text_first=True, one_row=True)
+    _, ahead = tags[: len(positions) - n].unique_consecutive(return_counts=True)
+    return Geometry(grid, None, text_first=True, one_row=True, sections=tuple(ahead.tolist()))
 
 
 def _clip_last(transformer, args) -> str:

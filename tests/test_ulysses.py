@@ -30,6 +30,8 @@ CASES = {
     "wan-pooled": {**WAN, "method": "pooled"},
     "wan-sla": {**WAN, "method": "sla"},
     "wan-anything": {**WAN, "anything": True},
+    "wan-vsa": {**WAN, "method": "vsa", "gated": True},
+    "wan-vsa-anything": {**WAN, "method": "vsa", "gated": True, "anything": True},
     "wan-pruned": {**WAN, "prune": {"criterion": "stratified"}},
     "wan-pruned-drift": {**WAN, "prune": {"criterion": "drift", "block": 20}},
     "wan-compiled": {**WAN, "compiled": True},
@@ -68,7 +70,15 @@ def in_halves(prune):
 
 
 def generate(
-    pipe, build, method="topk", options=(), anything=False, prune=None, compiled=False, **kwargs
+    pipe,
+    build,
+    method="topk",
+    options=(),
+    anything=False,
+    prune=None,
+    compiled=False,
+    gated=False,
+    **kwargs,
 ):
     """Latents of three steps, and the report; stock for "dense"."""
     size = {"height": 128, "width": 128, **kwargs}
@@ -95,7 +105,13 @@ def generate(
         if compiled:
             stack.enter_context(compiled_blocks(pipe.transformer, "eager"))
         settings = {"schedule": NOW, "min_tokens": 0, **dict(options)}
-        handle = stack.enter_context(dit_accel.accelerated(pipe, kind(keep=0.3), **settings))
+        made = kind(keep=0.3)
+        if gated:
+            torch.manual_seed(0)
+            names = (f"layers.{i}.weight" for i in range(len(pipe.transformer.blocks)))
+            width = pipe.transformer.config.num_attention_heads * 64
+            made = made.with_weights({name: torch.randn(width, width) / 8 for name in names})
+        handle = stack.enter_context(dit_accel.accelerated(pipe, made, **settings))
         return call(), handle.report()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ class Layout(NamedTuple):
     """How a sequence falls into tiles.
 
     bounds: int32 [M + 1], cumulative tokens of all tiles. tiles: those of the video, of M; clip:
-    its tokens. video: int32, the bounds of its tiles from 0. order: of the whole sequence, where
-    its tokens do not come in tiles yet, and what undoes it.
+    its tokens, of n. video: int32, the bounds of its tiles from 0. order: of the whole sequence,
+    where its tokens do not come in tiles yet, and what undoes it; own: that of the clip alone.
     """
 
     bounds: Tensor
@@ -34,6 +34,8 @@ class Layout(NamedTuple):
     clip: slice
     video: Tensor
     order: tuple[Tensor, Tensor] | None
+    own: tuple[Tensor, Tensor] | None
+    n: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class VSA(Learned):
     O_i = softmax over the kept tiles + g_i ⊙ Σ_m softmax_m(q̄_n·k̄_m/√D) v̄_m, means by the true
     number of tokens of a tile, g = W·x + b of the attention's own input x. Text, sound and
     references are tiles that every query reads, and their queries read all. A layer without learned
-    weights has no coarse part. Tokens are laid out in tiles whatever the configuration's order says.
+    weights has no coarse part. Tokens are laid out in tiles, and no other order is taken.
 
     Args:
         tile: (t, h, w) tokens of a tile, at most 128.
@@ -62,11 +64,6 @@ class VSA(Learned):
     gated: ClassVar[bool] = True
     whole: ClassVar[bool] = True
     form: ClassVar[tuple[str, ...]] = ("tile",)
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.7},
-        "balanced": {"keep": 0.6},
-        "fast": {"keep": 0.3},
-    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tile", tuple(self.tile))
@@ -112,12 +109,15 @@ class VSA(Learned):
         return F.linear(hidden, weight, bias).unflatten(-1, (heads, -1))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        layout = self._layout(call, q, k)
-        gate = call.gate
+        if isinstance(call.kv_len, int):  # the others are padding
+            k, v = k[:, :, : call.kv_len], v[:, :, : call.kv_len]
+        layout, gate = self._layout(call, q, k), call.gate
         if layout.order is not None:
-            index, back = layout.order
-            q, k, v = (x.index_select(2, index) for x in (q, k, v))
-            gate = gate if gate is None else gate.index_select(2, index)
+            there = layout.order[0]
+            k, v = (x.index_select(2, there) for x in (k, v))
+            there, back = layout.order if q.shape[2] == layout.n else layout.own
+            q = q.index_select(2, there)
+            gate = gate if gate is None else gate.index_select(2, there)
         out = self._attend(q, k, v, gate, layout, call)
         return out if layout.order is None else out.index_select(2, back)
 
@@ -125,13 +125,14 @@ class VSA(Learned):
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, layout: Layout, call: Call
     ) -> Tensor:
         scale = q.shape[3] ** -0.5 if call.scale is None else call.scale
-        q_mean, k_mean = (ops.tile_means(x, layout.bounds) for x in (q, k))
-        scores = q_mean @ k_mean.mT * scale
+        all_of_them = q.shape[2] == layout.n
+        clip, tiles = (layout.clip, layout.tiles) if all_of_them else (slice(None), slice(None))
+        q_mean = ops.tile_means(q, layout.bounds if all_of_them else layout.video)
+        scores = q_mean @ ops.tile_means(k, layout.bounds).mT * scale
         coarse = None
         if gate is not None:
             coarse = scores.softmax(-1) @ ops.tile_means(v, layout.bounds)
-        table = self._choose(scores[:, :, layout.tiles].detach(), layout, call)
-        clip, tiles = layout.clip, layout.tiles
+        table = self._choose(scores[:, :, tiles].detach(), layout, call)
         seen = ops.ragged_attention(
             q[:, :, clip], k, v, table, layout.video, layout.bounds, scale,
             None if gate is None else gate[:, :, clip],
@@ -182,16 +183,16 @@ class VSA(Learned):
         return table
 
     def _layout(self, call: Call, q: Tensor, k: Tensor) -> Layout:
-        n = k.shape[2]
-        if call.grid is None or q.shape[2] != n or call.kv_len is not None:
+        n, clip = k.shape[2], 0 if call.grid is None else prod(call.grid)
+        if not clip or q.shape[2] not in (n, clip) or isinstance(call.kv_len, Tensor):
             raise ValueError(
-                f"VSA takes a clip's grid and as many queries as keys, all of them valid; not "
-                f"{q.shape[2]} queries, {n} keys and the grid {call.grid}"
+                f"VSA takes a clip's grid, queries of the clip or of all tokens, and prompts of "
+                f"one length; not {q.shape[2]} queries, {n} keys and the grid {call.grid}"
             )
-        ahead = call.sections if sum(call.sections) == n - prod(call.grid) else ()
-        ahead = ahead or ((n - prod(call.grid),) if n > prod(call.grid) else ())
+        beside = n - clip
+        parts = call.sections if sum(call.sections) == beside else (beside,) * (beside > 0)
         laid = call.index is not None
-        return layout(call.grid, self.tile, self.block, ahead, call.text_first, laid, q.device)
+        return layout(call.grid, self.tile, self.block, parts, call.text_first, laid, q.device)
 
 
 @lru_cache(maxsize=32)
@@ -216,17 +217,18 @@ def layout(
     first = text_first and bool(other)
     sizes = [*other, *video] if first else [*video, *other]
     start, at = (len(other), n_text) if first else (0, 0)
-    order = None if laid else token_order("tile", grid, tile)
-    if order is not None:
-        index = torch.arange(n + n_text)
-        index[at : at + n] = at + order
-        order = index.to(device), inverse(index).to(device)
+    own = None if laid else token_order("tile", grid, tile)
+    order = own
+    if own is not None:
+        order = torch.arange(n + n_text)
+        order[at : at + n] = at + own
     return Layout(
         _bounds(sizes, device),
         slice(start, start + len(video)),
         slice(at, at + n),
         _bounds(video, device),
-        order,
+        *(None if x is None else (x.to(device), inverse(x).to(device)) for x in (order, own)),
+        n + n_text,
     )
 
 

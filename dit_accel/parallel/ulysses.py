@@ -22,7 +22,7 @@ RING = (
     "ring attention hands over the keys in parts, and blocks are chosen among all of them: "
     "set ulysses_degree instead of ring_degree"
 )
-Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 def config_of(processor: Any) -> Any:
@@ -56,33 +56,43 @@ def gathered(
     config: Any,
     geometry: Geometry,
     inner: Inner,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Run `inner` on all tokens of this rank's heads, in the order of one device.
 
-    q, k, v [B, N_local, H, D] → [B, N_local, H, D]; `inner` gets [B, N, H_local, D] and the mask of
-    all keys [B, 1, 1, N]. geometry: of all ranks together.
+    q, k, v [B, N_local, H, D] → [B, N_local, H, D]; `inner` gets [B, N, H_local, D], the mask of
+    all keys [B, 1, 1, N] and the gate, like q. geometry: of all ranks together.
     """
     ranks = config.context_parallel_config.ulysses_degree
 
-    def ordered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def ordered(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None = None
+    ) -> Tensor:
         n_text = k.shape[1] - geometry.n_visual
         if geometry.one_row or n_text <= 0 or q.shape[1] != k.shape[1]:
-            return inner(q, k, v, mask)
+            return inner(q, k, v, mask, gate)
         places = (n_text, geometry.n_visual, geometry.text_first, ranks, q.device)
         there, back = token_places(*places)
         mask = None if mask is None else mask.index_select(-1, there)
-        out = inner(*(x.index_select(1, there) for x in (q, k, v)), mask)
+        gate = None if gate is None else gate.index_select(1, there)
+        out = inner(*(x.index_select(1, there) for x in (q, k, v)), mask, gate)
         return out.index_select(1, back)
 
     even = not config.context_parallel_config.ulysses_anything
-    if even and q.shape == k.shape == v.shape and not _differentiable(q, k, v):
-        return _exchanged(q, k, v, mask, config, ordered)
+    learned = _differentiable(q, k, v)
+    if even and q.shape == k.shape == v.shape and not learned:
+        return _exchanged(q, k, v, mask, config, ordered, gate)
+    if gate is not None and (even or learned):
+        raise RuntimeError("a gated method is trained on one device, or data-parallel")
     from diffusers.models import attention_dispatch
+
+    d = q.shape[-1]
+    q = q if gate is None else torch.cat([q, gate.to(q.dtype)], -1)  # they travel together
 
     def forward_op(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any, **more: Any
     ) -> Tensor:
-        return ordered(q, k, v, mask)
+        return ordered(q[..., :d], k, v, mask, q[..., d:] if gate is not None else None)
 
     return attention_dispatch._templated_context_parallel_attention(
         q, k, v, mask, forward_op=forward_op, backward_op=None, _parallel_config=config
@@ -94,7 +104,13 @@ def _differentiable(*tensors: Tensor) -> bool:
 
 
 def _exchanged(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Any, attend: Inner
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    config: Any,
+    attend: Inner,
+    gate: Tensor | None,
 ) -> Tensor:
     """Ulysses where tokens and heads divide: exchanges by torch.distributed itself.
 
@@ -114,7 +130,8 @@ def _exchanged(
         return got, dist.all_to_all_single(got, x, group=group, async_op=True)
 
     parts = (batch, n, ranks, heads // ranks, d)
-    begun = [start(x.reshape(parts).permute(2, 1, 0, 3, 4)) for x in (q, k, v)]
+    sent = (q, k, v) if gate is None else (q, k, v, gate.to(q.dtype))
+    begun = [start(x.reshape(parts).permute(2, 1, 0, 3, 4)) for x in sent]
     if mask is not None and mask.shape[-1] == n:
         masks = [torch.empty_like(mask) for _ in range(ranks)]
         dist.all_gather(masks, mask.contiguous(), group=group)
@@ -122,7 +139,8 @@ def _exchanged(
     for _, work in begun:
         work.wait()
     # [ranks, n, B, H_local, D] → [B, N, H_local, D] and back
-    out = attend(*(got.flatten(0, 1).transpose(0, 1) for got, _ in begun), mask)
+    q, k, v, *rest = (got.flatten(0, 1).transpose(0, 1) for got, _ in begun)
+    out = attend(q, k, v, mask, *rest)
     got, work = start(out.transpose(0, 1).unflatten(0, (ranks, n)))
     work.wait()
     return got.permute(2, 1, 0, 3, 4).reshape(batch, n, heads, d)

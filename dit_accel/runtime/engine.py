@@ -106,8 +106,10 @@ class Engine:
         mask: Tensor | None,
         scale: float | None,
         dense: joint.Dense,
+        gate: Tensor | None = None,
     ) -> Tensor:
-        """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them."""
+        """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them; gate: see
+        `gate`."""
         if not self.books.forwards:  # a module called outside of its transformer's forward
             return dense(q, k, v, mask)
         tokens = self._tokens()
@@ -128,9 +130,17 @@ class Engine:
             return dense(q, k, v, mask)
         call = self._call(layer, number, action, tokens, k, keys, scale)
         with dispatch.recording() as used:
-            out = joint.attend(self.config.method, q, k, v, mask, tokens, keys, order, call, dense)
+            method = self.config.method
+            out = joint.attend(method, q, k, v, mask, tokens, keys, order, call, dense, gate)
         self.books.served(used)
         return out
+
+    def gate(self, layer: int, hidden: Tensor | None, heads: int) -> Tensor | None:
+        """[B, N, H, D] that the method makes of what a layer's attention was given, or None."""
+        if hidden is None:
+            return None
+        book = self.books.layers[layer]
+        return self.config.method.gate(hidden, (book.part, book.number), heads)
 
     @property
     def _pruned(self) -> bool:
@@ -199,6 +209,7 @@ class Engine:
             state=self.state.setdefault((clock.passname, (layer, number)), {}),
             together=self.together.setdefault((layer, number), {}),
             note=partial(self.books.sparse, layer),
+            sections=clock.geometry.sections,
         )
 
     def bypass(self, layer: int, reason: str) -> None:

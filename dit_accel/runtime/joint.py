@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,14 +25,22 @@ def attend(
     order: tuple[Tensor, Tensor] | None,
     call: Call,
     dense: Dense,
+    gate: Tensor | None = None,
 ) -> Tensor:
-    """q, k, v, result [B, N, H, D].
+    """q, k, v, gate, result [B, N, H, D].
 
     order: the order in which the visual queries are put, and what undoes it; keys: that of the
     keys. dense: the pipeline's own attention.
     """
     q, k, v = (x.to(v.dtype) for x in (q, k, v))  # some norms hand fp32 q, k with bf16 v
     visual, text = tokens.parts(q.shape[1], tokens.queries)
+    whole = method.whole and keys.length is None and q.shape[1] == k.shape[1]
+    if whole and (gate is None or gate.shape[1] == q.shape[1]):
+        return _whole(method, q, k, v, visual, order, call, gate)
+    if gate is not None:
+        seen = gate[:, visual] if gate.shape[1] == q.shape[1] else gate
+        seen = seen if order is None else seen.index_select(1, order[0])
+        call = replace(call, gate=seen.transpose(1, 2))
     queries = q[:, visual] if order is None else q[:, visual].index_select(1, order[0])
     arranged = (x.transpose(1, 2) for x in (queries, keys.arrange(k), keys.arrange(v)))
     seen = method(*arranged, call).transpose(1, 2)
@@ -43,3 +52,31 @@ def attend(
     product = mask is not None and mask.ndim == 4 and mask.shape[2] > 1
     out[:, text] = dense(q[:, text], k, v, mask[:, :, text] if product else mask)
     return out
+
+
+def _whole(
+    method: Method,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual: slice,
+    order: tuple[Tensor, Tensor] | None,
+    call: Call,
+    gate: Tensor | None,
+) -> Tensor:
+    """All queries by the method."""
+    given = (q, k, v) if gate is None else (q, k, v, gate)
+    if order is not None:
+        there, back = (_around(x, visual, q.shape[1]) for x in order)
+        given = [x.index_select(1, there) for x in given]
+    q, k, v, *rest = (x.transpose(1, 2) for x in given)
+    call = replace(call, gate=rest[0]) if rest else call
+    out = method(q, k, v, call).transpose(1, 2)
+    return out if order is None else out.index_select(1, back)
+
+
+def _around(order: Tensor, visual: slice, n: int) -> Tensor:
+    """An order of the visual tokens as one of all n."""
+    index = torch.arange(n, device=order.device)
+    index[visual] = visual.start + order
+    return index

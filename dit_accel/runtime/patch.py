@@ -69,21 +69,25 @@ class Patch:
             self.undo.pop()()
         self.layers.clear()
 
-    def _rebind(self, index: int, module: nn.Module, kind: type = seam.Layer) -> None:
+    def _rebind(self, index: int, module: nn.Module, kind_of: type = seam.Layer) -> None:
         old = module.processor
-        layer = kind(self.engine, index, old, type(old).__call__.__globals__.get(NAMES[0]))
+        layer = kind_of(self.engine, index, old, type(old).__call__.__globals__.get(NAMES[0]))
         self.layers.append(layer)
-        own = self.adapter.processor if kind is seam.Layer else None
+        own = self.adapter.processor if kind_of is seam.Layer else None
         kind = rebound_class(own or type(old))
-        number = torch.tensor(layer.id)  # stays on the CPU: reading it never waits for a device
+        # the number stays on the CPU: reading it never waits for a device
+        ours = {"_accel_layer": torch.tensor(layer.id)}
+        ours["_accel_gated"] = kind_of is seam.Layer and self.engine.config.method.gated
         if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
             original = type(old)
             old.__class__ = kind
-            old.__dict__["_accel_layer"] = number
-            self.undo.append(lambda: (old.__dict__.pop("_accel_layer"), _set_class(old, original)))
+            old.__dict__.update(ours)
+            self.undo.append(
+                lambda: ([old.__dict__.pop(name) for name in ours], _set_class(old, original))
+            )
             return
         new = kind.__new__(kind)
-        new.__dict__.update(old.__dict__, _accel_layer=number)
+        new.__dict__.update(old.__dict__, **ours)
         layer.processor = new  # set_attention_backend and enable_parallelism write to this one
         set_processor(module, new)
         self.undo.append(lambda: give_back(module, new, old))

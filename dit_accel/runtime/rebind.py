@@ -50,6 +50,8 @@ def rebound_class(kind: type) -> type:
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         seam.CURRENT.layer = self._accel_layer
+        if self._accel_gated:
+            seam.CURRENT.hidden = kwargs["hidden_states"] if len(args) < 2 else args[1]
         return bound(self, *args, **kwargs)
 
     sub = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": module.__name__})
@@ -130,7 +132,7 @@ def give_back(module: nn.Module, new: Any, old: Any) -> None:
     """Restore the processor, with what was set on ours, unless the user set another one since."""
     if module.processor is not new:
         return
-    old.__dict__.update({k: v for k, v in new.__dict__.items() if k != "_accel_layer"})
+    old.__dict__.update({k: v for k, v in new.__dict__.items() if not k.startswith("_accel_")})
     set_processor(module, old)
 
 

@@ -34,23 +34,34 @@ class Layer:
         self.id = next(_IDS)
         _LAYERS[self.id] = self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
-        """q, k, v, result [B, N, H, D]."""
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
+        """q, k, v, result [B, N, H, D]; hidden: what the module was given, for a gated method."""
 
-        def decide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        def decide(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None
+        ) -> Tensor:
             def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 return self.dense(q, k, v, mask, scale, None)
 
-            return self.engine.attend(self.index, q, k, v, mask, scale, dense)
+            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate)
 
+        gate = self.engine.gate(self.index, hidden, q.shape[2])
         shared, g = parallel.config_of(self.processor), self.engine.clock.geometry
         if shared is None:
-            return decide(q, k, v, mask)
+            return decide(q, k, v, mask, gate)
         why = parallel.obstacle(shared, mask)
         if why or g is None:
             self.engine.bypass(self.index, why)
             return self.dense(q, k, v, mask, scale, shared)
-        return parallel.gathered(q, k, v, mask, shared, g, decide)
+        return parallel.gathered(q, k, v, mask, shared, g, decide, gate)
 
     def dense(
         self,
@@ -81,7 +92,15 @@ class Layer:
 class Reader(Layer):
     """An attention module that is not accelerated, but has visual tokens as its keys."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None):
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        hidden: Tensor | None,
+    ) -> Tensor:
         """Dense, over the keys that a pruned span's context completes."""
         if self.engine.span is not None:
             k, v, mask = self.engine.span.keys(("reader", self.id), k, v, mask)
@@ -95,6 +114,7 @@ _IDS = itertools.count()
 
 class _Current(threading.local):
     layer: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 CURRENT = _Current()
@@ -104,9 +124,10 @@ def attend_bnhd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """The current layer's attention, tensors [B, N, H, D]."""
+    hidden, CURRENT.hidden = CURRENT.hidden, None
     if torch.compiler.is_compiling():
-        return torch.ops.dit_accel.attend(q, k, v, CURRENT.layer, mask, scale)
-    return _LAYERS[int(CURRENT.layer)].attend(q, k, v, mask, scale)
+        return torch.ops.dit_accel.attend(q, k, v, CURRENT.layer, mask, scale, hidden)
+    return _LAYERS[int(CURRENT.layer)].attend(q, k, v, mask, scale, hidden)
 
 
 def attend_bhnd(
@@ -130,12 +151,18 @@ _TAGS = tuple(t for t in (getattr(torch._C.Tag, "cudagraph_unsafe", None),) if t
 
 @torch.library.custom_op("dit_accel::attend", mutates_args=(), tags=_TAGS)
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, layer: Tensor, mask: Tensor | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    hidden: Tensor | None,
 ) -> Tensor:
-    out = _LAYERS[int(layer)].attend(q, k, v, mask, scale).contiguous()
+    out = _LAYERS[int(layer)].attend(q, k, v, mask, scale, hidden).contiguous()
     return out.clone() if out.data_ptr() in (q.data_ptr(), k.data_ptr(), v.data_ptr()) else out
 
 
 @_attend.register_fake
-def _(q, k, v, layer, mask, scale):
+def _(q, k, v, layer, mask, scale, hidden):
     return v.new_empty((*q.shape[:3], v.shape[3]))

@@ -63,6 +63,18 @@ def test_text_is_always_read_and_reads_everything(sections, first):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [0, 5])
+def test_queries_of_the_clip_alone(padding):
+    """Joint models whose text attends by itself; padded text comes last and is not read."""
+    n, text = math.prod(GRID), 70
+    q, k, v, gate = qkvg(n + text)
+    call = Call(keep=0.3, grid=GRID, gate=gate)
+    expected = VSA()(q, k, v, call)[:, :, :n]
+    k, v = (torch.cat([x, torch.full((1, 2, padding, 32), torch.nan)], 2) for x in (k, v))
+    call = Call(keep=0.3, grid=GRID, gate=gate[:, :, :n], kv_len=n + text if padding else None)
+    torch.testing.assert_close(VSA()(q[:, :, :n], k, v, call), expected)
+
+
 def test_gradients_reach_inputs_and_gate():
     q, k, v, _ = (x.requires_grad_() for x in qkvg(math.prod(GRID)))
     weight = torch.zeros(64, 24, requires_grad=True)
@@ -106,7 +118,7 @@ def test_its_tiles_decide_the_order_of_tokens():
 
 def test_what_it_refuses():
     q, k, v, _ = qkvg(20)
-    for call in (Call(keep=0.3), Call(keep=0.3, grid=(1, 4, 5), kv_len=8)):
+    for call in (Call(keep=0.3), Call(keep=0.3, grid=(1, 4, 5), kv_len=torch.tensor([8]))):
         with pytest.raises(ValueError, match="VSA takes a clip's grid"):
             VSA()(q, k, v, call)
     with pytest.raises(ValueError, match="of at most 128"):

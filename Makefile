@@ -9,7 +9,7 @@ PROMPT ?= rocket on a blue background
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e ".[app,dev,docs]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[app,dev]"
 	touch $@
 
 demo: $(BIN)/.installed

@@ -22,6 +22,17 @@ LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 CODE = re.compile(r"(?ms)(^ *```.*?^ *```|`[^`\n]+`)")
 
 
+def on_config(config: MkDocsConfig) -> None:
+    """The operators are those that there are."""
+    for section in config.nav:
+        for entry in section.get("Understand", ()):
+            if "Operators" in entry:
+                pages = sorted((ROOT / "kernels").glob("*/README.md"))
+                titles = (page.parent.name.replace("_", " ").capitalize() for page in pages)
+                found = zip(titles, pages, strict=True)
+                entry["Operators"][:0] = [{t: str(page.relative_to(ROOT))} for t, page in found]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     kinds = ("*.md", "assets/*.jpg", "assets/*.png", "benchmarks/*.svg")
     listing = ("git", "ls-files", "-co", "--exclude-standard", *kinds)

@@ -138,7 +138,7 @@ def test_compare_with_everything(tmp_path):
 
 
 def test_options_become_a_configuration():
-    from dit_accel.cli.options import How
+    from dit_accel.generation.options import How
 
     config = How(prune="fast").config()
     assert config.method.name == "pooled"

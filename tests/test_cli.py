@@ -15,7 +15,7 @@ from tiny import saved_tiny_wan, tiny_wan
 
 from dit_accel import __version__
 from dit_accel.cli import main as cli
-from dit_accel.cli.options import parse_size, parse_warmup
+from dit_accel.generation.options import parse_size, parse_warmup
 from dit_accel.media import video
 from dit_accel.runtime import state as announce
 

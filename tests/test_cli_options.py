@@ -2,17 +2,19 @@
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 import typer
+from rich.markup import escape
 from typer.main import get_command
 
 from dit_accel.cli import main as cli
 from dit_accel.cli.command import Several, grouped
 from dit_accel.cli.options import option
+from dit_accel.generation.options import Clips, How, What, Where, described
 
 # Command → option → default. What is here may be in use; what is new need not be added.
 PROMISED = json.loads(Path(__file__).with_name("options.json").read_text())
@@ -57,6 +59,14 @@ def test_help_names_what_can_be_chosen():
     for (command, name), known in choices.items():
         said = names(COMMANDS[command])[name].help
         assert [choice for choice in known if choice not in said] == []
+
+
+@pytest.mark.parametrize("group", [What, How, Where, Clips])
+def test_every_option_of_a_run_is_described_and_shown_as_it_is(group):
+    said = described(group)
+    assert list(said) == [field.name for field in fields(group)]
+    shown = {p.name: p.help for name in ("generate", "tune") for p in COMMANDS[name].params}
+    assert {name: escape(option.text) for name, option in said.items()}.items() <= shown.items()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import WHERE, BadInput, checked, option
+from dit_accel.cli.options import BadInput, checked, option
+from dit_accel.generation import options as say
+from dit_accel.generation.options import WHERE
 
 if TYPE_CHECKING:
     from dit_accel.app.ask import Limits

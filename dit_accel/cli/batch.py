@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import WHERE, Ulysses, Where, checked, option, parse_size
+from dit_accel.cli.options import checked, option
+from dit_accel.generation import options as say
+from dit_accel.generation.options import WHERE, Ulysses, Where, parse_size
 from dit_accel.parallel import launcher as ranks
 
 if TYPE_CHECKING:

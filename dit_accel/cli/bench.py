@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import WHERE, checked, option
+from dit_accel.cli.options import checked, option
+from dit_accel.generation import options as say
+from dit_accel.generation.options import WHERE
 from dit_accel.media.files import check_place
 
 _BOTH, _OPS, _E2E = "Both", "Operators", "Whole models, with --e2e"

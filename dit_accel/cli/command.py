@@ -5,9 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+import typer
+from rich.markup import escape
 from typer.core import TyperCommand
+
+from dit_accel.generation.options import Option
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +45,19 @@ def _fields(group: type) -> list[inspect.Parameter]:
 
 
 def _plain(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
-    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint)
+    return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_told(hint))
+
+
+def _told(hint: Any) -> Any:
+    """The annotation with typer's word for an Option of generation.options."""
+    kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    for note in notes:
+        if isinstance(note, Option):
+            said = {"help": escape(note.text), "show_default": False}
+            if note.given_first:
+                return Annotated[kind, typer.Argument(**said)]
+            return Annotated[kind, typer.Option(rich_help_panel=note.group, **said)]
+    return hint
 
 
 class Several(TyperCommand):

@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dit_accel.cli.options import WHAT, How, Metadata, Ulysses, What, Where, checked, option
+from dit_accel.cli.options import Metadata, checked, option
+from dit_accel.generation.options import WHAT, How, Ulysses, What, Where
 from dit_accel.parallel import launcher as ranks
 
 if TYPE_CHECKING:

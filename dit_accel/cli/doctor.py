@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import How, What, Where, checked, option, parse_size
+from dit_accel.cli.options import checked, option
+from dit_accel.generation import options as say
+from dit_accel.generation.options import How, What, Where, parse_size
 
 _WHAT = "What to examine"
 PROMPT = "rocket on a blue background"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import WHERE, Clips, Where, checked, numbers, option, words
+from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, words
+from dit_accel.generation import options as say
+from dit_accel.generation.options import WHERE, Clips, Where
 
 _WHAT = "What to measure"
 
@@ -24,8 +25,8 @@ class TableOptions:
         option("Comma-separated: steps, prune, methods, presets, preset files. \\[all]", _WHAT),
     ] = None
     keeps: Annotated[str, option("Shares kept by the methods.", _WHAT)] = "0.05,0.1,0.2,0.3,0.5"
-    prompts: Annotated[Path | None, option(say.PROMPTS, _WHAT)] = None
-    seeds: Annotated[str, option(say.SEEDS, _WHAT)] = "0"
+    prompts: Annotated[Path | None, option(PROMPTS, _WHAT)] = None
+    seeds: Annotated[str, option(SEEDS, _WHAT)] = "0"
     limit: Annotated[int | None, option("At most so many new cells now.", _WHAT)] = None
     minutes: Annotated[float | None, option("Stop in time for so many minutes.", _WHAT)] = None
     resume: Annotated[

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import BadInput, checked, option, parse_size
+from dit_accel.cli.options import PROMPTS, BadInput, checked, option
+from dit_accel.generation import options as say
+from dit_accel.generation.options import parse_size
 
 if TYPE_CHECKING:
     from dit_accel.finetune.config import Settings
@@ -28,7 +29,7 @@ class DataOptions:
         Text, option("Prepared folder, or self: the model's own samples. \\[self]", _DATA)
     ] = None
     prepare: Annotated[Text, option("Encode this captioned folder into --data.", _DATA)] = None
-    prompts: Annotated[Text, option(f"{say.PROMPTS} \\[the package's]", _DATA)] = None
+    prompts: Annotated[Text, option(f"{PROMPTS} \\[the package's]", _DATA)] = None
     samples: Annotated[Whole, option("Clips of --data self. \\[64]", _DATA)] = None
     size: Annotated[Text, option(f"{say.SIZE} \\[the model's]", _DATA)] = None
     frames: Annotated[Whole, option(f"{say.FRAMES} \\[the model's]", _DATA)] = None

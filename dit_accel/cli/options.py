@@ -1,23 +1,18 @@
-"""The options of all commands, each described once, and what they become. Imports nothing heavy.
+"""What the command line adds to generation.options. Imports nothing heavy.
 
-A command takes an option by its name here (`steps: Steps = None`), or several as a group (`where:
-Where`, see command.py). None leaves the choice to the model or the method.
+A command takes an option by its name there (`steps: Steps = None`), or several as a group (`where:
+Where`, see command.py); what only it has it describes itself, with `option`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from dit_accel.config import AccelConfig
-    from dit_accel.generation.boost import Boost
-    from dit_accel.generation.request import Request
+from dit_accel.generation.options import WHAT
 
 
 class BadInput(Exception):
@@ -40,181 +35,13 @@ def option(text: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
 
 
-WHAT, HOW, WHERE = "What to make", "How to accelerate", "Where to run"
-# What is said of options that a command may also take several times, or under another heading.
-NEGATIVE, STEPS, SIZE = "What not to show.", "Denoising steps.", "WIDTHxHEIGHT in pixels."
-FRAMES, GUIDANCE = "Frames of the clip.", "Classifier-free guidance scale."
-IMAGE = "First picture, for models that need one."
-SAMPLER = "Grid of few steps, for models distilled to it: rcm, dmd, flow:5, renoise:5."
-METHOD = "Name, name:preset or preset file; see `methods`."
-PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
-MIN_TOKENS = "Attend densely below this many tokens."
 PROMPTS, SEEDS = "Text file, a prompt a line.", "Comma-separated. \\[0]"
-
-Prompt = Annotated[str, typer.Argument(help="What to show.", show_default=False)]
-Negative = Annotated[str | None, option(NEGATIVE, WHAT)]
-Seed = Annotated[int, option("Same seed, same noise, on any device. \\[0]", WHAT)]
-Steps = Annotated[int | None, option(STEPS, WHAT)]
-Size = Annotated[str | None, option(SIZE, WHAT)]
-Frames = Annotated[int | None, option(FRAMES, WHAT)]
-Fps = Annotated[float | None, option("Frames a second of the file.", WHAT)]
-Guidance = Annotated[float | None, option(GUIDANCE, WHAT)]
-Image = Annotated[Path | None, option(IMAGE, WHAT)]
-Sampler = Annotated[str | None, option(SAMPLER, WHAT)]
 Metadata = Annotated[
     bool,
     option(
         "Write into the file what it was made from; see `show`.", WHAT, "--metadata/--no-metadata"
     ),
 ]
-
-Method = Annotated[str | None, option(METHOD, HOW)]
-Keep = Annotated[float | None, option("Share of key blocks kept, in (0, 1].", HOW)]
-Warmup = Annotated[
-    str | None, option("Dense steps at the start: a share (0.15) or a number (3).", HOW)
-]
-Prune = Annotated[str | None, option(PRUNE, HOW)]
-Compile = Annotated[bool, option("Compile the blocks; worth a minute on a GPU.", HOW)]
-StepCache = Annotated[
-    float | None, option("Skip steps that change less than this, such as 0.05.", HOW)
-]
-Lora = Annotated[str | None, option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
-Order = Annotated[str | None, option("Token order: raster, tile or hilbert.", HOW)]
-MinTokens = Annotated[int | None, option(MIN_TOKENS, HOW)]
-
-Model = Annotated[
-    str | None, option("Folder or Hugging Face id. \\[the embedded emoji model]", WHERE)
-]
-Device = Annotated[str | None, option("cpu, cuda, cuda:1, mps. \\[a GPU if any]", WHERE)]
-Dtype = Annotated[str | None, option("bf16, fp16, fp32. \\[bf16 on CUDA, else fp32]", WHERE)]
-Offload = Annotated[bool, option("Keep only the running part on the GPU.", WHERE)]
-Ulysses = Annotated[int, option("GPUs (or CPU processes) that share one generation. \\[1]", WHERE)]
-
-
-@dataclass(frozen=True)
-class What:
-    """What to make."""
-
-    prompt: Prompt
-    negative: Negative = None
-    seed: Seed = 0
-    steps: Steps = None
-    size: Size = None
-    frames: Frames = None
-    fps: Fps = None
-    guidance: Guidance = None
-    sampler: Sampler = None
-    image: Image = None
-
-    def request(self) -> Request:
-        """The generation asked for; ValueError for an impossible value."""
-        from dit_accel.generation.limits import check_limits
-        from dit_accel.generation.request import Request
-        from dit_accel.media.pictures import read_picture
-
-        width, height = parse_size(self.size) if self.size else (None, None)
-        check_limits({"fps": self.fps})
-        return Request(
-            prompt=self.prompt,
-            negative_prompt=self.negative,
-            seed=self.seed,
-            steps=self.steps,
-            height=height,
-            width=width,
-            frames=self.frames,
-            guidance=self.guidance,
-            sampler=self.sampler,
-            image=None if self.image is None else read_picture(self.image),
-        )
-
-
-@dataclass(frozen=True)
-class How:
-    """How to accelerate."""
-
-    method: Method = None
-    keep: Keep = None
-    warmup: Warmup = None
-    prune: Prune = None
-    compile: Compile = False
-    step_cache: StepCache = None
-    lora: Lora = None
-    order: Order = None
-    min_tokens: MinTokens = None
-
-    def config(self) -> AccelConfig:
-        """The acceleration asked for; ValueError for an unknown method or a bad option."""
-        from dit_accel.config import DEFAULT, resolve
-        from dit_accel.pruning.config import resolve as pruning
-
-        # pruned tokens and a state of all tokens exclude each other
-        default = DEFAULT if self.prune is None else "pooled"
-        name = self.method if self.method is not None else default
-        config = resolve(
-            name, order=self.order, min_tokens=self.min_tokens, prune=pruning(self.prune)
-        )
-        if self.keep is not None:
-            config = replace(config, method=replace(config.method, keep=self.keep))
-        if self.warmup is not None:
-            schedule = replace(config.schedule, warmup=parse_warmup(self.warmup))
-            config = replace(config, schedule=schedule)
-        return config
-
-    def boost(self) -> Boost:
-        """What runs beside the method; ValueError for a bad value."""
-        from dit_accel.generation.boost import Boost
-
-        return Boost(self.compile, self.step_cache, self.lora)
-
-
-@dataclass(frozen=True)
-class Where:
-    """Where to run."""
-
-    model: Model = None
-    device: Device = None
-    dtype: Dtype = None
-    offload: Offload = False
-
-
-@dataclass(frozen=True)
-class Clips:
-    """The clips that a study makes of many prompts, and what all its configurations share."""
-
-    steps: Steps = None
-    size: Size = None
-    frames: Frames = None
-    guidance: Guidance = None
-    order: Order = None
-    min_tokens: MinTokens = None
-
-    def of(self, prompt: str) -> What:
-        """The clip of one prompt."""
-        return What(
-            prompt, steps=self.steps, size=self.size, frames=self.frames, guidance=self.guidance
-        )
-
-    def how(self, warmup: str | None = None) -> How:
-        """What configurations start from."""
-        return How(warmup=warmup, order=self.order, min_tokens=self.min_tokens)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, height) of "832x480"; ValueError for anything else."""
-    width, cross, height = text.lower().replace("×", "x").partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"size is WIDTHxHEIGHT such as 832x480, not {text!r}")
-    return int(width), int(height)
-
-
-def parse_warmup(text: str) -> float | int:
-    """A number of steps ("3") or a share of them ("0.15")."""
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        raise ValueError(
-            f"warmup is a share (0.15) or a number of steps (3), not {text!r}"
-        ) from None
 
 
 def words(text: str) -> list[str]:

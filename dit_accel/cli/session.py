@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dit_accel.cli.options import What, Where, checked
+from dit_accel.cli.options import checked
 from dit_accel.cli.progress import Progress
 from dit_accel.config import AccelConfig
 from dit_accel.generation.loading import (
@@ -25,6 +25,7 @@ from dit_accel.generation.loading import (
     pick_device,
     pick_dtype,
 )
+from dit_accel.generation.options import What, Where
 from dit_accel.generation.request import Request, arguments, unknown_words
 from dit_accel.media.files import check_folder
 from dit_accel.media.names import from_text

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dit_accel.cli import options as say
-from dit_accel.cli.options import Clips, Where, checked, numbers, option, words
+from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, words
+from dit_accel.generation.options import Clips, Where
 
 _WHAT, _HOW = "What to reach", "How to search"
 NOT_REACHED = 1
@@ -24,11 +24,11 @@ class AimOptions:
 
     psnr: Annotated[float | None, option("Reach this PSNR to dense, in dB.", _WHAT)] = None
     speedup: Annotated[float | None, option("Reach this speed-up of the loop.", _WHAT)] = None
-    prompts: Annotated[Path | None, option(say.PROMPTS, _WHAT)] = None
+    prompts: Annotated[Path | None, option(PROMPTS, _WHAT)] = None
     held_out: Annotated[
         Path | None, option("Prompts to check with. \\[the last quarter]", _WHAT)
     ] = None
-    seeds: Annotated[str, option(say.SEEDS, _WHAT)] = "0"
+    seeds: Annotated[str, option(SEEDS, _WHAT)] = "0"
 
 
 @dataclass(frozen=True)

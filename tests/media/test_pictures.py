@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dit_accel.batch.jobs import Job
-from dit_accel.cli.options import What
+from dit_accel.generation.options import What
 from dit_accel.media.pictures import read_picture
 
 

@@ -72,8 +72,12 @@ def build_transformer(sizes: Sizes) -> WanTransformer3DModel:
 
 def build_tokenizer(names: list[str]) -> PreTrainedTokenizerFast:
     """One token a word, lower case; a word that no caption has becomes <unk>."""
-    vocabulary = sorted({w for n in names for c in COLOURS for w in words(caption(n, c))})
-    ids = {word: i for i, word in enumerate(["<pad>", "<unk>", *vocabulary])}
+    return build_word_tokenizer({w for n in names for c in COLOURS for w in words(caption(n, c))})
+
+
+def build_word_tokenizer(vocabulary: set[str]) -> PreTrainedTokenizerFast:
+    """One token for each of these words, lower case; any other becomes <unk>."""
+    ids = {word: i for i, word in enumerate(["<pad>", "<unk>", *sorted(vocabulary)])}
     tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\w’'-]+"), "removed", invert=True)

@@ -137,14 +137,20 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts.txt"))
     parser.add_argument("--captions", type=Path, default=Path("data/emoji/captions.json"))
+    parser.add_argument("--scenes", action="store_true", help="calibrate on random scenes")
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--frames", type=int, default=17)
     args = parser.parse_args()
     pipe = WanPipeline.from_pretrained(args.source, torch_dtype=torch.float32)
     pipe.text_encoder.float()
-    prompts = args.prompts.read_text().splitlines() + trained(args.captions)
+    if args.scenes:
+        from show_scenes import prompts as scenes
+
+        prompts = scenes(256, 400)[::2]
+    else:
+        prompts = args.prompts.read_text().splitlines() + trained(args.captions)
     defaults = json.loads((args.source / "generation.json").read_text())
-    defaults["num_frames"] = args.frames
+    defaults |= {"num_frames": args.frames, "height": 256, "width": 256}
     torch.manual_seed(0)
     write(args.source, args.target, calibrate(pipe, defaults, prompts, args.clips))
     total = sum(f.stat().st_size for f in args.target.rglob("*") if f.is_file())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -11,37 +10,8 @@ from layout import Layout
 from torch import Tensor
 from torch.nn import functional
 
-from dit_accel.scene import Backdrop, Scene
-
-PERIOD = 64.0  # pixels between stripes and between dots, on every canvas
-_EDGE = 6.0
-
-
-def backdrop(
-    what: Backdrop, colours: dict[str, tuple[int, int, int]], side: int, scales: Tensor
-) -> Tensor:
-    """[T, 3, side, side] in [0, 1]; scales: [T], how much larger its pattern is in each frame."""
-    device = scales.device
-    first = torch.tensor(colours[what.colour], device=device).float() / 255
-    steps = (torch.arange(side, device=device) + 0.5 - side / 2) / scales[:, None]  # [T, side]
-    y, x = steps[:, :, None], steps[:, None, :]
-    if what.pattern == "plain":
-        return first.view(1, 3, 1, 1).expand(len(scales), 3, side, side)
-    if what.pattern == "ramp":
-        second = torch.tensor(colours[what.second], device=device).float() / 255
-        share = (y / side + 0.5).clamp(0, 1).expand(-1, side, side)
-    else:
-        bright = float(first.mean()) > 0.65
-        second = first * 0.8 if bright else first + (1 - first) * 0.3
-        wave = 2 * math.pi / PERIOD
-        if what.pattern == "striped":
-            level = torch.sin((x + y) * wave)
-        else:
-            level = torch.cos(x * wave) + torch.cos(y * wave) - 0.8
-        share = torch.sigmoid(_EDGE * level)
-    share = share[:, None]
-    return (1 - share) * first.view(1, 3, 1, 1) + share * second.view(1, 3, 1, 1)
-
+from dit_accel.evaluate import backdrop
+from dit_accel.scene import Scene
 
 @dataclass(frozen=True)
 class Composer:
@@ -65,7 +35,7 @@ class Composer:
         device = self.clips.rgba.device
         times = torch.arange(frames, device=device) - (frames - 1) / 2
         scales = torch.exp(layout.growth * times)
-        canvas = backdrop(scene.backdrop, self.clips.colours, side, scales)
+        canvas = backdrop.draw(scene.backdrop, self.clips.colours, side, side, scales)
         covered = torch.zeros(frames, side, side, device=device)
         for number, thing in enumerate(scene.objects):
             sprite = self._sprite(thing.name, layout, number, side, frames)

@@ -1,6 +1,7 @@
 """What a prompt of the embedded model may ask for: read it, write it, refuse the rest.
 
-    prompt   = object [place | relation object [relation object]] "on a" backdrop "background" [motion]
+    prompt   = object [place | others] "on a" backdrop "background" [motion]
+    others   = relation object [relation object]
     object   = ["a" | "an"] ["small" | "large"] emoji
     place    = "on the left" | "on the right" | "at the top" | "at the bottom"
     relation = "left of" | "right of" | "above" | "below" | "and"
@@ -17,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 SIZES = ("small", "large")
@@ -108,6 +110,12 @@ def split(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+@lru_cache
+def _longest_first(phrases: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+    """Each phrase and its words."""
+    return sorted(((p, split(p)) for p in phrases), key=lambda pair: -len(pair[1]))
+
+
 class _Reader:
     """A walk over the words of one prompt."""
 
@@ -155,8 +163,7 @@ class _Reader:
 
     def _one_of(self, phrases: Iterable[str]) -> str | None:
         """Step over the longest of these phrases that stands here."""
-        for phrase in sorted(phrases, key=lambda p: -len(split(p))):
-            words = split(phrase)
+        for phrase, words in _longest_first(tuple(phrases)):
             if self.words[self.at : self.at + len(words)] == words:
                 self.at += len(words)
                 return phrase

@@ -13,6 +13,7 @@ from torch.nn import functional
 from dit_accel.evaluate import backdrop
 from dit_accel.scene import Scene
 
+
 @dataclass(frozen=True)
 class Composer:
     """Draws scenes of the emoji in `clips`, whose halves are kept for small objects."""

@@ -23,7 +23,9 @@ def main() -> None:
     args = parser.parse_args()
     clips = Clips.load(args.data, "cpu", stride=EVERY)
     frames = [number * EVERY for number in range(clips.rgba.shape[1])]
-    known = [n for n, name in enumerate(clips.names) if name in EMOJI] or list(range(len(clips.names)))
+    known = [n for n, name in enumerate(clips.names) if name in EMOJI] or list(
+        range(len(clips.names))
+    )
     names = [clips.names[n] for n in known]
     References.of(clips.rgba[known], names, frames, clips.colours, SIDE).save(args.out)
     print(f"{args.out}: {len(names)} clips, {args.out.stat().st_size / 1e6:.1f} MB")

@@ -14,17 +14,23 @@ from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from dit_accel.scene import Vocabulary
 
-SHIFT, LAYOUT_SHIFT = 3.0, 10.0
+SHIFT = 3.0
+LAYOUT = 0.85  # noise level above which words decide, and data teach
 OBJECTS = 3.0  # how much more an object's latents weigh than the backdrop's
 DROPPED = 0.1
 
 
 def noise_levels(count: int, device: torch.device) -> Tensor:
-    """Logit-normal with the scheduler's time shift; a third with a larger one, since what stands
-    where is decided at the highest levels."""
+    """[B] in [0, 1]: half of them logit-normal with the scheduler's time shift, half above 0.85 and
+    densest at 1.
+
+    What stands where, and which way a ramp runs, is seen in the noisy latents at all but the
+    highest levels: only there must the words tell it.
+    """
     uniform = torch.randn(count, device=device).sigmoid()
-    shift = torch.where(torch.rand(count, device=device) < 1 / 3, LAYOUT_SHIFT, SHIFT)
-    return shift * uniform / (1 + (shift - 1) * uniform)
+    usual = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
+    high = 1 - (1 - LAYOUT) * torch.rand(count, device=device).square()
+    return torch.where(torch.rand(count, device=device) < 0.5, usual, high)
 
 
 def with_vocabulary(
@@ -33,7 +39,9 @@ def with_vocabulary(
     """The same encoder with the words of `new`; a word that `old` lacks starts at random."""
     config = UMT5Config.from_dict(encoder.config.to_dict() | {"vocab_size": len(new)})
     made = UMT5EncoderModel(config)
-    state = {k: v for k, v in encoder.state_dict().items() if "embed" not in k and "shared" not in k}
+    state = {
+        k: v for k, v in encoder.state_dict().items() if "embed" not in k and "shared" not in k
+    }
     made.load_state_dict(state, strict=False)
     rows, known = encoder.shared.weight.data, old.get_vocab()
     made.shared.weight.data.normal_(0, float(rows.std()))
@@ -98,7 +106,8 @@ class Flow:
     ) -> Tensor:
         """Weighted squared error of the velocity, 10 % of the prompts dropped.
 
-        The target is noise - latents, or with a teacher its guided velocity (arXiv 2210.03142).
+        The target is noise - latents; with a teacher its guided velocity (arXiv 2210.03142) below
+        the level LAYOUT, since guidance harms above it (arXiv 2404.07724).
         """
         dropped = torch.rand(len(ids), device=ids.device) < DROPPED
         lengths = torch.where(dropped, 0, lengths)
@@ -108,7 +117,8 @@ class Flow:
         mixed, target = (1 - level) * latents + level * noise, noise - latents
         if teacher is not None:
             with torch.no_grad():
-                target = teacher.guided(mixed, sigma, ids, lengths, guidance)
+                taught = teacher.guided(mixed, sigma, ids, lengths, guidance)
+            target = torch.where(level < LAYOUT, taught, target)
         error = (self.velocity(mixed, sigma, ids, lengths).float() - target).square().mean(1)
         weight = 1 + (OBJECTS - 1) * cover
         return (error * weight).sum() / weight.sum()

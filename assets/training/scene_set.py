@@ -1,7 +1,7 @@
 """Which scenes are drawn for training, and which never are: one explicit rule.
 
-Eighty of the archive's emoji, chosen to look unlike one another. Never trained on: an emoji
-before its held-out colour (`emoji_set.held_out`), and one pair of emoji in sixteen.
+Eighty of the archive's emoji (scene_emoji.txt), chosen to look unlike one another. Never trained
+on: an emoji before its held-out colour (`emoji_set.held_out`), and one pair of emoji in sixteen.
 """
 
 from __future__ import annotations
@@ -9,23 +9,13 @@ from __future__ import annotations
 import random
 import zlib
 from itertools import combinations
+from pathlib import Path
 
 from emoji_set import COLOURS, held_out
 
 from dit_accel.scene import MOTIONS, PATTERNS, PLACES, Backdrop, Object, Scene, Vocabulary
 
-EMOJI = tuple(
-    """rocket; t-rex; birthday cake; unicorn; red heart; police car; snowman; ghost; octopus; cat face;
-    dragon; tractor; fox; koala; panda; party popper; stopwatch; smiling face; airplane; butterfly;
-    lion; owl; sailboat; robot; helicopter; horse; turtle; dog; rabbit; frog; penguin; elephant;
-    giraffe; zebra; whale; dolphin; shark; crab; honeybee; lady beetle; parrot; flamingo; peacock;
-    hedgehog; cow; pig; bear; monkey; tiger; crocodile; bat; duck; eagle; spider; tropical fish; fire;
-    bomb; crystal ball; rainbow; sun; star; cloud; snowflake; umbrella; ringed planet; flying saucer;
-    alien; alien monster; skull; jack-o-lantern; christmas tree; beer mug; teddy bear; racing car;
-    bus; fire engine; locomotive; ferris wheel; smiling face with sunglasses;
-    pile of poo""".replace("\n", " ").split(";")
-)
-EMOJI = tuple(" ".join(name.split()) for name in EMOJI)
+EMOJI = tuple((Path(__file__).parent / "scene_emoji.txt").read_text().splitlines())
 VOCABULARY = Vocabulary(EMOJI, tuple(COLOURS))
 COUNTS = {256: (0.25, 0.75, 0.0), 384: (0.25, 0.55, 0.2), 512: (0.25, 0.5, 0.25)}  # to this side
 BACKDROPS = (0.3, 0.3, 0.2, 0.2)  # as PATTERNS

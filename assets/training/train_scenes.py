@@ -107,7 +107,9 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             loss = self.flow.loss(*batch, teacher=self.teacher, guidance=self.args.distil)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for _, p in self.flow.parameters() if p.requires_grad], 1.0)
+        torch.nn.utils.clip_grad_norm_(
+            [p for _, p in self.flow.parameters() if p.requires_grad], 1.0
+        )
         for o in self.optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
@@ -174,7 +176,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--flat", type=float, default=1.0, help="share of the time at full rate")
     parser.add_argument("--fall", type=float, default=1.0, help="last factor of the rate")
     parser.add_argument("--average", type=float, default=0.999)
-    parser.add_argument("--distil", type=float, default=0.0, help="guidance to fold in; 0: none")
+    parser.add_argument(
+        "--distil",
+        type=float,
+        default=0.0,
+        help="guidance to fold in; 1: a teacher that has it; 0: no teacher",
+    )
     parser.add_argument("--only", default="", help="expression for names of parameters")
     parser.add_argument("--only-steps", type=int, default=0, help="steps that train only these")
     parser.add_argument("--cache", type=Path, help="compiled graphs of a run before, and of this")
@@ -185,11 +192,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     torch._dynamo.config.recompile_limit = 64  # a graph for each canvas, trained and sampled
-    args = arguments()
+    args = arguments(argv)
     if args.cache and args.cache.exists():
         torch.compiler.load_cache_artifacts(args.cache.read_bytes())
     run = Run(args)

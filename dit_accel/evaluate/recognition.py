@@ -44,8 +44,8 @@ class References:
         cls, rgba: Tensor, names: list[str], frames: list[int], colours: Colours, side: int
     ) -> References:
         """From these frames of whole clips [N, F, H, W, 4] uint8, made `side` × `side`."""
-        small = [_small(clip, side).permute(0, 2, 3, 1).round().byte() for clip in rgba]
-        return cls(torch.stack(small), names, frames, colours)
+        tiny = [small(clip, side).permute(0, 2, 3, 1).round().byte() for clip in rgba]
+        return cls(torch.stack(tiny), names, frames, colours)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -82,7 +82,7 @@ class References:
         places = [
             n for n, f in enumerate(self.frames) if f % stride == 0 and f // stride < len(clip)
         ]
-        seen = _small(clip[[self.frames[n] // stride for n in places]], self.rgba.shape[2])
+        seen = small(clip[[self.frames[n] // stride for n in places]], self.rgba.shape[2])
         rgba = self._planes.to(seen.device)[:, places]
         clear, best = 1 - rgba[:, :, 3:] / 255, (float("inf"), "", "")
         for colour, rgb in self.colours.items():
@@ -91,6 +91,11 @@ class References:
             value, number = error.min(0)
             best = min(best, (float(value), self.names[int(number)], colour))
         return best[1], best[2]
+
+    def at(self, frame: int) -> Tensor:
+        """All emoji as they look nearest to this frame, [N, 4, h, w] in [0, 1]."""
+        near = min(range(len(self.frames)), key=lambda n: abs(self.frames[n] - frame))
+        return self._planes[:, near] / 255
 
     @cached_property
     def _planes(self) -> Tensor:
@@ -116,6 +121,10 @@ class Recogniser:
         known = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
         found = References.load(FILE, known.get("colours"))
         placed = References(found.rgba.to(device), found.names, found.frames, found.colours)
+        if known.get("scenes"):
+            from dit_accel.evaluate.scenes import SceneRecogniser
+
+            return SceneRecogniser(placed, 1)
         return cls(placed, known.get("frame_stride", 1))
 
     def judge(self, prompts: Sequence[str], clips: Sequence[Tensor]) -> list[dict[str, bool]]:
@@ -131,6 +140,6 @@ class Recogniser:
         return {"emoji": found[0] == asked[0], "colour": found[1] == asked[1]}
 
 
-def _small(frames: Tensor, side: int) -> Tensor:
-    """uint8 [T, H, W, C] → float [T, C, side, side]."""
+def small(frames: Tensor, side: int) -> Tensor:
+    """Area means: uint8 [T, H, W, C] → float [T, C, side, side]."""
     return adaptive_avg_pool2d(frames.permute(0, 3, 1, 2).float(), side)

@@ -34,7 +34,7 @@ class Sighting:
 
 @dataclass
 class Frame:
-    """seen: [3, SIDE, SIDE] and backdrop, likewise, in [0, 1]; objects are taken into the latter."""
+    """seen and backdrop: [3, SIDE, SIDE] in [0, 1]; objects that are found join the backdrop."""
 
     seen: Tensor
     backdrop: Tensor
@@ -58,7 +58,9 @@ class Frame:
         colour, alpha = small[:, :3], small[:, 3:]
         inside = functional.pad(torch.ones_like(self.seen[:1]), [edge] * 4)
         d, b = (functional.pad(x, [edge] * 4) for x in (self.seen - self.backdrop, self.backdrop))
-        planes = torch.cat([2 * d, -2 * (d * b).sum(0, True), 2 * b, -(b * b).sum(0, True), -inside])
+        planes = torch.cat(
+            [2 * d, -2 * (d * b).sum(0, True), 2 * b, -(b * b).sum(0, True), -inside]
+        )
         square = (colour * colour).sum(1, True)
         kernels = torch.cat([colour, alpha, alpha * colour, alpha * alpha, square], 1)
         gain = functional.conv2d(planes[None], kernels)[0]

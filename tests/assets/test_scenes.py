@@ -1,0 +1,155 @@
+"""Scenes: what is drawn, where it stands, and a toy training from begin to export."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_accel.scene import Backdrop, Object, Scene
+
+
+def _random(seed: int = 0) -> random.Random:
+    return random.Random(seed)
+
+
+def test_drawn_scenes_are_prompts_and_none_is_held_out() -> None:
+    import scene_set
+    from pool import TEXT_POSITIONS
+
+    from dit_accel.scene import split
+
+    rng, held = _random(), 0
+    for number in range(200):
+        scene = scene_set.draw(rng, 512, held=number % 4 == 0)
+        assert scene_set.VOCABULARY.read(scene.text()) == scene
+        assert len(split(scene.text())) < TEXT_POSITIONS
+        assert scene_set.is_held_out(scene) == (number % 4 == 0)
+        held += scene_set.is_held_out(scene)
+    assert held == 50 and len(scene_set.EMOJI) == len(set(scene_set.EMOJI)) == 80
+
+
+@pytest.mark.parametrize(("canvas", "frames"), [(256, 33), (512, 33), (512, 65)])
+def test_a_layout_shows_what_the_words_say(canvas: int, frames: int) -> None:
+    import scene_set
+    from layout import APART, LARGEST_PIXELS, arrange
+
+    rng = _random()
+    for _ in range(60):
+        scene = scene_set.draw(rng, canvas)
+        layout = arrange(scene, canvas, frames, rng)
+        boxes, end = layout.boxes, (frames - 1) / 2
+        assert max(b[2] for b in boxes) * canvas <= LARGEST_PIXELS + 1e-6
+        for relation, first, second in zip(scene.relations, boxes, boxes[1:], strict=False):
+            gap = {"left of": second[0] - first[0], "right of": first[0] - second[0],
+                   "above": second[1] - first[1], "below": first[1] - second[1]}  # fmt: skip
+            least = APART * (first[2] + second[2]) / 2
+            assert relation == "and" or gap[relation] >= least - 1e-9
+        before, after = layout.at(0, -end), layout.at(0, end)
+        dx, dy, growth = (b - a for a, b in zip(before, after, strict=True))
+        ways = {"moving right": dx, "moving left": -dx, "moving down": dy, "moving up": -dy}
+        if scene.motion in ways:
+            assert ways[scene.motion] > 0.15 and growth == 0
+        elif scene.motion:
+            assert (growth > 0) == (scene.motion == "zooming in")
+        else:
+            assert before == after
+
+
+def test_a_composed_object_lies_in_its_box(archive: Path) -> None:
+    from clips import Clips
+    from compose import Composer, latent_cover
+    from layout import Layout
+
+    composer = Composer(Clips.load(archive, "cpu"))
+    scene = Scene((Object("rocket"),), Backdrop("plain", "blue"))
+    video, cover = composer.draw(scene, Layout(((0.25, 0.75, 0.5),), (0.01, 0.0)), 64, 9)
+    assert video.shape == (3, 9, 64, 64) and cover.shape == (9, 64, 64)
+    assert cover[4, :32].max() == 0 and cover[4, :, 32:].max() == 0 and cover[4].max() == 1
+    first, last = (cover[t].sum(0).argmax() for t in (0, 8))
+    assert last > first
+    empty = composer.draw(scene, Layout(((0.25, 0.75, 0.5),)), 64, 1)[0][:, 0, 0, 0]
+    assert torch.allclose((empty + 1) / 2, torch.tensor([30, 136, 229]) / 255)
+    small = latent_cover(cover)
+    assert small.shape == (3, 8, 8) and small.max() == 1 and small[:, :4].max() == 0
+
+
+def test_noise_levels_reach_the_top() -> None:
+    from scene_flow import LAYOUT, noise_levels
+
+    torch.manual_seed(0)
+    levels = noise_levels(4000, torch.device("cpu"))
+    assert 0 < levels.min() and levels.max() <= 1
+    assert (levels > 0.99).float().mean() > 0.08 and (levels < LAYOUT).float().mean() > 0.25
+
+
+def test_words_keep_their_embeddings_in_a_new_vocabulary() -> None:
+    from models import TINY, build_text_encoder, build_word_tokenizer
+    from scene_flow import with_vocabulary
+
+    old, new = build_word_tokenizer({"owl", "red"}), build_word_tokenizer({"above", "red"})
+    encoder = build_text_encoder(TINY, len(old))
+    made = with_vocabulary(encoder, old, new)
+    rows = [t.get_vocab()["red"] for t in (old, new)]
+    assert torch.equal(encoder.shared.weight[rows[0]], made.shared.weight[rows[1]])
+    kept = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    assert torch.equal(encoder.state_dict()[kept], made.state_dict()[kept])
+
+
+@pytest.fixture(scope="module")
+def begun(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained toy pipeline to begin with."""
+    from diffusers import WanPipeline
+    from models import (
+        TINY,
+        build_scheduler,
+        build_text_encoder,
+        build_tokenizer,
+        build_transformer,
+        build_vae,
+    )
+
+    tokenizer = build_tokenizer(["rocket"])
+    folder = tmp_path_factory.mktemp("begun")
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=build_text_encoder(TINY, len(tokenizer)),
+        transformer=build_transformer(TINY),
+        vae=build_vae(TINY),
+        scheduler=build_scheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_scenes_are_trained_resumed_distilled_shown_and_exported(
+    archive: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import export_scenes
+    import scene_set
+    import show_scenes
+    import train_scenes
+    from diffusers import WanPipeline
+
+    monkeypatch.setattr(scene_set, "EMOJI", ("red heart", "rocket", "t-rex"))
+    monkeypatch.setattr(show_scenes, "SIDE", 16)
+    monkeypatch.setattr(train_scenes, "WARMUP", 5)
+    common = ["--data", str(archive), "--model", str(begun), "--device", "cpu", "--every", "10"]
+    common += ["--canvas", "32:9:4:1", "--first", "8", "--pool", "8", "--seconds", "100"]
+    out = tmp_path / "run"
+    train_scenes.main([*common, "--out", str(out), "--steps", "30", "--short", "0.3"])
+    train_scenes.main([*common, "--out", str(out), "--steps", "10", "--resume", str(out / "dit"),
+                       "--distil", "3", "--fall", "0", "--show", "32:9:1", "--show-count", "2"])  # fmt: skip
+    lines = [json.loads(line) for line in (out / "scenes.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and lines[2]["loss"] < lines[0]["loss"]
+    assert json.loads((out / "dit" / "state.json").read_text())["step"] == 40
+    assert (out / "32x9-g1.jpg").exists() and (out / "32x9-g1.npz").exists()
+    pipe = export_scenes.pipeline(out / "dit", begun)
+    pipe.save_pretrained(tmp_path / "export")
+    again = WanPipeline.from_pretrained(tmp_path / "export")
+    again.set_progress_bar_config(disable=True)
+    video = again("rocket above a t-rex on a blue background", height=32, width=32, num_frames=5,
+                  num_inference_steps=2, guidance_scale=1.0, output_type="pt").frames  # fmt: skip
+    assert video.shape == (1, 5, 3, 32, 32) and video.isfinite().all()
+    facts = export_scenes.facts()
+    assert facts["scenes"] and len(facts["held_out"]) == 80 and facts["held_out_pairs"]

@@ -1,27 +1,32 @@
 """Prompts of scenes: read, written, and refused in one sentence."""
 
+import json
 from pathlib import Path
 
 import pytest
+from tiny import saved_tiny_wan
 
+from dit_accel.generation.loading import load_pipeline
+from dit_accel.generation.request import Request, arguments
 from dit_accel.scene import Backdrop, Object, Scene, UnknownWords, Vocabulary
 
 WORDS = Vocabulary(("rocket", "red heart", "heart", "owl"), ("red", "blue"))
-BLUE = Backdrop("plain", "blue")
+BLUE, RED = Backdrop("plain", "blue"), Backdrop("plain", "red")
+RAMP, SMALL_ROCKET = Backdrop("ramp", "red", "blue"), Object("rocket", "small")
 
 
 @pytest.mark.parametrize(
     ("prompt", "scene"),
     [
         ("rocket on a blue background", Scene((Object("rocket"),), BLUE)),
-        ("A Red  Heart, on a RED background.", Scene((Object("red heart"),), Backdrop("plain", "red"))),
+        ("A Red  Heart, on a RED background.", Scene((Object("red heart"),), RED)),
         (
             "a small rocket left of an owl on a blue background, moving up",
-            Scene((Object("rocket", "small"), Object("owl")), BLUE, ("left of",), None, "moving up"),
+            Scene((SMALL_ROCKET, Object("owl")), BLUE, ("left of",), motion="moving up"),
         ),
         (
             "large owl at the top on a red to blue background zooming in",
-            Scene((Object("owl", "large"),), Backdrop("ramp", "red", "blue"), (), "at the top", "zooming in"),
+            Scene((Object("owl", "large"),), RAMP, (), "at the top", "zooming in"),
         ),
         (
             "heart and owl below rocket on a dotted red background",
@@ -70,3 +75,15 @@ def test_the_words_of_every_scene_are_in_the_vocabulary():
         (Object("owl", "small"), Object("heart")), BLUE, ("right of",), None, "zooming out"
     )
     assert set(scene.text().replace(",", "").split()) <= WORDS.words()
+
+
+def test_a_model_of_scenes_takes_scenes_only(tmp_path: Path):
+    folder = saved_tiny_wan(tmp_path / "model")
+    pipe, defaults = load_pipeline(folder)
+    other = Request("a field of cows")
+    assert arguments(pipe, defaults, other)["prompt"] == other.prompt
+    facts = {"scenes": True, "held_out": {"rocket": "red"}, "colours": {"blue": [0, 0, 255]}}
+    (folder / "training.json").write_text(json.dumps(facts))
+    arguments(pipe, defaults, Request("rocket on a blue background"))
+    with pytest.raises(ValueError, match='expected one of the 1 emoji .*, got "field of cows"'):
+        arguments(pipe, defaults, other)

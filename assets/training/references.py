@@ -13,22 +13,28 @@ from scene_set import EMOJI
 
 from dit_accel.evaluate.recognition import FILE, References
 
-EVERY, SIDE = 16, 36  # frames 0, 16, 32, 48, 64 of a clip at 36 × 36: 2.1 MB for 80 clips
+EVERY = 16  # frames 0, 16, 32, 48, 64 of a clip
+SIDE, SCENE_SIDE = 16, 36  # 2.2 MB for 438 clips; 2.1 MB for the 80 of scenes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--scenes", action="store_true", help="only the emoji of scenes, larger")
     args = parser.parse_args()
-    clips = Clips.load(args.data, "cpu", stride=EVERY)
+    references = small(args.data, args.scenes)
+    references.save(args.out)
+    print(f"{args.out}: {len(references.names)} clips, {args.out.stat().st_size / 1e6:.1f} MB")
+
+
+def small(data: Path, scenes: bool) -> References:
+    """A few frames of the archive's clips, or of those that scenes are made of."""
+    clips = Clips.load(data, "cpu", stride=EVERY)
     frames = [number * EVERY for number in range(clips.rgba.shape[1])]
-    known = [n for n, name in enumerate(clips.names) if name in EMOJI] or list(
-        range(len(clips.names))
-    )
-    names = [clips.names[n] for n in known]
-    References.of(clips.rgba[known], names, frames, clips.colours, SIDE).save(args.out)
-    print(f"{args.out}: {len(names)} clips, {args.out.stat().st_size / 1e6:.1f} MB")
+    kept = [n for n, name in enumerate(clips.names) if not scenes or name in EMOJI]
+    names, side = [clips.names[n] for n in kept], SCENE_SIDE if scenes else SIDE
+    return References.of(clips.rgba[kept], names, frames, clips.colours, side)
 
 
 if __name__ == "__main__":

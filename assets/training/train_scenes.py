@@ -24,6 +24,7 @@ from muon import optimizers
 from pool import Canvas, Pool
 from run_state import Average, Log, Progress, load, restart, save
 from scene_flow import Flow
+from squeeze import restore
 
 PLAIN = ("condition_embedder", "patch_embedding", "proj_out", "shared", "relative_attention")
 SHORT = 3  # latent frames of a short step: nine frames
@@ -59,7 +60,8 @@ class Run:
         self.average = Average(self.flow.parts, decay=args.average)
         self.progress = Progress()
         if args.resume:
-            tensors, self.progress, _ = load(args.resume)
+            found = restore(args.resume) if args.resume.is_file() else load(args.resume)
+            tensors, self.progress, _ = found
             self.average.load(tensors)
         restart(self.progress)
         act = whole_clip.norm_silu
@@ -164,7 +166,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/emoji"))
     parser.add_argument("--model", type=Path, default=Path("assets/emoji"), help="to begin with")
     parser.add_argument("--out", type=Path, default=Path("data/scenes"))
-    parser.add_argument("--resume", type=Path, help="checkpoint folder of a run before")
+    parser.add_argument("--resume", type=Path, help="checkpoint, or file of squeeze.py")
     parser.add_argument("--seconds", type=float, default=560.0)
     parser.add_argument("--steps", type=int, default=10**9, help="at most so many")
     parser.add_argument("--canvas", type=canvas, action="append", required=True)

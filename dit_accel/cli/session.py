@@ -122,7 +122,7 @@ def open_study(
 ) -> Any:
     """The pipeline of these options, and what is known of it in the folder `output`."""
     from dit_accel.evaluate import Study
-    from dit_accel.evaluate.recognition import Recogniser
+    from dit_accel.evaluate.scenes import recogniser
     from dit_accel.generation.loading import EMBEDDED_NAME
 
     check_folder(output)
@@ -135,7 +135,7 @@ def open_study(
         output,
         where.model or EMBEDDED_NAME,
         batch=batch,
-        recogniser=Recogniser.of(where.model, pipe._execution_device),
+        recogniser=recogniser(where.model, pipe._execution_device),
     )
 
 

@@ -121,10 +121,6 @@ class Recogniser:
         known = json.loads(facts.read_text("utf-8")) if facts.is_file() else {}
         found = References.load(FILE, known.get("colours"))
         placed = References(found.rgba.to(device), found.names, found.frames, found.colours)
-        if known.get("scenes"):
-            from dit_accel.evaluate.scenes import SceneRecogniser
-
-            return SceneRecogniser(placed, 1)
         return cls(placed, known.get("frame_stride", 1))
 
     def judge(self, prompts: Sequence[str], clips: Sequence[Tensor]) -> list[dict[str, bool]]:

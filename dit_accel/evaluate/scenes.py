@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from dit_accel.evaluate import backdrop
 from dit_accel.evaluate.recognition import Recogniser, small
 from dit_accel.evaluate.sighting import SIDE, SIZES, Frame, Sighting
+from dit_accel.generation.loading import EMBEDDED
 from dit_accel.scene import Backdrop, Scene, UnknownWords, Vocabulary
 
 EXPLAINED = 0.35  # least share of a difference that makes a sighting an object
@@ -92,6 +94,14 @@ class SceneRecogniser(Recogniser):
                 for f in found
             ])  # fmt: skip
         return _direction(*ends)
+
+
+def recogniser(model: str | Path | None, device: torch.device | str = "cpu") -> Recogniser | str:
+    """For the embedded model, scenes or not; for another the sentence why there is none."""
+    found = Recogniser.of(model, device)
+    if isinstance(found, str) or Vocabulary.load(EMBEDDED) is None:
+        return found
+    return SceneRecogniser(found.references, 1)
 
 
 def _placed(scene: Scene, boxes: dict[str, Sighting]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dit_accel.generation.loading import Defaults
 from dit_accel.inputs import fields
 from dit_accel.pipelines.registry import transformers_of
 from dit_accel.samplers.grids import Sampler
+from dit_accel.scene import Vocabulary
 
 _ARGUMENTS = {
     "height": "height",
@@ -68,7 +70,13 @@ class Request:
 
 
 def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:
-    """Keyword arguments of the pipeline's call; ValueError for what it cannot take."""
+    """Keyword arguments of the pipeline's call; ValueError for what it cannot take.
+
+    A model that was trained on scenes takes prompts of its grammar only (dit_accel.scene).
+    """
+    folder = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+    if folder and (vocabulary := Vocabulary.load(Path(folder))):
+        vocabulary.read(request.prompt)
     known = inspect.signature(type(pipe).__call__).parameters
     kind = type(pipe).__name__
     asked = {}

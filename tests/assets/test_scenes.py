@@ -80,7 +80,7 @@ def test_noise_levels_reach_the_top() -> None:
 
     torch.manual_seed(0)
     levels = noise_levels(4000, torch.device("cpu"))
-    assert 0 < levels.min() and levels.max() <= 1
+    assert levels.min() > 0 and levels.max() <= 1
     assert (levels > 0.99).float().mean() > 0.08 and (levels < LAYOUT).float().mean() > 0.25
 
 
@@ -137,9 +137,10 @@ def test_scenes_are_trained_resumed_distilled_shown_and_exported(
     common = ["--data", str(archive), "--model", str(begun), "--device", "cpu", "--every", "10"]
     common += ["--canvas", "32:9:4:1", "--first", "8", "--pool", "8", "--seconds", "100"]
     out = tmp_path / "run"
-    train_scenes.main([*common, "--out", str(out), "--steps", "30", "--short", "0.3"])
-    train_scenes.main([*common, "--out", str(out), "--steps", "10", "--resume", str(out / "dit"),
-                       "--distil", "3", "--fall", "0", "--show", "32:9:1", "--show-count", "2"])  # fmt: skip
+    common += ["--out", str(out)]
+    train_scenes.main([*common, "--steps", "30", "--short", "0.3"])
+    more = ["--steps", "10", "--resume", str(out / "dit"), "--distil", "3", "--fall", "0"]
+    train_scenes.main([*common, *more, "--show", "32:9:1", "--show-count", "2"])
     lines = [json.loads(line) for line in (out / "scenes.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and lines[2]["loss"] < lines[0]["loss"]
     assert json.loads((out / "dit" / "state.json").read_text())["step"] == 40
@@ -151,5 +152,49 @@ def test_scenes_are_trained_resumed_distilled_shown_and_exported(
     video = again("rocket above a t-rex on a blue background", height=32, width=32, num_frames=5,
                   num_inference_steps=2, guidance_scale=1.0, output_type="pt").frames  # fmt: skip
     assert video.shape == (1, 5, 3, 32, 32) and video.isfinite().all()
+    _is_evaluated(tmp_path / "export", archive, export_scenes.GENERATION, monkeypatch)
     facts = export_scenes.facts()
     assert facts["scenes"] and len(facts["held_out"]) == 80 and facts["held_out_pairs"]
+
+
+def _is_evaluated(model: Path, data: Path, call: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    import evaluate_scenes
+
+    call = call | {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
+    (model / "generation.json").write_text(json.dumps(call))
+    out, picture = model / "report.json", model / "grid.png"
+    command = ["evaluate_scenes.py", "--model", model, "--data", data, "--out", out]
+    command += ["--count", "4", "--batch", "2", "--grid", picture, "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    evaluate_scenes.main()
+    report = json.loads(out.read_text())
+    assert report["trained"]["prompts"] == report["held_out"]["prompts"] == 2
+    assert report["trained"]["emoji"] == 0 and picture.exists()
+
+
+def test_a_squeezed_checkpoint_is_restored(tmp_path: Path) -> None:
+    from run_state import Progress
+    from squeeze import STEP, restore, squeeze
+
+    torch.manual_seed(0)
+    tensors = {
+        "a.weight": torch.randn(200, 160) * 0.02,
+        "a.bias": torch.randn(200),
+        "b.weight": torch.randn(8, 300, 2, 2, 4),
+        "shared.weight": torch.randn(300, 200),
+    }
+    file = tmp_path / "small"
+    file.write_bytes(squeeze(tensors, Progress(7, 1.5), {"scenes": True}))
+    again, progress, extra = restore(file)
+    assert (progress, extra) == (Progress(7, 1.5), {"scenes": True})
+    assert again.keys() == tensors.keys()
+    for name in ("a.weight", "b.weight"):
+        error = (again[name] - tensors[name]).norm() / tensors[name].norm()
+        assert again[name].shape == tensors[name].shape and error < 1.02 * STEP / 12**0.5
+    assert torch.equal(again["shared.weight"], tensors["shared.weight"].bfloat16())
+    whole = sum(t.numel() for n, t in tensors.items() if n in ("a.weight", "b.weight"))
+    exact = sum(2 * t.numel() for n, t in tensors.items() if n not in ("a.weight", "b.weight"))
+    assert file.stat().st_size - exact < 0.5 * whole
+    file.write_bytes(b"hello there, no file")
+    with pytest.raises(ValueError, match="file of squeeze.py"):
+        restore(file)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from dit_accel.evaluate import backdrop
 from dit_accel.evaluate.recognition import References
 from dit_accel.evaluate.scenes import SceneRecogniser
-from dit_accel.scene import Backdrop
+from dit_accel.inputs.scene import Backdrop
 
 COLOURS = {"red": (229, 57, 53), "blue": (30, 136, 229), "white": (250, 250, 250)}
 NAMES = ["ball", "bar", "cross"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dit_accel.evaluate import backdrop
-from dit_accel.scene import Scene
+from dit_accel.inputs.scene import Scene
 
 
 @dataclass(frozen=True)

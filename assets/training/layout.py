@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from dit_accel.scene import Scene
+from dit_accel.inputs.scene import Scene
 
 RANGES = {1: (0.36, 0.8), 2: (0.3, 0.52), 3: (0.25, 0.36)}  # side of an object, by their number
 LARGEST_PIXELS = 320

@@ -14,7 +14,7 @@ from layout import arrange
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dit_accel.scene import split
+from dit_accel.inputs.scene import split
 
 TEXT_POSITIONS = 32
 

@@ -12,7 +12,7 @@ from models import build_scheduler, build_word_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from dit_accel.scene import Vocabulary
+from dit_accel.inputs.scene import Vocabulary
 
 SHIFT = 3.0
 LAYOUT = 0.85  # noise level above which words decide, and data teach

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from emoji_set import COLOURS, held_out
 
-from dit_accel.scene import MOTIONS, PATTERNS, PLACES, Backdrop, Object, Scene, Vocabulary
+from dit_accel.inputs.scene import MOTIONS, PATTERNS, PLACES, Backdrop, Object, Scene, Vocabulary
 
 EMOJI = tuple((Path(__file__).parent / "scene_emoji.txt").read_text().splitlines())
 VOCABULARY = Vocabulary(EMOJI, tuple(COLOURS))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dit_accel.scene import PATTERNS, Backdrop
+from dit_accel.inputs.scene import PATTERNS, Backdrop
 
 PERIOD = 64.0  # pixels between stripes and between dots, on every canvas
 _EDGE = 6.0

@@ -16,7 +16,7 @@ from dit_accel.evaluate import backdrop
 from dit_accel.evaluate.recognition import Recogniser, small
 from dit_accel.evaluate.sighting import SIDE, SIZES, Frame, Sighting
 from dit_accel.generation.loading import EMBEDDED
-from dit_accel.scene import Backdrop, Scene, UnknownWords, Vocabulary
+from dit_accel.inputs.scene import Backdrop, Scene, UnknownWords, Vocabulary
 
 EXPLAINED = 0.35  # least share of a difference that makes a sighting an object
 EXTRA = 0.3  # of the least object's explained error: what explains more is one too many

@@ -12,9 +12,9 @@ import torch
 from dit_accel.generation.limits import LONGEST, check_limits
 from dit_accel.generation.loading import Defaults
 from dit_accel.inputs import fields
+from dit_accel.inputs.scene import Vocabulary
 from dit_accel.pipelines.registry import transformers_of
 from dit_accel.samplers.grids import Sampler
-from dit_accel.scene import Vocabulary
 
 _ARGUMENTS = {
     "height": "height",
@@ -72,7 +72,7 @@ class Request:
 def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:
     """Keyword arguments of the pipeline's call; ValueError for what it cannot take.
 
-    A model that was trained on scenes takes prompts of its grammar only (dit_accel.scene).
+    A model that was trained on scenes takes prompts of its grammar only (dit_accel.inputs.scene).
     """
     folder = getattr(getattr(pipe, "config", None), "_name_or_path", None)
     if folder and (vocabulary := Vocabulary.load(Path(folder))):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_accel.scene import Backdrop, Object, Scene
+from dit_accel.inputs.scene import Backdrop, Object, Scene
 
 
 def _random(seed: int = 0) -> random.Random:
@@ -18,7 +18,7 @@ def test_drawn_scenes_are_prompts_and_none_is_held_out() -> None:
     import scene_set
     from pool import TEXT_POSITIONS
 
-    from dit_accel.scene import split
+    from dit_accel.inputs.scene import split
 
     rng, held = _random(), 0
     for number in range(200):

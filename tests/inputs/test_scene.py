@@ -8,7 +8,7 @@ from tiny import saved_tiny_wan
 
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request, arguments
-from dit_accel.scene import Backdrop, Object, Scene, UnknownWords, Vocabulary
+from dit_accel.inputs.scene import Backdrop, Object, Scene, UnknownWords, Vocabulary
 
 WORDS = Vocabulary(("rocket", "red heart", "heart", "owl"), ("red", "blue"))
 BLUE, RED = Backdrop("plain", "blue"), Backdrop("plain", "red")

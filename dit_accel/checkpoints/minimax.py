@@ -29,7 +29,7 @@ def is_low_rank(source: Source) -> bool:
 
 def renamed(source: Source) -> dict[str, Entry]:
     """Whole weights by diffusers' names."""
-    return _renamed({bare(name): entry for name, entry in source.entries.items()})
+    return by_diffusers_names({bare(name): entry for name, entry in source.entries.items()})
 
 
 def changes(source: Source, alpha: float | None) -> tuple[dict[str, Entry], list[str], list[str]]:
@@ -37,7 +37,7 @@ def changes(source: Source, alpha: float | None) -> tuple[dict[str, Entry], list
     edits, unused = read(source, bare, alpha)
     found = {name: edit.change() for name, edit in edits.items() if edit.set is None}
     used = [name for edit in edits.values() for name in edit.names]
-    return _renamed(found), used, [*unused, *source.strangers]
+    return by_diffusers_names(found), used, [*unused, *source.strangers]
 
 
 def replacements(edits: dict[str, Edit]) -> dict[str, Entry]:
@@ -45,7 +45,7 @@ def replacements(edits: dict[str, Edit]) -> dict[str, Entry]:
     return {name: edit.set for name, edit in edits.items() if edit.set is not None}
 
 
-def _renamed(entries: dict[str, Entry]) -> dict[str, Entry]:
+def by_diffusers_names(entries: dict[str, Entry]) -> dict[str, Entry]:
     """By diffusers' names; fused projections of the published files come apart as diffusers takes
     them apart, which is linear and so right for changes too."""
     from diffusers.loaders.single_file_utils import (

@@ -13,7 +13,7 @@ from dit_accel.checkpoints import minimax, names
 from dit_accel.checkpoints.content import Checkpoint
 from dit_accel.checkpoints.files import Source
 
-FAMILIES = ("converted", "turbowan", "sla_difference", "h3_turbo")
+FAMILIES = ("converted", "turbowan", "sla_difference", "fasth3", "h3_turbo", "fastwan")
 
 
 def of(source: Source) -> ModuleType:

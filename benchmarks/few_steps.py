@@ -1,0 +1,87 @@
+"""Few steps on the embedded model: what each method and warm-up keeps of the dense clip.
+
+    python benchmarks/few_steps.py -o benchmarks/results/few-steps.json --steps 4 8 --prompts 2
+
+Each row is held against the dense clip of as many steps and against that of 20. A clip that is
+measured is not measured again. Times are of whatever else the machine does, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dit_accel import SLA, Pooled, Schedule, SharedResidual, TopK, accelerated
+from dit_accel.config import AccelConfig, resolve
+from dit_accel.evaluate.recognition import Recogniser
+from dit_accel.generation import Boost, Request, generate, load_pipeline
+from dit_accel.generation.loading import EMBEDDED
+from dit_accel.inputs.prompts import read_prompts
+from dit_accel.machine import describe
+from dit_accel.media.quality import quality
+
+TUNED = EMBEDDED.parent / "emoji-sla"
+FULL = 20
+
+
+def rows() -> dict[str, tuple[AccelConfig | None, Boost]]:
+    """Name → configuration; a warm-up of one step, of none."""
+    methods = {
+        "topk 30%": TopK(keep=0.3),
+        "pooled 30%": Pooled(keep=0.3),
+        "pooled 10%": Pooled(keep=0.1),
+        "shared 10%": SharedResidual(keep=0.1),
+    }
+    found: dict[str, tuple[AccelConfig | None, Boost]] = {"dense": (None, Boost())}
+    for warmup in (0, 1):
+        for name, method in methods.items():
+            config = AccelConfig(method, Schedule(warmup=warmup), min_tokens=0)
+            found[f"{name}, warm-up {warmup}"] = config, Boost()
+    sla = resolve(TUNED / "preset.json")
+    assert isinstance(sla.method, SLA)
+    found["sla 5%, fine-tuned, warm-up 0"] = replace(sla, min_tokens=0), Boost(lora=f"{TUNED}/lora")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+    pipe, defaults = load_pipeline(None, asked.device, "fp32" if asked.device == "cpu" else "bf16")
+    judge = Recogniser.of(None, asked.device)
+    data: dict[str, Any] = {"machine": describe(asked.device), "clips": []}
+    if asked.output.is_file():
+        data = json.loads(asked.output.read_text())
+    known = {(c["prompt"], c["steps"], c["row"]) for c in data["clips"]}
+    prompts = read_prompts(EMBEDDED.parent / "prompts-tuning.txt")[: asked.prompts]
+    for prompt in prompts:
+        best = None
+        for steps in asked.steps:
+            dense = None
+            for name, (config, boost) in rows().items():
+                if (prompt, steps, name) in known:
+                    continue
+                best = best or generate(pipe, defaults, Request(prompt, steps=FULL))
+                dense = dense or generate(pipe, defaults, Request(prompt, steps=steps))
+                clip, kept = dense, 1.0
+                if config is not None:
+                    with boost.adapted(pipe), accelerated(pipe, config) as handle:
+                        clip = generate(pipe, defaults, Request(prompt, steps=steps))
+                        kept = handle.report().kept
+                line = {"prompt": prompt, "steps": steps, "row": name, "kept": kept}
+                line["psnr"] = None if clip is dense else quality(dense.frames, clip.frames).psnr
+                line["psnr20"] = quality(best.frames, clip.frames).psnr
+                line |= judge.judge([prompt], [clip.frames])[0]
+                data["clips"].append(line)
+                asked.output.write_text(json.dumps(data, indent=1) + "\n")
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from dit_accel.cli.batch import batch
 from dit_accel.cli.bench import bench
 from dit_accel.cli.command import Several, grouped
 from dit_accel.cli.compare import compare
+from dit_accel.cli.convert import convert
 from dit_accel.cli.doctor import doctor
 from dit_accel.cli.evaluate import evaluate
 from dit_accel.cli.finetune import finetune
@@ -61,7 +62,7 @@ def root(
         print(context.get_help())
 
 
-for command in (generate, compare, batch, evaluate, tune, doctor, methods, show):
+for command in (generate, compare, batch, evaluate, tune, doctor, convert, methods, show):
     app.command()(grouped(command))
 app.command(cls=Several)(grouped(bench))
 app.command("app")(grouped(page))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,8 +89,6 @@ class BlockTable:
         block_q, block_k: tokens in a query and in a key block; the last block may be short.
         n_q, n_k: tokens, so Mq = ceil(n_q / block_q) and Mk = ceil(n_k / block_k).
         bits: the same, where known.
-        order: int32 [B·H·Mq], the rows as programs take them: where they are unequal, the longest
-            first (LeanAttention's even load, arXiv 2405.10480). None: as they stand.
 
     Raises ValueError for shapes that do not fit together, TypeError for another dtype.
     """
@@ -102,7 +100,6 @@ class BlockTable:
     n_q: int
     n_k: int
     bits: BlockBits | None = None
-    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
@@ -131,11 +128,6 @@ class BlockTable:
                 f"the bits of this table are words {list(words)}, not "
                 f"{list(self.bits.words.shape)}: a table that is changed leaves them out"
             )
-
-    def longest_first(self) -> BlockTable:
-        """The same with its order; does not wait for the device."""
-        order = self.counts.flatten().argsort(descending=True, stable=True)
-        return replace(self, order=order.int())
 
     @property
     def query_blocks(self) -> int:

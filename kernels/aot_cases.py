@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def table(block_q: int, block_k: int, ordered: bool = False) -> BlockTable:
+def table(block_q: int, block_k: int) -> BlockTable:
     """A table without memory, for the shape of this file."""
     batch, heads, n = _SHAPE
     rows = block_count(n, block_q)
     indices = empty(batch, heads, rows, _KEPT, dtype=torch.int32)
-    counts = empty(batch, heads, rows, dtype=torch.int32)
-    order = empty(batch * heads * rows, dtype=torch.int32) if ordered else None
-    return BlockTable(indices, counts, block_q, block_k, n, n, order=order)
+    return BlockTable(indices, empty(batch, heads, rows, dtype=torch.int32), block_q, block_k, n, n)
 
 
 def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
@@ -65,12 +64,11 @@ def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
 def forward_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
 ) -> tuple[Any, dict[str, Any]]:
-    """The forward kernel; `extra` is "", "pool", "rectify", "order" (rectify, and rows taken in an
-    order) or, where specialized, "linear"."""
+    """The forward kernel; `extra` is "", "pool", "rectify" or, where specialized, "linear"."""
     batch, heads, n = _SHAPE
     block_k = launch.tile if launch.specialized else launch.block
     block_k = 64 if launch.pairs else block_k
-    x, kept = tokens(head_dim, dtype), table(launch.block, block_k, extra == "order")
+    x, kept = tokens(head_dim, dtype), table(launch.block, block_k)
     rows = kept.query_blocks
     means = empty(batch, heads, 640, head_dim, dtype=dtype)
     pool = (means, means, empty(batch, heads, rows, 20, dtype=torch.int32))
@@ -78,7 +76,7 @@ def forward_case(
     lse = empty(batch, heads, n) if extra != "linear" else None
     call = (
         x, x, x, x, lse, kept, launch, None, None,
-        pool if extra == "pool" else None, rectify if extra in ("rectify", "order") else None,
+        pool if extra == "pool" else None, rectify if extra == "rectify" else None,
     )  # fmt: skip
     if launch.specialized:
         state = empty(batch, heads, head_dim, head_dim, dtype=dtype)
@@ -179,7 +177,7 @@ def levels_case(
     return sub_kernels._block_levels_fwd_kernel, {
         "q": mean, "k": mean, "level": empty(*_SHAPE[:2], rows, 512), "kv_len": None,
         "n_k": _SHAPE[2], "i_first": 0, "n_heads": 12, "m_q": rows, "m_k": rows, "m_pad": 512,
-        "d": head_dim, "span": 512, "scale": 0.1, "SIZE": 64 // parts, "PARTS": parts,
+        "d": head_dim, "scale": 0.1, "SIZE": 64 // parts, "PARTS": parts,
         "TILE_Q": launch.block, "TILE_K": launch.tile, "D": 1 << (head_dim - 1).bit_length(),
         "STAGES": launch.stages, "PRECISION": launch.precision,
     }  # fmt: skip
@@ -322,6 +320,7 @@ CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
     "pool": pool_case,
     "means": means_case,
     "spreads": means_case,
+    "parts": partial(means_case, extra="parts"),
     "scores": scores_case,
     "levels": levels_case,
     "select": select_case,
@@ -368,7 +367,6 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         if "hopper+@90" in wanted:
             yield row, 128, {"extra": "pool"}
             yield row, 128, {"extra": "rectify"}
-            yield row, 128, {"extra": "order"}
             yield row, 64, {}
             if row.block == 128:
                 yield row, 128, {"extra": "linear"}
@@ -381,6 +379,7 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {"extra": "parts"}
         if row.op in ("means", "spreads") and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
+        if row.op == "spreads" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "parts"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "keys"}
@@ -389,7 +388,6 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
             yield row, row.head_dim, {"extra": "rectify"}
-            yield row, row.head_dim, {"extra": "order"}
             served = [d for d in (80, 96) if _serves(row, d)]
             yield from ((row, d, {}) for d in served)
 

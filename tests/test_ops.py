@@ -236,12 +236,11 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     options = ([0.5, 0.4], 64, 64, 130, 150, None, length, None, None, 0.0, None, 0)
     torch.library.opcheck(tables.choose_blocks, (scores, *options))
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
-    order = table.longest_first().order if means else None
-    tensors, rest = (q, k, v, table.indices, table.counts, order), (64, 64, 0.25)
+    tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)
     torch.library.opcheck(registration.block_sparse_attention, (*tensors, *rest, length, None))
     given = (known.k, table.bits.words) if means else (None, None)
     torch.library.opcheck(registration.pooled_attention, (*tensors, *given, *rest, length, None))
-    tensors = [None if x is None else x.detach() for x in tensors]
+    tensors = [x.detach() for x in tensors]
     known = [known.q, known.k, known.q_far, known.k_far][: 2 * (means + spreads)]
     rest = (known, given[1], *rest, spreads, length, None)
     torch.library.opcheck(registration.rectified_attention, (*tensors, *rest))

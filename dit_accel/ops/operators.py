@@ -7,8 +7,6 @@ dit_accel/kernels serves a call is decided by dit_accel.ops.dispatch.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -94,13 +92,10 @@ def block_table(
         q.detach(), k.detach(), shares, block_q, block_k, forced, length, limit, max_forced,
         *critical, return_means, spreads, parts
     )  # fmt: skip
-    table = BlockTable(indices, counts, *sizes)
-    unequal = mass > 0 or len(set(shares)) > 1
-    table = table.longest_first() if unequal else table
     if not return_means:
-        return table
+        return BlockTable(indices, counts, *sizes)
     words, *means = known
-    table = replace(table, bits=BlockBits(words, kv_len))
+    table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
     return table, BlockMeans(*means, kv_len=kv_len)
 
 
@@ -138,9 +133,7 @@ def choose_blocks(
         scores.detach(), shares, *sizes, forced, length, limit, max_forced, float(mass), near,
         max_near,
     )  # fmt: skip
-    table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
-    unequal = mass > 0 or len(set(shares)) > 1
-    return table.longest_first() if unequal else table
+    return BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
 
 
 def _words(k: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> Tensor | None:
@@ -184,9 +177,8 @@ def block_sparse_attention(
     sizes = (table.block_q, table.block_k)
     run = library.int8_attention if precision == "int8" else library.block_sparse_attention
     out, lse = run(
-        q, k, v, table.indices, table.counts, table.order, *sizes, default_scale(scale, q), length,
-        limit,
-    )  # fmt: skip
+        q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
+    )
     return (out, lse) if return_lse else out
 
 
@@ -299,8 +291,7 @@ def pooled_attention(
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
     known = (None if means is None else means.k, _words(k, table, kv_len))
-    rows = (table.indices, table.counts, table.order)
-    return library.pooled_attention(q, k, v, *rows, *known, *sizes)[0]
+    return library.pooled_attention(q, k, v, table.indices, table.counts, *known, *sizes)[0]
 
 
 def rectified_attention(
@@ -333,5 +324,5 @@ def rectified_attention(
     sizes = (table.block_q, table.block_k, default_scale(scale, q), gapr, length, limit)
     known = [] if means is None else [means.q, means.k]
     known += [means.q_far, means.k_far] if known and gapr else []
-    rows = (table.indices, table.counts, table.order)
-    return library.rectified_attention(q, k, v, *rows, known, _words(k, table, kv_len), *sizes)
+    words = _words(k, table, kv_len)
+    return library.rectified_attention(q, k, v, table.indices, table.counts, known, words, *sizes)

@@ -66,15 +66,13 @@ def _attention_op(name: str) -> torch.library.CustomOpDef:
         v: Tensor,
         indices: Tensor,
         counts: Tensor,
-        order: Tensor | None,
         block_q: int,
         block_k: int,
         scale: float,
         length: Tensor | None,
         limit: int | None,
     ) -> tuple[Tensor, Tensor]:
-        sizes = (block_q, block_k, q.shape[2], k.shape[2])
-        table = BlockTable(indices, counts, *sizes, order=order)
+        table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
         kv_len = limit if length is None else length
         fn = dispatch.select(name, q, block_q=block_q, block_k=block_k).fn
         out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
@@ -120,7 +118,6 @@ def pooled_attention(
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
-    order: Tensor | None,
     k_mean: Tensor | None,
     words: Tensor | None,
     block_q: int,
@@ -131,7 +128,7 @@ def pooled_attention(
 ) -> tuple[Tensor, Tensor]:
     kv_len = limit if length is None else length
     bits = None if words is None else BlockBits(words, kv_len)
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits, order)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
     fn = dispatch.select("pooled_attention", q, block_q=block_q, block_k=block_k).fn
     out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len, k_mean=k_mean)
     return _laid_out_as(q, out), lse
@@ -152,7 +149,6 @@ def rectified_attention(
     v: Tensor,
     indices: Tensor,
     counts: Tensor,
-    order: Tensor | None,
     means: list[Tensor],
     words: Tensor | None,
     block_q: int,
@@ -164,7 +160,7 @@ def rectified_attention(
 ) -> Tensor:
     kv_len = limit if length is None else length
     bits = None if words is None else BlockBits(words, kv_len)
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits, order)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
     fn = dispatch.select("rectified_attention", q, block_q=block_q, block_k=block_k).fn
     known = BlockMeans(*means, kv_len=kv_len) if means else None
     return _laid_out_as(q, fn(q, k, v, table, scale, gapr=gapr, kv_len=kv_len, means=known))

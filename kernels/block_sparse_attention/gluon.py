@@ -135,7 +135,7 @@ def forward(
         "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], rows, 64),
         "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], rows, 64),
         "lse": lse, "bits": bits, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
-        "indices": indices, "counts": counts, "order": table.order, "n_q": n_q, "n_valid": n_valid,
+        "indices": indices, "counts": counts, "n_q": n_q, "n_valid": n_valid,
         "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": n_rows,
         "n_pool": live, "n_pool_tiles": pool_tiles,
         "n_words": 0 if bits is None else bits.shape[-1],

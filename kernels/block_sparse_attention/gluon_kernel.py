@@ -38,7 +38,6 @@ from dit_accel.kernels.block_sparse_attention.gluon_parts import (
     finish,
     group,
     place,
-    taken,
     tiles,
     whole,
     words,
@@ -52,7 +51,7 @@ def _produce(
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
-    indices, counts, order, width, n_q, n_valid, m_q, n_heads, n_rows = table
+    indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, n_words, last, scale = sizes
     PARTS: gl.constexpr = q_s.shape[0]
     D: gl.constexpr = q_s.shape[2]
@@ -64,13 +63,13 @@ def _produce(
     first, step = gl.program_id(0), gl.num_programs(0)
     g, phase = 0, 0
     v_b, v_h, v_0, v_1, v_pool = 0, 0, n_valid, n_valid, 0
-    n_next = gl.load(counts + taken(order, first))
+    n_next = gl.load(counts + first)
     # one step more than rows: see _consume
     for i_step in range(first, n_rows + step, step):
         live = i_step < n_rows
-        i_row = taken(order, gl.minimum(i_step, n_rows - 1))
+        i_row = gl.minimum(i_step, n_rows - 1)
         n_kept = gl.where(live, n_next, 0)
-        n_next = gl.load(counts + taken(order, gl.minimum(i_step + step, n_rows - 1)))
+        n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
         n_tiles, n_groups, _ = tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
@@ -230,7 +229,7 @@ def _consume(
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
-    indices, counts, order, width, n_q, n_valid, m_q, n_heads, n_rows = table
+    indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, n_words, last, scale = sizes
     total, bias, eps = linear
     PARTS: gl.constexpr = q_s.shape[0]
@@ -250,14 +249,13 @@ def _consume(
     b_l = gl.zeros([64], gl.float32, ROW)
     first, step = gl.program_id(0), gl.num_programs(0)
     g, phase = 0, 0
-    i_next = taken(order, first)
-    n_kept = gl.load(counts + i_next)
-    p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
+    n_kept = gl.load(counts + first)
+    p_last = indices + first.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
     n_left = n_valid - gl.load(p_last) * BLOCK_K
     mbarrier.wait(full.index(0), 0)
     # a step starts its row and finishes the one before, so that there is one step more than rows
-    for i_step in range(first, n_rows + step, step):
-        live = i_step < n_rows
+    for i_row in range(first, n_rows + step, step):
+        live = i_row < n_rows
         n_kept = gl.where(live, n_kept, 0)
         n_tiles, _, n_first = tiles(n_left, n_kept, ROWS, SPLIT, TILE // ROWS)
         mbarrier.wait(q_full, phase)
@@ -271,8 +269,8 @@ def _consume(
             g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, ring, scale
         )
         g += 1
-        if i_step >= step:
-            i_done = taken(order, i_step - step)
+        if i_row >= step:
+            i_done = i_row - step
             i_q = (i_done % m_q * PARTS + PART) * 64
             finish(
                 d_o, o_s.index(PART), lse, ratio, shift, bias, b_o, b_m, b_l, i_done, i_q, n_q,
@@ -281,11 +279,10 @@ def _consume(
         b_o = gl.zeros([64, D], gl.float32, MMA_O)
         b_m, b_l = b_m1, b_l1
         # read early what the next step needs: the tiles of this row hide the latency
-        i_next = taken(order, gl.minimum(i_step + step, n_rows - 1))
+        i_next = gl.minimum(i_row + step, n_rows - 1)
         n_kept = gl.load(counts + i_next)
         if bits is not None:
-            i_row = taken(order, gl.minimum(i_step, n_rows - 1))
-            p_bits = bits + i_row.to(gl.int64) * n_words
+            p_bits = bits + gl.minimum(i_row, n_rows - 1).to(gl.int64) * n_words
             w = words(p_bits, TILE)
         for _ in range(1, n_tiles):
             b_p, b_a, b_m, b_l, b_o = _step(
@@ -305,7 +302,7 @@ def _consume(
                 g += 1
         if total is not None:  # noqa: SIM102 (known to the compiler, unlike the next)
             if live:
-                p_z = total + (taken(order, i_step) // m_q).to(gl.int64) * D
+                p_z = total + (i_row // m_q).to(gl.int64) * D
                 b_p, b_l, b_o = _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI)
                 g += 1
         p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
@@ -319,7 +316,7 @@ _SIZES += ["n_words", "last"]
 
 @gluon.jit(do_not_specialize=_SIZES)
 def _block_sparse_attention_hopper_fwd_kernel(
-    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, bits, ratio, shift, total, bias, indices, counts, order,
+    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, bits, ratio, shift, total, bias, indices, counts,
     n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, n_words, last,
     scale, eps,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
@@ -349,7 +346,7 @@ def _block_sparse_attention_hopper_fwd_kernel(
     copied = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     k_s, v_s = whole(k_s, TILE, D, SHARED), whole(v_s, TILE, D, SHARED)
     memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
-    table = (indices, counts, order, width, n_q, n_valid, m_q, n_heads, n_rows)
+    table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, n_words, last, scale)
     linear = (total, bias, eps)
     if PARTS == 2:

@@ -20,15 +20,6 @@ def place(i_row, m_q, n_heads):
 
 
 @gluon.jit
-def taken(order, i):
-    """The row of the table that is taken as the i-th."""
-    if order is None:
-        return i
-    else:
-        return gl.load(order + i)
-
-
-@gluon.jit
 def tiles(n_left, n_kept, ROWS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.constexpr):
     """Tiles of a row, its groups, and the valid tokens of its last tile, given those after the
     start of its last block; a row without a block has one tile without a token."""

@@ -54,7 +54,7 @@ def _store_tile(p_o, b_o, p_c, o_q, n_q):
 
 @triton.jit(do_not_specialize=["n_q", "n_k", "n_pool", "width"])
 def _block_sparse_attention_fwd_kernel(
-    q, k, v, desc_k, desc_v, o, lse, indices, counts, order, kv_len,
+    q, k, v, desc_k, desc_v, o, lse, indices, counts, kv_len,
     s_q, s_k, s_v, s_o, n_q, n_k, width, scale,
     pool_k, pool_v, bits, n_pool, ratio, shift,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, D0: tl.constexpr,
@@ -62,12 +62,6 @@ def _block_sparse_attention_fwd_kernel(
     PADDED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if order is not None:
-        i_row = (i_b * tl.num_programs(1) + i_h) * tl.num_programs(0) + i_m
-        i_row = tl.load(order + i_row)
-        i_m = i_row % tl.num_programs(0)
-        i_h = i_row // tl.num_programs(0) % tl.num_programs(1)
-        i_b = i_row // (tl.num_programs(0) * tl.num_programs(1))
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
     i_row = i_bh * tl.num_programs(0) + i_m
     n_valid = n_k
@@ -236,7 +230,7 @@ def forward(
     arguments = {
         "q": q, "k": k, "v": v, "desc_k": descriptors[0], "desc_v": descriptors[1], "o": out,
         "lse": lse,
-        "indices": indices, "counts": table.counts.contiguous(), "order": table.order, **limits,
+        "indices": indices, "counts": table.counts.contiguous(), **limits,
         "s_q": q.stride(), "s_k": k.stride(), "s_v": v.stride(), "s_o": out.stride(),
         "n_q": q.shape[2], "width": width, "scale": log2_scale(scale, q),
         "pool_k": pool_k, "pool_v": pool_v, "bits": bits,

@@ -37,21 +37,23 @@ def mean_and_spread(
     p_x = x_x + o_n[:, None] * s_x[2] + o_d[None, :] * s_x[3]
     b_x = tl.load(p_x, mask=m_x, other=0.0)
     size = tl.clamp((n_valid - i_m * BLOCK).to(tl.float32), 1.0, BLOCK)
-    # [BLOCK, C] -> [C]
-    b_mean = tl.sum(b_x.to(tl.float32), 0) / size
+    if sub is not None:
+        SIZE: tl.constexpr = BLOCK // PARTS
+        o_p = tl.arange(0, PARTS)
+        # [BLOCK, C] -> [PARTS, SIZE, C] -> [PARTS, C] -> [C]
+        b_sub = tl.sum(tl.reshape(b_x.to(tl.float32), [PARTS, SIZE, b_x.shape[1]]), 1)
+        b_mean = tl.sum(b_sub, 0) / size
+        b_size = tl.clamp((n_valid - i_m * BLOCK - o_p * SIZE).to(tl.float32), 1.0, SIZE)
+        b_sub = (b_sub / b_size[:, None]).to(sub.dtype.element_ty)
+        p_sub = sub + ((o_o - o_d) * PARTS + o_d)[None, :] + o_p[:, None] * d
+        tl.store(p_sub, b_sub, mask=(o_d < d)[None, :])
+    else:
+        # [BLOCK, C] -> [C]
+        b_mean = tl.sum(b_x.to(tl.float32), 0) / size
     if far is not None:
         b_far = tl.where(m_x, tl.abs(b_x.to(tl.float32) - b_mean[None, :]), 0.0)
         b_far = tl.sum(b_far, 0) / size
         tl.store(far + o_o, b_far.to(far.dtype.element_ty), mask=o_d < d)
-    if sub is not None:
-        SIZE: tl.constexpr = BLOCK // PARTS
-        o_p = tl.arange(0, PARTS)
-        size = tl.clamp((n_valid - i_m * BLOCK - o_p * SIZE).to(tl.float32), 1.0, SIZE)
-        # [BLOCK, C] -> [PARTS, SIZE, C] -> [PARTS, C]
-        b_sub = tl.sum(tl.reshape(b_x.to(tl.float32), [PARTS, SIZE, b_x.shape[1]]), 1)
-        p_sub = sub + ((o_o - o_d) * PARTS + o_d)[None, :] + o_p[:, None] * d
-        b_sub = (b_sub / size[:, None]).to(sub.dtype.element_ty)
-        tl.store(p_sub, b_sub, mask=(o_d < d)[None, :])
     return b_mean
 
 
@@ -120,7 +122,7 @@ def query_key_means(
     means = [q.new_empty((batch, heads, m, d), dtype=torch.float32) for m in (m_q, m_k)]
     far = [torch.empty_like(x, dtype=q.dtype) if spread else None for x in means]
     sub = [q.new_empty((batch, heads, m * parts, d)) if parts > 1 else None for m in (m_q, m_k)]
-    op = "spreads" if spread else "means"
+    op = "spreads" if spread else "means" if parts == 1 else "parts"
     launch = find(op, capability_of(q), d, max(block_q, block_k))
     columns = column_tiles(d, launch)
     arguments = {

@@ -22,6 +22,9 @@ from dit_accel.table import BlockBits, BlockMeans, BlockTable, Keep, bit_words, 
 
 # Scores are made for as many heads at once as fit in this many bytes, which stay in the L2 cache.
 _SCORE_BYTES = 2**25
+# Those of parts are more than the cache holds: fewer launches are worth more (an H200,
+# benchmarks/results/h200-select.json).
+_LEVEL_BYTES = 2**27
 # Columns of block means per product: three tf32 products of more do not fit in the registers.
 MEAN_TILE = 32
 
@@ -89,7 +92,8 @@ def block_table(
     )
     table = _empty(q, rules, bits=return_means)
     rows = (q_mean, k_mean) if parts == 1 else (q_sub, k_sub)
-    step = max(1, _SCORE_BYTES // (4 * parts * table.query_blocks * table.key_blocks))
+    memory = _SCORE_BYTES if parts == 1 else _LEVEL_BYTES
+    step = max(1, memory // (4 * parts * table.query_blocks * table.key_blocks))
     q_rows, k_rows, *out = (None if x is None else x.flatten(0, 1) for x in (*rows, *_parts(table)))
     for first in range(0, batch * heads, step):
         at = slice(first, first + step)

@@ -129,21 +129,6 @@ def test_pooled_keys_follow_the_kept_ones(kv_len, block_q, pairs):
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("case", [CASES[2], (300, 500, 64, 128, 64, 64, 2, 4)], ids=str)
-def test_any_order_of_the_rows_gives_the_same_bits(case, pairs):
-    q, k, v, table = inputs(*case[:5])
-    pool = (*(means(x, 64, case[1]) for x in (k, v)), kept_bits(table))
-    shape = table.counts.shape
-    options = {"pool": pool, "rectify": (torch.rand(shape), torch.randn(*shape, case[2]))}
-    for extra in ({}, {"pool": pool}, options):
-        plain = emulate(case, q, k, v, table, pairs=pairs, **extra)
-        rows = torch.randperm(table.counts.numel(), dtype=torch.int32)
-        for seed, ordered in enumerate((table.longest_first(), replace(table, order=rows))):
-            outs = emulate(case, q, k, v, ordered, seed, pairs=pairs, **extra)
-            assert all(torch.equal(a, b) for a, b in zip(outs, plain, strict=True))
-
-
-@pytest.mark.parametrize("pairs", [False, True])
 def test_the_epilogue_rectifies(pairs):
     case = (150, 300, 64, 128, 64, 64, 2, 1)
     q, k, v, table = inputs(*case[:5])

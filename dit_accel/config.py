@@ -56,6 +56,10 @@ class AccelConfig:
         check(self)
         if self.method.tile is not None:
             self._lay_out(self.method.tile)
+        if self.schedule.head_keep and not self.method.chooses:
+            raise ValueError(
+                f"{self.method.name} reads the same blocks for all heads: no head_keep"
+            )
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
         object.__setattr__(self, "tile", tuple(self.tile))
@@ -108,7 +112,7 @@ class AccelConfig:
 
 
 def resolve(method: str | Path | Method | AccelConfig, **overrides: Any) -> AccelConfig:
-    """A configuration from "topk", "topk:fast", a .json file, a method or a config.
+    """A configuration from a text that `named` reads, a .json file, a method or a config.
 
     `overrides` replaces fields of the result where its value is not None.
     """
@@ -128,15 +132,24 @@ def resolve(method: str | Path | Method | AccelConfig, **overrides: Any) -> Acce
 
 
 def named(text: str) -> Method:
-    """The method of "name" or "name:preset"."""
-    name, colon, preset = text.partition(":")
+    """The method of a text: a name, and what of "/selector", ":preset" and "@keep" follows it, such
+    as "topk", "shared/sub:fast" or "pooled/sub(8)@0.1"."""
+    text, at, keep = text.partition("@")
+    text, colon, preset = text.partition(":")
+    name, slash, selector = text.partition("/")
     kind = find(name)
-    if not colon:
-        return kind()
-    if preset not in kind.presets:
+    if colon and preset not in kind.presets:
         have = ", ".join(f"{name}:{p}" for p in kind.presets) or "none"
         raise ValueError(f"method {name!r} has no preset {preset!r}: it has {have}")
-    return kind(**kind.presets[preset])
+    method = kind(**kind.presets[preset]) if colon else kind()
+    if slash:
+        method = replace(method, select=selector)
+    if not at:
+        return method
+    try:
+        return replace(method, keep=float(keep))
+    except ValueError as error:
+        raise ValueError(f"{keep!r} after @ is no share to keep: {error}") from None
 
 
 def _read(path: Path) -> AccelConfig:

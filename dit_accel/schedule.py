@@ -10,9 +10,10 @@ from dit_accel.inputs import fields
 
 
 class Action(NamedTuple):
-    """What one layer does at one step. `keep` is None for dense; `reason` says why it is dense."""
+    """What one layer does at one step. `keep` is None for dense, or a share for each head; `reason`
+    says why it is dense."""
 
-    keep: float | None
+    keep: float | tuple[float, ...] | None
     reason: str = ""
     refresh: bool = False
 
@@ -38,8 +39,10 @@ class Schedule:
         cooldown: dense steps at the end, likewise.
         dense_layers: indices of layers that are always dense; negative ones count from the last.
         layer_keep: (layer, keep) pairs that replace the method's `keep` on those layers.
+        head_keep: (layer, keeps) pairs with a keep for each head of a layer, before layer_keep's:
+            what `dit-accel profile` finds.
         step_keep: (start, keep) pairs, each a `keep` from that share or number of the steps on,
-            until the next; a layer's own keep is scaled alike. Most of the error of a clip comes
+            until the next; a layer's or head's own is scaled alike. Most of a clip's error comes
             from its first sparse steps: keep much there, and little later.
         refresh: methods with a state rebuild it at the first sparse step and then every
             `refresh` steps, or at the steps of a tuple of shares and numbers; None leaves it to the
@@ -54,6 +57,7 @@ class Schedule:
     cooldown: float | int = 0
     dense_layers: tuple[int, ...] = ()
     layer_keep: tuple[tuple[int, float], ...] = ()
+    head_keep: tuple[tuple[int, tuple[float, ...]], ...] = ()
     step_keep: tuple[tuple[float | int, float], ...] = ()
     refresh: int | tuple[float | int, ...] | None = None
 
@@ -67,6 +71,11 @@ class Schedule:
         for layer, keep in pairs:
             if not 0 < keep <= 1:
                 raise ValueError(f"layer_keep of layer {layer} lies in (0, 1], not {keep}")
+        heads = tuple((int(i), tuple(map(float, keeps))) for i, keeps in self.head_keep)
+        object.__setattr__(self, "head_keep", heads)
+        for layer, keeps in heads:
+            if not keeps or not all(0 < keep <= 1 for keep in keeps):
+                raise ValueError(f"head_keep of layer {layer} lies in (0, 1], not {keeps}")
         curve = tuple((start, float(keep)) for start, keep in self.step_keep)
         object.__setattr__(self, "step_keep", curve)
         for start, keep in curve:
@@ -128,7 +137,8 @@ class Plan:
     always: bool = False
 
     def __post_init__(self) -> None:
-        for layer in (*self.schedule.dense_layers, *(i for i, _ in self.schedule.layer_keep)):
+        s = self.schedule
+        for layer in (*s.dense_layers, *(i for i, _ in (*s.layer_keep, *s.head_keep))):
             if not -self.layers <= layer < self.layers:
                 raise ValueError(
                     f"the schedule names layer {layer}, "
@@ -143,18 +153,26 @@ class Plan:
             return Action(None, reason)
         if layer in self._layers(s.dense_layers):
             return Action(None, "dense layer")
-        keep = s.keep_at(step, steps, self.keep)
-        own = {i % self.layers: k for i, k in s.layer_keep}.get(layer)
-        keep = keep if own is None else own * (keep / self.keep)
-        if keep >= 1 and not self.always:
+        keep = self._own(layer, s.keep_at(step, steps, self.keep))
+        least = min(keep) if isinstance(keep, tuple) else keep
+        if least >= 1 and not self.always:
             return Action(None, "keep = 1")
         first = count_steps(s.warmup, steps or 0)
         return Action(keep, refresh=s.refreshes(step, steps, first))
+
+    def _own(self, layer: int, keep: float) -> float | tuple[float, ...]:
+        """What stands for the method's `keep` of this step in a layer, or in each of its heads."""
+        heads = {i % self.layers: k for i, k in self.schedule.head_keep}.get(layer)
+        if heads is not None:
+            return tuple(min(1.0, share * (keep / self.keep)) for share in heads)
+        own = {i % self.layers: k for i, k in self.schedule.layer_keep}.get(layer)
+        return keep if own is None else own * (keep / self.keep)
 
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers that run sparse at the steps that are not dense altogether."""
         s = self.schedule
         keep = {i % self.layers: k for i, k in s.layer_keep}
+        keep |= {i % self.layers: min(k) for i, k in s.head_keep}
         dense = self._layers(s.dense_layers)
         most = 2 if self.always else 1
         return tuple(

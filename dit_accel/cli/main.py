@@ -25,7 +25,8 @@ from dit_accel.cli.doctor import doctor
 from dit_accel.cli.evaluate import evaluate
 from dit_accel.cli.finetune import finetune
 from dit_accel.cli.generate import generate
-from dit_accel.cli.methods import methods
+from dit_accel.cli.methods import methods, selectors
+from dit_accel.cli.profile import profile
 from dit_accel.cli.screen import print_anything, screen
 from dit_accel.cli.show import show
 from dit_accel.cli.tune import tune
@@ -62,7 +63,8 @@ def root(
         print(context.get_help())
 
 
-for command in (generate, compare, batch, evaluate, tune, doctor, convert, methods, show):
+_MAKE = (generate, compare, batch, evaluate, tune, profile, doctor, convert)
+for command in (*_MAKE, methods, selectors, show):
     app.command()(grouped(command))
 app.command(cls=Several)(grouped(bench))
 app.command("app")(grouped(page))

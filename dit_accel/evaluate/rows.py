@@ -19,6 +19,7 @@ from dit_accel.methods.dense import Dense
 from dit_accel.methods.pooled import Pooled
 from dit_accel.methods.rectified import Rectified
 from dit_accel.methods.rettention import Rettention
+from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.shared import SharedResidual
 from dit_accel.methods.sla import SLA
 from dit_accel.methods.topk import TopK
@@ -43,7 +44,12 @@ _METHODS: dict[str, Callable[[float], Method]] = {
     "shared": SharedResidual,
     "ditfastattn": partial(Rettention, rescale=False),
 }
-ADDED = {"prune": False, "cache": True}  # and whether it takes a value
+ADDED = {
+    "prune": False,
+    "cache": True,
+    "reuse": True,
+    "passes": False,
+}  # and whether it takes a value
 DEFAULT = ("steps", *(name for name in _METHODS if name != EIGHT), "prune")
 
 
@@ -151,8 +157,12 @@ def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[
         return [Row(name, name, template, boost=boost)]
     base = variant.base if variant.select is None else f"{variant.base}/{variant.select}"
 
+    steps, passes = variant.parts.get("reuse"), "passes" in variant.parts
+    reuse = Reuse(int(steps or 1), passes)
+
     def build(keep: float) -> Method:
-        return replace(variant, keep=keep).of(_METHODS[variant.base](keep))
+        method = replace(variant, keep=keep).of(_METHODS[variant.base](keep))
+        return replace(method, reuse=reuse)
 
     rows = _at_each(base, build, keeps if variant.keep is None else [variant.keep], template)
     return _boosted(rows, base, added, boost)

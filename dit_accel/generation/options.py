@@ -46,7 +46,7 @@ NEGATIVE, STEPS, SIZE = "What not to show.", "Denoising steps.", "WIDTHxHEIGHT i
 FRAMES, GUIDANCE = "Frames of the clip.", "Classifier-free guidance scale."
 IMAGE = "First picture, for models that need one."
 SAMPLER = "Grid of few steps, for models distilled to it: rcm, dmd, flow:5, renoise:5."
-METHOD = "Name, name:preset or preset file; see `methods`."
+METHOD = "Such as shared, topk:fast, pooled/sub@0.1, or a preset file; see `methods`."
 PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
 MIN_TOKENS = "Attend densely below this many tokens."
 
@@ -65,6 +65,21 @@ Method = Annotated[str | None, Option(METHOD, HOW)]
 Keep = Annotated[float | None, Option("Share of key blocks kept, in (0, 1].", HOW)]
 Warmup = Annotated[
     str | None, Option("Dense steps at the start: a share (0.15) or a number (3).", HOW)
+]
+Select = Annotated[
+    str | None, Option("How blocks are chosen: means, sub or sub(8); see `selectors`.", HOW)
+]
+Reuse = Annotated[
+    str | None, Option("Tables that serve more: so many steps (4), passes, or 4+passes.", HOW)
+]
+StepKeep = Annotated[
+    str | None, Option("Keep from a share or number of steps on: 0.15:0.5,0.4:0.1.", HOW)
+]
+Refresh = Annotated[
+    str | None, Option("Full steps of a method with a state: every 5, or at 0.2,0.3,0.5.", HOW)
+]
+Heads = Annotated[
+    str | None, Option("Keep of each head by a file of `profile`: profile.json@0.1.", HOW)
 ]
 Prune = Annotated[str | None, Option(PRUNE, HOW)]
 Compile = Annotated[bool, Option("Compile the blocks; worth a minute on a GPU.", HOW)]
@@ -128,6 +143,11 @@ class How:
     method: Method = None
     keep: Keep = None
     warmup: Warmup = None
+    select: Select = None
+    reuse: Reuse = None
+    step_keep: StepKeep = None
+    refresh: Refresh = None
+    heads: Heads = None
     prune: Prune = None
     compile: Compile = False
     step_cache: StepCache = None
@@ -146,12 +166,23 @@ class How:
         config = resolve(
             name, order=self.order, min_tokens=self.min_tokens, prune=pruning(self.prune)
         )
-        if self.keep is not None:
-            config = replace(config, method=replace(config.method, keep=self.keep))
-        if self.warmup is not None:
-            schedule = replace(config.schedule, warmup=parse_warmup(self.warmup))
-            config = replace(config, schedule=schedule)
-        return config
+        own = {"keep": self.keep, "select": self.select, "reuse": self.reuse}
+        own = {name: value for name, value in own.items() if value is not None}
+        if own:
+            config = replace(config, method=replace(config.method, **own))
+        return self._scheduled(config)
+
+    def _scheduled(self, config: AccelConfig) -> AccelConfig:
+        """With what the options say of steps and heads."""
+        given = {"warmup": self.warmup, "step_keep": self.step_keep, "refresh": self.refresh}
+        read = {"warmup": parse_warmup, "step_keep": parse_step_keep, "refresh": parse_refresh}
+        changed = {name: read[name](text) for name, text in given.items() if text is not None}
+        if self.heads is not None:
+            from dit_accel.methods.budget import head_keep
+
+            keep, changed["head_keep"] = head_keep(self.heads, config.method)
+            config = replace(config, method=replace(config.method, keep=keep))
+        return replace(config, schedule=replace(config.schedule, **changed)) if changed else config
 
     def boost(self) -> Boost:
         """What runs beside the method; ValueError for a bad value."""
@@ -208,3 +239,19 @@ def parse_warmup(text: str) -> float | int:
         raise ValueError(
             f"warmup is a share (0.15) or a number of steps (3), not {text!r}"
         ) from None
+
+
+def parse_step_keep(text: str) -> tuple[tuple[float | int, float], ...]:
+    """Pairs (start, keep) of "0.15:0.5,10:0.1"."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((parse_warmup(start), float(keep)) for start, keep in pairs)
+    except ValueError:
+        raise ValueError(f"step-keep is start:keep pairs such as 0.15:0.5, not {text!r}") from None
+
+
+def parse_refresh(text: str) -> int | tuple[float | int, ...]:
+    """A period ("5") or the steps of full ones ("0.2,0.3", "5,")."""
+    if text.isdecimal():
+        return int(text)
+    return tuple(parse_warmup(part.strip()) for part in text.split(",") if part.strip())

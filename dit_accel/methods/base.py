@@ -101,6 +101,7 @@ class Method:
     paper: ClassVar[str] = ""
     finetuning: ClassVar[bool] = False
     stateful: ClassVar[bool] = False
+    chooses: ClassVar[bool] = True  # blocks, by a selector
     always: ClassVar[bool] = False  # runs at keep = 1, too, not the user's backend
     divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -124,6 +125,8 @@ class Method:
             object.__setattr__(self, "select", selectors.find(self.select))
         if isinstance(self.reuse, str):
             object.__setattr__(self, "reuse", Reuse.read(self.reuse))
+        if not self.chooses and (self.select != Means() or self.reuse != Reuse()):
+            raise ValueError(f"{self.name} has its own choice of blocks: no select and no reuse")
 
     def query_block(self, n: int) -> int:
         """Tokens in a query block of a call with n queries.

@@ -17,6 +17,7 @@ class Dense(Method):
 
     keep: float = 1.0
 
+    chooses: ClassVar[bool] = False
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "the pipeline's own dense attention, unchanged"
 

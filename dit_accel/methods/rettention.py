@@ -13,8 +13,6 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.methods.base import Call
-from dit_accel.methods.reuse import Reuse
-from dit_accel.methods.selectors.means import Means
 from dit_accel.methods.selectors.window import WINDOWS, window_rows, window_table
 from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
@@ -40,6 +38,7 @@ class Rettention(Remembering):
     rescale: bool = True
     window: str = "tile"
 
+    chooses: ClassVar[bool] = False
     name: ClassVar[str] = "rettention"
     description: ClassVar[str] = "a spatial window, rescaled and completed by an earlier full step"
     paper: ClassVar[str] = "arXiv 2505.22918"
@@ -55,11 +54,6 @@ class Rettention(Remembering):
             raise ValueError(f"growth lies in [0, 1], not {self.growth}")
         if self.window not in WINDOWS:
             raise ValueError(f"window is one of {', '.join(WINDOWS)}, not {self.window!r}")
-        if self.select != Means() or self.reuse != Reuse():
-            raise ValueError(
-                "Re-ttention reads its window at every step: it takes no select and no reuse; "
-                "shared is the method with a choice of blocks"
-            )
 
     def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
         """Bytes kept for one layer in one guidance pass: R and ρ; see Remembering."""

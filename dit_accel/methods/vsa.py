@@ -57,6 +57,7 @@ class VSA(Learned):
     keep: float = 0.2
     tile: Grid = (4, 4, 4)
 
+    chooses: ClassVar[bool] = False
     name: ClassVar[str] = "vsa"
     description: ClassVar[str] = "exact on the best 3-D tiles, plus a gated mean of every tile"
     paper: ClassVar[str] = "arXiv 2505.13389"

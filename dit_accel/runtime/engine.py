@@ -107,9 +107,12 @@ class Engine:
         scale: float | None,
         dense: joint.Dense,
         gate: Tensor | None = None,
+        place: tuple[int, int] = (0, 1),
     ) -> Tensor:
-        """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them; gate: see
-        `gate`."""
+        """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them.
+
+        gate: see `gate`. place: (rank, ranks) where H is this rank's share of the heads.
+        """
         if not self.books.forwards:  # a module called outside of its transformer's forward
             return dense(q, k, v, mask)
         tokens = self._tokens()
@@ -119,7 +122,7 @@ class Engine:
         if self.span is not None:
             self.span.observer.watch_attention(q, k, mask)
             k, v, mask = self.span.keys((layer, number), k, v, mask)
-        action, obstacle = self._action(layer), self._obstacle(tokens, q, k)
+        action, obstacle = self._action(layer, *place), self._obstacle(tokens, q, k)
         if not obstacle:
             self._check_memory(tokens, q, v)
         why = obstacle if action.keep is not None else action.reason
@@ -157,9 +160,13 @@ class Engine:
         self._calls[layer] = number + 1
         return number
 
-    def _action(self, layer: int) -> Action:
+    def _action(self, layer: int, rank: int = 0, ranks: int = 1) -> Action:
         number = self.books.layers[layer].number
-        return self.plan.action(self.clock.step, self.clock.steps, number)
+        action = self.plan.action(self.clock.step, self.clock.steps, number)
+        if not isinstance(action.keep, tuple) or ranks == 1:
+            return action
+        heads = len(action.keep) // ranks
+        return action._replace(keep=action.keep[rank * heads : (rank + 1) * heads])
 
     def _obstacle(self, tokens: Tokens, q: Tensor, k: Tensor) -> str:
         """Why this call must be dense, or ""."""

@@ -44,6 +44,7 @@ class Layer:
         hidden: Tensor | None,
     ) -> Tensor:
         """q, k, v, result [B, N, H, D]; hidden: what the module was given, for a gated method."""
+        shared, g = parallel.config_of(self.processor), self.engine.clock.geometry
 
         def decide(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None
@@ -51,10 +52,10 @@ class Layer:
             def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 return self.dense(q, k, v, mask, scale, None)
 
-            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate)
+            place = (0, 1) if shared is None else parallel.place(shared)
+            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate, place)
 
         gate = self.engine.gate(self.index, hidden, q.shape[2])
-        shared, g = parallel.config_of(self.processor), self.engine.clock.geometry
         if shared is None:
             return decide(q, k, v, mask, gate)
         why = parallel.obstacle(shared, mask)

@@ -140,7 +140,7 @@ def test_texts_and_their_objects():
         (lambda: TopK(reuse="often"), "not 'often'"),
         (lambda: TopK(reuse="3+4"), "not '3\\+4'"),
         (lambda: Reuse(0), "≥ 1, not 0"),
-        (lambda: find("rettention")(select="sub"), "takes no select"),
+        (lambda: find("rettention")(select="sub"), "rettention has its own choice of blocks"),
     ],
 )
 def test_what_is_refused(make, message):

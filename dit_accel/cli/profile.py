@@ -1,0 +1,102 @@
+"""`dit-accel profile`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from dit_accel.cli.options import checked, option
+from dit_accel.generation.options import WHAT, How, What, Where
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from dit_accel.methods.budget import Profile
+
+# Backgrounds of the map, from no error to the largest.
+_COLOURS = ("grey11", "dark_blue", "blue3", "purple4", "dark_magenta", "red3", "orange3", "yellow3")
+SHOWN = 0.12  # the keep whose errors the map shows, one of those measured
+
+Output = Annotated[Path, option("File to write. \\[profile.json]", WHAT, "--output", "-o")]
+
+
+def profile(what: What, how: How, where: Where, output: Output = Path("profile.json")) -> None:
+    """Show where sparse attention errs, by layer, head and step, in one dense generation.
+
+    dit-accel profile "rocket on a blue background" -o profile.json
+
+    dit-accel generate "a cat" --method shared --select sub --heads profile.json@0.1
+    """
+    from dit_accel.cli.progress import Progress
+    from dit_accel.cli.screen import screen
+    from dit_accel.cli.session import load, notices
+    from dit_accel.config import DEFAULT
+    from dit_accel.evaluate.profile import measure
+
+    with checked():
+        request, config = what.request(), how.config()
+        if output.is_dir() or not output.absolute().parent.is_dir():
+            raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
+    with Progress() as progress:
+        pipe, defaults = load(where, request, config, progress, what.fps)
+        with notices(progress), checked():
+            found = measure(pipe, defaults, request, config, progress=progress)
+    found.save(output)
+    show(found, screen())
+    words = f"--method {how.method or DEFAULT} --select {best(found)} --heads {output}@{SHOWN:g}"
+    screen().print(f"\ndit-accel generate PROMPT {words}")
+
+
+def best(found: Profile) -> str:
+    """The selector with the least error at `SHOWN`, a keep for each head."""
+    return min(found.heads, key=lambda name: found.gain(SHOWN, name)[1])
+
+
+def show(found: Profile, console: Console) -> None:
+    """Maps of heads × layers and of steps, and what a choice for each head brings."""
+    from rich.table import Table
+
+    name = best(found)
+    curves = found.curves(name)
+    errors = {place: curve[SHOWN] ** 0.5 for place, curve in curves.items()}
+    chosen = dict(found.schedule_heads(SHOWN, name))
+    title = f"{found.method}/{name}: error at keep {SHOWN:.0%}, and keep of each head at that total"
+    console.print(_map(title, errors, chosen, found.overlap))
+    table = Table(box=None, pad_edge=False, header_style="dim", title="error of a layer")
+    for column in ("selector", "keep", "one keep", "a keep for each head"):
+        table.add_column(column, justify="left" if column == "selector" else "right")
+    for selector in found.heads:
+        for keep in (0.06, 0.12, 0.25):
+            same, own = found.gain(keep, selector)
+            table.add_row(selector, f"{keep:.0%}", f"{same:.3f}", f"{own:.3f}")
+    console.print(table)
+    steps = {int(step): curve[str(SHOWN)] for step, curve in found.steps[name].items()}
+    words = ", ".join(f"{step}: {error:.2f}" for step, error in sorted(steps.items()))
+    console.print(f"error by step, of layers at keep {SHOWN:.0%}: {words}")
+
+
+def _map(
+    title: str,
+    errors: dict[tuple[int, int], float],
+    chosen: dict[tuple[int, int], float],
+    overlap: dict[str, float],
+) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 0), header_style="dim", title=title)
+    layers, heads = (sorted({place[i] for place in errors}) for i in (0, 1))
+    for column in ("layer ", *(f" head {head} " for head in heads), " same blocks 4 steps on"):
+        table.add_column(column, justify="right")
+    top = max(errors.values()) or 1.0
+    for layer in layers:
+        cells = []
+        for head in heads:
+            share = errors[layer, head] / top
+            colour = _COLOURS[min(len(_COLOURS) - 1, int(share * len(_COLOURS)))]
+            words = f" {errors[layer, head]:.2f} {chosen[layer, head]:>4.0%} "
+            cells.append(Text(words, style=f"white on {colour}"))
+        same = overlap.get(str(layer))
+        table.add_row(f"{layer} ", *cells, "" if same is None else f"{same:.0%}")
+    return table

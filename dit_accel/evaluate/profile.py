@@ -1,0 +1,108 @@
+"""Where sparse attention errs, by layer, head and step, on a model's own activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from dit_accel.api import accelerated
+from dit_accel.config import AccelConfig
+from dit_accel.evaluate.probe import Probe
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import ProgressFn, generate
+from dit_accel.methods import Call, Method
+from dit_accel.methods.budget import Profile
+from dit_accel.methods.pooled import Pooled
+from dit_accel.schedule import Schedule
+
+KEEPS = (0.03, 0.06, 0.12, 0.25, 0.5)
+SELECTORS = ("means", "sub")
+EVERY = 4  # steps between two looks
+
+
+class Look:
+    """What a probe shows, tried at each keep with each selector in the first guidance pass."""
+
+    def __init__(self, method: Method, keeps: Sequence[float], selectors: Sequence[str]) -> None:
+        self.tried = {name: replace(method, select=name) for name in selectors}
+        self.keeps = tuple(keeps)
+        self.heads: dict[tuple[str, int, float], list[list[float]]] = {}
+        self.steps: dict[tuple[str, int, float], list[float]] = {}
+        self.masks: dict[int, Tensor] = {}
+        self.same: dict[int, list[float]] = {}
+        self.first, self.last = "", -EVERY
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: Call) -> None:
+        self.first = self.first or call.passname
+        if call.passname != self.first or (call.step - self.last) % EVERY:
+            return
+        self.last = call.step
+        norm = out.float().square().sum()
+        for name, method in self.tried.items():
+            for keep in self.keeps:
+                mine = replace(call, keep=keep, state={}, together={}, note=lambda table: None)
+                lost = (method(q, k, v, mine).float() - out.float()).square().sum((0, 2, 3)) / norm
+                self.heads.setdefault((name, call.layer, keep), []).append(lost.tolist())
+                error = float(lost.sum().sqrt())
+                self.steps.setdefault((name, call.step, keep), []).append(error)
+        middle = replace(call, keep=self.keeps[len(self.keeps) // 2], state={}, together={})
+        mask = next(reversed(self.tried.values())).chosen(q, k, middle)[0].to_mask()
+        known = self.masks.get(call.layer)
+        if known is not None and known.shape == mask.shape:
+            same = float((known & mask).sum() / mask.sum())
+            self.same.setdefault(call.layer, []).append(same)
+        self.masks[call.layer] = mask
+
+    def profile(self, method: str) -> Profile:
+        heads: dict[str, dict[str, list[dict[str, float]]]] = {}
+        for (name, layer, keep), looks in sorted(self.heads.items()):
+            means = [fmean(errors) for errors in zip(*looks, strict=True)]
+            row = heads.setdefault(name, {}).setdefault(str(layer), [{} for _ in means])
+            for curve, error in zip(row, means, strict=True):
+                curve[str(keep)] = error
+        steps: dict[str, dict[str, dict[str, float]]] = {}
+        for (name, step, keep), errors in sorted(self.steps.items()):
+            steps.setdefault(name, {}).setdefault(str(step), {})[str(keep)] = fmean(errors)
+        overlap = {str(layer): fmean(found) for layer, found in sorted(self.same.items())}
+        return Profile(method, heads, steps, overlap)
+
+
+def measure(
+    pipe: Any,
+    defaults: Defaults,
+    request: Request,
+    config: AccelConfig,
+    keeps: Sequence[float] = KEEPS,
+    selectors: Sequence[str] = SELECTORS,
+    progress: ProgressFn = lambda phase, done, total: None,
+) -> Profile:
+    """One dense generation in which `config.method` also runs at each keep with each selector.
+
+    Looks at every fourth step, in `config.order`. shared is tried without its state, as pooled:
+    what is measured is its choice of blocks. Raises ValueError for a method that chooses none, and
+    when no call could be looked at.
+    """
+    method = config.method
+    if not method.chooses:
+        raise ValueError(
+            f"{method.name} chooses no blocks: profile shared, pooled, topk or another"
+        )
+    if method.stateful:
+        method = Pooled(method.keep, method.block_q, method.block_k)
+    look = Look(method, keeps, selectors)
+    watched = replace(
+        config, method=Probe(see=look), schedule=Schedule(warmup=0), prune=None, min_tokens=0
+    )
+    with accelerated(pipe, watched):
+        generate(pipe, defaults, request, progress)
+    if not look.heads:
+        raise ValueError(
+            "no attention call could be measured: the model's attention must stay dense "
+            "(see dit-accel doctor)"
+        )
+    return look.profile(method.name)

@@ -1,0 +1,141 @@
+"""The keep of each head under a total that errs least (MoA, arXiv 2406.14909), from a profile of
+where sparse attention errs. Pure data: no torch here."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dit_accel.inputs.data import read_object
+from dit_accel.inputs.fields import build
+from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from dit_accel.methods.base import Method
+
+Curve = dict[float, float]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one dense generation shows.
+
+    Args:
+        method: the method that was tried, a text.
+        heads: selector → layer → head → keep → ‖O_h − O_h,dense‖² / ‖O_dense‖² of the layer, a
+            mean over the steps looked at: their sum over the heads is the layer's squared error.
+        steps: selector → step → keep → mean ‖O − O_dense‖ / ‖O_dense‖ over the layers.
+        overlap: layer → share of a step's chosen blocks that the last look chose, too.
+    """
+
+    method: str
+    heads: dict[str, dict[str, list[dict[str, float]]]]
+    steps: dict[str, dict[str, dict[str, float]]]
+    overlap: dict[str, float]
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """ValueError for a file that is no profile."""
+        return build(cls, read_object(Path(path), "profile"), f"profile {path}")
+
+    def curves(self, selector: str) -> dict[tuple[int, int], Curve]:
+        """(layer, head) → keep → squared error; ValueError for a selector that was not tried."""
+        if selector not in self.heads:
+            raise ValueError(
+                f"this profile has the selectors {', '.join(self.heads)}, not {selector}"
+            )
+        return {
+            (int(layer), head): {float(k): e for k, e in curve.items()}
+            for layer, heads in self.heads[selector].items()
+            for head, curve in enumerate(heads)
+        }
+
+    def schedule_heads(self, total: float, selector: str) -> dict[tuple[int, int], float]:
+        """(layer, head) → keep, `total` on average."""
+        return allocate(self.curves(selector), total)
+
+    def schedule(self, base: Schedule, total: float, selector: str) -> Schedule:
+        """`base` with a keep for each head, `total` on average."""
+        chosen = self.schedule_heads(total, selector)
+        layers = sorted({layer for layer, _ in chosen})
+        heads = (tuple(chosen[n, h] for n_, h in sorted(chosen) if n_ == n) for n in layers)
+        return replace(base, head_keep=tuple(zip(layers, heads, strict=True)))
+
+    def gain(self, total: float, selector: str) -> tuple[float, float]:
+        """Root mean squared errors of the layers at one keep for all heads and at one for each."""
+        curves = self.curves(selector)
+        layers = len({layer for layer, _ in curves})
+        own = self.schedule_heads(total, selector)
+        sums = [sum(at(c, k) for c, k in pairs) for pairs in (
+            ((c, total) for c in curves.values()), ((c, own[n]) for n, c in curves.items())
+        )]  # fmt: skip
+        return tuple((x / layers) ** 0.5 for x in sums)
+
+
+def at(curve: Mapping[float, float], keep: float) -> float:
+    """The error at any keep, on straight lines between the measured ones; none at 1."""
+    points = sorted({**curve, 1.0: 0.0}.items())
+    if keep <= points[0][0]:
+        return points[0][1]
+    for (low, first), (high, last) in zip(points, points[1:], strict=False):
+        if keep <= high:
+            return first + (last - first) * (keep - low) / (high - low)
+    return 0.0
+
+
+def allocate(
+    curves: Mapping[tuple[int, int], Mapping[float, float]], total: float
+) -> dict[tuple[int, int], float]:
+    """The keep of each head with the least sum of errors whose mean is `total`.
+
+    Greedy on the lower convex hulls of the curves, which is exact for them; the last step is taken
+    in part. Raises ValueError for a total outside what was measured.
+    """
+    hulls = {name: _hull({**curve, 1.0: 0.0}) for name, curve in curves.items()}
+    keep = {name: hull[0][0] for name, hull in hulls.items()}
+    left = total * len(hulls) - sum(keep.values())
+    if left < -1e-9 or total > 1:
+        least = sum(keep.values()) / len(hulls)
+        raise ValueError(f"a total of {total:g} lies outside what was measured, {least:g} to 1")
+    steps = [(_slope(hull, 0), name, 0) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps and left > 0:
+        _, name, i = heapq.heappop(steps)
+        wide = hulls[name][i + 1][0] - hulls[name][i][0]
+        keep[name] += min(wide, left)
+        left -= min(wide, left)
+        if i + 2 < len(hulls[name]):
+            heapq.heappush(steps, (_slope(hulls[name], i + 1), name, i + 1))
+    return keep
+
+
+def _slope(hull: Sequence[tuple[float, float]], i: int) -> float:
+    return (hull[i + 1][1] - hull[i][1]) / (hull[i + 1][0] - hull[i][0])
+
+
+def _hull(curve: Mapping[float, float]) -> list[tuple[float, float]]:
+    """The lower convex hull of (keep, error) points, keeps rising."""
+    hull: list[tuple[float, float]] = []
+    for point in sorted(curve.items()):
+        while len(hull) > 1 and _slope([hull[-2], hull[-1]], 0) >= _slope([hull[-2], point], 0):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def head_keep(text: str, method: Method) -> tuple[float, tuple[tuple[int, tuple[float, ...]], ...]]:
+    """(total, Schedule.head_keep) of "profile.json@0.1", for the selector of a method."""
+    path, at_, total = text.rpartition("@")
+    try:
+        share = float(total) if at_ else method.keep
+    except ValueError:
+        raise ValueError(f"heads is a profile and a keep, profile.json@0.1, not {text!r}") from None
+    profile = Profile.load(path if at_ else text)
+    return share, profile.schedule(Schedule(), share, str(method.select)).head_keep

@@ -31,7 +31,6 @@ from typing import Any
 import torch
 
 from dit_accel.batch import Settings, run
-from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.writer import RESERVE
@@ -39,6 +38,7 @@ from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
 from dit_accel.machine import describe
+from dit_accel.media import owner as owners
 from dit_accel.media import video
 
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}

@@ -33,7 +33,7 @@ def serve(folder: str, device: str, threads: int) -> int:
             settings.model, None if device == "auto" else device, settings.dtype, settings.offload
         )
     except ValueError as error:
-        manifest.set("stop", str(error))
+        manifest.give_up(str(error))
         return NO_MODEL
     try:
         stopped = Worker(manifest, pipe, defaults, settings, child=True).run()

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from dit_accel.batch import owner as owners
 from dit_accel.batch.manifest import Manifest
+from dit_accel.media import owner as owners
 
 QUIET = ("started",)
 
@@ -94,6 +94,9 @@ class Display:
                 f"{head:>9}  {event['kind']:<9} {what}{': ' if what else ''}"
                 f"{event['text'] or ''}{left}",
                 soft_wrap=True,
+                markup=False,
+                highlight=False,
+                emoji=False,
             )
 
     def _left(self, counts: dict[str, int]) -> str:

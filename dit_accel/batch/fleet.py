@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from dit_accel.batch import owner as owners
+from dit_accel.batch.folder import LOGS
 from dit_accel.batch.manifest import DiskFull, Manifest
 from dit_accel.batch.worker import DEVICE_LOST, DISK_FULL, NO_MODEL
 from dit_accel.batch.writer import FULL
+from dit_accel.media import owner as owners
 
-LOGS = "logs"
 FALSE_STARTS = 3
 
 
@@ -42,6 +42,7 @@ class Fleet:
         self.manifest = manifest
         self.slots = [_Slot(n, device, threads) for n, device in enumerate(devices)]
         self.stopped = ""
+        self._done_before = manifest.counts()["done"]
 
     def __enter__(self) -> Fleet:
         (self.manifest.folder / LOGS).mkdir(exist_ok=True)
@@ -80,7 +81,7 @@ class Fleet:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is ours to deal with
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             )
 
     def _log(self, slot: _Slot) -> Path:
@@ -114,9 +115,15 @@ class Fleet:
         slot.false_starts = 0 if known else slot.false_starts + 1
         counts = self.manifest.counts()
         if slot.false_starts >= FALSE_STARTS:
-            self.stopped = f"worker {slot.number} does not start: {reason}, see {self._log(slot)}"
+            self._no_start(f"worker {slot.number} does not start: {reason}, see {self._log(slot)}")
         elif counts["waiting"] + counts["running"] and self.manifest.get("stop") is None:
             self._start(slot)
+
+    def _no_start(self, reason: str) -> None:
+        """Stop; ValueError where nothing has been made, so that going on is in vain."""
+        if self.manifest.counts()["done"] == self._done_before:
+            raise ValueError(reason)
+        self.stopped = reason
 
     def _why(self, slot: _Slot, code: int) -> str:
         if code < 0:
@@ -125,5 +132,5 @@ class Fleet:
             return f"its worker was killed by {name}{hint}"
         if code == DEVICE_LOST:
             return "its worker lost the device or hung"
-        lines = self._log(slot).read_text(errors="replace").strip().splitlines()
+        lines = self._log(slot).read_text("utf-8", "replace").strip().splitlines()
         return f"its worker ended with code {code}: {lines[-1] if lines else 'no message'}"

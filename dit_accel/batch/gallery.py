@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dit_accel.batch.jobs import DENSE
 from dit_accel.batch.manifest import Manifest
-from dit_accel.batch.summary import Summary, rows, summarize
-from dit_accel.media.files import atomic
+from dit_accel.batch.summary import Summary, rows, summarize, write_results
+from dit_accel.media.files import write_text
 from dit_accel.pages.figures import decibels, seconds
 from dit_accel.pages.render import render
 
@@ -18,10 +19,14 @@ PAGE = "index.html"
 def write_gallery(manifest: Manifest) -> Path:
     """Write the page beside the clips; they load as they come into view."""
     path = manifest.folder / PAGE
-    text = page(summarize(manifest), rows(manifest))
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return write_text(path, page(summarize(manifest, everything=True), rows(manifest)))
+
+
+def publish(manifest: Manifest) -> None:
+    """Gallery and results.jsonl: not worth a clip, so a full disk only leaves them as they were."""
+    with suppress(OSError):
+        write_gallery(manifest)
+        write_results(manifest)
 
 
 def page(summary: Summary, jobs: list[dict[str, Any]]) -> str:

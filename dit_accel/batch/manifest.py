@@ -1,49 +1,20 @@
-"""The queue and the books of a batch: one SQLite file that survives kill -9 and power loss.
-
-A rollback journal with full synchronisation: a transaction is on disk when it returns, and the
-file may lie on a network drive, where a write-ahead log may not. Every change of a job's state is
-also an event, so that the file tells the whole story.
-"""
+"""The queue of a batch: what is to be made, who is at it, what came of it."""
 
 from __future__ import annotations
 
-import errno
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dit_accel.batch import owner as owners
+from dit_accel.batch.books import Books, DiskFull
 from dit_accel.batch.jobs import Job
+from dit_accel.media import owner as owners
 
-NAME = "manifest.sqlite"
-VERSION = 1
+__all__ = ["DEATHS", "Claim", "DiskFull", "Manifest"]
 DEATHS = 3  # workers that may die on a job before the job is held to be the cause
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS jobs (
-  id TEXT PRIMARY KEY, number INTEGER NOT NULL, line INTEGER NOT NULL, job TEXT NOT NULL,
-  output TEXT NOT NULL UNIQUE, shape TEXT NOT NULL, checked INTEGER NOT NULL,
-  state TEXT NOT NULL CHECK (state IN ('waiting', 'running', 'done', 'failed')),
-  tries INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0, owner TEXT, lease REAL,
-  started REAL, finished REAL, seconds REAL, file TEXT, report TEXT, error TEXT);
-CREATE INDEX IF NOT EXISTS queue ON jobs (state, tries, number);
-CREATE TABLE IF NOT EXISTS refused (line INTEGER NOT NULL, reason TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS workers (
-  owner TEXT PRIMARY KEY, device TEXT, phase TEXT, done INTEGER, total INTEGER, beat REAL);
-CREATE TABLE IF NOT EXISTS events (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, job TEXT,
-  owner TEXT, text TEXT);
-"""
-
-
-class DiskFull(OSError):
-    """There is no space left for a clip or for the manifest."""
 
 
 @dataclass(frozen=True)
@@ -64,56 +35,8 @@ class Claim:
     turn: int
 
 
-class Manifest:
-    """The manifest of one output folder. Safe to use from several threads and processes.
-
-    Raises ValueError for a file that is no manifest, DiskFull when a change cannot be written.
-    """
-
-    def __init__(self, folder: str | Path, lease: float = 60.0) -> None:
-        self.folder, self.path, self.lease = Path(folder), Path(folder) / NAME, lease
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(
-            self.path, timeout=60, isolation_level=None, check_same_thread=False
-        )
-        self._db.row_factory = sqlite3.Row
-        try:
-            with _naming(self.path):
-                self._prepare()
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ValueError(
-                f"{self.path} is no manifest that can be read ({error}): move it away to start anew"
-            ) from None
-
-    def _prepare(self) -> None:
-        self._db.execute("PRAGMA synchronous = FULL")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"version {version}, this release writes {VERSION}")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version={VERSION};COMMIT;")
-
-    def close(self) -> None:
-        self._db.close()
-
-    @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: all of the block or nothing of it."""
-        with self._lock, _naming(self.path):
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def ask(self, sql: str, *values: Any) -> list[sqlite3.Row]:
-        """The rows that a SELECT gives."""
-        with self._lock, _naming(self.path):
-            return self._db.execute(sql, values).fetchall()
+class Manifest(Books):
+    """The queue of one output folder: one owner a job, fenced claims, dead owners found out."""
 
     def plan(
         self,
@@ -130,13 +53,16 @@ class Manifest:
         with self._change() as db:
             db.execute("DELETE FROM refused")
             db.executemany("INSERT INTO refused VALUES (?, ?)", problems)
-            db.execute("DELETE FROM meta WHERE key = 'stop'")
+            db.execute("DELETE FROM meta WHERE key IN ('stop', 'hopeless')")
+            db.execute("UPDATE jobs SET asked = 0")
             wanted = {job.id for _, job in jobs}
+            db.execute("UPDATE jobs SET output = id WHERE state <> 'done'")  # names may be swapped
             known = {row["id"]: row for row in db.execute("SELECT * FROM jobs")}
             for id, row in known.items():
-                if id not in wanted and row["state"] in ("waiting", "failed"):
+                gone = row["state"] == "done" and not (self.folder / row["file"]).is_file()
+                if id not in wanted and (gone or row["state"] in ("waiting", "failed")):
                     db.execute("DELETE FROM jobs WHERE id = ?", (id,))
-                elif row["state"] == "done" and not (self.folder / row["file"]).is_file():
+                elif gone:
                     self._again(db, id, f"{row['file']} is gone: it is made again")
                 elif row["state"] == "failed" and retry_failed:
                     self._again(db, id, "retried as asked")
@@ -153,7 +79,7 @@ class Manifest:
                 " VALUES (?, ?, ?, ?, ?, ?, ?, 'waiting') ON CONFLICT (id) DO UPDATE"
                 " SET number = excluded.number, line = excluded.line, job = excluded.job,"
                 " output = CASE state WHEN 'done' THEN output ELSE excluded.output END,"
-                " shape = excluded.shape, checked = excluded.checked",
+                " shape = excluded.shape, checked = excluded.checked, asked = 1",
                 (job.id, number, line, text, job.output, shape, checked),
             )
         except sqlite3.IntegrityError:
@@ -175,22 +101,21 @@ class Manifest:
         Jobs of owners that are no longer alive are put back first.
         """
         self.reclaim()
-        if not self.ask("SELECT 1 FROM jobs WHERE state = 'waiting' LIMIT 1"):
+        if not self.ask(f"SELECT 1 FROM jobs {_OPEN} LIMIT 1"):
             return []
         now = time.time()
         with self._change() as db:
             if db.execute("SELECT 1 FROM meta WHERE key = 'stop'").fetchone():
                 return []
             first = db.execute(
-                "SELECT shape, tries, deaths FROM jobs WHERE state = 'waiting'"
+                f"SELECT shape, tries, deaths FROM jobs {_OPEN}"
                 " ORDER BY tries + deaths, number LIMIT 1"
             ).fetchone()
             if first is None:
                 return []
             limit = 1 if first["tries"] or first["deaths"] else limit  # what failed goes alone
             rows = db.execute(
-                "SELECT * FROM jobs WHERE state = 'waiting' AND shape = ?"
-                " ORDER BY tries + deaths, number LIMIT ?",
+                f"SELECT * FROM jobs {_OPEN} AND shape = ? ORDER BY tries + deaths, number LIMIT ?",
                 (first["shape"], limit),
             ).fetchall()
             for row in rows:
@@ -233,6 +158,11 @@ class Manifest:
                 ("failed" if final else "waiting", reason, time.time(), row.id),
             )
             self._note(db, "failed" if final else "retry", row.id, owner, reason)
+
+    def give_up(self, reason: str) -> None:
+        """No run of these jobs can succeed: all workers stop, and the same command is in vain."""
+        self.set("stop", reason)
+        self.set("hopeless", True)
 
     def refuse(self, id: str, reason: str) -> None:
         """Fail a job that has not been started: the model cannot take it."""
@@ -300,48 +230,6 @@ class Manifest:
         with self._change() as db:
             db.execute("DELETE FROM workers WHERE owner = ?", (owner,))
 
-    def note(self, kind: str, text: str, owner: str | None = None, job: str | None = None) -> None:
-        """Add an event."""
-        with self._change() as db:
-            self._note(db, kind, job, owner, text)
 
-    @staticmethod
-    def _note(
-        db: sqlite3.Connection, kind: str, job: str | None, owner: str | None, text: str | None
-    ) -> None:
-        db.execute(
-            "INSERT INTO events (time, kind, job, owner, text) VALUES (?, ?, ?, ?, ?)",
-            (time.time(), kind, job, owner, text),
-        )
-
-    def set(self, key: str, value: Any) -> None:
-        """Remember a JSON-able value under a name."""
-        with self._change() as db:
-            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """What `set` remembered."""
-        found = self.ask("SELECT value FROM meta WHERE key = ?", key)
-        return json.loads(found[0]["value"]) if found else default
-
-    def counts(self) -> dict[str, int]:
-        """State → number of jobs, all four states."""
-        found = {
-            r["state"]: r["n"]
-            for r in self.ask("SELECT state, COUNT(*) AS n FROM jobs GROUP BY state")
-        }
-        return {state: found.get(state, 0) for state in ("waiting", "running", "done", "failed")}
-
-
+_OPEN = "WHERE state = 'waiting' AND asked = 1"
 _MINE = "WHERE id = ? AND owner = ? AND state = 'running' AND tries + deaths = ?"
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """SQLite's two ways of saying that there is no space, as one error."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "disk is full" in str(error) or "disk I/O error" in str(error):
-            raise DiskFull(errno.ENOSPC, f"no space left for {path}") from error
-        raise

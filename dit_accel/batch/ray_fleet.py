@@ -36,6 +36,7 @@ class RayFleet:
         self._serve = self.ray.remote(max_retries=0, max_calls=1, **room)(serve)
         self.device = device or "auto"
         self._false_starts, self._seen = 0, 0
+        self._done_before = manifest.counts()["done"]
         self._working: dict[Any, int] = {}
 
     def __enter__(self) -> RayFleet:
@@ -81,6 +82,8 @@ class RayFleet:
         self._false_starts = 0 if self._seen > before else self._false_starts + 1
         counts = self.manifest.counts()
         if self._false_starts >= FALSE_STARTS:
+            if self.manifest.counts()["done"] == self._done_before:
+                raise ValueError(f"workers do not start: {reason}")
             self.stopped = f"workers do not start: {reason}"
         elif counts["waiting"] + counts["running"] and self.manifest.get("stop") is None:
             self._start(number)

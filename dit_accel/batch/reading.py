@@ -30,6 +30,13 @@ class Problem:
         return f"line {self.line}: {self.reason}"
 
 
+def listed(problems: Sequence[Problem], most: int = 20) -> str:
+    """Problems as lines below a sentence."""
+    more = len(problems) - most
+    lines = [str(p) for p in problems[:most]] + ([f"and {more} more"] if more > 0 else [])
+    return "".join(f"\n  {line}" for line in lines)
+
+
 @dataclass
 class Parsed:
     """The (line, job) pairs of a file, and the lines that were refused."""

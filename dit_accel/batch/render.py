@@ -32,6 +32,7 @@ class Clip:
     seconds: of generation.
     report: JSON-able, what ran.
     error: why there are no frames.
+    facts: what its file says of how it was made.
     """
 
     frames: np.ndarray | None
@@ -39,6 +40,7 @@ class Clip:
     seconds: float
     report: dict[str, Any]
     error: str | None = None
+    facts: dict[str, Any] | None = None
 
 
 def render(

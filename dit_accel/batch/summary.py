@@ -9,14 +9,14 @@ from statistics import mean
 from typing import Any
 
 from dit_accel.batch.manifest import Manifest
-from dit_accel.media.files import atomic
+from dit_accel.media.files import write_text
 
 RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The state of an output folder after a run.
+    """What came of the jobs that the last run asked for.
 
     folder: its path.
     done, failed, waiting: numbers of jobs.
@@ -61,10 +61,12 @@ class Summary:
         return "\n".join(lines)
 
 
-def rows(manifest: Manifest) -> list[dict[str, Any]]:
-    """Every job as a JSON-able mapping, in the order of the job file."""
+def rows(manifest: Manifest, everything: bool = True) -> list[dict[str, Any]]:
+    """Jobs as JSON-able mappings, in the order of the job file; `everything`: those of earlier runs
+    too."""
     found = []
-    for row in manifest.ask("SELECT * FROM jobs ORDER BY number, id"):
+    sql = "SELECT * FROM jobs WHERE asked >= ? ORDER BY asked DESC, number, id"
+    for row in manifest.ask(sql, 0 if everything else 1):
         found.append(
             {
                 "id": row["id"],
@@ -81,9 +83,9 @@ def rows(manifest: Manifest) -> list[dict[str, Any]]:
     return found
 
 
-def summarize(manifest: Manifest, stopped: str = "") -> Summary:
-    """The summary, read from the manifest."""
-    jobs = rows(manifest)
+def summarize(manifest: Manifest, stopped: str = "", everything: bool = False) -> Summary:
+    """The summary, read from the manifest; `everything`: with the clips of earlier runs."""
+    jobs = rows(manifest, everything)
     states = [job["state"] for job in jobs]
     done = [job for job in jobs if job["state"] == "done"]
     near = [job["report"]["drift"] for job in done if "drift" in job["report"]]
@@ -118,8 +120,5 @@ def summarize(manifest: Manifest, stopped: str = "") -> Summary:
 
 def write_results(manifest: Manifest) -> Path:
     """results.jsonl: one line a job, for machines."""
-    path = manifest.folder / RESULTS
-    with atomic(path) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(manifest))
-        temporary.write_text("".join(lines), encoding="utf-8")
-    return path
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(manifest))
+    return write_text(manifest.folder / RESULTS, "".join(lines))

@@ -11,17 +11,21 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import dit_accel
 from dit_accel.batch import memory, render
-from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Claim, DiskFull, Manifest
+from dit_accel.batch.reading import Problem, listed
 from dit_accel.batch.together import Apart, Together
 from dit_accel.batch.writer import FULL, Finished, Writer
+from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import Boost
+from dit_accel.generation.facts import facts_of
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
 from dit_accel.inputs.fields import check
 from dit_accel.machine import is_device_lost, is_out_of_memory
+from dit_accel.media import owner as owners
 
 BEAT = 1.0
 DISK_FULL = 74
@@ -41,6 +45,7 @@ class Settings:
         keep_going: when the model refuses a job, do the others all the same.
         timeout: seconds after which a job's worker is given up; 0 is never.
         wait_for_space: seconds to wait for space on a full disk.
+        metadata: the clips carry what they were made from.
     """
 
     model: str | None = None
@@ -52,6 +57,7 @@ class Settings:
     keep_going: bool = False
     timeout: float = 0.0
     wait_for_space: float = 300.0
+    metadata: bool = True
 
     def __post_init__(self) -> None:
         check(self)
@@ -85,6 +91,7 @@ class Worker:
         self.settings, self.owner = settings, owners.me()
         self.renders = render.render if together is None else together.render
         self.device = pipe._execution_device
+        self._taken: list[AccelConfig] = []
         self.savings = memory.Savings(pipe, self.device, settings.batch, settings.offload)
         self.heart = Heart(manifest, self.owner, str(self.device), settings.timeout, child)
 
@@ -137,20 +144,34 @@ class Worker:
         return stopped or (counts["waiting"] + elsewhere == 0 and mine[0]["n"] == 0)
 
     def _check(self) -> bool:
-        """Before the first clip: does the model take every job? Those it refuses are failed."""
-        sound = True
-        for row in self.manifest.ask("SELECT id, job, line FROM jobs WHERE state = 'waiting'"):
-            try:
-                job = Job.from_dict(json.loads(row["job"]))
-                request = replace(job.request(load=False), image=job.image)
-                arguments(self.pipe, self.defaults, request)
-            except ValueError as error:
-                sound = False
-                self.manifest.refuse(row["id"], str(error))
-        if not sound and not self.settings.keep_going:
-            self.manifest.set("stop", "the model refuses jobs: --keep-going does the others")
+        """Before the first clip: does the model take every job? Those it refuses are failed; False
+        when it takes none, or the others are not wanted alone: then the run is given up."""
+        sql = "SELECT id, job, line FROM jobs WHERE state = 'waiting' AND asked = 1"
+        found = [(row, self._refusal(json.loads(row["job"]))) for row in self.manifest.ask(sql)]
+        refused = [(row, why) for row, why in found if why]
+        every = len(refused) == sum(self.manifest.counts().values())
+        if refused and (every or not self.settings.keep_going):
+            others = "" if every else " (--keep-going does the others)"
+            lines = listed([Problem(row["line"], why) for row, why in refused])
+            self.manifest.give_up(f"the model refuses {len(refused)} job(s){others}:{lines}")
             return False
+        for row, why in refused:
+            self.manifest.refuse(row["id"], why)
         return True
+
+    def _refusal(self, values: dict[str, Any]) -> str:
+        """Why the model cannot take this job, or ""."""
+        try:
+            job = Job.from_dict(values)
+            request = replace(job.request(load=False), image=job.image)
+            steps = arguments(self.pipe, self.defaults, request).get("num_inference_steps")
+            if job.config is not None and job.config not in self._taken:
+                job.config.schedule.dense_at(0, steps)
+                with dit_accel.accelerated(self.pipe, job.config):
+                    self._taken.append(job.config)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def _serve(self, rows: Sequence[Claim]) -> None:
         """Generate the rows of one claim; failures end in the manifest, not in an exception."""
@@ -195,7 +216,25 @@ class Worker:
         if self.savings.taken:
             for clip in clips:
                 clip.report["after_out_of_memory"] = list(self.savings.taken)
-        return clips
+        if not self.settings.metadata:
+            return clips
+        told = [self._facts(job, dense) for job in jobs]
+        return [replace(clip, facts=facts) for clip, facts in zip(clips, told, strict=True)]
+
+    def _facts(self, job: Job, dense: bool) -> dict[str, Any]:
+        """What a job's clip is made from."""
+        image = {"file": job.image} if job.image else None
+        request = replace(job.request(load=False), image=image)
+        return facts_of(
+            self.pipe,
+            arguments(self.pipe, self.defaults, request),
+            job.seed,
+            None if dense else job.config,
+            model=self.manifest.get("model"),
+            fps=self.defaults.fps,
+            sampler=job.sampler,
+            command=self.manifest.get("command", ""),
+        )
 
     def _split(self, rows: Sequence[Claim], reason: str, retries: int) -> None:
         """A call for several clips failed: do them one by one, to see which one it was."""

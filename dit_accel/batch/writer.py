@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
 from dit_accel.batch.manifest import Claim, DiskFull, Manifest
@@ -108,14 +107,14 @@ class Writer:
         report = {**clip.report, "size": list(clip.frames.shape[:3])}
         if finished.dense is not None:
             report["drift"] = drift(finished.dense, clip)
-            report["dense_file"] = self._save(f"{row.output}.dense", finished.dense.frames)
-        file = self._save(row.output, clip.frames)
+            report["dense_file"] = self._save(f"{row.output}.dense", finished.dense)
+        file = self._save(row.output, clip)
         self.manifest.finish(row, self.owner, file, clip.seconds, report)
 
-    def _save(self, name: str, frames: np.ndarray) -> str:
+    def _save(self, name: str, clip: Clip) -> str:
         """Written beside and renamed by `video.save`; here also on the platter before it counts."""
-        file = self.manifest.folder / f"{name}{'.mp4' if len(frames) > 1 else '.png'}"
-        video.save(file, frames, self.fps)
+        file = self.manifest.folder / f"{name}{'.mp4' if len(clip.frames) > 1 else '.png'}"
+        video.save(file, clip.frames, self.fps, clip.facts)
         _sync(file)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _sync(file.parent)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dit_accel.cli.options import checked, option
+from dit_accel.cli.options import Metadata, checked, option
 from dit_accel.generation import options as say
 from dit_accel.generation.options import WHERE, Ulysses, Where, parse_size
 from dit_accel.parallel import launcher as ranks
@@ -58,7 +58,7 @@ class JobOptions:
             "sampler": self.sampler,
             "image": str(self.image.absolute()) if self.image else None,
         }
-        return {key: value for key, value in values.items() if value}
+        return {key: value for key, value in values.items() if value not in (None, [], ())}
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class WorkOptions:
         float, option("Wait so many seconds on a full disk. \\[300]", _RUN)
     ] = 300
     json_events: Annotated[bool, option("JSON events on stdout.", _RUN, "--json")] = False
+    metadata: Metadata = True
     workers: Annotated[int | None, option("Processes, on each GPU of --gpus. \\[1]", WHERE)] = None
     ray: Annotated[
         str | None, option("Work on a Ray cluster: auto, an address, or local.", WHERE)
@@ -102,6 +103,7 @@ class WorkOptions:
             keep_going=self.keep_going,
             timeout=self.timeout,
             wait_for_space=self.wait_for_space,
+            metadata=self.metadata,
         )
 
 
@@ -125,6 +127,7 @@ def batch(
     with checked():
         ranks.check(ulysses)
         from dit_accel.batch import run
+        from dit_accel.cli.session import typed
 
         summary = run(
             jobs,
@@ -139,6 +142,7 @@ def batch(
             ulysses=ulysses,
             ray=work.ray,
             show="json" if work.json_events else "auto",
+            command=typed(),
         )
     if not ranks.first(ulysses):
         return  # the first process has the books, and the last word

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 from typed import NASTY, Reader, shown_as_text
 
-from dit_accel.batch import owner as owners
 from dit_accel.batch.display import Display
 from dit_accel.batch.gallery import write_gallery
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.summary import summarize
+from dit_accel.media import owner as owners
 
 REPORT = {"method": "topk", "kept": 0.25, "size": [9, 48, 64]}
 

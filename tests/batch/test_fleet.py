@@ -12,9 +12,9 @@ import time
 import pytest
 from tiny import saved_tiny_wan
 
-from dit_accel.batch import Settings, campaign, run
-from dit_accel.batch import owner as owners
+from dit_accel.batch import Settings, places, run
 from dit_accel.batch.manifest import Manifest
+from dit_accel.media import owner as owners
 
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
 
@@ -122,6 +122,6 @@ def test_the_command_refuses_bad_lines_at_once(tmp_path):
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_workers_share_the_cores(device):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert campaign._threads([device]) == 0
-    assert campaign._threads([device] * 2) == max(1, cores // 2)
-    assert campaign._threads([device] * 1000) == 1
+    assert places._threads([device]) == 0
+    assert places._threads([device] * 2) == max(1, cores // 2)
+    assert places._threads([device] * 1000) == 1

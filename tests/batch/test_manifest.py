@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from dit_accel.batch import owner as owners
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DEATHS, DiskFull, Manifest
+from dit_accel.media import owner as owners
 
 ELSEWHERE = "another-host/boot/pid:1:2"
 
@@ -86,7 +86,7 @@ def test_a_live_process_here_keeps_its_jobs_and_a_silent_one_elsewhere_does_not(
 def test_a_reused_process_id_is_not_its_former_owner():
     host, pid, start = owners.me().rsplit(":", 2)
     assert owners.is_alive(f"{host}:{pid}:{start}")
-    assert not owners.is_alive(f"{host}:{pid}:{int(start) + 1}")
+    assert not owners.is_alive(f"{host}:{pid}:{float(start) + 60}")
     assert owners.pid_of(owners.me()) == os.getpid()
 
 

@@ -10,8 +10,8 @@ import pytest
 from tiny import saved_tiny_wan
 
 from dit_accel.batch import Settings, run
-from dit_accel.batch import owner as owners
 from dit_accel.batch.manifest import Manifest
+from dit_accel.media import owner as owners
 
 SMALL = {"steps": 2, "height": 32, "width": 32, "frames": 5, "method": "dense"}
 

@@ -57,7 +57,7 @@ def test_every_bad_line_is_named_with_its_reason(tmp_path):
         8: "nosuch",
         9: "there is no prompt",
         10: "key 'prompt' is there twice",
-        11: "there is no image",
+        11: "there is no picture",
         12: "seed is an empty list",
     }
     assert set(reasons) == set(expected)

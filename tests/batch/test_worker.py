@@ -1,6 +1,7 @@
 """A run in this process with a tiny pipeline: clips, resuming, failures and refusals."""
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ from dit_accel.media import video
 def test_a_clip_is_what_generate_gives(pipe, tmp_path, monkeypatch):
     written, save = [], video.save
 
-    def spy(path, frames, fps):
+    def spy(path, frames, *rest):
         written.append(frames)
-        return save(path, frames, fps)
+        return save(path, frames, *rest)
 
     monkeypatch.setattr(video, "save", spy)
     assert go(pipe, tmp_path, [{"prompt": "a cat", "seed": 3, "name": "cat"}]).ok
@@ -49,7 +50,9 @@ def test_finished_jobs_are_not_redone_and_new_ones_are_added(pipe, tmp_path):
 
 
 def test_half_written_files_are_swept_and_never_count(pipe, tmp_path):
-    half = tmp_path / f".{Job('a cat', **SMALL).output}.99.part.mp4"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    half = tmp_path / f".{Job('a cat', **SMALL).output}.{dead.pid}.part.mp4"
     half.write_bytes(b"half a clip")
     summary = go(pipe, tmp_path, [{"prompt": "a cat"}])
     assert summary.ok and not half.exists() and len(files(tmp_path)) == 1
@@ -146,8 +149,10 @@ def test_jobs_the_model_cannot_take(pipe, tmp_path):
         {"prompt": "a cat", "image": str(tmp_path / "a.png")},
         {"prompt": "a dog"},
     ]
-    refused = go(pipe, tmp_path / "out", jobs)
-    assert (refused.done, refused.failed) == (0, 3) and "--keep-going" in refused.stopped
+    with pytest.raises(ValueError, match=r"the model refuses 3 job\(s\) \(--keep-going") as refused:
+        go(pipe, tmp_path / "out", jobs)
+    assert "line 2: frames is a multiple of 4" in str(refused.value)
+    assert not (tmp_path / "out").exists()
     summary = go(pipe, tmp_path / "out", jobs, Settings(keep_going=True))
     assert (summary.done, summary.failed) == (1, 3)
     words = ("height is a multiple of 16", "frames is a multiple of 4", "takes no image")

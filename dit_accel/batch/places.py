@@ -1,0 +1,227 @@
+"""Where a batch is worked off: worker processes, this process, a launcher's, a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dit_accel.batch.display import Display
+from dit_accel.batch.fleet import Fleet
+from dit_accel.batch.gallery import publish
+from dit_accel.batch.manifest import DiskFull, Manifest
+from dit_accel.batch.ray_fleet import RayFleet
+from dit_accel.batch.together import Together
+from dit_accel.batch.worker import Settings, Worker
+from dit_accel.batch.writer import FULL
+from dit_accel.generation import loading
+from dit_accel.parallel import launcher as ranks
+
+SHOW = ("auto", "json", "none")
+GALLERY_EVERY = 30.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a run works; see `campaign.run`. Raises ValueError for what excludes itself."""
+
+    pipe: Any = None
+    workers: int | None = None
+    gpus: str | None = None
+    device: str | None = None
+    ulysses: int = 1
+    ray: str | None = None
+    show: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.show not in SHOW:
+            raise ValueError(f"show is one of {', '.join(SHOW)}, not {self.show!r}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is at least 1, not {self.workers}")
+        several = (self.workers, self.gpus, self.ray) != (None, None, None)
+        if self.ulysses != 1 and several:
+            raise ValueError(
+                "with ulysses all processes make one clip: leave workers, gpus, ray out"
+            )
+        if self.ray is not None and (self.gpus is not None or self.pipe is not None):
+            raise ValueError("with ray the cluster says where: leave gpus and pipe out")
+        try:
+            ranks.check(self.ulysses)
+        except ranks.Wanted:
+            raise ValueError(
+                f"ulysses={self.ulysses} needs {self.ulysses} processes: "
+                f"start with `torchrun --nproc-per-node {self.ulysses} script.py`"
+            ) from None
+
+    def devices(self, dtype: str | None) -> list[str]:
+        """One device for each worker process; ValueError for one, or a dtype, that is not there."""
+        if self.pipe is not None:
+            return []
+        where = [] if self.ray is not None else _devices(self.workers or 1, self.gpus, self.device)
+        loading.pick_dtype(dtype, loading.pick_device("cpu"))
+        return where
+
+    def work(
+        self, manifest: Manifest, settings: Settings, devices: list[str], rank: int | None
+    ) -> str:
+        """Work off the queue; why that stopped before the end, or ""."""
+        if self.ray is not None:
+            with RayFleet(manifest, self.workers or 0, self.ray, self.device) as fleet:
+                return _attend(manifest, fleet, self.show)
+        if self.ulysses > 1:
+            return _work_together(
+                manifest, settings, self.pipe, self.device, self.ulysses, self.show
+            )
+        return _work(manifest, settings, self.pipe, devices, rank, self.show)
+
+
+def _devices(workers: int, gpus: str | None, device: str | None) -> list[str]:
+    """One device for each worker."""
+    import torch
+
+    if gpus is None:
+        loading.pick_device(device)
+        count = torch.cuda.device_count() if device in (None, "cuda") else 0
+        return [f"cuda:{i % count}" if count else device or "auto" for i in range(workers)]
+    if device is not None:
+        raise ValueError("give gpus or device, not both")
+    numbers = range(torch.cuda.device_count()) if gpus == "all" else gpus.split(",")
+    names = [f"cuda:{str(number).strip()}" for number in numbers]
+    if not names:
+        raise ValueError("there is no GPU here: leave gpus out")
+    for name in names:
+        loading.pick_device(name)
+    return names * workers
+
+
+@contextmanager
+def launched() -> Iterator[int | None]:
+    """This process's rank under a launcher, else None; all wait at the end of the block."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield None
+        return
+    import torch.distributed as dist
+
+    mine = not dist.is_initialized()
+    if mine:
+        dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+        dist.barrier()
+    finally:
+        if mine:
+            dist.destroy_process_group()
+
+
+def _work(
+    manifest: Manifest,
+    settings: Settings,
+    pipe: Any,
+    devices: list[str],
+    rank: int | None,
+    show: str,
+) -> str:
+    """Run the workers to the end; why they stopped before it, or ""."""
+    with ExitStack() as stack:
+        display = None
+        if show != "none" and rank in (None, 0):
+            display = stack.enter_context(Display(manifest, json_events=show == "json"))
+        if pipe is None and rank is None:
+            threads = _threads(devices)
+            fleet = stack.enter_context(Fleet(manifest, devices, threads))
+            try:
+                return _watch(manifest, fleet, display)
+            except DiskFull:
+                return FULL
+        if display is not None:
+            stack.enter_context(_refreshing(display))
+        if pipe is None:
+            pipe, known = _load_for_rank(settings)
+        else:
+            known = loading.Defaults.from_pipeline(pipe)
+        stopped = Worker(manifest, pipe, known, settings, child=False).run()
+    return stopped or manifest.get("stop") or ""
+
+
+def _work_together(
+    manifest: Manifest, settings: Settings, pipe: Any, device: str | None, count: int, show: str
+) -> str:
+    """Every clip by all processes: the first has the worker, the others follow."""
+    if pipe is None:
+        pipe, known = loading.load_pipeline(
+            settings.model, ranks.device(device), settings.dtype, settings.offload
+        )
+    else:
+        known = loading.Defaults.from_pipeline(pipe)
+    together = Together(pipe, count)
+    if not together.leads:
+        together.follow(pipe, known)
+        return ""
+    with ExitStack() as stack:
+        if show != "none":
+            display = stack.enter_context(Display(manifest, json_events=show == "json"))
+            stack.enter_context(_refreshing(display))
+        stopped = Worker(manifest, pipe, known, settings, False, together).run()
+    together.dismiss()
+    return stopped or manifest.get("stop") or ""
+
+
+def _attend(manifest: Manifest, fleet: RayFleet, show: str) -> str:
+    with ExitStack() as stack:
+        display = None
+        if show != "none":
+            display = stack.enter_context(Display(manifest, json_events=show == "json"))
+        try:
+            return _watch(manifest, fleet, display)
+        except DiskFull:
+            return FULL
+
+
+def _load_for_rank(settings: Settings) -> tuple[Any, loading.Defaults]:
+    import torch
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = f"cuda:{local}" if torch.cuda.is_available() else None
+    return loading.load_pipeline(settings.model, device, settings.dtype, settings.offload)
+
+
+def _threads(devices: list[str]) -> int:
+    """Several workers share the cores, whatever they compute on; one takes PyTorch's choice."""
+    if len(devices) < 2:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // len(devices))
+
+
+def _watch(manifest: Manifest, fleet: Fleet | RayFleet, display: Display | None) -> str:
+    page_due = time.monotonic() + GALLERY_EVERY
+    while fleet.tend() and not fleet.stopped:
+        if display is not None:
+            display.update()
+        if time.monotonic() > page_due:
+            publish(manifest)
+            page_due = time.monotonic() + GALLERY_EVERY
+        time.sleep(0.2)
+    return fleet.stopped or manifest.get("stop") or ""
+
+
+@contextmanager
+def _refreshing(display: Display) -> Iterator[None]:
+    """Keep the display up to date from a thread while this one works."""
+    over = threading.Event()
+
+    def refresh() -> None:
+        while not over.wait(0.5):
+            display.update()
+
+    thread = threading.Thread(target=refresh, name="display", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

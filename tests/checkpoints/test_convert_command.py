@@ -10,16 +10,18 @@ from dit_accel.cli import main as cli
 
 def test_a_folder_and_what_to_do_with_it(tmp_path, capsys):
     pipe = layouts.trained()
-    learned = layouts.projections(pipe) | {"blocks.0.self_attn.rope.freqs": torch.zeros(3)}
+    strange = {"epoch": 3, "blocks.0.self_attn.extra": torch.zeros(3)}
+    learned = layouts.projections(pipe) | strange
     path = layouts.turbowan(tmp_path / "TurboWan2.1.pth", pipe, learned)
     out = tmp_path / "folder"
     assert cli.run(["convert", str(path), "-o", str(out), "--dtype", "kept"]) == 0
     said = capsys.readouterr().out
-    assert "TurboWan, weights" in said and "unused: blocks.0.self_attn.rope.freqs" in said
+    assert "TurboWan, weights" in said and "unused: epoch" in said
     assert f"--method {out / 'preset.json'}" in said and "--sampler rcm:80" in said
     other = layouts.base()
     found = dit_accel.load_checkpoint(other, out)
     assert (found.missing, found.sampler, found.config.method.keep) == ([], "rcm:80", 0.1)
+    assert found.unused == ["epoch", "blocks.0.attn1.extra"]  # a model tells what has no place
     assert all(
         torch.equal(mine, pipe.transformer.state_dict()[name])
         for name, mine in other.transformer.state_dict().items()

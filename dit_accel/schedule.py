@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from dit_accel.inputs import fields
 
+FEW_STEPS = 8  # a run of so many is one of a model distilled to few: a dense step is a great share
+
 
 class Action(NamedTuple):
     """What one layer does at one step. `keep` is None for dense, or a share for each head; `reason`

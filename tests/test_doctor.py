@@ -104,6 +104,16 @@ def test_arithmetic(loaded, given_times):
     assert json.loads(json.dumps(found.to_dict()))["bound"] == found.bound
 
 
+def test_few_steps(loaded, given_times):
+    who = sample.from_pipeline(*loaded, REQUEST)
+    found = doctor.examine(who, steps=4)
+    said = next(note for note in found.notes if "--warmup 0" in note)
+    assert said.startswith("of 4 steps the usual warm-up makes 1 dense") and "shared" in said
+    slow = replace(found, bound=1.05)
+    assert "fewer steps" not in recommend(slow)
+    assert "fewer steps" in recommend(replace(slow, steps=20))
+
+
 def test_more_tokens_than_were_timed(loaded, given_times):
     who = replace(sample.from_pipeline(*loaded, REQUEST), scale=2.0)
     found = doctor.examine(who, steps=10)

@@ -15,6 +15,7 @@ from dit_accel.evaluate import Study, tune
 from dit_accel.evaluate.probe import watching
 from dit_accel.evaluate.rows import Row
 from dit_accel.evaluate.sensitivity import Sensitivity, measure
+from dit_accel.evaluate.tune import WARMUPS, warmups_of
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
@@ -44,6 +45,12 @@ def test_a_limit_decides_every_layer():
     assert FELT.schedule(base, 0.5) == Schedule(2, layer_keep=((0, 0.1), (1, 0.1)))
     assert [FELT.kept(e) for e in (0.0, 0.01, 0.5)] == pytest.approx([1, 0.75, 0.1])
     assert Sensitivity.from_dict(json.loads(json.dumps(FELT.to_dict()))) == FELT
+
+
+def test_warm_ups_that_differ():
+    assert warmups_of(WARMUPS, 20) == [0.15, 0.3, 0.45]
+    assert warmups_of(WARMUPS, 4) == [0.0, 0.15, 0.3]  # of 4 steps none, one, two
+    assert warmups_of([0.3, 0.25], 4) == [0.25, 0.3]
 
 
 def test_watching_changes_nothing(loaded):

@@ -15,8 +15,9 @@ from dit_accel.methods.stateful import Remembering
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Geometry
 from dit_accel.pruning import step_cache
-from dit_accel.schedule import Schedule
+from dit_accel.schedule import FEW_STEPS, Schedule
 
+USUAL = Schedule()
 WORTH = 1.1  # a smaller gain is within what a busy machine varies by
 
 
@@ -66,6 +67,7 @@ class Diagnosis:
     measured_tokens: of the timed block; where fewer than `tokens`, attention was scaled with the
         square and the rest in proportion.
     layers, heads, head_dim: of the model's attention.
+    steps: of a run.
     forward_seconds: of one transformer forward.
     attention_share: of it, spent in attention's core.
     bound: speed-up if attention took no time at all.
@@ -87,6 +89,7 @@ class Diagnosis:
     layers: int
     heads: int
     head_dim: int
+    steps: int
     forward_seconds: float
     attention_share: float
     bound: float
@@ -121,6 +124,7 @@ def diagnose(
     share = 1 - sum(layer.count * layer.hollow for layer in layers) / forward
     outlook = [_outlook(name, found, layers, share, steps) for name, found in times.items()]
     obstacles, notes = _obstacles(sample, geometry, reasons)
+    notes += _few(steps)
     q, dtype = seen or (None, model.dtype)
     tokens = round(geometry.n_visual * sample.scale)
     count = sum(layer.count for layer in layers)
@@ -136,6 +140,7 @@ def diagnose(
         layers=count,
         heads=q[1] if q else 0,
         head_dim=q[3] if q else 0,
+        steps=steps,
         forward_seconds=forward,
         attention_share=share,
         bound=1 / (1 - share) if share < 1 else float("inf"),
@@ -148,6 +153,19 @@ def diagnose(
         recommendation="",
     )
     return replace(found, recommendation=recommend(found))
+
+
+def _few(steps: int) -> list[str]:
+    """What a dense step costs where there are few."""
+    if steps > FEW_STEPS:
+        return []
+    usual, bare = USUAL.dense_steps(steps), Schedule(warmup=0)
+    full = {name: dense_steps(named(name), steps, bare) for name in infos()}
+    states = [f"{name} then {n} full" for name, n in full.items() if n]
+    return [
+        f"of {steps} steps the usual warm-up makes {usual} dense; a model distilled to few runs "
+        f"with --warmup 0 ({', '.join(states)})"
+    ]
 
 
 def _outlook(
@@ -169,9 +187,9 @@ def _outlook(
     return Outlook(name, method.keep, ceiling, 1 / (dense + (1 - dense) * sparse / forward))
 
 
-def dense_steps(method: Method, steps: int) -> int:
-    """Steps of a run that are dense in the usual schedule, a state's full steps included."""
-    dense = Schedule().dense_steps(steps)
+def dense_steps(method: Method, steps: int, schedule: Schedule = USUAL) -> int:
+    """Steps of a run that are dense in a schedule, a state's full steps included."""
+    dense = schedule.dense_steps(steps)
     if isinstance(method, Remembering):
         return dense + -(-(steps - dense) // method.every(steps))
     return dense
@@ -222,16 +240,17 @@ def recommend(found: Diagnosis) -> str:
     gains = {o.method: o.predicted for o in found.outlook if o.predicted}
     if found.obstacles and not gains:
         return f"Leave it dense: {found.obstacles[0]}."
-    fewer = "try fewer steps first; dit-accel evaluate shows what they cost"
+    few = found.steps <= FEW_STEPS
+    fewer = "" if few else "; try fewer steps first: dit-accel evaluate shows what they cost"
     if found.bound < WORTH:
-        return f"Leave attention dense: {share}, so that no method gains a tenth; {fewer}."
+        return f"Leave attention dense: {share}, so that no method gains a tenth{fewer}."
     if not gains:
         return f"Leave it dense: no method ran here ({found.outlook[0].why})."
     best = max(gains, key=gains.__getitem__)
     if gains[best] < WORTH:
         return (
             f"Leave attention dense at this size: {share}, and the fastest method ({best}) "
-            f"gives {gains[best]:.2f}×; {fewer}."
+            f"gives {gains[best]:.2f}×{fewer}."
         )
     pick = "pooled" if gains.get("pooled", 0.0) > 0.9 * gains[best] else best
     keep = next(o.keep for o in found.outlook if o.method == pick)

@@ -21,7 +21,7 @@ from dit_accel.generation.run import ProgressFn
 from dit_accel.inputs import fields
 from dit_accel.media.files import atomic
 from dit_accel.pages.scatter import Point, scatter
-from dit_accel.schedule import Schedule
+from dit_accel.schedule import FEW_STEPS, Schedule, count_steps
 
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 METHODS = ("pooled", "topk")
@@ -153,11 +153,12 @@ def tune(
     _check(prompts, held_out, trials)
     search = Search(study, goal, prompts, seeds, trials, progress, note)
     felt: dict[str, Sensitivity] = {}
+    tried = warmups_of(warmups, study.steps)
     for name in methods:
-        start = Schedule(warmup=min(warmups))
+        start = Schedule(warmup=tried[0])
         config = replace(template, method=named(name), schedule=start)
         felt[name] = _sensitivity(study, config, prompts[0], seeds[0], keeps, progress)
-        for warmup in warmups:
+        for warmup in tried:
             search.bisect(replace(config, schedule=Schedule(warmup=warmup)), felt[name])
     progress("trying configurations", trials, trials)
     data = {
@@ -174,6 +175,15 @@ def tune(
     }
     _write(study, data)
     return data
+
+
+def warmups_of(warmups: Sequence[float], steps: int) -> list[float]:
+    """Those of different numbers of steps, the smallest first; of the usual ones in a run of few
+    steps none at all, too."""
+    usual = tuple(warmups) == WARMUPS and steps <= FEW_STEPS
+    shares = sorted((0.0, *warmups) if usual else warmups)
+    counts = [count_steps(share, steps) for share in shares]
+    return [share for i, share in enumerate(shares) if counts[i] not in counts[:i]]
 
 
 def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, Any]:

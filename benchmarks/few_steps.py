@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dit_accel import SLA, Pooled, Schedule, SharedResidual, TopK, accelerated
 from dit_accel.config import AccelConfig, resolve
 from dit_accel.evaluate.recognition import Recogniser
@@ -77,7 +79,7 @@ def main() -> None:
                 line = {"prompt": prompt, "steps": steps, "row": name, "kept": kept}
                 line["psnr"] = None if clip is dense else quality(dense.frames, clip.frames).psnr
                 line["psnr20"] = quality(best.frames, clip.frames).psnr
-                line |= judge.judge([prompt], [clip.frames])[0]
+                line |= judge.judge([prompt], [torch.as_tensor(clip.frames)])[0]
                 data["clips"].append(line)
                 asked.output.write_text(json.dumps(data, indent=1) + "\n")
                 print(json.dumps(line), flush=True)

@@ -25,7 +25,7 @@ class AccelConfig:
     Args:
         method: a method object such as TopK(keep=0.2).
         schedule: which steps and layers stay dense.
-        order: "raster", "tile" or "hilbert": how visual tokens are laid out in blocks.
+        order: "raster", "tile", "hilbert" or "time": how visual tokens are laid out in blocks.
         tile: (t, h, w) tokens of a tile for order="tile".
         min_tokens: below this many tokens attention stays dense; None takes the device's measured
             crossover (see dit_accel.config.CROSSOVER).

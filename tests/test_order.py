@@ -7,7 +7,7 @@ GRIDS = [(1, 1, 1), (3, 4, 4), (5, 16, 16), (2, 7, 9), (4, 4, 4)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("kind", ["tile", "hilbert"])
+@pytest.mark.parametrize("kind", ["tile", "hilbert", "time"])
 def test_orders_are_permutations_with_an_inverse(kind, grid):
     index = token_order(kind, grid, (2, 4, 4))
     n = grid[0] * grid[1] * grid[2]
@@ -26,6 +26,11 @@ def test_tiles_fill_whole_blocks():
     assert rows.max() == columns.max() == 7 and index[:64].max() < 256
 
 
+def test_time_follows_a_place_through_all_frames():
+    index = token_order("time", (3, 2, 2))
+    assert index.tolist() == [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11]
+
+
 def test_hilbert_steps_to_a_neighbour_each_time():
     index = token_order("hilbert", (4, 4, 4))
     cells = torch.stack([index // 16, index // 4 % 4, index % 4], -1)
@@ -33,5 +38,5 @@ def test_hilbert_steps_to_a_neighbour_each_time():
 
 
 def test_unknown_order():
-    with pytest.raises(ValueError, match="raster, tile, hilbert"):
+    with pytest.raises(ValueError, match="raster, tile, hilbert, time"):
         token_order("zigzag", (1, 2, 2))

@@ -87,7 +87,7 @@ StepCache = Annotated[
     float | None, Option("Skip steps that change less than this, such as 0.05.", HOW)
 ]
 Lora = Annotated[str | None, Option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
-Order = Annotated[str | None, Option("Token order: raster, tile or hilbert.", HOW)]
+Order = Annotated[str | None, Option("Token order: raster, tile, hilbert or time.", HOW)]
 MinTokens = Annotated[int | None, Option(MIN_TOKENS, HOW)]
 
 Model = Annotated[

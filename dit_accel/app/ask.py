@@ -82,7 +82,7 @@ class Side:
         if config is None or config.method.name == "dense":
             words = "dense"
         else:
-            words = f"{config.method.name}, keep {config.method.keep:g}"
+            words = f"{config.method.label}, keep {config.method.keep:g}"
         return words if self.prune is None else f"{words}, prune {self.prune}"
 
 

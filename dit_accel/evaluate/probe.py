@@ -46,7 +46,8 @@ def error_of(
     name: what its state is kept by, beside those of others.
     """
     state = call.state.setdefault(name, {})
-    tried = method(q, k, v, replace(call, state=state, note=lambda table: None)).float()
+    mine = replace(call, state=state, together=state, note=lambda table: None)
+    tried = method(q, k, v, mine).float()
     return float((tried - out.float()).norm() / out.float().norm())
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import STOCK, Boost
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME
+from dit_accel.methods.reuse import Reuse
+from dit_accel.methods.selectors import Selector
 
 
 def recipe(
@@ -68,6 +70,8 @@ def _shortest(config: AccelConfig) -> str:
 
 def _spelled(value: Any) -> str:
     """A dataclass as Python text, without the fields that have their default value."""
+    if isinstance(value, Selector | Reuse):
+        return _literal(str(value))
     if not is_dataclass(value):
         return _literal(value)
     return f"dit_accel.{type(value).__name__}({', '.join(_changed(value))})"

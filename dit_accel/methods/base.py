@@ -128,6 +128,12 @@ class Method:
         if not self.chooses and (self.select != Means() or self.reuse != Reuse()):
             raise ValueError(f"{self.name} has its own choice of blocks: no select and no reuse")
 
+    @property
+    def label(self) -> str:
+        """Its name, with what chooses its blocks and when, where that is not the default."""
+        selector = "" if self.select == Means() else f"/{self.select}"
+        return self.name + selector + ("" if self.reuse == Reuse() else f", reuse {self.reuse}")
+
     def query_block(self, n: int) -> int:
         """Tokens in a query block of a call with n queries.
 

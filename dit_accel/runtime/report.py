@@ -76,7 +76,7 @@ def build(engine: Engine, model: str) -> Report:
     calls = sum(row["sparse"] + row["dense"] for row in layers)
     kept = sum(row["kept"] * (row["sparse"] + row["dense"]) for row in layers)
     return Report(
-        method=engine.config.method.name,
+        method=engine.config.method.label,
         config=engine.config.to_dict(),
         model=model,
         kept=kept / calls if calls else 1.0,

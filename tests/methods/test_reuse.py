@@ -130,6 +130,15 @@ def test_texts_and_their_objects():
     assert set(selectors.infos()) == {"means", "sub"}
 
 
+def test_a_recipe_spells_the_choice():
+    from dit_accel.generation.recipe import _spelled
+
+    method = Pooled(0.1, select="sub(8)", reuse="4+passes")
+    assert _spelled(method) == 'dit_accel.Pooled(keep=0.1, select="sub(8)", reuse="4+passes")'
+    assert eval(_spelled(method)) == method
+    assert method.label == "pooled/sub(8), reuse 4+passes" and Pooled().label == "pooled"
+
+
 @pytest.mark.parametrize(
     "make,message",
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dit_accel.evaluate import backdrop
+from dit_accel.evaluate import backdrop, tables
 from dit_accel.evaluate.recognition import References
 from dit_accel.evaluate.scenes import SceneRecogniser
 from dit_accel.inputs.scene import Backdrop
@@ -82,3 +82,8 @@ def test_what_is_wrong_is_named():
 def test_a_ramp_the_other_way_is_another_backdrop():
     found = _judge("ball on a red to blue background", Backdrop("ramp", "blue", "red"), BOXES)
     assert not found["colour"]
+
+
+def test_a_share_counts_the_cells_that_were_asked():
+    cells = [{"emoji": True, "place": False}, {"emoji": False}, {}]
+    assert tables._shares(cells) == {"emoji": 0.5, "place": 0.0}

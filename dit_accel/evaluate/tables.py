@@ -27,7 +27,7 @@ _MEANS = (
     "speedup",
     "state_bytes",
 )
-_SEEN = ("emoji", "colour")  # shares of the clips that show what was asked for
+_SEEN = ("emoji", "colour", "place", "motion")  # shares of the clips that show what was asked
 _SHOWN_STEPS = 8
 Rows = Sequence[dict[str, Any]]
 
@@ -48,6 +48,8 @@ _COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("flicker", "flicker", lambda r: f"{r['flicker']:.3f}"),
     ("emoji", "emoji", lambda r: f"{r['emoji']:.1%}"),
     ("colour", "colour", lambda r: f"{r['colour']:.1%}"),
+    ("place", "place", lambda r: f"{r['place']:.1%}"),
+    ("motion", "motion", lambda r: f"{r['motion']:.1%}"),
     ("loop (s)", "seconds", lambda r: f"{r['seconds']:.3f}"),
     ("clip (s)", "wall", lambda r: f"{r['wall']:.3f}"),
     ("speed-up", "speedup", lambda r: f"{r['speedup']:.2f}×"),
@@ -93,8 +95,8 @@ def reference(dense: Rows) -> dict[str, Any] | None:
 
 
 def _shares(cells: Rows) -> dict[str, float]:
-    judged = [cell for cell in cells if _SEEN[0] in cell]
-    return {key: fmean(cell[key] for cell in judged) for key in _SEEN} if judged else {}
+    asked = {key: [cell[key] for cell in cells if key in cell] for key in _SEEN}
+    return {key: fmean(verdicts) for key, verdicts in asked.items() if verdicts}
 
 
 def markdown(rows: Rows, dense: dict[str, Any] | None = None, notes: Sequence[str] = ()) -> str:

@@ -3,10 +3,12 @@
     python benchmarks/batch_campaign.py [--model FOLDER] [--json FILE]
     python benchmarks/batch_campaign.py --model assets/emoji --device cuda    throughput alone
 
-Faults: workers killed with SIGKILL at random moments, the whole run killed and started again, a
-disk that fills up and is made larger (a small tmpfs, which takes root; "disk_filled" says whether
-it was had), lines that are no jobs, pictures that cannot be read, prompts whose output is not a
-number. Counted: jobs lost, done twice, left unexplained.
+Faults: two runs of the same jobs on one folder, a third with others; the job file and files of
+somebody else in that folder; workers killed with SIGKILL at random moments, a whole run killed and
+started again, a disk that fills up and is made larger (a small tmpfs, which takes root;
+"disk_filled" says whether it was had), lines that are no jobs, pictures that cannot be read,
+prompts whose output is not a number. Counted: jobs lost, done twice, left unexplained; files of
+others that were touched.
 """
 
 from __future__ import annotations
@@ -97,23 +99,28 @@ def small_disk(out: Path) -> bool:
 
 def campaign(model: Path, work: Path) -> dict[str, Any]:
     """The whole campaign; the counts."""
-    out, jobs = work / "out", work / "jobs.jsonl"
-    expected = write_jobs(jobs)
+    out = work / "out"
     limited = small_disk(out)
+    jobs = out / "jobs.jsonl"  # inside its own output folder
+    expected = write_jobs(jobs)
+    others = {"holiday.mp4": b"mine", "notes.txt": b"mine too", jobs.name: jobs.read_bytes()}
+    for name, data in others.items():
+        (out / name).write_bytes(data)
     began = time.perf_counter()
     trouble = Trouble(out, KILLS)
     trouble.start()
     command = [
         *(sys.executable, "-m", "dit_accel.batch", str(jobs), "-o", str(out), "--keep-going"),
-        *("--model", str(model), "--workers", "2", "--retries", "1", "--wait-for-space", "2"),
+        *("--model", str(model), "--retries", "1", "--wait-for-space", "2"),
     ]
     runs = []
     try:
-        runs.append(_killed_half_way(command, out))
+        runs += _killed_half_way(command, out)
         for _ in range(20):
-            ended = subprocess.run(command, capture_output=True, text=True)
-            runs.append({"code": ended.returncode, "said": ended.stderr.strip().splitlines()[-1:]})
-            if ended.returncode != 3:
+            pair = [_start(command) for _ in range(2)]
+            ended = [_ended(process) for process in pair]
+            runs += ended
+            if 3 not in [one["code"] for one in ended]:
                 break
             if limited:  # "free some space", it said
                 subprocess.run(["mount", "-o", f"remount,size={4 * DISK}", str(out)], check=True)
@@ -121,6 +128,8 @@ def campaign(model: Path, work: Path) -> dict[str, Any]:
         trouble.join()
         with closing(Manifest(out)) as manifest:
             counts = _judge(manifest, expected, len(trouble.killed))
+        touched = [n for n, data in others.items() if (out / n).read_bytes() != data]
+        counts["files_of_others_touched"] = touched
     finally:
         if limited:
             subprocess.run(["umount", str(out)], check=False)
@@ -128,15 +137,32 @@ def campaign(model: Path, work: Path) -> dict[str, Any]:
     return {"disk_filled": limited, "runs": runs, "seconds": seconds, **counts}
 
 
-def _killed_half_way(command: list[str], out: Path) -> dict[str, Any]:
-    """The run itself dies of SIGKILL once a third of the jobs is done, its workers with it."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
+def _start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _ended(process: subprocess.Popen) -> dict[str, Any]:
+    said = process.communicate()[1]
+    return {"code": process.returncode, "said": said.strip().splitlines()[-1:]}
+
+
+def _killed_half_way(command: list[str], out: Path) -> list[dict[str, Any]]:
+    """Two runs side by side; the first dies of SIGKILL once a third of the jobs is done, its
+    workers with it. Meanwhile a run with other jobs is tried."""
+    first, second = _start(command), _start(command)
+    third = None
+    while first.poll() is None:
         time.sleep(0.2)
-        if len(list(out.glob("*.mp4"))) > len(WORDS) * SEEDS // 3:
-            process.kill()
-    time.sleep(3)  # its workers notice within two seconds
-    return {"code": process.wait(), "said": ["killed on purpose"]}
+        made = len(list(out.glob("*.mp4"))) - 1
+        if third is None and made > 5:
+            other = out.parent / "other.txt"
+            other.write_text("a dog on a star\n")
+            third = _ended(_start([*command[:3], str(other), *command[4:]]))
+        if made > len(WORDS) * SEEDS // 3:
+            first.kill()
+    first.communicate()
+    killed = {"code": first.returncode, "said": ["killed on purpose"]}
+    return [killed, {"other_jobs": True, **(third or {})}, _ended(second)]
 
 
 def _judge(manifest: Manifest, expected: dict[str, int], killed: int) -> dict[str, Any]:

@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dit_accel.app.ask import Limits
+from dit_accel.inputs.fields import within
 
 if TYPE_CHECKING:
     from dit_accel.app.studio import Studio
 
 
-def studio(device: str | None = None, dtype: str | None = None, offload: bool = False) -> Studio:
+def studio(
+    device: str | None = None,
+    dtype: str | None = None,
+    offload: bool = False,
+    metadata: bool = True,
+) -> Studio:
     """What runs the clips; ValueError for a device or a dtype that is none here."""
     from dit_accel.app.studio import Studio
     from dit_accel.generation.loading import load_pipeline, pick_device, pick_dtype
 
     pick_dtype(dtype, pick_device(device))
-    return Studio(partial(load_pipeline, device=device, dtype=dtype, offload=offload))
+    return Studio(partial(load_pipeline, device=device, dtype=dtype, offload=offload), metadata)
 
 
 def serve(
@@ -34,6 +40,7 @@ def serve(
 ) -> None:
     """Serve the page until Ctrl-C; `browser` opens it. OSError where the port is taken,
     ModuleNotFoundError without Gradio."""
+    within("port", port, 1, 65535)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed

@@ -24,7 +24,7 @@ def clip(run: Run, fps: float, folder: Path) -> str:
     """Write one side's clip (a picture where there is one frame), once; the name of its file."""
     path = folder / f"{run.name}.{'mp4' if len(run.result.frames) > 1 else 'png'}"
     if not path.exists():
-        video.save(path, run.result.frames, fps)
+        video.save(path, run.result.frames, fps, run.facts)
     return path.name
 
 
@@ -54,7 +54,8 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
     }
     both = video.side_by_side(left.result.frames, right.result.frames, _labels(pair))
     name = "side_by_side." + ("mp4" if moving else "png")
-    data["both"] = video.save(folder / name, both, fps).name
+    facts = right.facts and {**right.facts, "shows": "left beside right"}
+    data["both"] = video.save(folder / name, both, fps, facts).name
     with atomic(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", "utf-8")
     return data

@@ -17,9 +17,11 @@ from dit_accel.app.ask import Ask, Side
 from dit_accel.app.ledger import Ledger
 from dit_accel.app.preview import Preview, fit_colours
 from dit_accel.app.stop import check, stoppable
-from dit_accel.generation.loading import Defaults, load_pipeline
+from dit_accel.generation.facts import facts_of
+from dit_accel.generation.loading import EMBEDDED_NAME, Defaults, load_pipeline
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import Result, generate, warm_up
+from dit_accel.media.metadata import Facts
 
 Loader = Callable[[str | None], tuple[Any, Defaults]]
 
@@ -43,13 +45,15 @@ class News:
 
 @dataclass(frozen=True)
 class Run:
-    """One side when it is done. report and cells are None for the stock pipeline."""
+    """One side when it is done. report and cells are None for the stock pipeline, facts where files
+    carry none."""
 
     name: str
     side: Side
     result: Result
     report: dict[str, Any] | None = None
     cells: list[list[float | None]] | None = None
+    facts: Facts | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Studio:
     """
 
     load: Loader = load_pipeline
+    metadata: bool = True  # clips carry what they were made from
     _name: str | None = field(default=None, init=False)
     _loaded: tuple[Any, Defaults] | None = field(default=None, init=False)
     _colours: torch.Tensor | None = field(default=None, init=False)
@@ -122,10 +127,18 @@ class Studio:
         runs = {}
         for name, side in (("left", ask.left), ("right", ask.right)):
             recorder = _Recorder(name, side, put, cancel, self._colours)
-            runs[name] = recorder.run(pipe, defaults, request, self._cold(ask, side))
+            run = recorder.run(pipe, defaults, request, self._cold(ask, side))
+            runs[name] = replace(run, facts=self._facts(ask, pipe, values, side))
             put(runs[name])
             self._learn(runs[name].result)
         return Pair(ask, pipe, defaults, values, **runs)
+
+    def _facts(self, ask: Ask, pipe: Any, values: dict[str, Any], side: Side) -> Facts | None:
+        """What a side's clip is made from; None where files are to carry nothing."""
+        if not self.metadata:
+            return None
+        model = EMBEDDED_NAME if ask.model is None else ask.model
+        return facts_of(pipe, values, ask.seed, side.config(), model=model, fps=self.fps)
 
     def _learn(self, result: Result) -> None:
         """Keep the colours of this model's latents for the previews to come."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dit_accel.cli.options import BadInput, checked, option
+from dit_accel.cli.options import BadInput, Metadata, checked, option
 from dit_accel.generation import options as say
 from dit_accel.generation.options import WHERE
 
@@ -64,6 +64,7 @@ def page(
     dtype: say.Dtype = None,
     offload: say.Offload = False,
     make_examples: Make = False,
+    metadata: Metadata = True,
 ) -> None:
     """Open the page that compares two configurations in a browser (the extra `app`)."""
     from dit_accel.app import launch
@@ -72,7 +73,7 @@ def page(
         with checked():
             if names and not make_examples:
                 raise ValueError(f"{names[0]!r} names an example: add --make-examples")
-            limits, studio = page.limits(), launch.studio(device, dtype, offload)
+            limits, studio = page.limits(), launch.studio(device, dtype, offload, metadata)
             if make_examples:
                 from dit_accel.app import examples
 

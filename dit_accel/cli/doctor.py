@@ -61,6 +61,7 @@ def _sample(
     from dit_accel.generation.loading import find_model, pick_device, pick_dtype
     from dit_accel.generation.request import arguments
 
+    request = what.request()
     if config_only:
         config = read_config(where.model or find_model(None))
         device = pick_device(where.device)
@@ -70,7 +71,6 @@ def _sample(
         asked = (what.frames or usual[0], height, width)
         progress("building a layer", 0, None)
         return sample.from_config(config, asked, device, kind), what.steps or STEPS
-    request = what.request()
     pipe, defaults = load(where, request, how.config(), progress)
     progress("reading the model", 0, None)
     count = arguments(pipe, defaults, request).get("num_inference_steps") or STEPS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, words
+from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, seeds, words
 from dit_accel.generation import options as say
 from dit_accel.generation.options import WHERE, Clips, Where
 
@@ -69,23 +69,23 @@ def _run(
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import noted, open_study, typed
     from dit_accel.evaluate.rows import DEFAULT, rows
-    from dit_accel.evaluate.run import Budget, evaluate
+    from dit_accel.evaluate.run import FILES, Budget, evaluate
     from dit_accel.generation.loading import EMBEDDED
     from dit_accel.inputs.prompts import read_prompts
 
     names = words(table.rows) if table.rows else DEFAULT
-    keeps, seeds = numbers(table.keeps, float, "keeps"), numbers(table.seeds, int, "seeds")
+    keeps, starts = numbers(table.keeps, float, "keeps"), seeds(table.seeds)
     learned = [str(path) for path in table.sla_weights or ()]
     budget, config = Budget(table.limit, table.minutes, began), clips.how(warmup).config()
     texts = read_prompts(table.prompts or EMBEDDED.parent / "prompts.txt")
     rows(names, keeps, 2, config, learned)  # refused before the model is loaded
-    with Progress() as progress:
-        study = open_study(clips.of(texts[0]), config, where, output, progress, table.batch)
+    asked = clips.of(texts[0]), config, where, output
+    with Progress() as progress, open_study(*asked, progress, FILES, table.batch) as study:
         return evaluate(
             study,
             rows(names, keeps, study.steps, config, learned),
             texts,
-            seeds,
+            starts,
             budget=budget,
             attention=table.attention,
             command=typed(),

@@ -49,6 +49,16 @@ def words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def seeds(text: str) -> list[int]:
+    """ "0,1" as seeds; ValueError for what is none."""
+    from dit_accel.generation.limits import check_limits
+
+    found = numbers(text, int, "seeds")
+    for seed in found:
+        check_limits({"seed": seed})
+    return found
+
+
 def numbers(text: str, kind: type, name: str) -> list[Any]:
     """ "0.1,0.2" as numbers; ValueError names the option."""
     try:

@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,8 @@ from dit_accel.generation.loading import (
 )
 from dit_accel.generation.options import What, Where
 from dit_accel.generation.request import Request, arguments, unknown_words
-from dit_accel.media.files import check_folder
+from dit_accel.media.files import check_folder, check_own
+from dit_accel.media.lock import held
 from dit_accel.media.names import from_text
 from dit_accel.parallel import launcher as ranks
 from dit_accel.parallel import ulysses as parallel
@@ -112,31 +113,40 @@ def load(
     return pipe, defaults
 
 
+@contextmanager
 def open_study(
     what: What,
     config: AccelConfig,
     where: Where,
     output: Path,
     progress: Progress,
+    files: Sequence[str],
     batch: int = 1,
-) -> Any:
-    """The pipeline of these options, and what is known of it in the folder `output`."""
+) -> Iterator[Any]:
+    """The pipeline of these options, and what is known of it in the folder `output`, which is this
+    process's for the length of the block.
+
+    files: names that will be written there; ValueError where others' files have them.
+    """
     from dit_accel.evaluate import Study
     from dit_accel.evaluate.scenes import recogniser
     from dit_accel.generation.loading import EMBEDDED_NAME
 
-    check_folder(output)
+    if batch < 1:
+        raise ValueError(f"batch is a number of clips ≥ 1, not {batch}")
+    check_own(check_folder(output), "cells.jsonl", files)
     request = what.request()
     pipe, defaults = load(where, request, config, progress)
-    return Study(
-        pipe,
-        defaults,
-        request,
-        output,
-        where.model or EMBEDDED_NAME,
-        batch=batch,
-        recogniser=recogniser(where.model, pipe._execution_device),
-    )
+    with held(output):
+        yield Study(
+            pipe,
+            defaults,
+            request,
+            output,
+            where.model or EMBEDDED_NAME,
+            batch=batch,
+            recogniser=recogniser(where.model, pipe._execution_device),
+        )
 
 
 def noted(progress: Progress) -> Callable[[str], None]:

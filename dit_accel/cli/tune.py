@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, words
+from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, seeds, words
 from dit_accel.generation.options import Clips, Where
 
 _WHAT, _HOW = "What to reach", "How to search"
@@ -74,19 +74,20 @@ def _run(
 ) -> dict[str, Any]:
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import noted, open_study, typed
-    from dit_accel.evaluate.tune import tune
+    from dit_accel.evaluate.tune import FILES, check_search, tune
 
     known, unseen = _prompts(aim.prompts, aim.held_out)
-    seeds, tried, config = numbers(aim.seeds, int, "seeds"), search.values(), clips.how().config()
-    with Progress() as progress:
-        study = open_study(clips.of(known[0]), config, where, output, progress)
+    starts, tried, config = seeds(aim.seeds), search.values(), clips.how().config()
+    check_search(known, unseen, **tried)  # refused before the model is loaded
+    asked = clips.of(known[0]), config, where, output
+    with Progress() as progress, open_study(*asked, progress, FILES) as study:
         return tune(
             study,
             goal,
             known,
             unseen,
             config,
-            seeds=seeds,
+            seeds=starts,
             **tried,
             command=typed(),
             progress=progress,

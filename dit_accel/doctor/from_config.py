@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dit_accel.inputs.data import read_object
 from dit_accel.inputs.fields import expect
+from dit_accel.machine import is_out_of_memory
 
 Size = tuple[int, int, int]
 
@@ -167,10 +168,19 @@ def skeleton(
     family = family_of(config["_class_name"])
     kind = getattr(diffusers, config["_class_name"])
     values = {k: v for k, v in config.items() if not k.startswith("_")}
-    counts = [values[key] for key in family.counts]
-    with torch.device(device):
-        transformer = kind(**{**values, **dict.fromkeys(family.counts, 1)}).eval().to(dtype)
-    arguments = family.inputs(transformer.config, latent_size(config, size), family.text)
+    try:
+        counts = [values[key] for key in family.counts]
+        with torch.device(device):
+            transformer = kind(**{**values, **dict.fromkeys(family.counts, 1)}).eval().to(dtype)
+        arguments = family.inputs(transformer.config, latent_size(config, size), family.text)
+    except Exception as error:  # whatever diffusers' classes say of values they cannot take
+        if is_out_of_memory(error):
+            raise
+        why = (str(error).splitlines() or [""])[0]
+        name = config["_class_name"]
+        raise ValueError(
+            f"the configuration is none of a {name}: {type(error).__name__}: {why}"
+        ) from error
     made = {name: _tensor(x, device, dtype) for name, x in arguments.items()}
     return Skeleton(Shell(transformer), {**made, "return_dict": False}, counts, family.passes)
 

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dit_accel.inputs.fields import expect
+from dit_accel.media.files import check_place
+
 
 class Journal:
     """Lines by key; the first line is the setting that all others were measured in.
@@ -17,14 +20,13 @@ class Journal:
         self.path = path
         self.lines: dict[str, dict[str, Any]] = {}
         setting = json.loads(json.dumps(setting, default=str))
+        check_place(path)
         if not path.exists() or not path.stat().st_size:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"setting": setting})
             return
         head, *lines = self._read()
-        known = head.get("setting")
-        if known is None:
-            raise ValueError(f"{path} is no journal of dit-accel: choose another --output")
+        known = head["setting"]
         changed = [key for key in {**known, **setting} if known.get(key) != setting.get(key)]
         if changed:
             key = changed[0]
@@ -42,15 +44,22 @@ class Journal:
         return line
 
     def _read(self) -> list[dict[str, Any]]:
-        """All whole lines; the rest of one that was cut off is removed."""
+        """All whole lines; the rest of one that was cut off is removed, once it is seen to be a
+        journal of ours."""
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
+        try:
+            head, *lines = [json.loads(line) for line in whole.splitlines()]
+            expect("setting", head["setting"], dict)
+            for line in lines:
+                expect("key", line["key"], str)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(
+                f"{self.path} is no journal of dit-accel, or is damaged: choose another --output"
+            ) from None
         if len(whole) < len(text):
             self.path.write_bytes(whole)
-        try:
-            return [json.loads(line) for line in whole.splitlines()] or [{}]
-        except ValueError as error:
-            raise ValueError(f"{self.path} is damaged: {error}; choose another --output") from None
+        return [head, *lines]
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ from dit_accel.generation.run import ProgressFn
 from dit_accel.inputs import fields
 
 WRITE_EVERY = 15.0
+FILES = ("table.md", "attention.md", "results.json", "quality-work.svg", "quality-time.svg")
 
 
 @dataclass

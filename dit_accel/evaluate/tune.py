@@ -26,6 +26,7 @@ from dit_accel.schedule import FEW_STEPS, Schedule, count_steps
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 METHODS = ("pooled", "topk")
 WARMUPS = (0.15, 0.3, 0.45)
+FILES = ("preset.json", "tuning.json", "frontier.svg")
 CHOICES = 15  # values of the error limit that are tried for: four generations find the best one
 
 
@@ -150,7 +151,7 @@ def tune(
     no preset is written. Files: preset.json, tuning.json, frontier.svg. Raises ValueError for a
     prompt in both lists, and for a model that attends densely whatever it is told.
     """
-    _check(prompts, held_out, trials)
+    check_search(prompts, held_out, methods, warmups, keeps, trials)
     search = Search(study, goal, prompts, seeds, trials, progress, note)
     felt: dict[str, Sensitivity] = {}
     tried = warmups_of(warmups, study.steps)
@@ -226,7 +227,15 @@ def frontier(trials: Sequence[Trial]) -> list[Trial]:
     return best
 
 
-def _check(prompts: Sequence[str], held_out: Sequence[str], trials: int) -> None:
+def check_search(
+    prompts: Sequence[str],
+    held_out: Sequence[str],
+    methods: Sequence[str],
+    warmups: Sequence[float],
+    keeps: Sequence[float],
+    trials: int,
+) -> None:
+    """ValueError for a search that cannot be made, whatever the model."""
     both = sorted(set(prompts) & set(held_out))
     if both:
         raise ValueError(f"the prompt {both[0]!r} is held out and tuned on: take it from one list")
@@ -234,6 +243,11 @@ def _check(prompts: Sequence[str], held_out: Sequence[str], trials: int) -> None
         raise ValueError("tuning needs prompts to tune on and others to check with")
     if trials < 1:
         raise ValueError(f"trials is a number ≥ 1, not {trials}")
+    for name in methods:
+        for keep in keeps:
+            replace(named(name), keep=keep)
+    for warmup in warmups:
+        Schedule(warmup=warmup)
 
 
 def _sensitivity(

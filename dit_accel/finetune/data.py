@@ -162,11 +162,14 @@ def save_shard(path: Path, latents: list[Tensor], conditions: list[Conditions], 
 
 
 def shard_label(path: Path) -> str | None:
-    """What a shard was made from; None when there is none."""
+    """What a shard was made from; None when there is none. ValueError for somebody else's file."""
     if not path.is_file():
         return None
     with open_tensors(path, "prepared data") as file:
-        return (file.metadata() or {}).get("label")
+        label = (file.metadata() or {}).get("label")
+    if label is None:
+        raise ValueError(f"{path} was not written by this command: choose another folder")
+    return label
 
 
 def save_index(folder: Path, transformer: str, captions: list[list[str]], base: Conditions) -> None:

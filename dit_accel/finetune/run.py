@@ -23,7 +23,8 @@ from dit_accel.finetune.validate import DRAWS, Clips, velocity_error
 from dit_accel.generation.loading import EMBEDDED, Defaults, find_model, load_pipeline
 from dit_accel.generation.request import Request, arguments
 from dit_accel.inputs.prompts import read_prompts
-from dit_accel.media.files import check_folder
+from dit_accel.media.files import check_folder, check_own
+from dit_accel.media.lock import held
 
 ProgressFn = Callable[[str, int, int | None], None]
 _DTYPE = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -46,6 +47,8 @@ def finetune(
     Raises ValueError, before training, for what cannot work; RuntimeError when training diverges.
     """
     out = check_folder(settings.out)
+    results = ("sla.safetensors", "preset.json", "transformer", "lora")
+    check_own(out, "log.jsonl", results, mark=b'"settings"')
     start = _start(out, settings, resume)
     prompts = read_prompts(settings.prompts or EMBEDDED.parent / "prompts.txt")
     shown = read_prompts(settings.validation) if settings.validation else prompts
@@ -54,6 +57,22 @@ def finetune(
     first = accelerator.is_main_process
     show = progress if first else lambda *state: None
     pipe, defaults = _load(settings, accelerator, show)
+    with held(out) if first else contextlib.nullcontext():
+        return _train(settings, accelerator, pipe, defaults, prompts, shown, start, show)
+
+
+def _train(
+    settings: Settings,
+    accelerator: Any,
+    pipe: Any,
+    defaults: Defaults,
+    prompts: list[str],
+    shown: list[str],
+    start: Path | None,
+    show: ProgressFn,
+) -> Result:
+    """The run itself, once nothing can be refused without its data any more."""
+    out, first = Path(settings.out), accelerator.is_main_process
     folder = _data(settings, accelerator, pipe, defaults, prompts, show)
     data = LatentData(folder, type(pipe.transformer).__name__)
     trainer = _trainer(settings, accelerator, pipe, data)
@@ -82,6 +101,7 @@ def prepare_data(settings: Settings, clips: str, progress: ProgressFn = lambda *
     if settings.data == "self":
         raise ValueError("--prepare writes to a folder: name it with --data")
     folder = check_folder(settings.data)
+    check_own(folder, "index.json", (), mark=b'"sigmas"')
     sources = prepare.read_captions(Path(clips))
     pipe, defaults = _load(settings, _accelerator(settings), progress)
     prepare.encode_clips(pipe, defaults, Path(clips), folder, progress)

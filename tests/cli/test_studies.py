@@ -3,6 +3,9 @@
 import pytest
 
 from dit_accel.cli import main as cli
+from dit_accel.cli import session
+from dit_accel.finetune import run as training
+from dit_accel.generation import loading
 
 LIES = [
     (["evaluate", "-o", "out", "--seeds", "-1"], "seed lies from 0"),
@@ -45,9 +48,8 @@ def test_bad_values(here, capsys, monkeypatch, arguments, says):
     def never(*args, **options):
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("dit_accel.generation.loading.load_pipeline", never)
-    monkeypatch.setattr("dit_accel.cli.session.load_pipeline", never)
-    monkeypatch.setattr("dit_accel.finetune.run.load_pipeline", never)
+    for module in (session, training, loading):
+        monkeypatch.setattr(module, "load_pipeline", never)
     (here / "note.txt").write_text("mine")
     (here / "mine" / "transformer").mkdir(parents=True)
     for name in ("table.md", "preset.json"):

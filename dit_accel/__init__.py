@@ -17,6 +17,7 @@ _HOME = {
     "Rectified": "methods.rectified",
     "Rettention": "methods.rettention",
     "SLA": "methods.sla",
+    "SSTA": "methods.ssta",
     "Schedule": "schedule",
     "SharedResidual": "methods.shared",
     "TokenPruning": "pruning.config",
@@ -32,6 +33,7 @@ _HOME = {
 
 __all__ = [
     "SLA",
+    "SSTA",
     "VSA",
     "AccelConfig",
     "Dense",

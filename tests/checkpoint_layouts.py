@@ -174,3 +174,73 @@ def h3_name(name: str) -> str:
     for ours, theirs in H3_NAMES:
         name = name.replace(ours, theirs)
     return name
+
+
+# diffusers' module of HunyuanVideo 1.5 → Tencent's, in this order
+_HUNYUAN = [
+    ("context_embedder.time_text_embed.timestep_embedder.linear_1", "txt_in.t_embedder.mlp.0"),
+    ("context_embedder.time_text_embed.timestep_embedder.linear_2", "txt_in.t_embedder.mlp.2"),
+    ("context_embedder.time_text_embed.text_embedder", "txt_in.c_embedder"),
+    ("context_embedder.proj_in", "txt_in.input_embedder"),
+    ("context_embedder.token_refiner.refiner_blocks", "txt_in.individual_token_refiner.blocks"),
+    ("time_embed.timestep_embedder.linear_1", "time_in.mlp.0"),
+    ("time_embed.timestep_embedder.linear_2", "time_in.mlp.2"),
+    ("context_embedder_2.norm", "byt5_in.layernorm"),
+    ("context_embedder_2.linear_", "byt5_in.fc"),
+    ("image_embedder.norm_in", "vision_in.proj.0"),
+    ("image_embedder.linear_1", "vision_in.proj.1"),
+    ("image_embedder.linear_2", "vision_in.proj.3"),
+    ("image_embedder.norm_out", "vision_in.proj.4"),
+    ("x_embedder", "img_in"),
+    ("cond_type_embed", "cond_type_embedding"),
+    ("proj_out", "final_layer.linear"),
+]
+_HUNYUAN_REFINER = [
+    ("attn.to_out.0", "self_attn_proj"),
+    ("ff.net.0.proj", "mlp.fc1"),
+    ("ff.net.2", "mlp.fc2"),
+    ("norm_out.linear", "adaLN_modulation.1"),
+]
+_HUNYUAN_BLOCK = [
+    ("norm1_context", "txt_mod"),
+    ("norm1", "img_mod"),
+    ("attn.norm_added_q", "txt_attn_q_norm"),
+    ("attn.norm_added_k", "txt_attn_k_norm"),
+    ("attn.norm_q", "img_attn_q_norm"),
+    ("attn.norm_k", "img_attn_k_norm"),
+    ("attn.to_out.0", "img_attn_proj"),
+    ("attn.to_add_out", "txt_attn_proj"),
+    *((f"attn.to_{x}", f"img_attn_{x}") for x in "qkv"),
+    *((f"attn.add_{x}_proj", f"txt_attn_{x}") for x in "qkv"),
+    ("ff_context.net.0.proj", "txt_mlp.fc1"),
+    ("ff_context.net.2", "txt_mlp.fc2"),
+    ("ff.net.0.proj", "img_mlp.fc1"),
+    ("ff.net.2", "img_mlp.fc2"),
+]
+
+
+def hunyuan_name(name: str) -> str:
+    if name.startswith("transformer_blocks."):
+        for ours, theirs in _HUNYUAN_BLOCK:
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        return name.replace("transformer_blocks", "double_blocks")
+    if "refiner_blocks" in name:
+        for ours, theirs in _HUNYUAN_REFINER:
+            name = name.replace(ours, theirs)
+    if name.startswith("norm_out."):
+        return name.replace("norm_out.linear", "final_layer.adaLN_modulation.1")
+    for ours, theirs in _HUNYUAN:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def hunyuan(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as Tencent publishes them: the refiner's q, k, v in one, shift before scale."""
+    out = {hunyuan_name(name): x.clone() for name, x in state.items()}
+    for name in [n for n in out if ".attn.to_q." in n]:
+        parts = [out.pop(name.replace("to_q", f"to_{x}")) for x in "qkv"]
+        out[name.replace("attn.to_q", "self_attn_qkv")] = torch.cat(parts)
+    for name in ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"):
+        scale, shift = out[name].chunk(2)
+        out[name] = torch.cat([shift, scale])
+    return out

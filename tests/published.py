@@ -163,3 +163,56 @@ def vsa(grid, tile, sparsity, gate, sections=()):
         return out + own * (scores.softmax(-1) @ v_mean)[:, :, owner]
 
     return attention
+
+
+def ssta(grid, tile, most, window, likeness):
+    """HunyuanVideo 1.5's SSTA: the clip in raster order filled with zeros to whole tiles, a dense
+    mask over its tokens; text behind it. Text queries read every key that there is, no zeros."""
+    filled = [math.ceil(n / size) * size for n, size in zip(grid, tile, strict=True)]
+    counts = [n // size for n, size in zip(filled, tile, strict=True)]
+    cells = torch.cartesian_prod(*map(torch.arange, filled))
+    at = cells // torch.tensor(tile)
+    owner = (at[:, 0] * counts[1] + at[:, 1]) * counts[2] + at[:, 2]
+    here = (cells < torch.tensor(grid)).all(1)
+    places = torch.cartesian_prod(*map(torch.arange, counts))
+    if grid[0] == 1:
+        window = (1, 1, 1)
+    elif grid[0] <= 31:
+        most = most // 2
+    half, last = torch.tensor(window) // 2, torch.tensor(counts) - 1
+    middle = torch.minimum(torch.maximum(places, half), last - half)
+    near = ((middle[:, None] - places[None]).abs() <= half).all(-1)
+
+    def attention(layer, q, k, v, hidden, valid=None):
+        n, d = math.prod(grid), q.shape[3]
+        clip = [q.new_zeros(*q.shape[:2], len(owner), d) for _ in range(3)]
+        for whole, x in zip(clip, (q, k, v), strict=True):
+            whole[:, :, here] = x[:, :, :n]
+        tiles = range(math.prod(counts))
+        q_mean, k_mean = (
+            torch.stack([x[:, :, owner == i].mean(2) for i in tiles], 2) for x in clip[:2]
+        )
+        q_mean, k_mean = (x / x.norm(dim=-1, keepdim=True) for x in (q_mean, k_mean))
+        alike = k_mean @ k_mean.mT * (1 - torch.eye(len(tiles)))
+        worth = likeness * q_mean @ k_mean.mT
+        worth = worth - (1 - likeness) * alike.sum(-2, keepdim=True) / (len(tiles) - 1)
+        best = worth.topk(min(most, len(tiles)), -1).indices
+        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, best, True) | near
+        mask = kept[:, :, owner[here]][..., owner]
+        keys, values = (
+            torch.cat([x, y[:, :, n:]], 2) for x, y in zip(clip[1:], (k, v), strict=True)
+        )
+        text = k.shape[2] - n
+        mask = torch.cat([mask, mask.new_ones(*mask.shape[:3], text)], -1)
+        seen = torch.ones(q.shape[0], k.shape[2], dtype=torch.bool) if valid is None else valid
+        mask = (
+            mask & torch.cat([seen.new_ones(len(seen), len(owner)), seen[:, n:]], 1)[:, None, None]
+        )
+        scores = (q[:, :, :n] @ keys.mT / d**0.5).masked_fill(~mask, -torch.inf)
+        out = [scores.softmax(-1) @ values]
+        if q.shape[2] > n:
+            scores = (q[:, :, n:] @ k.mT / d**0.5).masked_fill(~seen[:, None, None], -torch.inf)
+            out.append(scores.softmax(-1) @ v)
+        return torch.cat(out, 2)
+
+    return attention

@@ -58,7 +58,9 @@ class Loaded:
             lines += [f"  {what}: {name}" for name in names]
         if self.config is not None:
             method = self.config.method
-            lines.append(f"  attention: {method.name}, {method.keep:.0%} of the key blocks kept")
+            most = getattr(method, "most", None)  # of a method that keeps a number
+            kept = f"{method.keep:.0%} of the key blocks" if most is None else f"{most} tiles"
+            lines.append(f"  attention: {method.name}, {kept} kept")
         lines += [f"  sampler: {self.sampler}"] if self.sampler else []
         asked = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
         lines += [f"  call it with {asked}"] if asked else []

@@ -19,6 +19,7 @@ _HOME = {
     "shared": ("shared", "SharedResidual"),
     "sla": ("sla", "SLA"),
     "vsa": ("vsa", "VSA"),
+    "ssta": ("ssta", "SSTA"),
 }
 
 __all__ = ["Call", "Method", "MethodInfo", "find", "infos"]

@@ -13,7 +13,9 @@ from dit_accel.checkpoints import minimax, names
 from dit_accel.checkpoints.content import Checkpoint
 from dit_accel.checkpoints.files import Source
 
-FAMILIES = ("converted", "turbowan", "sla_difference", "fasth3", "h3_turbo", "fastwan")
+FAMILIES = (
+    "converted", "hunyuan_sparse", "turbowan", "sla_difference", "fasth3", "h3_turbo", "fastwan",
+)  # fmt: skip
 
 
 def of(source: Source) -> ModuleType:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dit_accel.cli.options import PROMPTS, BadInput, checked, option
+from dit_accel.cli.options import PROMPTS, BadInput, checked, numbers, option
 from dit_accel.generation import options as say
 from dit_accel.generation.options import parse_size
 
 if TYPE_CHECKING:
     from dit_accel.finetune.config import Settings
+    from dit_accel.methods.learned import Learned
 
 _DATA, _METHOD, _TRAIN, _RUN = "Data", "Method", "Training", "Run"
 Text, Whole, Real = str | None, int | None, float | None
@@ -37,15 +38,17 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """The SLA that is trained."""
+    """The method that is trained."""
 
+    method: Annotated[Text, option("sla or vsa. \\[sla]", _METHOD)] = None
+    tile: Annotated[Text, option("Of vsa, tokens: 4,4,4 or 4,4,8. \\[4,4,4]", _METHOD)] = None
     keep: Annotated[Real, option("Share of key blocks kept. \\[0.1]", _METHOD)] = None
     linear: Annotated[Text, option("all, rest, marginal or none. \\[all]", _METHOD)] = None
     combine: Annotated[Text, option("project or gate. \\[project]", _METHOD)] = None
     feature_map: Annotated[Text, option("softmax, elu or relu. \\[softmax]", _METHOD)] = None
     block_q: Annotated[Whole, option("64 or 128. \\[128 from 8,192 tokens on]", _METHOD)] = None
     block_k: Annotated[Whole, option("64 or 128. \\[64]", _METHOD)] = None
-    weights: Annotated[Text, option("SLA weights to start from (.safetensors).", _METHOD)] = None
+    weights: Annotated[Text, option("Weights to start from (.safetensors).", _METHOD)] = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ def finetune(
     run: RunOptions,
     model: say.Model = None,
 ) -> None:
-    """Train SLA so that sparse attention gives what dense attention gives.
+    """Train SLA or VSA so that sparse attention gives what dense attention gives.
 
-    Its projections are trained, and the model's weights or a LoRA with them. See
+    Its own tensors are trained, and the model's weights or a LoRA with them. See
     docs/train/finetune.md.
     """
     if out is None and data.prepare is None:
@@ -120,7 +123,6 @@ def finetune(
 def _settings(values: dict[str, Any], method: MethodOptions) -> Settings:
     """The run that is asked for; ValueError for what cannot be."""
     from dit_accel.finetune.config import Settings
-    from dit_accel.methods.sla import SLA
 
     form = {"keep": 0.1} | _given(vars(method))
     if form.get("linear") == "none":
@@ -129,7 +131,25 @@ def _settings(values: dict[str, Any], method: MethodOptions) -> Settings:
     given = {name: value for name, value in _given(values).items() if name in known}
     if "size" in given:
         given["size"] = parse_size(given["size"])
-    return Settings(**{"out": ".", **given, "method": SLA(**form)})
+    return Settings(**{"out": ".", **given, "method": _method(form)})
+
+
+def _method(form: dict[str, Any]) -> Learned:
+    """SLA or VSA with these options; ValueError for one that it does not have."""
+    from dit_accel.methods import find
+    from dit_accel.methods.learned import Learned
+
+    name = form.pop("method", "sla")
+    kind = find(name)
+    if not issubclass(kind, Learned):
+        raise ValueError(f"{name} has nothing to train: sla and vsa have")
+    if "tile" in form:
+        form["tile"] = tuple(numbers(form["tile"], int, "tile"))
+    known = {field.name for field in fields(kind)}
+    foreign = [option for option in form if option not in known]
+    if foreign:
+        raise ValueError(f"{name} has no {foreign[0].replace('_', '-')}: leave it out")
+    return kind(**form)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

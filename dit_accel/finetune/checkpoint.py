@@ -101,10 +101,10 @@ def read_state(folder: Path) -> dict[str, Any]:
 def save_result(out: Path, pipe: Any, student: Student, settings: Settings) -> list[Path]:
     """Write what the student holds now; the files and folders that were written.
 
-    sla.safetensors for SLA(weights=…), preset.json for `--method`, and beside them transformer/
-    (diffusers format) after full training or lora/ after LoRA training.
+    sla.safetensors for SLA(weights=…), of a VSA vsa.safetensors, preset.json for `--method`, and
+    beside them transformer/ (diffusers format) after full training or lora/ after LoRA training.
     """
-    weights, preset = out / "sla.safetensors", out / "preset.json"
+    weights, preset = out / f"{settings.method.name}.safetensors", out / "preset.json"
     frozen = {name: x.detach() for name, x in student.tensors().items()}
     with atomic(weights) as temporary:
         settings.method.with_weights(frozen).save(temporary)

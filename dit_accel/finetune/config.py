@@ -8,6 +8,7 @@ from typing import Any
 
 from dit_accel.forward.order import ORDERS
 from dit_accel.inputs import fields
+from dit_accel.methods.learned import Learned
 from dit_accel.methods.sla import SLA
 
 TRAIN = ("projection", "lora", "full")
@@ -28,8 +29,8 @@ class Settings:
         out: folder of the result, its checkpoints and its log.
         data: folder of `prepare`, or "self": latents of the model's own samples.
         model: folder or Hugging Face id; None is the embedded model.
-        method: the SLA to train; its `weights`, if given, are where training starts.
-        train: "projection" (the SLA tensors alone), "lora" (and adapters), "full" (all weights).
+        method: the SLA or VSA to train; its `weights`, if given, are where training starts.
+        train: "projection" (the method's tensors), "lora" (and adapters), "full" (all weights).
         objective: "teacher" (MSE to the dense model's velocity) or "diffusion" (MSE to noise − x0).
         prompts: text file, one prompt a line, for data="self"; None takes the package's.
         samples: clips that the model makes for data="self".
@@ -58,7 +59,7 @@ class Settings:
     out: str
     data: str = "self"
     model: str | None = None
-    method: SLA = field(default_factory=SLA)
+    method: Learned = field(default_factory=SLA)
     train: str = "projection"
     objective: str = "teacher"
     prompts: str | None = None
@@ -90,8 +91,8 @@ class Settings:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, SLA):
-            raise TypeError(f"finetune trains an SLA, not {type(self.method).__name__}")
+        if not isinstance(self.method, Learned):
+            raise TypeError(f"finetune trains an SLA or VSA, not {type(self.method).__name__}")
         fields.check(self)
         for name, values in (
             ("train", TRAIN),
@@ -121,7 +122,8 @@ class Settings:
             )
         if self.method.keep >= 1:
             raise ValueError("keep = 1 is dense attention: there is nothing to train")
-        if self.method.linear is None and self.train == "projection":
+        bare = isinstance(self.method, SLA) and self.method.linear is None
+        if bare and self.train == "projection":
             raise ValueError(
                 "linear=None has no projection to train: take train='full' or another linear mode"
             )

@@ -1,4 +1,4 @@
-"""What is trained: the transformer's weights or adapters, and SLA's tensors, under one module."""
+"""What is trained: the transformer's weights or adapters, and the method's tensors, as one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,14 @@ from dit_accel.config import AccelConfig
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.data import Batch
 from dit_accel.methods.base import Call
-from dit_accel.methods.sla import SLA
+from dit_accel.methods.learned import Learned
 from dit_accel.methods.topk import TopK
 from dit_accel.pipelines import registry
 from dit_accel.schedule import Schedule
 
-GATE = 4.0  # α = sigmoid(4) = 0.98: training starts next to plain top-k, where gradients still flow
-
 
 class Student(nn.Module):
-    """A transformer and the SLA tensors of its sparse layers.
+    """A transformer and the method's tensors of its sparse layers.
 
     It is called like the transformer; `accelerate` takes it for a pipeline, one with no scheduler,
     so that every step is as sparse as the first.
@@ -38,7 +36,7 @@ class Student(nn.Module):
         self.learned = nn.ParameterDict({n.replace(".", "-"): x for n, x in tensors.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The SLA tensors by the names that SLA.with_weights takes."""
+        """The method's tensors by the names that with_weights takes."""
         return {name.replace("-", "."): x for name, x in self.learned.items()}
 
     def forward(self, noisy: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
@@ -48,19 +46,33 @@ class Student(nn.Module):
         )[0]
 
 
+class Shape(NamedTuple):
+    """What a layer's tensors depend on."""
+
+    heads: int
+    head_dim: int
+    width: int
+
+
 @dataclass(frozen=True)
 class _Probe(TopK):
-    """Top-k that notes the head dimension of every layer it serves."""
+    """Top-k that notes the shape of every layer it serves."""
 
-    seen: dict[int, int] = field(default_factory=dict)
+    seen: dict[int, Shape] = field(default_factory=dict)
+    widths: dict[int, int] = field(default_factory=dict)
+
+    gated: ClassVar[bool] = True
+
+    def gate(self, hidden: Tensor, place: tuple[int, int], heads: int) -> None:
+        self.widths[place[1]] = hidden.shape[-1]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        self.seen[call.layer] = q.shape[3]
+        self.seen[call.layer] = Shape(q.shape[1], q.shape[3], self.widths.get(call.layer, 0))
         return super().__call__(q, k, v, call)
 
 
-def head_dims(transformer: nn.Module, batch: Batch, settings: Settings) -> dict[int, int]:
-    """Head dimension of each layer that runs sparse on this batch, from one forward.
+def shapes(transformer: nn.Module, batch: Batch, settings: Settings) -> dict[int, Shape]:
+    """The shape of each layer that runs sparse on this batch, from one forward.
 
     Raises ValueError, naming the reason, for a model that cannot run sparse on these data.
     """
@@ -77,19 +89,19 @@ def head_dims(transformer: nn.Module, batch: Batch, settings: Settings) -> dict[
     return method.seen
 
 
-def initial(method: SLA, dims: dict[int, int], device: torch.device) -> dict[str, nn.Parameter]:
-    """SLA's tensors to train, fp32: those of `method.weights`, else zero (a gate: next to 1).
+def initial(
+    method: Learned, layers: dict[int, Shape], device: torch.device
+) -> dict[str, nn.Parameter]:
+    """The method's tensors to train, fp32: those of `method.weights`, else fresh ones.
 
-    Raises ValueError for weights of another head dimension or of layers that the model lacks.
+    Raises ValueError for weights of another shape or of layers that the model lacks.
     """
     start = {name: x.float() for name, x in method.tensors().items()}
-    fresh: dict[str, Tensor] = {}
-    for layer, size in dims.items() if method.linear else ():
-        if method.combine == "gate":
-            fresh[f"layers.{layer}.gate"] = torch.tensor([GATE])
-            continue
-        fresh[f"layers.{layer}.weight"] = torch.zeros(size, size)
-        fresh[f"layers.{layer}.bias"] = torch.zeros(size)
+    fresh = {
+        f"layers.{layer}.{part}": x
+        for layer, shape in layers.items()
+        for part, x in method.fresh(*shape).items()
+    }
     for name, x in start.items():
         if name not in fresh:
             raise ValueError(f"{method.weights} holds {name}, which this model has no use for")
@@ -102,9 +114,9 @@ def initial(method: SLA, dims: dict[int, int], device: torch.device) -> dict[str
 
 
 def build(transformer: nn.Module, settings: Settings, batch: Batch) -> Student:
-    """Freeze the transformer but for what is trained, and give it its SLA tensors."""
-    dims = head_dims(transformer, batch, settings)
-    tensors = initial(settings.method, dims, batch.latents.device)
+    """Freeze the transformer but for what is trained, and give it the method's tensors."""
+    layers = shapes(transformer, batch, settings)
+    tensors = initial(settings.method, layers, batch.latents.device)
     transformer.requires_grad_(False)
     if settings.train == "full":
         transformer.float().requires_grad_(True)
@@ -172,7 +184,7 @@ def _training(method: Any, settings: Settings) -> AccelConfig:
     return AccelConfig(method, Schedule(warmup=0), order=settings.order, min_tokens=0, strict=True)
 
 
-def inference_config(method: SLA, settings: Settings) -> AccelConfig:
+def inference_config(method: Learned, settings: Settings) -> AccelConfig:
     """What a generation with the result runs."""
     schedule = Schedule(warmup=settings.warmup)
     return AccelConfig(method, schedule, order=settings.order, min_tokens=0)

@@ -48,6 +48,13 @@ class Learned(Method):
     def check_layer(self, layer: int, parts: Mapping[str, Tensor]) -> None:
         """ValueError where a layer's tensors do not fit together."""
 
+    def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        """A layer's tensors before training, under which it runs as one without (or nearly).
+
+        width: channels of the attention's input; 0 where the method does not read it.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how training starts")
+
     def idle(self, parts: Mapping[str, Tensor]) -> bool:
         """Whether a layer with these tensors is as one without."""
         return False

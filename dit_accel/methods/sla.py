@@ -19,6 +19,8 @@ _SHAPES = {
     "gate": {"gate": "the logit of α [1]"},
 }
 _DIMS = {"weight": 2, "bias": 1, "gate": 1}
+# α = sigmoid(4) = 0.98: training starts next to plain top-k, where gradients still flow
+GATE = 4.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,13 @@ class SLA(Learned):
                 )
         if "bias" in parts and "weight" not in parts and not self.idle(parts):
             raise ValueError(f"SLA weights name a bias of layer {layer} without a weight")
+
+    def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        if self.linear is None:
+            return {}
+        if self.combine == "gate":
+            return {"gate": torch.tensor([GATE])}
+        return {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
 
     def idle(self, parts: Mapping[str, Tensor]) -> bool:
         return self.combine == "project" and not any(map(_matters, parts.values()))

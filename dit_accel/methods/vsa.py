@@ -98,6 +98,9 @@ class VSA(Learned):
                 "not divide; load the weights that were trained for it"
             )
 
+    def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        return {"weight": torch.zeros(heads * head_dim, width)}
+
     def idle(self, parts: Mapping[str, Tensor]) -> bool:
         return not any(x.requires_grad or bool(x.any()) for x in parts.values())
 

@@ -9,7 +9,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
 import dit_accel
-from dit_accel import SLA
+from dit_accel import SLA, VSA
 from dit_accel.cli import main as cli
 from dit_accel.evaluate.weights import with_weights
 from dit_accel.finetune import Settings, finetune
@@ -165,6 +165,9 @@ def test_trained_weights_are_written_in_diffusers_format(settings, done, tmp_pat
         (["--keep", "2"], "keep is the share of key blocks"),
         (["--keep", "1"], "keep = 1 is dense attention"),
         (["--linear", "none"], "linear=None has no projection to train"),
+        (["--method", "topk"], "topk has nothing to train: sla and vsa have"),
+        (["--method", "vsa", "--combine", "gate"], "vsa has no combine: leave it out"),
+        (["--method", "vsa", "--tile", "8,8,8"], "at most 128, not (8, 8, 8)"),
         (["--combine", "sum"], "combine is one of 'project', 'gate'"),
         (["--weights", "other.safetensors", "--linear", "rest"], "was trained with linear='all'"),
         (["--weights", "other.safetensors"], "but this model's head_dim makes it [64, 64]"),
@@ -194,6 +197,25 @@ def test_bad_input_is_one_sentence_before_training(
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ") and error.count("error:") == 1
     assert not (tmp_path / "out" / "log.jsonl").exists()
+
+
+def test_vsa_trains_and_its_preset_runs(settings, done, tmp_path):
+    options = ["--model", settings.model, "--data", f"{settings.out}/data", "--steps", str(STEPS)]
+    options += ["--method", "vsa", "--tile", "1,8,8", "--keep", "0.3", "--lr-projection", "1e-2"]
+    options += ["--lr-warmup", "4", "--ema", "0.8", "--clips", "0", "--device", "cpu"]
+    out = tmp_path / "vsa"
+    assert cli.run(["finetune", *options, "-o", str(out)]) == 0
+    assert {p.name for p in out.glob("*.*") if p.is_file()} >= {"vsa.safetensors", "preset.json"}
+    errors = [line["velocity_error"] for line in lines(out) if "velocity_error" in line]
+    assert errors[-1] < 0.97 * errors[0]
+    pipe = WanPipeline.from_pretrained(settings.model)
+    with dit_accel.accelerated(pipe, out / "preset.json") as handle:
+        assert handle.config.method == VSA(
+            0.3, tile=(1, 8, 8), weights=str(out / "vsa.safetensors")
+        )
+        pipe("a cat", height=128, width=128, num_frames=9, num_inference_steps=2,
+             max_sequence_length=16)  # fmt: skip
+        assert not handle.report().unplanned
 
 
 def test_the_command_trains(settings, done, tmp_path, capsys):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_accel import SLA, api
+from dit_accel import SLA, VSA, api
 from dit_accel.finetune.config import Settings
-from dit_accel.finetune.student import GATE, Teacher, build, training_config
+from dit_accel.finetune.student import Teacher, build, training_config
+from dit_accel.methods.sla import GATE
 
 
 def gradients(pipe, batch, **options):
@@ -41,6 +42,16 @@ def test_the_gate_starts_near_top_k_and_has_a_gradient(pipe, batch):
     found, _ = gradients(pipe, batch, method=SLA(keep=0.3, combine="gate"))
     assert len(found) == 2 and all(g.any() for g in found.values())
     assert 0.95 < torch.tensor(GATE).sigmoid() < 1
+
+
+def test_vsa_starts_without_a_gate_and_its_gradient_reaches_it(pipe, batch):
+    method = VSA(keep=1 / 3, tile=(1, 8, 8))
+    found, _ = gradients(pipe, batch, method=method)
+    assert set(found) == {f"learned.layers-{i}-weight" for i in (0, 1)}
+    assert all(g.shape == (128, 128) and g.isfinite().all() and g.any() for g in found.values())
+    again, _ = gradients(pipe, batch, method=method, checkpointing=True)
+    for name, g in found.items():
+        torch.testing.assert_close(again[name], g, msg=name)
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])

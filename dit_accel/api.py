@@ -11,17 +11,16 @@ import torch
 from torch import nn
 
 from dit_accel.config import DEFAULT, AccelConfig, resolve
-from dit_accel.forward.clock import Clock
+from dit_accel.forward.clock import Clock, weakly
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import denoisers, transformers_of
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.config import resolve as pruning
 from dit_accel.pruning.span import Span
 from dit_accel.runtime import patch
-from dit_accel.runtime.assemble import assemble
-from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.assemble import Assembly, assemble
 from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
 
@@ -29,15 +28,15 @@ from dit_accel.schedule import Schedule
 class Handle:
     """What `accelerate` returns: the way to the report and back to the pipeline as it was."""
 
-    def __init__(self, engine: Engine, patches: list[patch.Patch]) -> None:
-        self.config = engine.config
-        self._engine = engine
-        self._patches = patches
+    def __init__(self, pipe: Any, found: Assembly) -> None:
+        self.config = found.engine.config
+        self._engine, self._patches, self._stock = found.engine, found.patches, found.stock
+        self._pipe = weakly(pipe)
 
     @property
     def active(self) -> bool:
         """False once restored or replaced by a later `accelerate`."""
-        return any(_holder(entry.transformer) is self for entry in self._patches)
+        return any(patch.is_installed(entry) for entry in self._patches)
 
     @property
     def clock(self) -> Clock:
@@ -51,23 +50,26 @@ class Handle:
 
     def report(self) -> Report:
         """What ran since `accelerate`: print it, or take `.to_dict()`."""
-        return build(self._engine, type(self._patches[0].transformer).__name__)
+        names = dict.fromkeys(type(entry.transformer).__name__ for entry in self._patches)
+        return build(self._engine, ", ".join(names), self._notes())
 
     def restore(self) -> None:
         """Give the pipeline back exactly as it was. Doing it twice does nothing."""
         for entry in reversed(self._patches):
-            entry.remove()
-            if _holder(entry.transformer) is self:
-                del entry.transformer.__dict__["_dit_accel"]
+            if patch.is_installed(entry):
+                entry.remove()
 
-    def _install(self) -> None:
-        try:
-            for entry in self._patches:
-                entry.install()
-                entry.transformer.__dict__["_dit_accel"] = self
-        except BaseException:
-            self.restore()
-            raise
+    def _notes(self) -> list[str]:
+        """What of the pipeline is not accelerated, and why."""
+        notes = [f"{name} runs as it is: {why}" for name, why in self._stock.items()]
+        if not self.active:
+            notes.append("restored: nothing of this runs any more")
+        pipe = self._pipe()
+        now = [] if pipe is None else transformers_of(pipe)
+        for entry in self._patches if now else ():
+            if patch.is_installed(entry) and all(t is not entry.transformer for t in now):
+                notes.append(f"{entry.name} was replaced since: the new one runs as it is")
+        return notes
 
 
 def accelerate(
@@ -83,7 +85,7 @@ def accelerate(
     """Make `pipe`'s transformer attend sparsely from its next call on.
 
     Args:
-        pipe: a diffusers pipeline with a `transformer` (and perhaps a `transformer_2`).
+        pipe: a diffusers pipeline with one or more diffusion transformers, or such a transformer.
         method: name ("topk"), preset ("topk:fast"), preset file (.json), method object or config.
         prune: token pruning, an object or a preset's name ("balanced").
         schedule, order, min_tokens, strict: replace the configuration's, see AccelConfig.
@@ -93,27 +95,31 @@ def accelerate(
     """
     options = {"schedule": schedule, "order": order, "min_tokens": min_tokens, "strict": strict}
     config = resolve(method, prune=pruning(prune), **options)
-    transformers = _transformers(pipe)
-    engine, patches = assemble(pipe, config, transformers)
-    handle = Handle(engine, patches)
-    before = {id(h): h for t in transformers if (h := _holder(t))}.values()
+    found = assemble(pipe, config, _denoisers(pipe))
+    transformers = [entry.transformer for entry in found.patches]
+    before = [old for t in transformers if (old := patch.of(t)) is not None]
     for old in before:
-        old.restore()
+        old.remove()
+    done: list[patch.Patch] = []
     try:
-        handle._install()
+        for entry in found.patches:
+            entry.install()
+            done.append(entry)
     except BaseException:
+        for entry in reversed(done):
+            entry.remove()
         for old in before:
-            old._install()
+            old.install()
         raise
-    return handle
+    return Handle(pipe, found)
 
 
 def restore(pipe: Any) -> None:
     """Undo `accelerate`: the pipeline is bit for bit what it was. Harmless on a stock pipeline."""
-    for transformer in _transformers(pipe):
-        handle = _holder(transformer)
-        if handle is not None:
-            handle.restore()
+    for transformer in _denoisers(pipe).values():
+        entry = patch.of(transformer)
+        if entry is not None:
+            entry.remove()
 
 
 @contextmanager
@@ -155,13 +161,8 @@ def register_adapter(adapter: Adapter) -> None:
     registry.register_adapter(adapter)
 
 
-def _holder(transformer: nn.Module) -> Handle | None:
-    """The handle that accelerates this transformer now."""
-    return transformer.__dict__.get("_dit_accel")
-
-
-def _transformers(pipe: Any) -> list[nn.Module]:
-    found = transformers_of(pipe)
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    found = denoisers(pipe)
     if not found:
         kind = "a UNet" if hasattr(pipe, "unet") else "no transformer"
         raise TypeError(

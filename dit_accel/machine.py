@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
+
+T = TypeVar("T")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -19,6 +23,12 @@ def free_bytes(device: torch.device) -> int | None:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """lru_cache for functions that return tensors: these are made outside of inference mode, for
+    what a validation made is trained with later."""
+    return lambda make: lru_cache(maxsize)(torch.inference_mode(False)(make))
 
 
 class Stopwatch:

@@ -146,14 +146,15 @@ def matching(transformer: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.
     }
 
 
-def unless_given(*names: str) -> Callable[[nn.Module, dict[str, Any]], str]:
+class unless_given:
     """A `refuses` for forward arguments with rows of all tokens that are added between blocks."""
 
-    def refuses(transformer: nn.Module, args: dict[str, Any]) -> str:
-        given = [name for name in names if args.get(name) is not None]
-        return f"{given[0]} acts between blocks, on all tokens" if given else ""
+    def __init__(self, *names: str) -> None:
+        self.names = names
 
-    return refuses
+    def __call__(self, transformer: nn.Module, args: dict[str, Any]) -> str:
+        given = [name for name in self.names if args.get(name) is not None]
+        return f"{given[0]} acts between blocks, on all tokens" if given else ""
 
 
 @dataclass(frozen=True)

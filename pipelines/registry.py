@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 from torch import nn
 
@@ -84,6 +83,15 @@ _LEFT_ALONE = {
     "MiniMaxMusic3Transformer1DModel": _SOUND,
     "StableAudio3DiTModel": _SOUND,
     "StableAudioDiTModel": _SOUND,
+    "T5FilmDecoder": _SOUND,
+    "MiniMaxMusic3RVQDepthDecoder": "it writes codes of sound one by one, as a language model does",
+    "PriorTransformer": "it denoises the embedding of a picture, a handful of tokens",
+    "RFD4ProteinaTransformer": "it makes proteins; each pair of atoms adds a bias to the scores",
+    "Transformer2DModel": "it is a part of U-Nets, or, in VQ Diffusion, guesses codes by class",
+    "TransformerTemporalModel": "it is a part of a U-Net",
+    "UniDiffuserModel": "it is a U-ViT over text and picture, each block fed by an earlier one",
+    "UTransformer2DModel": "it is a part of UniDiffuser's U-ViT",
+    "UVit2DModel": "its layers lie between the convolutions of a U-Net",
 }
 _EXTRA: dict[str, Adapter] = {}
 
@@ -98,20 +106,38 @@ def left_alone() -> dict[str, str]:
     return dict(_LEFT_ALONE)
 
 
-def find(transformer: nn.Module) -> Adapter:
-    """The adapter of a transformer; ValueError says what is known when there is none."""
-    name = type(transformer).__name__
+def name_of(transformer: nn.Module) -> str:
+    """The name under which a module's class is known here, or "".
+
+    A subclass that runs its parent's forward (FSDP makes one) counts as its parent.
+    """
+    kind = type(transformer)
+    for base in kind.__mro__:
+        name = base.__name__
+        if name in _EXTRA or name in _HOME or name in _LEFT_ALONE:
+            return name if getattr(base, "forward", None) is kind.forward else ""
+    return ""
+
+
+def named(name: str) -> Adapter:
+    """The adapter of a transformer class; ValueError where there is none."""
     if name in _EXTRA:
         return _EXTRA[name]
     if name in _LEFT_ALONE:
         raise ValueError(f"{name} is left as it is: {_LEFT_ALONE[name]}")
-    if name not in _HOME:
-        raise ValueError(
-            f"{name} has no adapter: dit_accel knows {', '.join(known())}; "
-            "add one with dit_accel.register_adapter"
-        )
     file, _, attribute = _HOME[name].partition(":")
     return getattr(import_module(f"dit_accel.pipelines.{file}"), attribute or "ADAPTER")
+
+
+def find(transformer: nn.Module) -> Adapter:
+    """The adapter of a transformer; ValueError says what to do when there is none."""
+    name = name_of(transformer)
+    if not name:
+        raise ValueError(
+            f"{type(transformer).__name__} has no adapter: write one and register it with "
+            "dit_accel.register_adapter; those there are stand in docs/reference/models.md"
+        )
+    return named(name)
 
 
 def register_adapter(adapter: Adapter) -> None:
@@ -119,12 +145,3 @@ def register_adapter(adapter: Adapter) -> None:
     if not isinstance(adapter, Adapter):
         raise TypeError(f"an adapter is a dit_accel Adapter, not {type(adapter).__name__}")
     _EXTRA.update(dict.fromkeys(adapter.classes, adapter))
-
-
-SLOTS = ("transformer", "transformer_2")
-
-
-def transformers_of(pipe: Any) -> list[nn.Module]:
-    """The pipeline's denoising transformers; empty for a pipeline without one."""
-    found = (getattr(pipe, slot, None) for slot in SLOTS)
-    return [module for module in found if isinstance(module, nn.Module)]

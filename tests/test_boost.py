@@ -18,7 +18,7 @@ from dit_accel.generation.boost import Boost, compiled_blocks
 from dit_accel.generation.comparison import compare
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 
 
 def latents(pipe) -> torch.Tensor:

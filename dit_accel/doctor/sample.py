@@ -14,7 +14,7 @@ from dit_accel.doctor.from_config import Size, family_of, latent_size, skeleton
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments, granularity
 from dit_accel.pipelines import registry
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 
 # Tokens that a processor is timed on at most; a GPU runs what is asked.
 MOST = {"cpu": 2048}

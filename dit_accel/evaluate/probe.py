@@ -17,7 +17,7 @@ from dit_accel.generation.request import Request
 from dit_accel.generation.run import warm_up
 from dit_accel.methods import Call, Method
 from dit_accel.methods.dense import Dense
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.schedule import Schedule
 
 See = Callable[[Tensor, Tensor, Tensor, Tensor, Call], None]

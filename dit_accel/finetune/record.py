@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 
 _OURS = ("hidden_states", "timestep", "return_dict")
 

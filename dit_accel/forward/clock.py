@@ -1,53 +1,74 @@
 """Where a generation stands: step, guidance pass, token grid, and when a new one starts.
 
 Read once per transformer forward, never per layer. One clock serves all transformers of a pipeline
-(Wan 2.2 has two experts over one run of steps).
+(Wan 2.2 has two experts over one run of steps), and all pipelines of its transformers.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from dit_accel.forward.caller import Caller, caller
 from dit_accel.pipelines.base import NOWHERE, Geometry
 
 
 class Clock:
-    """Follows the pipeline's scheduler and cache context; `tick` moves it at each forward."""
+    """Follows the running pipeline's scheduler and cache context; `tick` moves it at each forward.
 
-    def __init__(self, pipe: Any) -> None:
-        self._pipe = weakref.ref(pipe)
+    pipe: whose steps count where the caller of a forward is no pipeline. scheduler: its last one,
+    which is followed when the pipeline is gone.
+    """
+
+    def __init__(self, pipe: Any = None, scheduler: Any = None) -> None:
         self.generation = 0
         self.step = -1
         self.steps: int | None = None
         self.passname = ""
         self.geometry = NOWHERE
+        self._first, self._scheduler = weakly(pipe), getattr(pipe, "scheduler", scheduler)
+        self._pipe = self._first
         self._context: tuple[str, dict[str, Any]] | None = None
         self._seen: list[str] = []
         self._timesteps: Any = None
+        self._inference = False
+
+    def __reduce__(self) -> tuple:
+        return Clock, (None, self._scheduler)  # a copy starts anew
 
     @contextmanager
-    def context(self, name: str, fields: dict[str, Any]):
+    def context(self, name: str, fields: dict[str, Any]) -> Iterator[None]:
         """Remember the pipeline's cache context while one pass runs."""
-        self._context = (name, fields)
+        before, self._context = self._context, (name, fields)
         try:
             yield
         finally:
-            self._context = None
+            self._context = before
 
-    def tick(self, geometry: Geometry, timestep: Any = None) -> bool:
+    def tick(
+        self, geometry: Geometry, timestep: Any = None, model: nn.Module | None = None
+    ) -> bool:
         """Move to the forward that starts now; True when it opens a new generation or shape.
 
         timestep: what the transformer is given; read only if the scheduler does not count steps.
+        model: the transformer, by which the pipeline that runs is found.
         """
-        step, self.steps = self._read(timestep)
+        runs = Caller() if model is None else caller(model, self._first())
+        runs = runs if runs.pipe is not None else Caller(self._first())
+        self._pipe = weakly(runs.pipe)
+        self._scheduler = getattr(runs.pipe, "scheduler", self._scheduler)
+        step, self.steps = self._read(timestep, runs)
         name = self._context[0] if self._context else None
-        timesteps = getattr(self._scheduler(), "timesteps", None)
+        timesteps = getattr(self._scheduler, "timesteps", None)
         fresh = timesteps is not self._timesteps or step < self.step
         fresh = fresh or geometry.grid != self.geometry.grid or (step == 0 and name in self._seen)
+        # what inference mode made cannot be trained with
+        fresh = fresh or self._inference != torch.is_inference_mode_enabled()
         if fresh:
             self.generation += 1
         if fresh or step != self.step:
@@ -55,6 +76,7 @@ class Clock:
         self.passname = name or f"pass{len(self._seen)}"
         self._seen.append(self.passname)
         self.step, self.geometry, self._timesteps = step, geometry, timesteps
+        self._inference = torch.is_inference_mode_enabled()
         return fresh
 
     @property
@@ -63,18 +85,14 @@ class Clock:
         apart = self._context is not None and "uncond" not in self._context[0]
         return 2 if apart and getattr(self._pipe(), "do_classifier_free_guidance", False) else 1
 
-    def _scheduler(self) -> Any:
-        """The scheduler the pipeline has now: users exchange it between generations."""
-        return getattr(self._pipe(), "scheduler", None)
-
-    def _read(self, timestep: Any) -> tuple[int, int | None]:
+    def _read(self, timestep: Any, runs: Caller) -> tuple[int, int | None]:
         """(step, number of steps) from the cache context, else from the scheduler."""
-        fields = self._context[1] if self._context else {}
-        scheduler = self._scheduler()
+        fields, scheduler = self._context[1] if self._context else {}, self._scheduler
         begin = getattr(scheduler, "begin_index", None) or 0
         timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None:  # image and video to video run the last part of the timesteps
-            begin = max(begin, len(timesteps) - getattr(self._pipe(), "_num_timesteps", 10**9))
+        if timesteps is not None and runs.itself:
+            # image and video to video run the last part of the timesteps
+            begin = max(begin, len(timesteps) - getattr(runs.pipe, "_num_timesteps", 10**9))
         steps = None if timesteps is None else len(timesteps) - begin
         if fields.get("step_index") is not None:
             return int(fields["step_index"]), fields.get("num_inference_steps") or steps
@@ -82,6 +100,14 @@ class Clock:
         if timesteps is not None and timestep is not None and not hasattr(scheduler, "step_index"):
             index = _nearest(timesteps, timestep)  # DDIM, DDPM, CogVideoX: a device synchronisation
         return (0 if index is None else max(0, index - begin)), steps
+
+
+def weakly(pipe: Any) -> Callable[[], Any]:
+    """A weak reference to any object; a strong one where its kind knows none."""
+    try:
+        return weakref.ref(pipe)
+    except TypeError:  # None, and classes with slots
+        return lambda: pipe
 
 
 def _nearest(timesteps: torch.Tensor, timestep: torch.Tensor | float) -> int:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_accel.machine import cached_tensors
 from dit_accel.pipelines.base import Geometry
 
 
@@ -55,8 +56,13 @@ class Tokens(NamedTuple):
         return slice(0, n_visual), slice(n_visual, n)
 
     def apart(self, n_queries: int, n_keys: int) -> bool:
-        """Is this one of several calls that make up the attention, and not that of the picture?"""
+        """Is this another of the calls that make up the attention, not that of the picture?
+
+        Adapters for reference images (IP-Adapter) let it attend to these in a call of its own.
+        """
         g = self.geometry
+        if n_keys != n_queries and n_keys < g.n_visual:
+            return True
         whole = (self.queries, self.queries + (g.n_text or 0))
         return g.segments and (n_queries, n_keys) != whole
 
@@ -70,23 +76,17 @@ class Tokens(NamedTuple):
 
 
 class Reader:
-    """Reads the keys of a forward's calls, each mask once."""
+    """Reads the keys of one forward's calls, each mask once."""
 
     def __init__(self) -> None:
         self._read: dict[Any, tuple[Tensor | None, Keys | str]] = {}
-        self._blocks: dict[tuple, dict[str, Any]] = {}
-
-    def begin(self, fresh: bool) -> None:
-        """A forward starts; `fresh`: so does a generation."""
-        self._read.clear()
-        if fresh:
-            self._blocks.clear()
 
     def read(self, mask: Tensor | None, n: int, tokens: Tokens, order: Tensor | None) -> Keys | str:
         """The n keys behind this mask, or why it is not served. order: of the visual keys."""
         mask = narrow(mask)
         same = mask is None or tokens.geometry.same_mask
-        name = (None if mask is None else mask.shape, n) if same else id(mask)
+        which = (None if mask is None else mask.shape) if same else id(mask)
+        name = (which, n, order is None)
         if name not in self._read:
             visual, _ = tokens.parts(n, tokens.geometry.n_visual)
             product = same and mask is not None and mask.ndim == 4 and mask.shape[2] > 1
@@ -94,19 +94,21 @@ class Reader:
             self._read[name] = (None if same else mask, read(mask, n, visual, order, product))
         return self._read[name][1]
 
-    def text_blocks(
-        self, n: int, n_visual: int, size: int, text_first: bool, device: torch.device
-    ) -> dict[str, Any]:
-        """Which blocks of n keys hold text, to be read by every query: Call.forced, n_forced."""
-        if n == n_visual:
-            return {}
-        key = (n, n_visual, size, text_first, device)
-        if key not in self._blocks:
-            first = torch.arange(0, n, size)
-            last = (first + size).clamp(max=n)
-            text = first < n - n_visual if text_first else last > n_visual
-            self._blocks[key] = {"forced": text.to(device), "n_forced": int(text.sum())}
-        return self._blocks[key]
+
+@cached_tensors(256)
+def text_blocks(
+    n: int, n_visual: int, size: int, text_first: bool, device: torch.device
+) -> tuple[Tensor | None, int]:
+    """Which blocks of `size` of n keys hold text (bool [Mk]), and how many; (None, 0) if none does.
+
+    Every query reads them: Call.forced and n_forced.
+    """
+    if n == n_visual:
+        return None, 0
+    first = torch.arange(0, n, size, device="cpu")
+    last = (first + size).clamp(max=n)
+    text = first < n - n_visual if text_first else last > n_visual
+    return text.to(device), int(text.sum())
 
 
 def narrow(mask: Tensor | None) -> Tensor | None:

@@ -9,15 +9,16 @@ nearly equal).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
+
+from dit_accel.machine import cached_tensors
 
 ORDERS = ("raster", "tile", "hilbert", "time")
 Grid = tuple[int, int, int]
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(32)
 def token_order(kind: str, grid: Grid, tile: Grid = (1, 8, 8)) -> torch.Tensor | None:
     """The permutation `index` int64 [T·H·W] on the CPU with x_ordered = x[index]; None for raster.
 
@@ -30,10 +31,11 @@ def token_order(kind: str, grid: Grid, tile: Grid = (1, 8, 8)) -> torch.Tensor |
         raise ValueError(f"unknown token order {kind!r}: choose one of {', '.join(ORDERS)}")
     if kind == "raster":
         return None
-    t, h, w = (torch.arange(n) for n in grid)
+    t, h, w = (torch.arange(n, device="cpu") for n in grid)
     cells = torch.stack(torch.meshgrid(t, h, w, indexing="ij"), -1).view(-1, 3)
     if kind == "time":
-        return torch.arange(grid[0] * grid[1] * grid[2]).view(grid).permute(1, 2, 0).flatten()
+        whole = torch.arange(grid[0] * grid[1] * grid[2], device="cpu")
+        return whole.view(grid).permute(1, 2, 0).flatten()
     key = _tile_key(cells, grid, tile) if kind == "tile" else _hilbert_key(cells)
     return torch.argsort(key, stable=True)
 
@@ -41,7 +43,7 @@ def token_order(kind: str, grid: Grid, tile: Grid = (1, 8, 8)) -> torch.Tensor |
 def _tile_key(cells: torch.Tensor, grid: Grid, tile: Grid) -> torch.Tensor:
     """Raster number of the tile each cell lies in; a stable sort keeps raster order inside."""
     counts = [-(-n // s) for n, s in zip(grid, tile, strict=True)]
-    at = cells // torch.tensor(tile)
+    at = cells // torch.tensor(tile, device="cpu")
     return (at[:, 0] * counts[1] + at[:, 1]) * counts[2] + at[:, 2]
 
 
@@ -117,7 +119,8 @@ class Order:
         row = sum(n > 1 for n in grid) < 2  # tokens in a row have one order only
         wanted = ("raster" if row else self.kind, grid, device)
         if wanted != self._made:  # a copy to the device waits for it: not once per forward
-            index = token_order(wanted[0], grid, self.tile)
-            self.pair = None if index is None else (index.to(device), inverse(index).to(device))
+            with torch.inference_mode(False):
+                index = token_order(wanted[0], grid, self.tile)
+                self.pair = None if index is None else (index.to(device), inverse(index).to(device))
             self._made = wanted
         self.carried = carried

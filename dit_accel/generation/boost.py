@@ -15,7 +15,7 @@ from torch import nn
 from dit_accel.inputs import fields
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.machine import is_out_of_memory
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 
 
 @dataclass(frozen=True)

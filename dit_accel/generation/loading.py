@@ -14,7 +14,7 @@ from dit_accel.inputs.data import read_object
 from dit_accel.inputs.fields import build, expect
 from dit_accel.inputs.tensors import check_folder
 from dit_accel.machine import is_out_of_memory
-from dit_accel.pipelines.registry import SLOTS, transformers_of
+from dit_accel.pipelines.denoisers import SLOTS, transformers_of
 
 if TYPE_CHECKING:
     import torch

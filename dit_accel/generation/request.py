@@ -13,7 +13,7 @@ from dit_accel.generation.limits import LONGEST, check_limits
 from dit_accel.generation.loading import Defaults
 from dit_accel.inputs import fields
 from dit_accel.inputs.scene import Vocabulary
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.samplers.grids import Sampler
 
 _ARGUMENTS = {

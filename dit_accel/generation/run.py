@@ -14,7 +14,7 @@ import torch
 
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.samplers.install import sampling
 
 ProgressFn = Callable[[str, int, int | None], None]

@@ -85,7 +85,8 @@ class Rettention(Remembering):
         )
         if not self.rescale:
             return out, window.float()
-        ratio = call.state["ratio"] = (window_lse - lse).exp().clamp(max=1)
+        ratio = (window_lse - lse).exp().clamp(max=1)
+        call.state["ratio"] = ratio.detach()
         return out, window.float() * ratio[..., None]
 
     def partial(self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call) -> Tensor:
@@ -95,5 +96,5 @@ class Rettention(Remembering):
             return out
         ratio = call.state["ratio"]
         out = out * ratio[..., None]
-        ratio.add_(self.growth).clamp_(max=1)
+        call.state["ratio"] = (ratio + self.growth).clamp(max=1)  # autograd may hold the old one
         return out

@@ -98,6 +98,7 @@ class Remembering(Method):
         return (out if missing is None else out + missing).to(q.dtype)
 
     def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any]) -> None:
+        missing = missing.detach()  # the graph of a step ends with it
         if self.residual == "full":
             state["residual"] = missing.to(dtype)
         if self.residual == "pooled":

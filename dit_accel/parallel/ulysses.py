@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dit_accel.machine import cached_tensors
 from dit_accel.pipelines.base import Geometry
-from dit_accel.pipelines.registry import transformers_of
+from dit_accel.pipelines.denoisers import transformers_of
 
 RING = (
     "ring attention hands over the keys in parts, and blocks are chosen among all of them: "
@@ -146,7 +146,7 @@ def _exchanged(
     return got.permute(2, 1, 0, 3, 4).reshape(batch, n, heads, d)
 
 
-@lru_cache(maxsize=64)
+@cached_tensors(64)
 def token_places(
     n_text: int, n_visual: int, text_first: bool, ranks: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def token_places(
     Each rank brings its share of the text and of the visual tokens; the first ranks bring one more
     where the numbers do not divide.
     """
-    parts = [torch.arange(n).tensor_split(ranks) for n in (n_text, n_visual)]
+    parts = [torch.arange(n, device="cpu").tensor_split(ranks) for n in (n_text, n_visual)]
     shift = (0, n_text) if text_first else (n_visual, 0)  # where text and picture begin on one
     whole = [[at + part for part in split] for at, split in zip(shift, parts, strict=True)]
     first, second = whole if text_first else reversed(whole)

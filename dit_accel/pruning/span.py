@@ -72,6 +72,10 @@ class Span:
         kind = self.prune.context
         self.context = None if kind == "drop" else Context(kind, self.prune.block)
 
+    def __reduce__(self) -> tuple:
+        """A copy starts anew."""
+        return Span, (self.prune, self.site, self.clock, self.blocks)
+
     def begin(self, order: Tensor | None) -> None:
         """A forward starts. order: the grid cells of the tokens where they come permuted."""
         if self.clock.generation != self._generation:
@@ -241,10 +245,24 @@ def _signature(forward: Any) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def blocks_class(kind: type) -> type:
-    """The class of a ModuleList whose iteration goes through `_accel_span` while a forward runs."""
+def take_over(blocks: nn.ModuleList, span: Span, first: int, single: bool) -> None:
+    """Let a list hand out its blocks, numbered from `first`, wrapped in `span.run`, while a forward
+    runs. single: see Span.run."""
+    blocks.__dict__["_accel_span"] = (span, first, single)
+    blocks.__class__ = _list_class(type(blocks))
 
+
+def give_back(blocks: nn.ModuleList) -> None:
+    """The list as it was."""
+    if blocks.__dict__.pop("_accel_span", None) is not None:
+        blocks.__class__ = type(blocks)._accel_kind
+
+
+@functools.cache
+def _list_class(kind: type) -> type:
     class SpanList(kind):
+        _accel_kind = kind
+
         def __iter__(self):
             span, first, single = self.__dict__.get("_accel_span", (None, 0, False))
             inner = super().__iter__()
@@ -252,8 +270,15 @@ def blocks_class(kind: type) -> type:
                 return inner
             return (_Wrapped(span, n, block, single) for n, block in enumerate(inner, first))
 
+        def __reduce_ex__(self, protocol):
+            return _blank, (kind,), dict(self.__dict__)
+
     SpanList.__name__ = kind.__name__
     return SpanList
+
+
+def _blank(kind: type) -> nn.ModuleList:
+    return object.__new__(_list_class(kind))
 
 
 def _moved(text: Tensor | None, by: Tensor | None) -> Tensor | None:

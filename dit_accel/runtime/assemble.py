@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,31 +12,55 @@ from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter, head_dim
 from dit_accel.pruning.span import Span
 from dit_accel.runtime import patch
-from dit_accel.runtime.books import LayerBook
+from dit_accel.runtime.books import Books, LayerBook
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.rebind import obstacle
 from dit_accel.schedule import Plan
 
 
-def assemble(
-    pipe: Any, config: AccelConfig, transformers: list[nn.Module]
-) -> tuple[Engine, list[patch.Patch]]:
+class Assembly(NamedTuple):
+    """What is to be installed. stock: name → why of a denoiser that stays as it is."""
+
+    engine: Engine
+    patches: list[patch.Patch]
+    stock: dict[str, str]
+
+
+def assemble(pipe: Any, config: AccelConfig, models: dict[str, nn.Module]) -> Assembly:
     """Everything that can be refused is refused here, before the pipeline is touched."""
-    adapters = [registry.find(t) for t in transformers]
-    found = [_attentions(a, t) for a, t in zip(adapters, transformers, strict=True)]
-    for modules in found:
+    adapters, stock = _adapters(models)
+    found = {name: _attentions(adapter, models[name]) for name, adapter in adapters.items()}
+    for modules in found.values():
         config.method.check(head_dim(next(iter(modules.values()))), len(modules))
-    plan = Plan(config.schedule, config.method.keep, len(found[0]), config.method.always)
-    engine = Engine(config, plan, Clock(pipe))
+    plans = [
+        Plan(config.schedule, config.method.keep, len(modules), config.method.always)
+        for modules in found.values()
+    ]
+    engine = Engine(config, plans, Clock(pipe), Books(config.strict))
     patches = []
-    given = zip(transformers, adapters, found, strict=True)
-    for part, (transformer, adapter, modules) in enumerate(given):
-        first = len(engine.books.layers)
-        engine.books.layers += [LayerBook(name, n, part) for n, name in enumerate(modules)]
-        span = _span(config, adapter, transformer, engine)
-        modules = list(modules.values())
-        patches.append(patch.Patch(transformer, adapter, engine, modules, first, span))
-    return engine, patches
+    for part, (name, modules) in enumerate(found.items()):
+        first, head = len(engine.books.layers), f"{name}." if len(found) > 1 else ""
+        engine.books.layers += [LayerBook(head + m, n, part) for n, m in enumerate(modules)]
+        span = _span(config, adapters[name], models[name], engine)
+        patches.append(
+            patch.Patch(
+                models[name], adapters[name], engine, list(modules.values()), first, span, name
+            )
+        )
+    return Assembly(engine, patches, stock)
+
+
+def _adapters(models: dict[str, nn.Module]) -> tuple[dict[str, Adapter], dict[str, str]]:
+    """Name → adapter, and name → why there is none; ValueError where none has one."""
+    adapters, stock = {}, {}
+    for name, model in models.items():
+        try:
+            adapters[name] = registry.find(model)
+        except ValueError as refusal:
+            stock[name] = str(refusal)
+    if not adapters:
+        raise ValueError(next(iter(stock.values())))
+    return adapters, stock
 
 
 def _span(

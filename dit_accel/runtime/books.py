@@ -58,6 +58,11 @@ class Books:
     unplanned: set[str] = field(default_factory=set)
     implementations: dict[str, int] = field(default_factory=dict)
 
+    def blank(self) -> Books:
+        """Books of the same layers in which nothing is written yet."""
+        layers = [LayerBook(book.name, book.number, book.part) for book in self.layers]
+        return Books(self.strict, layers)
+
     def dense(self, layer: int, reason: str, planned: bool) -> None:
         """A call of `layer` ran dense. RuntimeError where it should not have."""
         if not planned and self.strict:
@@ -68,13 +73,13 @@ class Books:
         if not planned:
             self.unplanned.add(reason)
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        for book in (self.layers[layer], self.forwards[-1]):
+        for book in (self.layers[layer], *self.forwards[-1:]):
             book.dense += 1
 
     def sparse(self, layer: int, table: BlockTable | None) -> None:
         """A call of `layer` read the blocks of `table`, or all."""
         kept = 1.0 if table is None else table.density()
-        for book in (self.layers[layer], self.forwards[-1]):
+        for book in (self.layers[layer], *self.forwards[-1:]):
             book.sparse += 1
             book.kept = book.kept + kept
 

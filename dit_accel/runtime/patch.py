@@ -9,34 +9,61 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from dit_accel.forward.clock import Clock
 from dit_accel.parallel import ulysses as parallel
+from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
 from dit_accel.pruning import step_cache
 from dit_accel.pruning.shared import Part
-from dit_accel.pruning.span import Span, blocks_class
-from dit_accel.runtime import seam
+from dit_accel.pruning.span import Span, give_back, take_over
+from dit_accel.runtime import again, rebind, seam
 from dit_accel.runtime.engine import Engine
-from dit_accel.runtime.rebind import NAMES, give_back, rebound_class, set_processor
+
+MARK = "_dit_accel"  # where a transformer keeps its patch
 
 
-@dataclass
+def of(transformer: nn.Module) -> Patch | None:
+    """The patch of this transformer. ValueError for a shallow copy, whose layers are another's."""
+    found = transformer.__dict__.get(MARK)
+    if found is None or found.transformer is transformer:
+        return found
+    if is_installed(found):
+        raise ValueError(
+            f"this {type(transformer).__name__} is a shallow copy of an accelerated one and shares "
+            "its layers: accelerate or restore that one, or take copy.deepcopy"
+        )
+    found.forget(transformer)
+    return None
+
+
+def is_installed(found: Patch) -> bool:
+    """Is this the patch of its transformer?"""
+    return found.transformer.__dict__.get(MARK) is found
+
+
+@dataclass(eq=False)
 class Patch:
     """One transformer's replaced objects. `install` and `remove` are exact inverses.
+
+    All that it leaves on a transformer is an object that copies with it: a copy, deep or pickled,
+    has a patch and an engine of its own.
 
     transformer, adapter: whose objects, and where they are.
     engine: what serves its attention calls.
     modules: the attention modules.
     first: the number of the first of them in the engine's books.
     span: the token pruning of this transformer, or None.
-    undo: what puts everything back, the last change last.
-    layers: the seams of the modules.
+    name: what the pipeline calls the transformer.
+    handles: of the hooks.
+    unserved: layer → why its processor, exchanged since, cannot be served.
     """
 
     transformer: nn.Module
@@ -45,52 +72,81 @@ class Patch:
     modules: list[nn.Module]
     first: int = 0
     span: Span | None = None
-    undo: list[Callable[[], Any]] = field(default_factory=list)
-    layers: list[seam.Layer] = field(default_factory=list)
+    name: str = "transformer"
+    handles: list[Any] = field(default_factory=list)
+    unserved: dict[int, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "adapter": None}  # of functions, which are not copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, adapter=registry.find(state["transformer"]))
 
     def install(self) -> None:
         """Patch everything, or, when something fails, nothing."""
         try:
-            for index, module in enumerate(self.modules, self.first):
-                self._rebind(index, module)
-            for module in self._readers():
-                self._rebind(self.first, module, seam.Reader)
-            self._hook_forward()
+            self.bind()
+            self._hook(self.transformer, self.before, pre=True)
+            self._hook(self.transformer, self.after)
             self._hook_span()  # before the order's hooks: it sees tokens as the blocks have them
             self._hook_order()
-            self._follow_context()
+            if hasattr(self.transformer, "cache_context"):
+                before = self.transformer.__dict__.get("cache_context")
+                follow = CacheContext(self.transformer, self.engine.clock, before)
+                self.transformer.__dict__["cache_context"] = follow
+            self.transformer.__dict__[MARK] = self
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
-        """Put everything back, last change first."""
-        while self.undo:
-            self.undo.pop()()
-        self.layers.clear()
+        """Put everything back."""
+        self.engine.close()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        for blocks in self.adapter.span.lists(self.transformer) if self.span else ():
+            give_back(blocks)
+        for module in (*self.modules, *self._readers()):
+            rebind.unbind(module)
+        # fuse_qkv_projections remembers the processors that were, for unfuse_qkv_projections
+        fused = vars(self.transformer).get("original_attn_processors") or {}
+        fused.update({name: rebind.original(old) for name, old in fused.items()})
+        self.forget(self.transformer)
 
-    def _rebind(self, index: int, module: nn.Module, kind_of: type = seam.Layer) -> None:
-        old = module.processor
-        layer = kind_of(self.engine, index, old, type(old).__call__.__globals__.get(NAMES[0]))
-        self.layers.append(layer)
-        own = self.adapter.processor if kind_of is seam.Layer else None
-        kind = rebound_class(own or type(old))
-        # the number stays on the CPU: reading it never waits for a device
-        ours = {"_accel_layer": torch.tensor(layer.id)}
-        ours["_accel_gated"] = kind_of is seam.Layer and self.engine.config.method.gated
-        if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
-            original = type(old)
-            old.__class__ = kind
-            old.__dict__.update(ours)
-            self.undo.append(
-                lambda: ([old.__dict__.pop(name) for name in ours], _set_class(old, original))
-            )
+    @staticmethod
+    def forget(transformer: nn.Module) -> None:
+        """Take away what a transformer itself keeps of its patch."""
+        own = transformer.__dict__
+        if isinstance(own.get("cache_context"), CacheContext):
+            before = own.pop("cache_context").before
+            own.update({} if before is None else {"cache_context": before})
+        own.pop(MARK, None)
+
+    def bind(self) -> None:
+        """Serve every attention module, also those whose processor was exchanged since."""
+        self.unserved.clear()
+        for index, module in enumerate(self.modules, self.first):
+            self._bind(index, module, seam.Layer, self.adapter.processor)
+        for module in self._readers():
+            self._bind(self.first, module, seam.Reader)
+
+    def _bind(self, index: int, module: nn.Module, kind: type, own: type | None = None) -> None:
+        layer = rebind.layer_of(module.processor)
+        if layer is not None and layer.engine is self.engine:
             return
-        new = kind.__new__(kind)
-        new.__dict__.update(old.__dict__, **ours)
-        layer.processor = new  # set_attention_backend and enable_parallelism write to this one
-        set_processor(module, new)
-        self.undo.append(lambda: give_back(module, new, old))
+        rebind.unbind(module)
+        why = rebind.obstacle(module)
+        if why:
+            self.unserved[index] = why
+        else:
+            rebind.bind(module, kind(self.engine, index), own)
+
+    @property
+    def layers(self) -> list[seam.Layer]:
+        """The layers that its attention modules are served by now."""
+        found = (rebind.layer_of(module.processor) for module in self.modules)
+        return [layer for layer in found if layer is not None]
 
     def _readers(self) -> list[nn.Module]:
         """Attention modules beside the accelerated ones that a pruned span's context serves."""
@@ -98,28 +154,30 @@ class Patch:
             return []
         return list(matching(self.transformer, self.adapter.span.readers).values())
 
-    def _hook_forward(self) -> None:
-        signature = inspect.signature(type(self.transformer).forward)
+    @torch.compiler.disable
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the transformer."""
+        signature = _signature(type(self.transformer).forward)
+        bound = signature.bind_partial(module, *args, **kwargs).arguments
+        geometry = self.adapter.geometry(module, bound)
+        device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
+        self.bind()
+        found = (parallel.config_of(layer.processor) for layer in self.layers)
+        shared = next((config for config in found if config is not None), None)
+        if self.span is not None:
+            self._check_prunable(bound, geometry, shared)
+            self.span.whole = self.adapter.span.stays_whole(bound)
+        again.check_transformer(module, self.engine.config)
+        carried = self.adapter.leave is not None and shared is None
+        timestep = bound.get("timestep")
+        self.engine.begin(geometry, device, carried, self.span, timestep, self.transformer)
+        for index, why in self.unserved.items():
+            self.engine.bypass(index, why)
 
-        @torch.compiler.disable
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            bound = signature.bind_partial(module, *args, **kwargs).arguments
-            geometry = self.adapter.geometry(module, bound)
-            device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
-            found = (parallel.config_of(layer.processor) for layer in self.layers)
-            shared = next((config for config in found if config is not None), None)
-            if self.span is not None:
-                self._check_prunable(bound, geometry, shared)
-                self.span.whole = self.adapter.span.stays_whole(bound)
-            carried = self.adapter.leave is not None and shared is None
-            self.engine.begin(geometry, device, carried, self.span, bound.get("timestep"))
-
-        @torch.compiler.disable
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
-            self.engine.end()
-
-        self._keep(self.transformer.register_forward_pre_hook(before, with_kwargs=True))
-        self._keep(self.transformer.register_forward_hook(after))
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the transformer."""
+        self.engine.end(output)
 
     def _check_prunable(self, args: dict[str, Any], geometry: Geometry, shared: Any) -> None:
         """RuntimeError for a forward whose tokens cannot be pruned."""
@@ -143,54 +201,63 @@ class Patch:
         site, span = self.adapter.span, self.span
         lists, first = site.lists(self.transformer), 0
         for name, blocks in zip(site.blocks, lists, strict=True):
-            original = type(blocks)
-            blocks.__class__ = blocks_class(original)
-            blocks.__dict__["_accel_span"] = (span, first, name in site.single)
-            self.undo.append(functools.partial(_give_list_back, blocks, original))
+            take_over(blocks, span, first, name in site.single)
             first += len(blocks)
         if "ttv" in span.prune.criterion:
             for block in [block for blocks in lists for block in blocks][: span.first]:
                 for name in site.probes:
-                    probe = block.get_submodule(name)
-                    watch = span.observer.watch_transition
-                    self._keep(probe.register_forward_hook(watch, with_kwargs=True))
+                    self._hook(block.get_submodule(name), self._watch_transition, True)
         if span.prune.criterion in ("velocity", "cfg"):
-            leave = self.transformer.get_submodule(site.leave)
-            self._keep(leave.register_forward_hook(span.observer.watch_output))
+            self._hook(self.transformer.get_submodule(site.leave), self._watch_output)
+
+    def _watch_transition(self, *seen: Any) -> None:
+        self.span.observer.watch_transition(*seen)
+
+    def _watch_output(self, *seen: Any) -> None:
+        self.span.observer.watch_output(*seen)
 
     def _hook_order(self) -> None:
         if self.adapter.leave is None or self.engine.config.order == "raster":
             return
-        for site in self.adapter.enter:
-            self._site(site, lambda: self.engine.order.index if self.engine.order.carried else None)
-        self._site(
-            self.adapter.leave,
-            lambda: self.engine.order.back if self.engine.order.carried else None,
-        )
+        for site in (*self.adapter.enter, self.adapter.leave):
+            back = site is self.adapter.leave
+            reorder = functools.partial(_reorder, self.engine, site, back)
+            self._hook(self.transformer.get_submodule(site.module), reorder)
 
-    def _site(self, site: Site, index: Callable[[], torch.Tensor | None]) -> None:
-        @torch.compiler.disable
-        def reorder(module: nn.Module, args: tuple, output: Any) -> Any:
-            order = index()
-            return output if order is None else _gather(output, site, order)
+    def _hook(self, module: nn.Module, hook: Any, kwargs: bool = False, pre: bool = False) -> None:
+        register = module.register_forward_pre_hook if pre else module.register_forward_hook
+        self.handles.append(register(hook, with_kwargs=kwargs or pre))
 
-        self._keep(self.transformer.get_submodule(site.module).register_forward_hook(reorder))
 
-    def _follow_context(self) -> None:
-        """Read the step and pass that pipelines announce through `cache_context`."""
-        if not hasattr(self.transformer, "cache_context"):
-            return
-        original, clock = self.transformer.cache_context, self.engine.clock
+class CacheContext:
+    """A transformer's `cache_context`, in which pipelines announce the step and the pass.
 
-        def cache_context(name: str, **fields: Any) -> Any:
-            return _both(clock.context(name, fields), original(name, **fields))
+    before: what had been set on the transformer itself, or None.
+    """
 
-        before = self.transformer.__dict__.get("cache_context")
-        self.transformer.cache_context = cache_context
-        self.undo.append(lambda: _restore_attribute(self.transformer, "cache_context", before))
+    def __init__(self, transformer: nn.Module, clock: Clock, before: Any) -> None:
+        self.transformer, self.clock, self.before = transformer, clock, before
 
-    def _keep(self, handle: Any) -> None:
-        self.undo.append(handle.remove)
+    @contextmanager
+    def __call__(self, name: str, **fields: Any) -> Iterator[Any]:
+        enter = self.before or type(self.transformer).cache_context.__get__(self.transformer)
+        with self.clock.context(name, fields), enter(name, **fields) as context:
+            yield context
+
+
+@functools.cache
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+@torch.compiler.disable
+def _reorder(
+    engine: Engine, site: Site, back: bool, module: nn.Module, args: tuple, output: Any
+) -> Any:
+    """Forward hook where tokens enter the order, or leave it."""
+    order = engine.order
+    index = order.back if back else order.index
+    return _gather(output, site, index) if order.carried and index is not None else output
 
 
 def _gather(output: Any, site: Site, index: torch.Tensor) -> Any:
@@ -204,34 +271,3 @@ def _gather(output: Any, site: Site, index: torch.Tensor) -> Any:
     if n_text:
         index = torch.cat([torch.arange(n_text, device=index.device), index + n_text])
     return output.index_select(site.dim, index)
-
-
-def _set_class(obj: Any, kind: type) -> None:
-    obj.__class__ = kind
-
-
-def _give_list_back(blocks: nn.ModuleList, original: type) -> None:
-    del blocks.__dict__["_accel_span"]
-    blocks.__class__ = original
-
-
-def _restore_attribute(obj: nn.Module, name: str, before: Any) -> None:
-    if before is None:
-        obj.__dict__.pop(name, None)
-    else:
-        setattr(obj, name, before)
-
-
-class _both:
-    """Two context managers as one."""
-
-    def __init__(self, *managers: Any) -> None:
-        self.managers = managers
-
-    def __enter__(self) -> None:
-        for manager in self.managers:
-            manager.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for manager in reversed(self.managers):
-            manager.__exit__(*error)

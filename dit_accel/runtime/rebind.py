@@ -20,7 +20,7 @@ NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
 def obstacle(module: nn.Module) -> str:
     """Why this attention module cannot be patched, or ""."""
     processor = getattr(module, "processor", None)
-    if hasattr(processor, "_accel_layer"):
+    if layer_of(processor) is not None:
         return ""  # ours already: it is given back before the new one comes
     if processor is None:
         return f"{type(module).__name__} has no exchangeable attention processor"
@@ -30,9 +30,68 @@ def obstacle(module: nn.Module) -> str:
     return ""
 
 
+def layer_of(processor: Any) -> seam.Layer | None:
+    """The layer that a processor of ours serves; None for others."""
+    return getattr(processor, "__dict__", {}).get("_accel")
+
+
+def bind(module: nn.Module, layer: seam.Layer, own: type | None = None) -> None:
+    """Let `layer` serve this module's attention. own: a class to take the processor's place."""
+    old = module.processor
+    kind = rebound_class(own or type(old))
+    layer.dispatch = type(old).__call__.__globals__.get(NAMES[0])
+    if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
+        old.__dict__["_accel"] = layer
+        old.__class__ = kind
+        layer.processor = old
+        return
+    layer.original, layer.processor = old, object.__new__(kind)
+    layer.processor.__dict__.update(old.__dict__, _accel=layer)
+    _set_processor(module, layer.processor)
+
+
+def unbind(module: nn.Module) -> None:
+    """Give the processor back, with what was set on ours; one that is not ours stays."""
+    layer = layer_of(module.processor)
+    if layer is not None:
+        old = original(module.processor)
+        if old is not module.processor:
+            _set_processor(module, old)
+
+
+def original(processor: Any) -> Any:
+    """What a processor of ours stands for, as it is now; another one itself."""
+    layer = layer_of(processor)
+    if layer is None:
+        return processor
+    if layer.original is None:
+        del processor.__dict__["_accel"]
+        processor.__class__ = type(processor)._accel_kind
+        return processor
+    layer.original.__dict__.clear()
+    layer.original.__dict__.update(processor.__dict__)
+    del layer.original.__dict__["_accel"]
+    return layer.original
+
+
+class Rebound(type):
+    """The kind of our processor classes, each of which passes for its parent: diffusers looks
+    processors up by class (layer skip, PAG), and makes new ones of the class it finds."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._accel_kind(*args, **kwargs)
+
+    def __eq__(cls, other: Any) -> bool:
+        return other is cls or other is cls._accel_kind
+
+    def __hash__(cls) -> int:
+        return hash(cls._accel_kind)
+
+
 @functools.cache
 def rebound_class(kind: type) -> type:
-    """A subclass of the processor class whose attention calls come to us."""
+    """A subclass of the processor class whose attention calls come to us. A copy of its objects is
+    bound to the copy of their layer."""
     call = kind.__call__
     module = types.ModuleType(f"dit_accel._rebound.{kind.__module__}.{kind.__qualname__}")
     scope = {k: v for k, v in call.__globals__.items() if k != "__name__"}
@@ -49,14 +108,25 @@ def rebound_class(kind: type) -> type:
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seam.CURRENT.layer = self._accel_layer
-        if self._accel_gated:
+        seam.CURRENT.layer = self._accel.number
+        if self._accel.gated:
             seam.CURRENT.hidden = kwargs["hidden_states"] if len(args) < 2 else args[1]
         return bound(self, *args, **kwargs)
 
-    sub = type(kind.__name__, (kind,), {"__call__": __call__, "__module__": module.__name__})
-    _share_metadata(kind, sub)
-    return sub
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+        return _blank, (kind,), dict(self.__dict__)
+
+    body = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": module.__name__,
+        "_accel_kind": kind,
+    }
+    return Rebound(kind.__name__, (kind,), body)
+
+
+def _blank(kind: type) -> Any:
+    return object.__new__(rebound_class(kind))
 
 
 def _dispatcher(original: Callable) -> Callable:
@@ -76,7 +146,8 @@ def _dispatcher(original: Callable) -> Callable:
         parallel_config=None,
     ):
         plain = not (dropout_p or is_causal or enable_gqa or attention_kwargs)
-        if plain and (attn_mask is None or isinstance(attn_mask, torch.Tensor)):
+        plain = plain and (attn_mask is None or isinstance(attn_mask, torch.Tensor))
+        if plain and not seam.traced_away():
             return seam.attend_bnhd(query, key, value, attn_mask, scale)
         seam.bypassed()
         return original(
@@ -106,7 +177,7 @@ def _functional() -> types.ModuleType:
     def scaled_dot_product_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more
     ):
-        if dropout_p or is_causal or more.get("enable_gqa"):
+        if dropout_p or is_causal or more.get("enable_gqa") or seam.traced_away():
             seam.bypassed()
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **more
@@ -118,24 +189,6 @@ def _functional() -> types.ModuleType:
     return shim
 
 
-def _share_metadata(kind: type, sub: type) -> None:
-    """diffusers looks processors up by exact class: give the subclass its parent's entry."""
-    from diffusers.hooks._helpers import AttentionProcessorRegistry as registry
-
-    try:
-        registry.register(sub, registry.get(kind))
-    except ValueError:  # the parent has no entry, so the subclass needs none
-        return
-
-
-def give_back(module: nn.Module, new: Any, old: Any) -> None:
-    """Restore the processor, with what was set on ours, unless the user set another one since."""
-    if module.processor is not new:
-        return
-    old.__dict__.update({k: v for k, v in new.__dict__.items() if not k.startswith("_accel_")})
-    set_processor(module, old)
-
-
-def set_processor(module: nn.Module, processor: Any) -> None:
+def _set_processor(module: nn.Module, processor: Any) -> None:
     setter = getattr(module, "set_processor", None)  # MochiAttention has none
     setter(processor) if setter else setattr(module, "processor", processor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from dit_accel.runtime.books import LayerBook, StepBook
 from dit_accel.runtime.engine import Engine
@@ -25,6 +27,7 @@ class Report:
     state_bytes: kept between steps, by methods and by token pruning.
     stateless_from: the first layer whose state found no room, or None.
     generations: how many.
+    notes: what of the pipeline does not run this way.
     """
 
     method: str
@@ -39,6 +42,7 @@ class Report:
     state_bytes: int
     stateless_from: int | None
     generations: int
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -47,7 +51,9 @@ class Report:
         sparse = sum(layer["sparse"] for layer in self.layers)
         dense = sum(layer["dense"] for layer in self.layers)
         lines = [
-            f"{self.method} on {self.model}: {self.kept:.1%} of attention work kept",
+            f"{self.method} on {self.model}: {self.kept:.1%} of attention work kept"
+            if sparse + dense
+            else f"{self.method} on {self.model}: nothing ran",
             f"  calls: {sparse} sparse, {dense} dense, over {self.generations} generation(s)",
         ]
         lines += [f"  dense: {count} × {why}" for why, count in sorted(self.fallbacks.items())]
@@ -56,10 +62,11 @@ class Report:
         lines += [f"  state: {self.state_bytes / 2**20:.1f} MiB"] if self.state_bytes else []
         if self.stateless_from is not None:
             lines.append(f"  no room for the state of the layers from {self.stateless_from} on")
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def build(engine: Engine, model: str) -> Report:
+def build(engine: Engine, model: str, notes: list[str]) -> Report:
     """Read the engine's books; on CUDA this is where the device is waited for."""
     books = engine.books
     layers = [_row(book, name=book.name) for book in books.layers]
@@ -85,10 +92,18 @@ def build(engine: Engine, model: str) -> Report:
         fallbacks=dict(books.reasons),
         unplanned={k: n for k, n in books.reasons.items() if k in books.unplanned},
         implementations=dict(books.implementations),
-        state_bytes=engine.state_bytes(),
+        state_bytes=_state_bytes(engine),
         stateless_from=engine.stateless_from,
         generations=engine.clock.generation,
+        notes=notes if calls else [*notes, "no attention call came yet"],
     )
+
+
+def _state_bytes(engine: Engine) -> int:
+    """Bytes of the tensors that methods and pruning keep between steps."""
+    kept = (x for entry in engine.state.values() for x in entry.values())
+    tensors = sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
+    return tensors + sum(span.nbytes() for span in engine.spans)
 
 
 def _row(book: LayerBook | StepBook, **head: Any) -> dict[str, Any]:

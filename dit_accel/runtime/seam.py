@@ -19,20 +19,36 @@ from torch import Tensor
 
 from dit_accel.parallel import ulysses as parallel
 from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.interception import interceptor
 
 
 @dataclass(eq=False)
 class Layer:
-    """One patched attention module: its number in the engine and its own dense function."""
+    """One patched attention module: its number in the engine and its own dense function.
+
+    processor: the one that calls us. original: that which it stands for; None where it is the same
+    object. dispatch: diffusers' dispatch_attention_fn, or None for processors that call SDPA.
+    number: int64 [], by which the layer is found; on the CPU, where reading it waits for nothing.
+    gated: the method wants what the module was given, too.
+    """
 
     engine: Engine
     index: int
-    processor: Any
-    dispatch: Any  # diffusers' dispatch_attention_fn, or None for processors that call SDPA
+    processor: Any = None
+    original: Any = None
+    dispatch: Any = None
 
     def __post_init__(self) -> None:
-        self.id = next(_IDS)
-        _LAYERS[self.id] = self
+        identity = next(_IDS)
+        _LAYERS[identity] = self
+        with torch.inference_mode(False):
+            self.number = torch.tensor(identity, device="cpu")
+        self.gated = type(self) is Layer and self.engine.config.method.gated
+
+    def __reduce__(self) -> tuple:
+        """A copy has a number of its own, and the copy of the engine."""
+        rest = {name: getattr(self, name) for name in ("processor", "original", "dispatch")}
+        return type(self), (self.engine, self.index), rest
 
     def attend(
         self,
@@ -44,7 +60,7 @@ class Layer:
         hidden: Tensor | None,
     ) -> Tensor:
         """q, k, v, result [B, N, H, D]; hidden: what the module was given, for a gated method."""
-        shared, g = parallel.config_of(self.processor), self.engine.clock.geometry
+        shared, place = parallel.config_of(self.processor), self.engine.place
 
         def decide(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None
@@ -52,17 +68,17 @@ class Layer:
             def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 return self.dense(q, k, v, mask, scale, None)
 
-            place = (0, 1) if shared is None else parallel.place(shared)
-            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate, place)
+            ranks = (0, 1) if shared is None else parallel.place(shared)
+            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate, ranks)
 
         gate = self.engine.gate(self.index, hidden, q.shape[2])
         if shared is None:
             return decide(q, k, v, mask, gate)
         why = parallel.obstacle(shared, mask)
-        if why or g is None:
+        if why or place is None:
             self.engine.bypass(self.index, why)
             return self.dense(q, k, v, mask, scale, shared)
-        return parallel.gathered(q, k, v, mask, shared, g, decide, gate)
+        return parallel.gathered(q, k, v, mask, shared, place.geometry, decide, gate)
 
     def dense(
         self,
@@ -104,7 +120,7 @@ class Reader(Layer):
     ) -> Tensor:
         """Dense, over the keys that a pruned span's context completes."""
         if self.engine.span is not None:
-            k, v, mask = self.engine.span.keys(("reader", self.id), k, v, mask)
+            k, v, mask = self.engine.span.keys(("reader", int(self.number)), k, v, mask)
         return self.dense(q, k, v, mask, scale, parallel.config_of(self.processor))
 
 
@@ -145,6 +161,11 @@ def bypassed() -> None:
         layer.engine.bypass(
             layer.index, "the call is causal, has dropout, a block mask or fewer key heads"
         )
+
+
+def traced_away() -> bool:
+    """Is code compiled under a mode that intercepts attention, and that is gone at run time?"""
+    return torch.compiler.is_compiling() and bool(interceptor())
 
 
 _TAGS = tuple(t for t in (getattr(torch._C.Tag, "cudagraph_unsafe", None),) if t is not None)

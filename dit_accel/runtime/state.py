@@ -9,6 +9,8 @@ import torch
 from dit_accel.forward.clock import Clock
 from dit_accel.machine import free_bytes
 from dit_accel.methods import Method
+from dit_accel.runtime.books import Books
+from dit_accel.schedule import Plan
 
 _LOG = logging.getLogger(__name__)
 _SHARE = 0.75  # of the free memory, which a state may take where layers can run without theirs
@@ -26,24 +28,20 @@ class Announcer:
     Passes that are not foreseen (a pipeline that names none) are announced when they first come.
     """
 
-    def __init__(self, method: Method, clock: Clock) -> None:
+    def __init__(self, method: Method, clock: Clock, books: Books, plans: list[Plan]) -> None:
         self._method, self._clock = method, clock
+        self._books, self._plans = books, plans
         self._generation, self._covered = -1, 0
         self._seen: set[str] = set()
         self._stateless_from: int | None = None
 
     def __call__(
-        self,
-        layers: list[int],
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
     ) -> int | None:
         """The first layer that must do without a state, or None. Logs the bytes.
 
-        layers: numbers of those that run sparse, in all transformers. shape: of q (B, H, N, D),
-        without text. StateTooLarge where the state does not fit in free memory, unless layers of
-        the method can run without theirs.
+        shape: of q (B, H, N, D), without text. StateTooLarge where the state does not fit in free
+        memory, unless layers of the method can run without theirs.
         """
         clock, method = self._clock, self._method
         if clock.generation != self._generation:
@@ -53,6 +51,8 @@ class Announcer:
         self._seen.add(clock.passname)
         if seen or len(self._seen) <= self._covered:
             return self._stateless_from
+        sparse = [set(plan.sparse_layers()) for plan in self._plans]
+        layers = sorted(b.number for b in self._books.layers if b.number in sparse[b.part])
         passes = max(1, clock.passes - self._covered)
         self._covered += passes
         each = method.state_bytes(shape, dtype) * passes

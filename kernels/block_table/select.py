@@ -8,7 +8,6 @@ words of 32 bits, and the bits before a word its place, so that rows come out so
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dit_accel.kernels.block_table.pool import beyond
 from dit_accel.kernels.launch import Launch, padded, run
+from dit_accel.machine import cached_tensors
 from dit_accel.table import Keep, block_count, kept_blocks, table_width
 
 
@@ -263,14 +263,14 @@ def _per_head(keep: Keep) -> bool:
     return isinstance(keep, tuple)
 
 
-@lru_cache(maxsize=1024)
+@cached_tensors(1024)
 def _wanted(keep: tuple[float, ...], blocks: int, device: torch.device) -> Tensor:
     """kept_blocks of each head, [1, H]; a copy to the device waits for it: once."""
     wanted = [kept_blocks(share, blocks) for share in keep]
     return torch.tensor([wanted], dtype=torch.int32, device=device)
 
 
-@lru_cache(maxsize=1024)
+@cached_tensors(1024)
 def _shares(keep: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(keep, dtype=torch.float64, device=device)
 

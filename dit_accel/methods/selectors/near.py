@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dit_accel.machine import cached_tensors
 from dit_accel.table import block_count
 
 
@@ -18,7 +18,7 @@ class Near(NamedTuple):
     width: int
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(8)
 def neighbours(
     n_q: int, n_k: int, block_q: int, block_k: int, reach: int, first: int, device: torch.device
 ) -> Near:
@@ -26,8 +26,8 @@ def neighbours(
 
     first: where among the keys the first query stands.
     """
-    start = torch.arange(0, n_q, block_q)[:, None] + first
+    start = torch.arange(0, n_q, block_q, device="cpu")[:, None] + first
     last = (start + block_q).clamp(max=first + n_q) - 1
-    block = torch.arange(block_count(n_k, block_k))
+    block = torch.arange(block_count(n_k, block_k), device="cpu")
     mask = (block >= start // block_k - reach) & (block <= last // block_k + reach)
     return Near(mask.to(device), int(mask.sum(-1).max()))

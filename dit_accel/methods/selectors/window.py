@@ -6,18 +6,17 @@ keeps: a window of single tokens in raster order touches several times more tile
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from dit_accel.forward.order import Grid
+from dit_accel.machine import cached_tensors
 from dit_accel.table import BlockTable, block_count, kept_blocks
 
 WINDOWS = ("tile", "raster")
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(8)
 def window_rows(
     kind: str,
     grid: Grid,
@@ -42,7 +41,7 @@ def window_rows(
         index: permutation of the visual tokens from raster order, or None.
     """
     n_visual = grid[0] * grid[1] * grid[2]
-    cells = torch.arange(n_visual) if index is None else index.cpu()
+    cells = torch.arange(n_visual, device="cpu") if index is None else index.cpu()
     frame = cells // (grid[1] * grid[2])
     row, column = cells % (grid[1] * grid[2]) // grid[2], cells % grid[2]
     place = (row, column) if kind == "tile" else (row * grid[2] + column,)
@@ -51,9 +50,9 @@ def window_rows(
     q, k = _centres(points, 0, n_visual, block_q), _centres(points, first, n_keys, block_k)
     # Frames break ties only: their term stays below the smallest step of the others.
     far = torch.cdist(q[:, 1:], k[:, 1:]) + 1e-6 * (q[:, None, 0] - k[None, :, 0]).abs()
-    tokens = torch.arange(n_keys)
+    tokens = torch.arange(n_keys, device="cpu")
     text = (tokens < first) | (tokens >= first + n_visual)
-    text_blocks = torch.zeros(k.shape[0], dtype=torch.bool)
+    text_blocks = torch.zeros(k.shape[0], dtype=torch.bool, device="cpu")
     text_blocks[tokens[text] // block_k] = True
     far[:, text_blocks] = torch.inf
     count = min(kept_blocks(keep, k.shape[0]), int((~text_blocks).sum()))
@@ -72,7 +71,7 @@ def window_table(rows: BlockTable, batch: int, heads: int) -> BlockTable:
 
 def _centres(points: Tensor, first: int, n: int, block: int) -> Tensor:
     """[M, …] mean place of each block's visual tokens, which start at `first` of n tokens."""
-    block_of = (torch.arange(len(points)) + first) // block
+    block_of = (torch.arange(len(points), device="cpu") + first) // block
     sums = points.new_zeros(block_count(n, block), points.shape[1])
     sums.index_add_(0, block_of, points)
     sizes = torch.bincount(block_of, minlength=len(sums)).clamp(min=1)

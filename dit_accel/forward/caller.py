@@ -1,0 +1,74 @@
+"""Which pipeline runs: the nearest caller that holds the transformer and a scheduler.
+
+A transformer may serve several pipeline objects, each with a scheduler of its own, and its forward
+is not told by whom it is called. The frames of the call know.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from dit_accel.pipelines.denoisers import transformers_of
+
+
+class Caller(NamedTuple):
+    """pipe: what holds the transformer and a scheduler. itself: one of its own methods runs."""
+
+    pipe: Any = None
+    itself: bool = False
+
+
+# Code that called before → its name for the pipeline: looked at first.
+_KNOWN: dict[CodeType, str] = {}
+
+
+def caller(transformer: nn.Module, first: Any = None) -> Caller:
+    """Who calls this transformer now, or an empty Caller.
+
+    first: an object that counts without a scheduler, too.
+    """
+    here = sys._getframe(1)
+    for frame in _above(here):
+        name = _KNOWN.get(frame.f_code, "")
+        value = frame.f_locals.get(name, frame.f_globals.get(name)) if name else None
+        if _holds(value, transformer, first):
+            return Caller(value, name == "self")
+    for frame in _above(here):
+        for name, value in _named(frame):
+            if _holds(value, transformer, first):
+                _KNOWN[frame.f_code] = name
+                return Caller(value, name == "self")
+    return Caller()
+
+
+def _above(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _named(frame: FrameType) -> list[tuple[str, Any]]:
+    """What the code of a frame has names for: its locals, and the globals it speaks of."""
+    spoken = (name for name in frame.f_code.co_names if name in frame.f_globals)
+    return [*frame.f_locals.items(), *((name, frame.f_globals[name]) for name in spoken)]
+
+
+def _holds(value: Any, transformer: nn.Module, first: Any) -> bool:
+    """Is this object a pipeline of this transformer? Objects of other kinds are not asked."""
+    if value is None or (value is not first and not _schedules(value)):
+        return False
+    return any(module is transformer for module in transformers_of(value))
+
+
+def _schedules(value: Any) -> bool:
+    if "scheduler" in type.__getattribute__(type(value), "__dict__"):
+        return True
+    try:
+        return "scheduler" in object.__getattribute__(value, "__dict__")
+    except (AttributeError, TypeError):
+        return False

@@ -1,0 +1,58 @@
+"""Which modules of a pipeline denoise, whatever they are called and wrapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from dit_accel.pipelines import registry
+
+# Where diffusers' pipelines keep a transformer, of whatever class.
+SLOTS = ("transformer", "transformer_2", "unconditional_transformer")
+
+
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """The pipeline's denoising transformers; empty for a pipeline without one."""
+    return list(denoisers(pipe).values())
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """Name → denoising transformer of a pipeline, or of one that is a transformer itself.
+
+    Those are the modules of a known class, and what stands in one of SLOTS. What torch.compile,
+    DDP, FSDP or PEFT put around a transformer is looked through.
+    """
+    if isinstance(pipe, nn.Module) and registry.name_of(unwrapped(pipe)):
+        return {type(pipe).__name__: unwrapped(pipe)}
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in _modules(pipe):
+        module = unwrapped(module)
+        if name in SLOTS or registry.name_of(module):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The known transformer inside wrappers that hold one module each, or `module`."""
+    inner = module
+    while not registry.name_of(inner):
+        children = list(inner.children())
+        if len(children) != 1:
+            return module
+        inner = children[0]
+    return inner
+
+
+def _modules(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """What an object holds as attributes or in lists, SLOTS first."""
+    held = {name: getattr(pipe, name, None) for name in SLOTS}
+    held |= vars(type(pipe)) | getattr(pipe, "__dict__", {})
+    held |= dict(pipe.named_children()) if isinstance(pipe, nn.Module) else {}
+    for name, value in held.items():
+        if isinstance(value, (list, tuple, nn.ModuleList)):
+            parts = [(f"{name}.{i}", part) for i, part in enumerate(value)]
+        else:
+            parts = [(name, value)]
+        yield from ((n, part) for n, part in parts if isinstance(part, nn.Module))

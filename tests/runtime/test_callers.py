@@ -1,0 +1,138 @@
+"""Whose steps are counted: those of the pipeline that runs, whichever object it is."""
+
+import copy
+import gc
+import threading
+
+import pytest
+import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+)
+from support import calls, flux
+from tiny import tiny_flux
+
+import dit_accel
+from dit_accel import Schedule
+
+QUARTER = {"schedule": Schedule(warmup=0.25), "min_tokens": 0}
+EXPECTED = {"warm-up step": 4}  # of 8 steps the first two, in two layers
+
+
+def another(pipe, kind=FluxPipeline, **parts):
+    """A second pipeline object with the same transformer."""
+    other = kind(**pipe.components | parts)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def own_scheduler(pipe):
+    return another(pipe, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.mark.parametrize("make", [another, own_scheduler])
+@pytest.mark.parametrize("method", ["topk", "shared"])
+@pytest.mark.parametrize("before", ["nothing", "the first ran", "the first is gone"])
+def test_the_pipeline_that_runs_is_followed(make, method, before):
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, method, **QUARTER)
+    if before == "the first ran":
+        flux(pipe, steps=2)
+        handle = dit_accel.accelerate(pipe, method, **QUARTER)
+    other = make(pipe)
+    if before == "the first is gone":
+        del pipe
+        gc.collect()
+    flux(other, steps=8)
+    report = handle.report()
+    assert report.fallbacks == EXPECTED and report.generations == 1
+    assert [row["step"] for row in report.steps] == list(range(8))
+
+
+def test_a_scheduler_that_was_exchanged_is_followed():
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    flux(pipe, steps=2)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    flux(pipe, steps=8)
+    steps = handle.report().steps
+    assert [row["dense"] > 0 for row in steps] == [True] * 2 + [False] * 6
+
+
+def test_pipelines_that_take_turns_count_their_own_steps():
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    seen = []
+
+    def interrupt(running, step, t, inputs):
+        if step == 4:
+            flux(other, steps=4)
+        return inputs
+
+    other = own_scheduler(pipe)
+    pipe.transformer.register_forward_pre_hook(lambda *_: None)
+    flux(pipe, steps=8, callback_on_step_end=interrupt)
+    report = handle.report()
+    seen = [row["step"] for row in report.steps]
+    assert seen == [5, 6, 7] and calls(report) == 2 * (8 + 4)
+    assert report.fallbacks == {"warm-up step": 4 + 2}
+
+
+def test_image_to_image_over_the_same_transformer():
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    other = another(pipe, FluxImg2ImgPipeline)
+    flux(other, steps=8, strength=0.5, image=torch.rand(1, 3, 64, 64))
+    report = handle.report()
+    assert [row["step"] for row in report.steps] == [0, 1, 2, 3]
+    assert report.fallbacks == {"warm-up step": 2}
+
+
+def test_a_pipeline_in_another_thread():
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    other = own_scheduler(pipe)
+    thread = threading.Thread(target=flux, args=(other,), kwargs={"steps": 8})
+    thread.start()
+    thread.join()
+    assert handle.report().fallbacks == EXPECTED
+
+
+def by_hand(pipe, scheduler, steps=8):
+    """A loop of one's own: no pipeline's call."""
+    transformer = pipe.transformer
+    scheduler.set_timesteps(steps, mu=0.5)
+    x, ids = torch.randn(1, 64, 16), torch.zeros(64, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+    for t in scheduler.timesteps:
+        v = transformer(
+            x,
+            encoder_hidden_states=torch.zeros(1, 16, 32),
+            pooled_projections=torch.zeros(1, 32),
+            timestep=t.expand(1) / 1000,
+            img_ids=ids,
+            txt_ids=torch.zeros(16, 3),
+            return_dict=False,
+        )[0]
+        x = scheduler.step(v, t, x, return_dict=False)[0]
+
+
+def test_a_loop_of_ones_own_after_a_short_run():
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    flux(pipe, steps=2)
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    with torch.no_grad():
+        by_hand(pipe, pipe.scheduler)
+    assert handle.report().fallbacks == EXPECTED
+
+
+def test_a_copy_of_a_pipeline_with_its_own_scheduler():
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    flux(other, steps=8)
+    assert handle.report().fallbacks == EXPECTED

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from dit_accel.config import CROSSOVER, AccelConfig
 from dit_accel.forward.clock import Clock
-from dit_accel.forward.keys import Keys, Reader, Tokens, text_blocks
+from dit_accel.forward.keys import Reader, Tokens
 from dit_accel.forward.order import Order
 from dit_accel.forward.place import Place, differentiable, in_backward
 from dit_accel.machine import Stopwatch
-from dit_accel.methods import Call
 from dit_accel.ops import dispatch
 from dit_accel.pipelines.base import Geometry
 from dit_accel.pruning.span import Span
 from dit_accel.runtime import again, joint
 from dit_accel.runtime.books import Books, StepBook
+from dit_accel.runtime.circumstances import circumstances
 from dit_accel.runtime.interception import interceptor
 from dit_accel.runtime.state import Announcer
 from dit_accel.schedule import Action, Plan
@@ -148,7 +148,7 @@ class Engine:
         """
         if not self._running():
             return dense(q, k, v, mask)
-        tokens, here, books = self._tokens(), self.place, self._again or self.books
+        tokens, here, books = self._tokens(), self.place, self.running_books
         if tokens.apart(q.shape[1], k.shape[1]):
             return dense(q, k, v, mask)
         number = here.number(layer)
@@ -160,12 +160,12 @@ class Engine:
             shape = (q.shape[0], q.shape[2], tokens.geometry.n_visual, q.shape[3])
             self.stateless_from = self._announce(shape, v.dtype, q.device)
         why = obstacle if action.keep is not None else action.reason
-        order = None if self._pruned else here.order
+        order = None if self.pruned else here.order
         keys = why or here.keys.read(mask, k.shape[1], tokens, order and order[0])
         if isinstance(keys, str):
             books.dense(layer, keys, planned=action.keep is None)
             return dense(q, k, v, mask)
-        call = self._call(layer, number, action, tokens, k, keys, scale)
+        call = circumstances(self, layer, number, action, tokens, k, keys, scale)
         with dispatch.recording() as used:
             out = joint.attend(
                 self.config.method, q, k, v, mask, tokens, keys, order, call, dense, gate
@@ -188,7 +188,13 @@ class Engine:
         return True
 
     @property
-    def _pruned(self) -> bool:
+    def running_books(self) -> Books:
+        """Where the call at hand is written: what is run again was counted before."""
+        return self._again or self.books
+
+    @property
+    def pruned(self) -> bool:
+        """Does part of the tokens run just now?"""
         return self.span is not None and self.span.live is not None
 
     def _tokens(self) -> Tokens:
@@ -213,42 +219,6 @@ class Engine:
         if not why and n < least:
             return f"{n} tokens are fewer than the crossover of {least}"
         return why
-
-    def _call(
-        self,
-        layer: int,
-        number: int,
-        action: Action,
-        tokens: Tokens,
-        k: Tensor,
-        keys: Keys,
-        scale: float | None,
-    ) -> Call:
-        here, book, size = self.place, self.books.layers[layer], self.config.method.block_k
-        blocks = (k.shape[1], tokens.geometry.n_visual, size, keys.text_first, k.device)
-        forced, n_forced = text_blocks(*blocks)
-        return Call(
-            keep=action.keep,
-            scale=scale,
-            grid=None if self._pruned else here.geometry.grid,
-            forced=forced,
-            n_forced=n_forced,
-            text_first=keys.text_first,
-            index=None if self._pruned else here.index,
-            kv_len=keys.length,
-            layer=book.number,
-            part=book.part,
-            layers=self.plans[book.part].sparse_layers(),
-            step=here.step,
-            steps=here.steps,
-            passname=here.passname,
-            refresh=action.refresh,
-            stateless=self.stateless_from is not None and book.number >= self.stateless_from,
-            state=self.state.setdefault((here.passname, (layer, number)), {}),
-            together=self.together.setdefault((layer, number), {}),
-            note=partial((self._again or self.books).sparse, layer),
-            sections=here.geometry.sections,
-        )
 
     def bypass(self, layer: int, reason: str) -> None:
         """Book a dense call of `layer` that did not come through `attend`."""

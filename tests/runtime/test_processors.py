@@ -137,13 +137,12 @@ def test_what_is_set_and_deleted_on_a_processor_outlives_restore():
     attention.processor.old = 1
     before = attention.processor
     handle = dit_accel.accelerate(pipe, TopK(**ALL), **NOW)
-    pipe.transformer.set_attention_backend("_native_math")
+    attention.processor._attention_backend = "_native_math"
     attention.processor.new = 2
     del attention.processor.old
     handle.restore()
     assert attention.processor is before and type(before) is WanAttnProcessor
     assert vars(before) == {"_attention_backend": "_native_math", "new": 2}
-    pipe.transformer.reset_attention_backend()
 
 
 FUSING = ("PixArtTransformer2DModel", "AuraFlowTransformer2DModel", "CogVideoXTransformer3DModel")

@@ -17,7 +17,7 @@ from dit_accel.checkpoints.load import read, together
 from dit_accel.config import AccelConfig
 from dit_accel.media.files import check_folder
 from dit_accel.methods.learned import Learned
-from dit_accel.pipelines.registry import SLOTS
+from dit_accel.pipelines.denoisers import SLOTS
 from dit_accel.schedule import Schedule
 
 WEIGHTS = "diffusion_pytorch_model"

@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_accel.checkpoints.content import Entry
 from dit_accel.inputs.data import read_object
 from dit_accel.inputs.tensors import open_tensors
-from dit_accel.pipelines.registry import SLOTS
+from dit_accel.pipelines.denoisers import SLOTS
 
 _NESTS = ("state_dict", "model", "module", "net", "ema")  # where .pth files keep their tensors
 SIDECAR = "fastvideo_inference.json"

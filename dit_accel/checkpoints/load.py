@@ -16,7 +16,7 @@ from dit_accel.methods.base import Method
 from dit_accel.methods.learned import SECOND, Learned
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
-from dit_accel.pipelines.registry import SLOTS, transformers_of
+from dit_accel.pipelines.denoisers import SLOTS, transformers_of
 from dit_accel.samplers import install
 from dit_accel.schedule import Schedule
 

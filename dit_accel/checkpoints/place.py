@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dit_accel.checkpoints.content import Checkpoint, Entry
-from dit_accel.pipelines.registry import SLOTS
+from dit_accel.pipelines.denoisers import SLOTS
 
 Job = tuple[Tensor, Entry, bool]  # parameter, tensor, whether it is added
 

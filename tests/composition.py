@@ -189,7 +189,9 @@ def options(column: str, all_kept: bool) -> dict[str, Any]:
     if method.name != "dense":
         # in so short a run a period by share makes every second step a full one
         rare = {"period": STEPS} if method.stateful else {}
-        method = type(method)(keep=0.999 if all_kept else 0.5, **rare)
+        # tiles that need no filling, which counts in a softmax
+        whole = {"tile": (1, 8, 8), "window": (1, 1, 1)} if method.name == "ssta" else {}
+        method = type(method)(keep=0.999 if all_kept else 0.5, **rare, **whole)
     return {"method": method, "prune": prune, **NOW}
 
 

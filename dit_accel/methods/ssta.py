@@ -83,20 +83,23 @@ class SSTA(Method):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         n = 0 if call.grid is None else prod(call.grid)
-        if not n or q.shape[2] != n or (call.text_first and call.kv_len is not None):
+        if not n or q.shape[2] != n:
             raise ValueError(
-                f"SSTA takes a clip's grid, its queries, and valid keys first; not {q.shape[2]} "
-                f"queries and the grid {call.grid}"
+                f"SSTA takes a clip's grid and its queries; not {q.shape[2]} queries and the grid "
+                f"{call.grid}"
             )
         canvas = canvas_of(call.grid, self.tile, self.window, call.index is not None, q.device)
-        text = slice(0, k.shape[2] - n) if call.text_first else slice(n, None)
-        clip = slice(k.shape[2] - n, None) if call.text_first else slice(0, n)
-        filled = [_filled(x[:, :, part], canvas) for x, part in ((q, slice(None)), (k, clip))]
-        table = self._choose(*filled, canvas, k.shape[2] - n, call)
-        keys = torch.cat([filled[1], k[:, :, text]], 2)
-        values = torch.cat([_filled(v[:, :, clip], canvas), v[:, :, text]], 2)
-        valid = None if call.kv_len is None else call.kv_len + canvas.size - n
-        out = ops.block_sparse_attention(filled[0], keys, values, table, call.scale, kv_len=valid)
+        valid = call.kv_len
+        if isinstance(valid, int):
+            k, v, valid = k[:, :, :valid], v[:, :, :valid], None
+        if call.text_first:
+            k, v = (_clip_first(x, n, valid) for x in (k, v))
+        filled, clip = _filled(q, canvas), _filled(k[:, :, :n], canvas)
+        table = self._choose(filled, clip, canvas, k.shape[2] - n, call)
+        keys = torch.cat([clip, k[:, :, n:]], 2)
+        values = torch.cat([_filled(v[:, :, :n], canvas), v[:, :, n:]], 2)
+        valid = None if valid is None else valid + canvas.size - n
+        out = ops.block_sparse_attention(filled, keys, values, table, call.scale, kv_len=valid)
         return out.index_select(2, canvas.slots)
 
     def _choose(self, q: Tensor, k: Tensor, canvas: Canvas, n_text: int, call: Call) -> BlockTable:
@@ -132,6 +135,18 @@ class SSTA(Method):
         others = alike.sum(-2, keepdim=True) - alike.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
         common = others / max(1, k.shape[2] - 1)
         return self.likeness * (q @ k.mT) - (1 - self.likeness) * common
+
+
+def _clip_first(x: Tensor, n: int, valid: Tensor | None) -> Tensor:
+    """x [B, H, N, D] with the n tokens of the clip in front of the text that came before them.
+
+    valid: int [B], tokens before the padding; None: all.
+    """
+    if valid is None:
+        return torch.cat([x[:, :, x.shape[2] - n :], x[:, :, : x.shape[2] - n]], 2)
+    at, text = torch.arange(x.shape[2], device=x.device), (valid - n)[:, None]
+    index = torch.where(at < n, at + text, torch.where(at < text + n, at - n, at))
+    return x.take_along_dim(index[:, None, :, None], 2)
 
 
 def _filled(x: Tensor, canvas: Canvas) -> Tensor:

@@ -55,6 +55,18 @@ def test_padded_text(lengths):
     torch.testing.assert_close(out, expected[:, :, :n], rtol=1e-4, atol=1e-5)
 
 
+def test_padded_text_in_front():
+    grid, n, lengths = (3, 6, 9), 3 * 6 * 9, torch.tensor([9, 30])
+    q, k, v = qkv(n + 30, batch=2)
+    call = Call(keep=1.0, grid=grid, kv_len=n + lengths)
+    method = SSTA(tile=TILE, most=6)
+    expected = method(q[:, :, :n], k, v, call)
+    orders = [[*range(n, n + a), *range(n), *range(n + a, n + 30)] for a in lengths.tolist()]
+    k, v = (torch.stack([row[:, o] for row, o in zip(x, orders, strict=True)]) for x in (k, v))
+    call.text_first = True
+    torch.testing.assert_close(method(q[:, :, :n], k, v, call), expected)
+
+
 def test_tokens_that_come_in_tiles_and_gradients():
     grid = (5, 9, 17)
     q, k, v = (x.requires_grad_() for x in qkv(math.prod(grid)))

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from dit_accel.batch import owner as owners
 from dit_accel.batch.manifest import Manifest
 from dit_accel.bench.models import MODELS, build
 from dit_accel.generation.loading import EMBEDDED, GENERATION
+from dit_accel.media import owner as owners
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from tiny import saved_tiny_wan, tiny_wan

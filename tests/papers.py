@@ -1,0 +1,124 @@
+# ruff: noqa: E501 (a paper a line)
+"""The reading list of the field, paper by paper: its form here, where, and which tests prove it.
+
+`python tests/papers.py` writes docs/understand/papers.md. State: "works" (in code and tested),
+"part" (some of it), "open" (it has a form here, which is not built), "none" (it has no form in a
+frozen bidirectional transformer).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "understand" / "papers.md"
+STATES = ("works", "part", "open", "none")
+
+
+class Paper(NamedTuple):
+    """name: of the paper's method. form: its idea, and what it is here, in a line. file: where.
+    tests: "file::function" that prove it."""
+
+    name: str
+    state: str
+    form: str
+    file: str = ""
+    tests: tuple[str, ...] = ()
+
+
+_SUB = "kernels/block_table/sub.py"
+_PARTS = "tests/kernels/test_part_scores.py::"
+_REUSE = "tests/methods/test_reuse.py::"
+_PROFILE = "tests/test_profile.py::"
+_LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
+_POOLED = "tests/kernels/test_compensation.py::"
+_ULYSSES = "tests/test_ulysses.py::test_two_processes_give_what_one_gives"
+_TABLES = (_REUSE + "test_a_table_serves_so_many_steps",)
+
+PAPERS = (
+    Paper("TPLA", "none", "splits the latent of a KV cache over devices; a diffusion step keeps no cache"),
+    Paper("TPI-LLM", "part", "weights on the host, a window of layers on the device: diffusers' group offload goes with every method; no option of the command line", "tests/composition.py", ("tests/test_composition.py::test_the_page_says_what_is_observed",)),
+    Paper("Lightning Attention", "part", "exact inside of blocks, states between them, without causality; its decay is not built", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_the_projected_state_of_all_keys",)),
+    Paper("MiniCPM-SALA", "open", "sparse and linear layers in turn, converted by training: a method for each layer"),
+    Paper("SLA", "works", "critical blocks exact, the others by learned linear attention", "dit_accel/methods/sla.py", ("tests/methods/test_sla.py::test_the_projected_form_is_the_paper", _LINEAR + "test_backward")),
+    Paper("TransNormerLLM", "none", "an architecture with a direction in time, trained from scratch"),
+    Paper("TFLA", "part", "two levels of tiles: programs over spans of keys whose states are summed", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_parts_of_the_heads_give_the_same_bits",)),
+    Paper("Long-Context Attention Benchmark", "part", "kernels × shapes × keep in one table, no ratio without a check; no axis of patterns or ranks", "dit_accel/bench/operators.py", ("tests/test_bench.py::test_no_ratio_for_a_wrong_result",)),
+    Paper("Gated Linear Attention", "open", "a gate for each key in the linear branch; its decay over time has no form"),
+    Paper("Superlinear Attention", "open", "spans first, blocks inside of them: a selector of two levels"),
+    Paper("LeanAttention", "none", "unequal work split evenly: rows taken longest first were built and measured, gained nothing on an H200, and are out (kernels/block_table/README.md)"),
+    Paper("Sequence Parallelism (ring)", "part", "a sequence over devices by Ulysses; a ring stays dense, and says so", "dit_accel/parallel/ulysses.py", (_ULYSSES, "tests/test_ulysses.py::test_ring_attention_stays_dense_with_the_reason")),
+    Paper("LASP-2", "open", "one gather of linear states, or of keys and values, where heads do not divide"),
+    Paper("Local Linear Attention", "open", "a first-order term of the pooled tail"),
+    Paper("TransMLA", "none", "converts grouped heads into a latent KV cache"),
+    Paper("X-EcoMLA", "none", "distils attention into a latent KV cache"),
+    Paper("SEA", "open", "a learned estimate of the attention map: a selector with trained tensors"),
+    Paper("FlashAttention-4", "open", "rescale only where the maximum grew much; its kernel is for Blackwell"),
+    Paper("Trainable Dynamic Mask", "open", "importance of keys by their values: a selector; trained, one with tensors"),
+    Paper("TransPrune", "works", "prunes tokens by how they change and by attention on text", "dit_accel/pruning/criteria.py", ("tests/test_prune.py::test_ttv_is_its_formula_and_finite_in_half_precision", "tests/test_prune_parts.py::test_share_of_attention_on_text_is_exact_for_blocks_of_one")),
+    Paper("Sparsifiner", "open", "a learned connectivity map: a selector with trained tensors"),
+    Paper("Combiner", "works", "summaries and keys in one softmax: pooled", "dit_accel/methods/pooled.py", (_POOLED + "test_pooled_is_its_equation", _POOLED + "test_pooled_backward")),
+    Paper("HiP", "open", "tree search of the best blocks; scoring all of them costs a 16,384th of dense at 256k tokens"),
+    Paper("EasySpec", "none", "speculation needs a draft and a lossless check"),
+    Paper("RCMHA", "open", "a depth-wise convolution beside attention, trained"),
+    Paper("2D-TPE", "part", "orders in which a grid is read: time, tiles, Hilbert, for a whole model; not for each head", "dit_accel/forward/order.py", ("tests/test_order.py::test_time_follows_a_place_through_all_frames",)),
+    Paper("FIT", "none", "learned latents; its pattern would be pooled over a window"),
+    Paper("MoA", "works", "a budget for each head under a total, from one profile", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force", _PROFILE + "test_a_budget_of_heads_runs_and_keeps_its_total", "tests/kernels/test_part_scores.py::test_a_share_for_each_head")),
+    Paper("TCA", "part", "budgets of heads, by error instead of captured mass", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force",)),
+    Paper("DeltaLLM", "part", "what changes little is remembered: a residual over steps, and an order in which neighbours in time share a block", "dit_accel/methods/shared.py", ("tests/methods/test_shared.py::test_at_the_caching_step_the_partial_formula_is_the_dense_output", "tests/test_order.py::test_time_follows_a_place_through_all_frames")),
+    Paper("S2-Attention", "open", "a strided shard for each head: a static control"),
+    Paper("RALA", "open", "weights for keys in the linear state, and a gate"),
+    Paper("Rectified SpaAttn", "works", "sparse attention rescaled to its mass, plus pooled values", "dit_accel/methods/rectified.py", (_POOLED + "test_rectified_is_its_equation", "tests/methods/test_selectors.py::test_the_critical_set_is_the_equations")),
+    Paper("Routing Transformer", "open", "k-means of queries and keys as an order of tokens"),
+    Paper("DHSA", "part", "blocks of unequal length count by their true number of tokens; no chunks by content", "kernels/block_table/torch.py", ("tests/kernels/test_block_table.py::test_short_block_counts_its_own_tokens",)),
+    Paper("Kronecker attention", "none", "correlations of three: another function, cubic work"),
+    Paper("DCAL", "none", "distractor pairs in the training of recognition"),
+    Paper("MInference", "open", "a pattern for each head, chosen offline: a selector of columns and diagonals"),
+    Paper("EchoAtt", "part", "tables that serve again, over steps instead of layers", "dit_accel/methods/reuse.py", _TABLES),
+    Paper("BiFormer", "works", "coarse scores of regions, finer ones inside: block means, and means of their parts", _SUB, (_PARTS + "test_the_same_choice", _PARTS + "test_parts_of_one_token_give_the_attention_of_blocks", "tests/test_choice.py::test_more_parts_come_nearer_to_the_exact_shares")),
+    Paper("Re-ttention", "works", "a window, rescaled and completed by an earlier full step", "dit_accel/methods/rettention.py", ("tests/methods/test_rettention.py::test_at_the_caching_step_the_sparse_formula_is_the_dense_output",)),
+    Paper("NOSA", "none", "offloads a KV cache of decoding; how many blocks are chosen again is a column of `profile`"),
+    Paper("FlashAttention-2", "works", "the dense control of every table", "dit_accel/bench/baselines.py", ("tests/test_bench.py::test_a_row_has_times_ratio_and_error",)),
+    Paper("AllMem", "open", "a window and a learned memory: SLA over a window"),
+    Paper("FcaFormer", "none", "more keys from earlier blocks, trained from scratch"),
+    Paper("Faster Neighborhood Attention", "part", "windows of whole tiles in space, in every frame, for rettention", "dit_accel/methods/selectors/window.py", ("tests/methods/test_selectors.py::test_a_tile_sees_itself_in_every_frame",)),
+    Paper("SALE", "open", "an estimate of all pairs in four bits; sub(64) is the exact form, at its cost"),
+    Paper("AnchorAttention", "open", "a threshold relative to the blocks that are read anyway"),
+    Paper("MASA", "none", "fewer parameters, the same time"),
+    Paper("SLAB", "part", "ReLU features of the linear branch; no convolution", "kernels/sparse_linear_attention/features.py", (_LINEAR + "test_feature_maps",)),
+    Paper("MaxViT", "open", "own window and a dilated grid: a static control"),
+    Paper("TAPPA", "part", "a table serves several steps; not by the similarity of queries", "dit_accel/methods/reuse.py", _TABLES),
+    Paper("HyLRA", "part", "sensitive layers dense, tables reused; over steps instead of layers", "dit_accel/methods/reuse.py", (*_TABLES, "tests/test_tune.py::test_sensitivity_is_the_error_of_each_layer")),
+    Paper("Unified View of long-sequence models", "works", "one template, heads over devices", "dit_accel/parallel/ulysses.py", (_ULYSSES,)),
+    Paper("PowerAttention", "open", "blocks at distances of powers of two: a static control"),
+    Paper("MVAR", "none", "next-scale autoregression; its window is a tile's"),
+    Paper("Token Reduction Should Go Beyond Efficiency", "part", "a position: what pruning does to quality is measured beside its speed", "dit_accel/pruning/config.py", ("tests/test_prune.py::test_every_criterion_runs_close_to_dense",)),
+)  # fmt: skip
+
+
+def page() -> str:
+    """The page, whole."""
+    counts = {state: sum(paper.state == state for paper in PAPERS) for state in STATES}
+    lines = [
+        "# The reading list, paper by paper",
+        "",
+        "Written by `python tests/papers.py`; a test holds each row to the tests that it names.",
+        "",
+        f"**works** ({counts['works']}): in code, and tested. **part** ({counts['part']}): some of it. "
+        f"**open** ({counts['open']}): it has a",
+        f"form here that is not built. **none** ({counts['none']}): it has no form in a frozen bidirectional "
+        "transformer.",
+        "",
+        "| paper | state | idea, and its form here | where | tests |",
+        "|---|---|---|---|---|",
+    ]
+    for paper in PAPERS:
+        where = f"[`{Path(paper.file).name}`](../../{paper.file})" if paper.file else ""
+        tests = "<br>".join(f"`{test.split('::')[1]}`" for test in paper.tests)
+        lines.append(f"| {paper.name} | {paper.state} | {paper.form} | {where} | {tests} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

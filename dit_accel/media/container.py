@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ def encode(path: Path, frames: np.ndarray, fps: float, tags: dict[str, str]) -> 
     """Write frames, uint8 [T, H, W, 3], as H.264, 4:2:0, BT.709, index first: what every browser
     plays. Odd sides repeat one row; tags: of the container."""
     height, width = (side + side % 2 for side in frames.shape[1:3])
-    with _writer(path) as file:
+    with _opened(path, "w", options={"movflags": "+faststart"}) as file:
         file.init_video_stream("libx264", fps=float(fps), pixel_format="yuv420p")
         file.container_metadata.update(tags)
         # Rate factor, size and colour tags are not in the plugin's words: its stream takes them.
@@ -34,30 +35,41 @@ def encode(path: Path, frames: np.ndarray, fps: float, tags: dict[str, str]) -> 
 
 
 @contextmanager
-def _writer(path: Path) -> Iterator[Any]:
-    """imageio's PyAV plugin; after an error it is closed at once and writes nothing more."""
+def _opened(path: str | Path, mode: str, **options: Any) -> Iterator[Any]:
+    """imageio's PyAV plugin; after an error it is closed at once and writes nothing more.
+
+    Whenever it closes it collects all garbage, a quarter of a second beside a loaded model: what
+    stood before is kept out of that.
+    """
     from imageio.v3 import imopen  # what measures but writes no clip does without
 
-    file = imopen(path, "w", plugin="pyav", options={"movflags": "+faststart"})
+    mine = not gc.get_freeze_count()
+    if mine:
+        gc.freeze()
     try:
-        yield file
-        file.close()
-    except BaseException:
-        file._video_stream = None
-        for close in (file.close, file.request.finish):
-            with suppress(Exception):
-                close()
-        file._container = None
-        raise
+        file = imopen(path, mode, plugin="pyav", **options)
+        try:
+            yield file
+            file.close()
+        except BaseException:
+            file._video_stream = None
+            for close in (file.close, file.request.finish):
+                with suppress(Exception):
+                    close()
+            file._container = None
+            raise
+        finally:
+            file.close = lambda: None  # which its finaliser calls once more
+    finally:
+        if mine:
+            gc.unfreeze()
 
 
 @contextmanager
 def _reader(path: str | Path) -> Iterator[Any]:
-    from imageio.v3 import imopen
-
     check_file(path, "clip")
     try:
-        with imopen(path, "r", plugin="pyav") as file:
+        with _opened(path, "r") as file:
             yield file
     except MemoryError:
         raise

@@ -15,7 +15,7 @@ from dit_accel.checkpoints.content import Checkpoint, Entry
 from dit_accel.checkpoints.families.converted import ACCOUNT, CHANGE, PRESET, TOLD
 from dit_accel.checkpoints.load import read, together
 from dit_accel.config import AccelConfig
-from dit_accel.media.files import check_folder
+from dit_accel.media.files import check_folder, check_own
 from dit_accel.methods.learned import Learned
 from dit_accel.pipelines.denoisers import SLOTS
 from dit_accel.schedule import Schedule
@@ -38,9 +38,11 @@ def convert(
         out: the folder; what is there of an earlier conversion is replaced.
         dtype: of the weights; None leaves each as it is. Learned tensors stay float32.
 
-    Raises ValueError for files that cannot be read and a folder that cannot be written.
+    Raises ValueError for files that cannot be read, a folder that cannot be written, and one with
+    weights in it that no conversion has written.
     """
     final = Path(check_folder(out))
+    check_own(final, ACCOUNT, (*SLOTS, PRESET), mark=b'"parts"')
     parts = read(*paths)
     for part in parts:
         part.slot = part.slot or SLOTS[0]
@@ -57,7 +59,7 @@ def convert(
         account["parts"] = {
             p.slot: {"whole": p.whole, "used": p.used, "unused": p.unused} for p in parts
         }
-        (folder / ACCOUNT).write_text(json.dumps(account, indent=1) + "\n")
+        (folder / ACCOUNT).write_text(json.dumps(account, indent=1) + "\n", "utf-8")
         if method is not None:
             _preset(folder, method)
         _take_place(folder, final)
@@ -71,7 +73,7 @@ def _preset(folder: Path, method: Any) -> None:
     if isinstance(method, Learned):
         method.save(folder / f"{method.name}.safetensors")
         config["method"]["weights"] = f"{method.name}.safetensors"  # found beside the preset
-    (folder / PRESET).write_text(json.dumps(config, indent=2) + "\n")
+    (folder / PRESET).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def _write(folder: Path, part: Checkpoint, dtype: torch.dtype | None) -> None:
@@ -88,7 +90,9 @@ def _write(folder: Path, part: Checkpoint, dtype: torch.dtype | None) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         places |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(
+        json.dumps(index, indent=1) + "\n", "utf-8"
+    )
 
 
 def _as(entry: Entry, dtype: torch.dtype | None) -> torch.Tensor:

@@ -90,7 +90,7 @@ class Vocabulary:
     def load(cls, model: Path) -> Vocabulary | None:
         """Of a model folder; None when its `training.json` is missing or tells of no scenes."""
         file = model / "training.json"
-        facts = json.loads(file.read_text()) if file.is_file() else {}
+        facts = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         if not facts.get("scenes"):
             return None
         return cls(tuple(facts["held_out"]), tuple(facts["colours"]))

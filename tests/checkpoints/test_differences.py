@@ -134,3 +134,11 @@ def test_conversion_of_differences_and_into_a_used_folder(world, tmp_path):
     assert not list(tmp_path.glob(".out.part"))
     with pytest.raises(ValueError, match="there is no checkpoint"):
         convert(tmp_path / "none.pth", out=out)
+
+
+def test_somebody_elses_weights_are_not_replaced(tmp_path):
+    (tmp_path / "model" / "transformer").mkdir(parents=True)
+    (tmp_path / "model" / "transformer" / "mine.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match="transformer was not written by this command"):
+        convert(tmp_path / "x.safetensors", out=tmp_path / "model")
+    assert (tmp_path / "model" / "transformer" / "mine.safetensors").read_text() == "mine"

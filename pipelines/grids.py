@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dit_accel.pipelines.base import Geometry
+
+T = TypeVar("T")
 
 # Where the text lies in the joint sequence; its length is what the attention call brings.
 TEXT: dict[str, dict[str, Any]] = {
@@ -59,15 +62,34 @@ def grid_of_ids(ids: Tensor) -> tuple[int, int, int]:
 
     Costs a device synchronisation, once per ids tensor: pipelines hand the same one to each step.
     """
-    known = getattr(ids, "_accel_grid", None)
-    if known is None:
-        flat = ids if ids.ndim == 2 else ids[0]
-        rows, columns = (flat[:, 1:3].amax(0) - flat[:, 1:3].amin(0) + 1).long().tolist()
-        n = flat.shape[0]
-        whole = n % (rows * columns) == 0
-        known = (n // (rows * columns), rows, columns) if whole else (1, 1, n)
-        setattr(ids, "_accel_grid", known)  # noqa: B010 -- a tensor declares no such attribute
-    return known
+    return once(_read_ids, ids)
+
+
+def _read_ids(ids: Tensor) -> tuple[int, int, int]:
+    flat = ids if ids.ndim == 2 else ids[0]
+    rows, columns = (flat[:, 1:3].amax(0) - flat[:, 1:3].amin(0) + 1).long().tolist()
+    n = flat.shape[0]
+    whole = n % (rows * columns) == 0
+    return (n // (rows * columns), rows, columns) if whole else (1, 1, n)
+
+
+_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def once(read: Callable[..., T], *tensors: Tensor) -> T:
+    """read(*tensors), kept as long as the first of them lives and none is another or written to."""
+    stamp = [(id(x), None if x.is_inference() else x._version) for x in tensors]
+    kept = _KEPT.setdefault(tensors[0], {})
+    if read not in kept or kept[read][0] != stamp:
+        kept[read] = (stamp, read(*tensors), tensors[1:])  # held, so that their ids stay theirs
+    return kept[read][1]
+
+
+def sizes_of(img_shapes: Any) -> list[tuple[int, int, int]]:
+    """(T, H, W) of the images of the first sample: `img_shapes` is one image's, a list of one for
+    each sample, or a list of lists of them."""
+    first = img_shapes[0] if isinstance(img_shapes, list) else img_shapes
+    return list(first) if isinstance(first, list) else [first]
 
 
 def grid_of_images(shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:

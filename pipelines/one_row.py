@@ -5,7 +5,7 @@ from math import prod
 from torch import Tensor
 
 from dit_accel.pipelines.base import Adapter, Geometry, SpanSite
-from dit_accel.pipelines.grids import grid_of_ids
+from dit_accel.pipelines.grids import grid_of_ids, once, sizes_of
 
 _PICTURE = 2  # Ideogram's indicator of image tokens
 _SLOT = 4  # latent tokens in an image slot of Qwen's text encoder
@@ -13,10 +13,7 @@ _SLOT = 4  # latent tokens in an image slot of Qwen's text encoder
 
 def _ideogram(transformer, args) -> Geometry:
     """Text, padded in front, then the image. Costs a synchronisation, once per `indicator`."""
-    roles = args["indicator"]
-    if not hasattr(roles, "_accel_geometry"):
-        roles._accel_geometry = _roles(roles, args["segment_ids"], args["position_ids"])
-    return roles._accel_geometry
+    return once(_roles, args["indicator"], args["segment_ids"], args["position_ids"])
 
 
 def _roles(roles: Tensor, segments: Tensor, positions: Tensor) -> Geometry:
@@ -57,10 +54,7 @@ IDEOGRAM = Adapter(
 
 def _minimax(transformer, args) -> Geometry:
     """Text, references and sound, then the clip, the last run of `video_indices`."""
-    rows = args["video_indices"]
-    if not hasattr(rows, "_accel_geometry"):
-        rows._accel_geometry = _last_run(rows, args["position_ids"], args["token_tags"])
-    return rows._accel_geometry
+    return once(_last_run, args["video_indices"], args["position_ids"], args["token_tags"])
 
 
 def _last_run(rows: Tensor, positions: Tensor, tags: Tensor) -> Geometry:
@@ -96,7 +90,7 @@ MINIMAX = Adapter(
 def _qwen21(transformer, args) -> Geometry:
     """Text and reference images, which attend to what lies before them, then the image. A slot of
     the text encoder stands for four latent tokens; those of the image are not yet among them."""
-    shapes = args["img_shapes"][0]
+    shapes = sizes_of(args["img_shapes"])
     references = sum(prod(shape) for shape in shapes[:-1])
     n_text = args["encoder_hidden_states"].shape[1] + references - references // _SLOT
     return Geometry(tuple(shapes[-1]), n_text, True, same_mask=True, segments=True)

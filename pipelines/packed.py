@@ -1,9 +1,13 @@
 """Image families with packed tokens [B, N, C], text first; ids or shapes tell their grid."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+
+from torch import Tensor
 
 from dit_accel.pipelines.base import Adapter, Geometry, SpanSite, unless_given
-from dit_accel.pipelines.grids import grid_of_ids, grid_of_images, image_ids
+from dit_accel.pipelines.grids import grid_of_ids, grid_of_images, image_ids, once, sizes_of
 
 _BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
@@ -76,7 +80,7 @@ CHROMA = Adapter(
 
 def _qwen(transformer, args) -> Geometry:
     # img_shapes: per sample the (T, H, W) of the image and of its references
-    grid = grid_of_images(args["img_shapes"][0])
+    grid = grid_of_images(sizes_of(args["img_shapes"]))
     return Geometry(grid, n_text=None, text_first=True, same_mask=True)
 
 
@@ -98,7 +102,7 @@ QWEN = Adapter(
 
 
 def _nucleus(transformer, args) -> Geometry:
-    grid = grid_of_images(args["img_shapes"][0])
+    grid = grid_of_images(sizes_of(args["img_shapes"]))
     return Geometry(grid, n_text=None)
 
 
@@ -120,9 +124,12 @@ NUCLEUS = Adapter(
 def _krea2(transformer, args) -> Geometry:
     # position_ids [N_text + N, 3]: (image, row, column), text first
     n, ids = args["hidden_states"].shape[1], args["position_ids"]
-    if not hasattr(ids, "_accel_grid"):
-        ids._accel_grid = grid_of_ids(ids[-n:])
-    return Geometry(ids._accel_grid, n_text=None, text_first=True)
+    return Geometry(once(_last(n), ids), n_text=None, text_first=True)
+
+
+@cache
+def _last(n: int) -> Callable[[Tensor], tuple[int, int, int]]:
+    return lambda ids: grid_of_ids(ids[-n:])
 
 
 KREA2 = Adapter(

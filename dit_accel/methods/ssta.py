@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil, prod
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.forward.order import Grid, token_order
+from dit_accel.machine import cached_tensors
 from dit_accel.methods.base import Call, Method
 from dit_accel.table import BlockTable, block_count, kept_blocks
 
@@ -154,7 +154,7 @@ def _filled(x: Tensor, canvas: Canvas) -> Tensor:
     return x.new_zeros(*x.shape[:2], canvas.size, x.shape[3]).index_copy(2, canvas.slots, x)
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(32)
 def canvas_of(grid: Grid, tile: Grid, window: Grid, laid: bool, device: torch.device) -> Canvas:
     """laid: the tokens are in the order of the tiles already, not in raster order."""
     counts = [ceil(n / size) for n, size in zip(grid, tile, strict=True)]

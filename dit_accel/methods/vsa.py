@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import ceil, prod
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.forward.order import Grid, inverse, token_order
+from dit_accel.machine import cached_tensors
 from dit_accel.methods.base import Call
 from dit_accel.methods.learned import Learned
 from dit_accel.table import BlockTable, kept_blocks
@@ -199,7 +199,7 @@ class VSA(Learned):
         return layout(call.grid, self.tile, self.block, parts, call.text_first, laid, q.device)
 
 
-@lru_cache(maxsize=32)
+@cached_tensors(32)
 def layout(
     grid: Grid,
     tile: Grid,

@@ -34,7 +34,8 @@ from dit_accel.parallel import ulysses as parallel
 
 MARK = "ROW "
 MARGIN = 2.0
-SPARSE = ("pooled@0.1", "topk@0.1", "rectified@0.1", "sla@0.1", "shared@0.1", "rettention@0.1")
+SPARSE = ("pooled@0.1", "topk@0.1", "rectified@0.1", "sla@0.1", "shared@0.1", "rettention@0.1",
+          "vsa@0.1", "ssta@0.1")  # fmt: skip
 PRUNED = tuple(f"{name}+prune" for name in SPARSE[:4])  # those that keep no state
 COMPILED = tuple(f"{name}+compile" for name in ("stock", *SPARSE[:3]))
 COMPILED += tuple(f"{name}+prune" for name in COMPILED[1:])

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from dit_accel import api
+from dit_accel.config import AccelConfig
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.data import Batch
 from dit_accel.finetune.student import Student, Teacher, inference_config, training_config
+from dit_accel.generation.facts import facts_of
 from dit_accel.generation.loading import Defaults
-from dit_accel.generation.request import Request
+from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import generate
 from dit_accel.media import video
 from dit_accel.media.quality import quality
@@ -66,7 +68,7 @@ class Clips:
         clips = cls(pipe, defaults, prompts, folder, [])
         for number in range(len(prompts)):
             progress("dense validation clips", number, len(prompts))
-            clips.dense.append(clips._generate(number, "dense"))
+            clips.dense.append(clips._generate(number, "dense", None))
         return clips
 
     def compare(self, student: Student, settings: Settings, step: int) -> list[dict[str, float]]:
@@ -75,15 +77,20 @@ class Clips:
             {name: x.detach() for name, x in student.tensors().items()}
         )
         found = []
-        with api.accelerated(self.pipe, inference_config(method, settings)):
+        config = inference_config(method, settings)
+        with api.accelerated(self.pipe, config):
             for number, reference in enumerate(self.dense):
-                near = quality(reference, self._generate(number, f"step-{step:06d}"))
+                near = quality(reference, self._generate(number, f"step-{step:06d}", config))
                 found.append({"psnr": near.psnr_mean, "ssim": near.ssim_mean})
         return found
 
-    def _generate(self, number: int, label: str) -> np.ndarray:
+    def _generate(self, number: int, label: str, config: AccelConfig | None) -> np.ndarray:
         request = Request(self.prompts[number], seed=number)
+        values = arguments(self.pipe, self.defaults, request)
+        model = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
+        told = {"model": model, "fps": self.defaults.fps}
+        facts = facts_of(self.pipe, values, number, config, **told) | {"shows": label}
         frames = generate(self.pipe, self.defaults, request).frames
         suffix = "mp4" if len(frames) > 1 else "png"
-        video.save(self.folder / f"{label}-{number}.{suffix}", frames, self.defaults.fps)
+        video.save(self.folder / f"{label}-{number}.{suffix}", frames, self.defaults.fps, facts)
         return frames

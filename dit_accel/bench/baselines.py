@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ def gpu(
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v)
 
-    runs = {name: lambda backend=backend: dense(backend) for name, backend in _BACKENDS.items()}
+    runs: dict[str, Callable[[], Tensor]]
+    runs = {name: partial(dense, backend) for name, backend in _BACKENDS.items()}
     runs["flex"] = lambda: flex(q, k, v, block_mask=mask)
     served, reasons = {}, {}
     for name, run in runs.items():

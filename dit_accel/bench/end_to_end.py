@@ -136,7 +136,7 @@ class Benchmark:
             report = None if handle is None else handle.report()
         kinds = kinds_of(course, len(seconds), report)
         scale = model.passes / model.timed
-        found = {"started": round(time.monotonic() - self.started, 1)}
+        found: dict[str, Any] = {"started": round(time.monotonic() - self.started, 1)}
         found |= medians(kinds, seconds, scale)
         found |= {} if report is None else books(course, kinds, report, scale)
         if len(seconds) < course.steps:

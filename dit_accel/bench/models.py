@@ -314,7 +314,7 @@ def build(model: Model, device: torch.device, dtype: torch.dtype, tiny: bool = F
     return pipe
 
 
-def _fill(transformer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
     """Small normal weights, norms of one, biases of zero: finite through any number of layers."""
     generator = torch.Generator(device).manual_seed(0)
     wide = set(transformer._keep_in_fp32_modules or ())

@@ -125,7 +125,7 @@ def _row(
         "attention": lambda: fn(q, k, v, table),
         "ours": lambda: _whole(op, q, k, v, keep, block),
     }
-    reasons = {}
+    reasons: dict[str, str] = {}
     if device == "cuda":
         extra, reasons = baselines.gpu(q, k, v, table)
         runs |= extra
@@ -158,8 +158,8 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) ->
     fn = getattr(ops, op)
     if op not in ("pooled_attention", "rectified_attention"):
         return fn(q, k, v, ops.block_table(q, k, keep, block, block))
-    wanted = {"return_means": True, "spreads": op == "rectified_attention"}
-    table, means = ops.block_table(q, k, keep, block, block, **wanted)
+    spreads = op == "rectified_attention"
+    table, means = ops.block_table(q, k, keep, block, block, return_means=True, spreads=spreads)
     return fn(q, k, v, table, means=means)
 
 
@@ -170,7 +170,7 @@ def _times(
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for run in runs.values():
         run()
-    seen = {name: [] for name in runs}
+    seen: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             if device == "cuda":

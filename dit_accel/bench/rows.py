@@ -24,6 +24,9 @@ from dit_accel.config import named
 from dit_accel.generation.boost import compiled_blocks
 from dit_accel.generation.variant import Variant
 from dit_accel.methods import Call, Method
+from dit_accel.methods.rectified import Rectified
+from dit_accel.methods.stateful import Remembering
+from dit_accel.methods.topk import TopK
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
 from dit_accel.pruning.step_cache import LEADERS
@@ -90,24 +93,25 @@ class Row:
     def parse(cls, name: str) -> Row:
         variant = Variant.parse(name, dict.fromkeys(ADDED, False))
         added = variant.parts
+        method: Method | None
         if variant.base in ("stock", "none"):
             if not variant.plain:
                 raise ValueError(f"row {name!r} chooses blocks: {variant.base} has none to choose")
             method = NoAttention() if variant.base == "none" else None
         else:
             method = variant.of(named(variant.base))
-            if method.name == "rectified":  # random scores are flat: a mass would keep more
+            if isinstance(method, Rectified):  # random scores are flat: a mass would keep more
                 method = replace(method, mass=0.0)
         if "nowarmup" in added and method is None:
             raise ValueError(f"row {name!r} leaves the warm-up out: it has no method to start with")
         if "prune" in added and (method is None or method.stateful):
             raise ValueError(f"row {name!r} prunes: that needs a method that remembers nothing")
         if "fp8" in added:
-            if method is None or not method.stateful:
+            if not isinstance(method, Remembering):
                 raise ValueError(f"row {name!r} keeps its state as fp8: its method has none")
             method = replace(method, residual="fp8")
         if "int8" in added:
-            if not hasattr(method, "precision"):
+            if not isinstance(method, (TopK, SLA)):
                 raise ValueError(f"row {name!r} multiplies in eight bits: its method cannot")
             method = replace(method, precision="int8")
         return cls(name, method, frozenset(added))
@@ -130,9 +134,11 @@ class Row:
         """
         if self.method is None:
             return ("skipped",) if "cache" in self.added else ()
-        kinds = ("full", "sparse") if self.method.stateful else ("sparse",)
-        kinds += ("pruned",) * ("prune" in self.added)
-        return kinds + ("skipped",) * ("cache" in self.added)
+        kinds = ["full", "sparse"] if self.method.stateful else ["sparse"]
+        kinds += [
+            kind for kind, part in (("pruned", "prune"), ("skipped", "cache")) if part in self.added
+        ]
+        return tuple(kinds)
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,9 @@ class Course:
     def options(self, transformer: nn.Module, min_tokens: int | None) -> dict[str, Any]:
         """`accelerate`'s arguments for a pipeline of this transformer."""
         row, cached = self.row, "cache" in self.row.added
+        assert row.method is not None, "a stock row is not accelerated"
         method = with_projections(row.method, transformer)
-        if method.stateful:
+        if isinstance(method, Remembering):
             method = replace(method, period=2)
         prune = None
         if "prune" in row.added:
@@ -195,11 +202,13 @@ def whole_run(row: Row, steps: int) -> list[str]:
         first = step if first is None and not dense else first
         if dense:
             kind = "dense"
-        elif "cache" in row.added and (step - first) % 2:
+        elif "cache" in row.added and first is not None and (step - first) % 2:
             kind = "skipped"
         elif method is None:
             kind = "dense"
-        elif method.stateful and (remembered is None or step - remembered >= method.every(steps)):
+        elif isinstance(method, Remembering) and (
+            remembered is None or step - remembered >= method.every(steps)
+        ):
             kind, remembered = "full", step
         elif "prune" in row.added and prune.prunes(step, steps, full):
             kind = "pruned"
@@ -239,7 +248,7 @@ def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str
             yield stack.enter_context(accelerated(pipe, **options))
 
 
-def with_projections(method: Method, transformer: nn.Module) -> Method:
+def with_projections(method: Method, transformer: Any) -> Method:
     """SLA with a random projection for every layer, always the same; any other method as it is."""
     if not isinstance(method, SLA):
         return method

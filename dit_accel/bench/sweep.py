@@ -72,8 +72,8 @@ def sweep(
         known = _known(shape, block_q, block_k, device)
         part: list[dict[str, Any]] = []
         for launch in tried:
-            row = {"shape": name, "blocks": [block_q, block_k], "launch": asdict(launch)}
-            row["serves_now"] = launch is tried[0]
+            row: dict[str, Any] = {"shape": name, "blocks": [block_q, block_k]}
+            row |= {"launch": asdict(launch), "serves_now": launch is tried[0]}
             row |= _try(launch, known, q, k, v, table, work)
             part.append(row)
             echo(_line(row))

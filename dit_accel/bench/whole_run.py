@@ -29,7 +29,7 @@ def _kind(course: Course, forwards: list[dict[str, Any]], fewer: bool) -> str:
     method = course.row.method
     if sum(f["dense"] for f in forwards) and not sum(f["sparse"] for f in forwards):
         return "dense"
-    if method.stateful and all(f["kept"] > 0.9999 for f in forwards):
+    if method is not None and method.stateful and all(f["kept"] > 0.9999 for f in forwards):
         return "full"
     return "sparse"
 
@@ -51,7 +51,7 @@ def medians(kinds: list[str], seconds: list[float], scale: float) -> dict[str, A
 
 def books(course: Course, kinds: list[str], report: Report, scale: float) -> dict[str, Any]:
     """What the report says of the sparse steps."""
-    none = course.row.method.name == "none"
+    none = course.row.method is not None and course.row.method.name == "none"
     forwards = [f for f in report.steps if kinds[f["step"]] in ("sparse", "pruned")]
     kept = statistics.mean(f["kept"] for f in forwards) if forwards and not none else None
     share = [f["tokens"] for f in forwards if f["tokens"] < 1]
@@ -84,8 +84,8 @@ def complete(rows: list[dict[str, Any]], steps: int) -> None:
     for row in by_name.values():
         for name, base in (("speedup", "stock"), ("speedup_cudnn", "stock+cudnn")):
             other = by_name.get((row["model"], base), {}).get("run_seconds")
-            known = other and row["run_seconds"]
-            row[name] = round(other / row["run_seconds"], 3) if known else None
+            mine = row["run_seconds"]
+            row[name] = round(other / mine, 3) if other and mine else None
         none = by_name.get((row["model"], "none"), {}).get("seconds", {}).get("sparse")
         alone = row["row"] in ("stock", "stock+cudnn", "stock+flash")
         if alone and none and "dense" in row["seconds"]:

@@ -54,7 +54,7 @@ def convert(
     folder.mkdir(parents=True)
     try:
         for part in parts:
-            _write(folder / part.slot, part, dtype)
+            _write(folder / (part.slot or SLOTS[0]), part, dtype)
         account = {name: getattr(parts[0], name) for name in TOLD}
         account["parts"] = {
             p.slot: {"whole": p.whole, "used": p.used, "unused": p.unused} for p in parts
@@ -102,7 +102,8 @@ def _as(entry: Entry, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _shards(entries: dict[str, Entry]) -> Iterator[list[str]]:
     """Names of about SHARD bytes each, counted as two bytes a number."""
-    names, size = [], 0
+    names: list[str] = []
+    size = 0
     for name, entry in entries.items():
         bytes_ = 2 * torch.Size(entry.shape).numel()
         if names and size + bytes_ > SHARD:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
 
 from torch import Tensor
 
@@ -47,18 +49,18 @@ class Edit:
 
     def change(self) -> Entry:
         """What is added to the weight, float32."""
-        pair = self.up is not None
-        shape = (self.up.shape[0], *self.down.shape[1:]) if pair else self.diff.shape
-        return Entry(shape, self._change)
+        parts: list[Entry] = []
+        if self.up is not None and self.down is not None:
+            shape = (self.up.shape[0], *self.down.shape[1:])
+            parts.append(Entry(shape, partial(self._product, self.up, self.down)))
+        if self.diff is not None:
+            parts.append(self.diff)
+        return Entry(parts[0].shape, lambda: reduce(add, (part.load().float() for part in parts)))
 
-    def _change(self) -> Tensor | float:
-        total: Tensor | float = 0.0
-        if self.up is not None:
-            up, down = self.up.load().float(), self.down.load().float()
-            rank = down.shape[0]
-            scale = 1.0 if self.alpha is None else self.alpha / rank
-            total = scale * (up.flatten(1) @ down.flatten(1)).view(up.shape[0], *down.shape[1:])
-        return total if self.diff is None else total + self.diff.load().float()
+    def _product(self, up: Entry, down: Entry) -> Tensor:
+        a, b = up.load().float(), down.load().float()
+        scale = 1.0 if self.alpha is None else self.alpha / b.shape[0]
+        return scale * (a.flatten(1) @ b.flatten(1)).view(a.shape[0], *b.shape[1:])
 
 
 def are_in(names: Iterable[str]) -> bool:

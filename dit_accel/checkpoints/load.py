@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dit_accel import api
 from dit_accel.checkpoints import families, place
 from dit_accel.checkpoints.content import Checkpoint
@@ -160,7 +162,7 @@ def together(parts: list[Checkpoint], keep: float | None = None) -> Method | Non
     if method is None:
         return None
     method = method if keep is None else replace(method, keep=keep)
-    learned = {}
+    learned: dict[str, Tensor] = {}
     for part in parts:
         prefix = SECOND if part.slot == SLOTS[1] else ""
         learned |= {f"{prefix}{name}": x for name, x in part.learned.items()}
@@ -190,7 +192,12 @@ def _sample(pipe: Any, words: str, shifts: tuple[float, float] | None) -> Callab
     before = {slot: getattr(pipe, slot, None) for slot in slots}
     for slot, shift in zip(slots, shifts, strict=True):
         setattr(pipe, slot, H3GridScheduler(words, shift))
-    return lambda: [setattr(pipe, slot, old) for slot, old in before.items()]
+
+    def undo() -> None:
+        for slot, old in before.items():
+            setattr(pipe, slot, old)
+
+    return undo
 
 
 def _cross_at(pipe: Any, boundary: float) -> Callable[[], None]:

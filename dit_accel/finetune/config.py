@@ -17,8 +17,8 @@ PRECISIONS = ("no", "bf16", "fp16")
 _RATES = {"projection": 0.0, "lora": 1e-4, "full": 1e-5}
 # What a resumed run may change: none of it alters the steps that were already made (with a decay,
 # `steps` would).
-_FREE = ("out", "steps", "save_every", "validate_every", "log_every", "clips", "validation")
-_FREE += ("warmup", "device")
+_EVERY = ("save_every", "validate_every", "log_every")
+_FREE = ("out", "steps", *_EVERY, "clips", "validation", "warmup", "device")
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class Settings:
             raise ValueError(
                 "linear=None has no projection to train: take train='full' or another linear mode"
             )
-        if self.lr is None:
-            object.__setattr__(self, "lr", _RATES[self.train])
-        if self.train != "projection" and not self.lr > 0:
-            raise ValueError(f"lr is a number > 0, not {self.lr}")
+        rate = _RATES[self.train] if self.lr is None else self.lr
+        object.__setattr__(self, "lr", rate)
+        if self.train != "projection" and not rate > 0:
+            raise ValueError(f"lr is a number > 0, not {rate}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""

@@ -55,8 +55,13 @@ class Batch:
             cast = x.is_floating_point() and x.shape[:1] == self.latents.shape[:1]
             return x.to(device, dtype if cast else x.dtype)
 
-        plain = (x.to(device) for x in (self.latents, self.noise, self.sigma, self.time))
-        return Batch(*plain, {name: move(x) for name, x in self.conditions.items()})
+        return Batch(
+            self.latents.to(device),
+            self.noise.to(device),
+            self.sigma.to(device),
+            self.time.to(device),
+            {name: move(x) for name, x in self.conditions.items()},
+        )
 
 
 class LatentData:

@@ -72,7 +72,7 @@ def learning_rate(step: int, settings: Settings) -> float:
 def parameter_groups(student: Student, settings: Settings) -> list[dict[str, Any]]:
     """AdamW's groups: the transformer's trained parameters, if any, and the SLA tensors."""
     weights = [p for p in student.transformer.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": weights, "lr": settings.lr},
         {"params": list(student.learned.values()), "lr": settings.lr_projection},
     ]
@@ -154,7 +154,8 @@ class Trainer:
         on_save: Callable[[], None],
     ) -> None:
         """Train to settings.steps. Raises RuntimeError when the loss is no number any more."""
-        s, sums, since, began = self.settings, 0.0, 0, time.perf_counter()
+        s, since, began = self.settings, 0, time.perf_counter()
+        sums: Tensor | float = 0.0
         while self.training.step < s.steps:
             loss, norm = self.step()
             sums, since, done = sums + loss, since + 1, self.training.step

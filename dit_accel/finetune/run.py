@@ -147,7 +147,7 @@ def _load(settings: Settings, accelerator: Any, progress: ProgressFn) -> tuple[A
     pipe, defaults = load_pipeline(settings.model, device, dtype)
     if settings.train == "lora" and not hasattr(pipe, "save_lora_weights"):
         raise ValueError(f"{type(pipe).__name__} has no LoRA format: train projection or full")
-    given = dict(zip(("width", "height"), settings.size or (), strict=False))
+    given: dict[str, Any] = dict(zip(("width", "height"), settings.size or (), strict=False))
     given |= {"num_frames": settings.frames} if settings.frames else {}
     for part in (pipe.vae, *(getattr(pipe, f"text_encoder{n}", None) for n in ("", "_2", "_3"))):
         if part is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,9 +29,9 @@ class Student(nn.Module):
     so that every step is as sparse as the first.
     """
 
-    def __init__(self, transformer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, transformer: Any, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.transformer = transformer
+        self.transformer: Any = transformer
         # a parameter's name may hold no dot
         self.learned = nn.ParameterDict({n.replace(".", "-"): x for n, x in tensors.items()})
 
@@ -71,7 +71,7 @@ class _Probe(TopK):
         return super().__call__(q, k, v, call)
 
 
-def shapes(transformer: nn.Module, batch: Batch, settings: Settings) -> dict[int, Shape]:
+def shapes(transformer: Any, batch: Batch, settings: Settings) -> dict[int, Shape]:
     """The shape of each layer that runs sparse on this batch, from one forward.
 
     Raises ValueError, naming the reason, for a model that cannot run sparse on these data.
@@ -113,7 +113,7 @@ def initial(
     return {n: nn.Parameter(start.get(n, x).to(device)) for n, x in fresh.items()}
 
 
-def build(transformer: nn.Module, settings: Settings, batch: Batch) -> Student:
+def build(transformer: Any, settings: Settings, batch: Batch) -> Student:
     """Freeze the transformer but for what is trained, and give it the method's tensors."""
     layers = shapes(transformer, batch, settings)
     tensors = initial(settings.method, layers, batch.latents.device)
@@ -127,7 +127,7 @@ def build(transformer: nn.Module, settings: Settings, batch: Batch) -> Student:
     return Student(transformer, tensors)
 
 
-def add_lora(transformer: nn.Module, rank: int) -> None:
+def add_lora(transformer: Any, rank: int) -> None:
     """Adapters on every linear layer of the attention modules that run sparse, fp32."""
     try:
         from peft import LoraConfig
@@ -149,7 +149,7 @@ def add_lora(transformer: nn.Module, rank: int) -> None:
 class Teacher:
     """The dense model: the student's own weights where these stay frozen, otherwise a copy."""
 
-    def __init__(self, transformer: nn.Module, train: str) -> None:
+    def __init__(self, transformer: Any, train: str) -> None:
         copied = train == "full"
         self.model = copy.deepcopy(transformer).requires_grad_(False) if copied else transformer
         self.adapted = train == "lora"

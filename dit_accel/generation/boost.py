@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ class Boost:
         from diffusers import FirstBlockCacheConfig
 
         with ExitStack() as stack:
-            for transformer in transformers_of(pipe) if self.step_cache is not None else ():
+            found: list[Any] = transformers_of(pipe) if self.step_cache is not None else []
+            for transformer in found:
                 transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
                 stack.callback(transformer.disable_cache)
             yield
@@ -129,7 +131,7 @@ def compiled_blocks(
     backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs; of a
     block that has hooks, those of context parallelism, it is what they call in any case.
     """
-    options = {"fullgraph": True, "backend": backend}
+    compiled = partial(torch.compile, fullgraph=True, backend=backend)
     with ExitStack() as undo:
         undo.callback(torch._dynamo.reset)
         for block in _blocks(transformer):
@@ -139,13 +141,13 @@ def compiled_blocks(
                 name = "forward" if inner.original_forward is None else "original_forward"
                 forward = getattr(inner, name)
                 undo.callback(setattr, inner, name, forward)
-                setattr(inner, name, torch.compile(forward, **options))
+                setattr(inner, name, compiled(forward))
             elif below:
                 undo.callback(block.__dict__.pop, "forward", None)
-                block.forward = torch.compile(block.forward, **options)
+                block.forward = compiled(block.forward)
             else:
                 undo.callback(setattr, block, "_compiled_call_impl", None)
-                block.compile(**options)
+                block.compile(fullgraph=True, backend=backend)
         yield
 
 
@@ -153,8 +155,8 @@ def _blocks(transformer: nn.Module) -> list[nn.Module]:
     """The modules that repeat: those diffusers names, else the longest list of modules."""
     names = getattr(transformer, "_repeated_blocks", None) or ()
     found = [m for m in transformer.modules() if type(m).__name__ in names]
-    lists = [m for m in transformer.children() if isinstance(m, nn.ModuleList)]
-    return found or list(max(lists, key=len))
+    lists = [list(m) for m in transformer.children() if isinstance(m, nn.ModuleList)]
+    return found or max(lists, key=len)
 
 
 STOCK = Boost()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,10 +89,9 @@ def compare(
     }
     facts: list[Facts | None] = [None, None]
     if metadata:
-        told = {"model": model, "fps": defaults.fps, "boost": boost, "sampler": request.sampler}
-        facts = [
-            facts_of(pipe, values, request.seed, x, command=command, **told) for x in (None, config)
-        ]
+        tell = partial(facts_of, pipe, values, request.seed, model=model, fps=defaults.fps)
+        told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": command}
+        facts = [tell(x, **told) for x in (None, config)]
     clips = {"dense": (dense.frames, facts[0]), "accelerated": (fast.frames, facts[1])}
     return Comparison(data, _write_or_rescue(folder, data, clips))
 

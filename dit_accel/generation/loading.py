@@ -18,7 +18,7 @@ from dit_accel.pipelines.denoisers import SLOTS, transformers_of
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "emoji"
 GENERATION = "generation.json"
@@ -82,7 +82,7 @@ def load_pipeline(
     Raises ValueError, in one sentence, for a model that cannot be had or has no transformer.
     """
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)

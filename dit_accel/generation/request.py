@@ -102,7 +102,7 @@ def _of_sampler(request: Request, known: Any) -> dict[str, Any]:
     if request.sampler is None:
         return {}
     sampler = Sampler.named(request.sampler)
-    usual = {"num_inference_steps": sampler.steps}
+    usual: dict[str, Any] = {"num_inference_steps": sampler.steps}
     usual |= {"guidance_scale": 1.0} if sampler.distilled else {}
     return {name: value for name, value in usual.items() if name in known}
 
@@ -132,8 +132,8 @@ def granularity(pipe: Any) -> tuple[int, int]:
     patch = patch[-1] if isinstance(patch, (list, tuple)) else patch
     processor = getattr(pipe, "video_processor", None) or getattr(pipe, "image_processor", None)
     packed = processor.config.vae_scale_factor if processor is not None else 1
-    names = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
-    frames = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 1)
+    in_time = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+    frames = next((getattr(pipe, name) for name in in_time if hasattr(pipe, name)), 1)
     return max(scale * patch, packed), frames
 
 

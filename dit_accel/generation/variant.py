@@ -49,8 +49,9 @@ class Variant:
 
     def of(self, method: Method) -> Method:
         """The method with this selector and this keep."""
-        given = {"select": self.select, "keep": self.keep}
-        return replace(method, **{name: x for name, x in given.items() if x is not None})
+        if self.select is not None:
+            method = replace(method, select=self.select)
+        return method if self.keep is None else replace(method, keep=self.keep)
 
 
 def additions(

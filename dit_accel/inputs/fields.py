@@ -31,7 +31,8 @@ def shown(value: Any) -> str:
 
 def check(record: Any) -> None:
     """ValueError for the first field of a dataclass that is not what its annotation says."""
-    for name, hint in _hints(type(record)).items():
+    kind: type = type(record)
+    for name, hint in _hints(kind).items():
         expect(name, getattr(record, name), hint)
 
 

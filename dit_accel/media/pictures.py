@@ -44,7 +44,7 @@ def read_picture(path: str | Path) -> Image.Image:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers do
         raise ValueError(f"picture {path} cannot be read: {_short(error)}") from None
-    found.filename = str(path)
+    found.filename = str(path)  # type: ignore[attr-defined] # Pillow declares it of files only
     return found
 
 

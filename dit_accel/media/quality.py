@@ -101,8 +101,8 @@ def _planes(frames: Tensor) -> Tensor:
 def _psnr(a: Tensor, b: Tensor) -> Tensor:
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    options = {"data_range": _LEVELS, "reduction": "none", "dim": (1, 2, 3)}
-    return peak_signal_noise_ratio(b, a, **options).clamp(max=IDENTICAL_DB)
+    found = peak_signal_noise_ratio(b, a, data_range=_LEVELS, reduction="none", dim=(1, 2, 3))
+    return found.clamp(max=IDENTICAL_DB)
 
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -42,7 +43,7 @@ def save(path: str | Path, frames: np.ndarray, fps: float = 16, facts: Facts | N
             encode(temporary, frames, fps, container_tags(facts))
         else:
             pictures = [Image.fromarray(frame) for frame in frames]
-            moving = {"save_all": True, "append_images": pictures[1:], "loop": 0}
+            moving: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "loop": 0}
             timing = {"duration": round(1000 / fps), **moving} if len(frames) > 1 else {}
             options = picture_options(path.suffix.lower(), facts)
             pictures[0].save(temporary, quality=92, **timing, **options)

@@ -114,8 +114,8 @@ def check_linear(
         return
     if skip is None:
         raise ValueError("linear='marginal' needs `skip`, the table of the blocks to leave out")
-    shape = (skip.counts.shape, skip.block_q, skip.block_k, skip.n_k)
-    if shape != (table.counts.shape, table.block_q, table.block_k, table.n_k):
+    other = (skip.counts.shape, skip.block_q, skip.block_k, skip.n_k)
+    if other != (table.counts.shape, table.block_q, table.block_k, table.n_k):
         raise ValueError("`skip` has the shape and block sizes of the table: build both from q, k")
 
 
@@ -151,7 +151,7 @@ def check_scores(scores: Tensor, block_q: int, block_k: int, n_q: int, n_k: int)
 
 
 def check_kept(
-    heads: tuple[int, int],
+    heads: torch.Size,
     sizes: tuple[int, int, int, int],
     device: torch.device,
     forced: Tensor | None,
@@ -192,7 +192,7 @@ def check_forced(
     if max_forced is None:
         known = forced.device.type == "cpu" and not torch.compiler.is_compiling()
         per_row = forced.expand(*forced.shape[:-1], shape[-1]).sum(-1) if known else None
-        max_forced = int(per_row.max()) if known else shape[-1]
+        max_forced = shape[-1] if per_row is None else int(per_row.max())
     return forced.to(device), max_forced
 
 

@@ -80,9 +80,9 @@ def _find(
     folder, _, part = op.partition(".")
     module, reason = _module(f"dit_accel.kernels.{folder}.{name}")
     fn = getattr(module, part or folder, None)
-    if reason is None and fn is None:
-        reason = f"it has no {part or folder}"
-    if reason is None and hasattr(module, "supports"):
+    if module is None or fn is None:
+        return None, reason or f"it has no {part or folder}"
+    if hasattr(module, "supports"):
         reason = module.supports(q, **features)
     return (Implementation(name, fn), None) if reason is None else (None, reason)
 

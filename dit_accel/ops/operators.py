@@ -7,6 +7,9 @@ dit_accel/kernels serves a call is decided by dit_accel.ops.dispatch.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,26 @@ from dit_accel.ops.checks import (
     split_kv_len,
 )
 from dit_accel.table import BlockBits, BlockMeans, BlockTable, Keep
+
+
+@overload
+def block_table(
+    q: Tensor, k: Tensor, keep: Keep, block_q: int = ..., block_k: int = ...,
+    forced: Tensor | None = ..., kv_len: int | Tensor | None = ..., max_forced: int | None = ...,
+    mass: float = ..., near: Tensor | None = ..., max_near: int | None = ...,
+    scale: float | None = ..., return_means: Literal[False] = ..., spreads: bool = ...,
+    parts: int = ...,
+) -> BlockTable: ...  # fmt: skip
+
+
+@overload
+def block_table(
+    q: Tensor, k: Tensor, keep: Keep, block_q: int = ..., block_k: int = ...,
+    forced: Tensor | None = ..., kv_len: int | Tensor | None = ..., max_forced: int | None = ...,
+    mass: float = ..., near: Tensor | None = ..., max_near: int | None = ...,
+    scale: float | None = ..., *, return_means: Literal[True], spreads: bool = ...,
+    parts: int = ...,
+) -> tuple[BlockTable, BlockMeans]: ...  # fmt: skip
 
 
 def block_table(
@@ -96,7 +119,7 @@ def block_table(
         return BlockTable(indices, counts, *sizes)
     words, *means = known
     table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
-    return table, BlockMeans(*means, kv_len=kv_len)
+    return table, replace(BlockMeans(*means), kv_len=kv_len)
 
 
 def choose_blocks(
@@ -140,6 +163,21 @@ def _words(k: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> Tensor 
     """The table's bits, if it has those of this kv_len."""
     bits = table.bits
     return bits.words if bits is not None and same_len(k, bits.kv_len, kv_len) else None
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    return_lse: Literal[False] = ..., kv_len: int | Tensor | None = ...,
+    precision: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ..., *,
+    return_lse: Literal[True], kv_len: int | Tensor | None = ..., precision: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(
@@ -231,7 +269,7 @@ def sparse_linear_attention(
     if weight is None:
         return base
     rows = None if linear == "all" else table
-    rows = table.union(skip) if linear == "marginal" else rows
+    rows = table.union(skip) if linear == "marginal" and skip is not None else rows
     indices, counts = (None, None) if rows is None else (rows.indices, rows.counts)
     arguments = (q, k, v, indices, counts, *sizes, weight, bias, feature_map, *valid)
     if learning:
@@ -322,7 +360,8 @@ def rectified_attention(
         return rectify(out, *coefficients(q, k, v, table, scale, gapr, kv_len), table.block_q)
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k, default_scale(scale, q), gapr, length, limit)
-    known = [] if means is None else [means.q, means.k]
-    known += [means.q_far, means.k_far] if known and gapr else []
+    found = [] if means is None else [means.q, means.k]
+    if means is not None and gapr:
+        found += [x for x in (means.q_far, means.k_far) if x is not None]
     words = _words(k, table, kv_len)
-    return library.rectified_attention(q, k, v, table.indices, table.counts, known, words, *sizes)
+    return library.rectified_attention(q, k, v, table.indices, table.counts, found, words, *sizes)

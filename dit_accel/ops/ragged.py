@@ -51,8 +51,10 @@ def ragged_attention(
     check_bounds("k_bounds", k_bounds, table.key_blocks, k)
     if (gate is None) != (coarse is None):
         raise ValueError("a gate and what it weighs come together: give both or neither")
-    if gate is not None and (
-        gate.shape != q.shape or coarse.shape != (*table.counts.shape, q.shape[3])
+    if (
+        gate is not None
+        and coarse is not None
+        and (gate.shape != q.shape or coarse.shape != (*table.counts.shape, q.shape[3]))
     ):
         raise ValueError(
             f"gate is like q {list(q.shape)} and coarse [B, H, Mq, D], not {list(gate.shape)} and "
@@ -67,9 +69,9 @@ def ragged_attention(
     if not learned:
         return _ragged(q, k, v, *rows, gate, coarse, *sizes)[0]
     out = _ragged(q, k, v, *rows, None, None, *sizes)[0]
-    return (
-        out if gate is None else out + gate * of_tiles(coarse, q_bounds, q.shape[2]).to(out.dtype)
-    )
+    if gate is None or coarse is None:
+        return out
+    return out + gate * of_tiles(coarse, q_bounds, q.shape[2]).to(out.dtype)
 
 
 def check_bounds(name: str, bounds: Tensor, tiles: int | None, x: Tensor) -> None:
@@ -150,8 +152,8 @@ def _ragged_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     table = _table(indices, counts, q_bounds, k_bounds, block_q, block_k)
     fn = dispatch.select("ragged_attention.backward", q, block_q=block_q, block_k=block_k).fn
-    grads = fn(grad_out, grad_lse, q, k, v, out, lse, table, q_bounds, k_bounds, scale)
-    return tuple(_laid_out_as(x, grad) for x, grad in zip((q, k, v), grads, strict=True))
+    dq, dk, dv = fn(grad_out, grad_lse, q, k, v, out, lse, table, q_bounds, k_bounds, scale)
+    return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv)
 
 
 @_ragged_backward.register_fake

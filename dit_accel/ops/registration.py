@@ -6,6 +6,8 @@ is two arguments here, `length` (a tensor [B]) or `limit` (an int), at most one 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,8 @@ def _gradient_op(name: str) -> torch.library.CustomOpDef:
         table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
         kv_len = limit if length is None else length
         fn = dispatch.select(f"{name}.backward", q, block_q=block_q, block_k=block_k).fn
-        grads = fn(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
-        return tuple(_laid_out_as(x, grad) for x, grad in zip((q, k, v), grads, strict=True))
+        dq, dk, dv = fn(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
+        return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv)
 
     @op.register_fake
     def _(grad_out, grad_lse, q, k, v, *rest):
@@ -162,7 +164,7 @@ def rectified_attention(
     bits = None if words is None else BlockBits(words, kv_len)
     table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
     fn = dispatch.select("rectified_attention", q, block_q=block_q, block_k=block_k).fn
-    known = BlockMeans(*means, kv_len=kv_len) if means else None
+    known = replace(BlockMeans(*means), kv_len=kv_len) if means else None
     return _laid_out_as(q, fn(q, k, v, table, scale, gapr=gapr, kv_len=kv_len, means=known))
 
 
@@ -309,8 +311,10 @@ def linear_branch_backward(
     excluded = _excluded(q, k, indices, counts, block_q, block_k)
     chosen = dispatch.select(f"{_BRANCH}_backward", q, block_q=block_q, block_k=block_k)
     kv_len = limit if length is None else length
-    grads = chosen.fn(grad, q, k, v, excluded, weight, feature_map, kv_len)
-    return tuple(_laid_out_as(x, g) for x, g in zip((q, k, v, weight), grads, strict=True))
+    dq, dk, dv, dw = chosen.fn(grad, q, k, v, excluded, weight, feature_map, kv_len)
+    return (
+        _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv), _laid_out_as(weight, dw),
+    )  # fmt: skip
 
 
 @linear_branch_backward.register_fake

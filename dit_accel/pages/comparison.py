@@ -52,7 +52,8 @@ def headline(data: dict[str, Any]) -> str:
 
 def times(data: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(phase, dense, accelerated, speed-up) as text."""
-    return figures.time_rows(*(data["times"][side] for side in SIDES), data["speedup"])
+    dense, accelerated = (data["times"][side] for side in SIDES)
+    return figures.time_rows(dense, accelerated, data["speedup"])
 
 
 def _source(path: Path) -> str:

@@ -58,18 +58,19 @@ def time_rows(
     first, second: seconds of each phase, and of the steps. A median step is told where it has a
     ratio.
     """
-    sides = [dict(first), dict(second)]
+    one, other = dict(first), dict(second)
     if "median_step" in ratios:
-        for side in sides:
+        for side in (one, other):
             side["median_step"] = median(side["steps"])
     return [
         (
             name,
-            *(seconds(side[key]) for side in sides),
+            seconds(one[key]),
+            seconds(other[key]),
             f"{ratios[key]:.2f}×" if key in ratios else "",
         )
         for key, name in PHASES.items()
-        if key in sides[0]
+        if key in one
     ]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dit_accel.machine import cached_tensors
 from dit_accel.pipelines.base import Geometry
@@ -75,7 +75,8 @@ def gathered(
         there, back = token_places(*places)
         mask = None if mask is None else mask.index_select(-1, there)
         gate = None if gate is None else gate.index_select(1, there)
-        out = inner(*(x.index_select(1, there) for x in (q, k, v)), mask, gate)
+        q, k, v = (x.index_select(1, there) for x in (q, k, v))
+        out = inner(q, k, v, mask, gate)
         return out.index_select(1, back)
 
     even = not config.context_parallel_config.ulysses_anything
@@ -181,7 +182,7 @@ def share(pipe: Any, degree: int | None = None, *, anything: bool = False) -> No
     degree = degree or world
     if degree != world:
         raise ValueError(f"degree is the number of processes, {world} here, not {degree}")
-    models = transformers_of(pipe)
+    models: list[Any] = transformers_of(pipe)
     for model in models:
         if not getattr(model, "_cp_plan", None):
             raise ValueError(f"diffusers has no plan to split the tokens of {type(model).__name__}")
@@ -207,11 +208,11 @@ def _join(device: torch.device) -> int:
     return dist.get_world_size()
 
 
-def _share_on_cpu(model: nn.Module, context: Any, degree: int) -> None:
+def _share_on_cpu(model: Any, context: Any, degree: int) -> None:
     """What `enable_parallelism` does; that one counts accelerators and divides by none here."""
     import torch.distributed as dist
-    from diffusers import ParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
+    from diffusers.models._modeling_parallel import ParallelConfig
     from torch.distributed.device_mesh import init_device_mesh
 
     cpu = torch.device("cpu")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import atan, cos, sin
+from typing import Any
 
 from dit_accel.inputs import fields
 
@@ -64,7 +65,8 @@ class Sampler:
             raise ValueError(f"the sampler {text!r} is a name, ':' and numbers: flow:5") from None
         if given != "rungs" and len(numbers) > 1:
             raise ValueError(f"the sampler {kind} takes one number, not {value!r}")
-        return cls(kind, **{given: numbers if given == "rungs" else numbers[0]})
+        known: dict[str, Any] = {given: numbers if given == "rungs" else numbers[0]}
+        return cls(kind, **known)
 
     def __str__(self) -> str:
         if self.kind == "dmd":

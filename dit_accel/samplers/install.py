@@ -34,8 +34,8 @@ def install(pipe: Any, sampler: Sampler | str) -> Callable[[], None]:
     scheduler = GridScheduler(str(sampler))
     pipe.scheduler = scheduler
     original = getattr(pipe, "prepare_latents", None)
-    wrapped = original is not None and "prepare_latents" not in vars(pipe)
-    if wrapped:
+    wrapped = "prepare_latents" not in vars(pipe)
+    if original is not None and wrapped:
         pipe.prepare_latents = _following(original, scheduler)
 
     def undo() -> None:

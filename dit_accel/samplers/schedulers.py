@@ -6,14 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers import MiniMaxH3Scheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput as Output,
 )
+from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
 
 from dit_accel.samplers.grids import MOST, Sampler
 
@@ -56,19 +57,20 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         steps = num_inference_steps or (self.sampler.steps if given is None else len(given))
         sigmas = torch.tensor(self.sampler.sigmas(steps), dtype=torch.float32, device=device)
         self.num_inference_steps = steps
-        self.timesteps = sigmas * self.config.num_train_timesteps
+        self.timesteps = sigmas * self.config["num_train_timesteps"]
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         self._step_index = self._begin_index = None
 
     def step(
         self,
-        model_output: Tensor,
+        model_output: Any,
         timestep: Any,
-        sample: Tensor,
+        sample: Any,
+        *churn: Any,
         generator: Any = None,
         return_dict: bool = True,
-        **_: Any,
-    ) -> Output | tuple[Tensor]:
+        **more: Any,
+    ) -> Any:
         """x at the next noise level, in float32 arithmetic and the dtype of `sample`.
 
         generator: of fresh noise; None takes the pipeline's (see `install`), else torch's own.
@@ -85,7 +87,7 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
                 x = (1 - then) * x + then * noise
         else:
             x = x + (then - now) * v
-        self._step_index += 1
+        self._step_index = self.step_index + 1  # type: ignore[assignment] # diffusers: always None
         x = x.to(sample.dtype)
         return Output(prev_sample=x) if return_dict else (x,)
 

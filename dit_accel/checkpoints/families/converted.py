@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from dit_accel.checkpoints.content import Checkpoint
 from dit_accel.checkpoints.files import Source
 from dit_accel.config import resolve
 from dit_accel.inputs.data import read_object
+from dit_accel.methods.base import Method
 from dit_accel.methods.learned import SECOND, Learned
 
 ACCOUNT, PRESET, CHANGE = "checkpoint.json", "preset.json", ".diff"
@@ -42,7 +45,7 @@ def read(source: Source) -> Checkpoint:
     )
 
 
-def _method(folder: Path, slot: str):
+def _method(folder: Path, slot: str | None) -> tuple[Method | None, dict[str, Tensor]]:
     if not (folder / PRESET).is_file():
         return None, {}
     method = resolve(folder / PRESET).method

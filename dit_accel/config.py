@@ -54,8 +54,8 @@ class AccelConfig:
                 "take another method or prune=None"
             )
         check(self)
-        if self.method.tile is not None:
-            self._lay_out(self.method.tile)
+        if self.method.layout is not None:
+            self._lay_out(self.method.layout)
         if self.schedule.head_keep and not self.method.chooses:
             raise ValueError(
                 f"{self.method.name} reads the same blocks for all heads: no head_keep"

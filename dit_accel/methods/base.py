@@ -105,10 +105,8 @@ class Method:
     always: ClassVar[bool] = False  # runs at keep = 1, too, not the user's backend
     divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    rounding: ClassVar[str] = "up"  # of the number of kept blocks
     gated: ClassVar[bool] = False  # reads the attention's input, see `gate`
     whole: ClassVar[bool] = False  # serves the queries of text, too, where all keys are valid
-    tile: ClassVar[tuple[int, int, int] | None] = None  # the tiles it needs its tokens laid out in
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -133,6 +131,26 @@ class Method:
         """Its name, with what chooses its blocks and when, where that is not the default."""
         selector = "" if self.select == Means() else f"/{self.select}"
         return self.name + selector + ("" if self.reuse == Reuse() else f", reuse {self.reuse}")
+
+    @property
+    def selector(self) -> Selector:
+        """How blocks are chosen, as an object."""
+        return selectors.find(self.select) if isinstance(self.select, str) else self.select
+
+    @property
+    def sharing(self) -> Reuse:
+        """Which calls share a table, as an object."""
+        return Reuse.read(self.reuse) if isinstance(self.reuse, str) else self.reuse
+
+    @property
+    def rounds_down(self) -> bool:
+        """Is the number of kept blocks rounded down?"""
+        return False
+
+    @property
+    def layout(self) -> tuple[int, int, int] | None:
+        """(t, h, w) of the tiles it needs its tokens laid out in, or None."""
+        return None
 
     def query_block(self, n: int) -> int:
         """Tokens in a query block of a call with n queries.
@@ -170,21 +188,21 @@ class Method:
         """Forced blocks and the `keep` best by the selector, or a table that serves this call too;
         the means only where they were made. rules: see Selector.choose."""
         sizes = self.sizes(q)
-        kept = self.reuse.find(call, q, k, sizes)
+        kept = self.sharing.find(call, q, k, sizes)
         if kept is not None:
             return kept, None
         keep = self.share(call.keep, block_count(k.shape[2], self.block_k))
         mine = call if keep == call.keep else replace(call, keep=keep)
-        table, means = self.select.choose(q, k, mine, sizes, **rules)
-        self.reuse.keep(table, call, q, k, sizes)
+        table, means = self.selector.choose(q, k, mine, sizes, **rules)
+        self.sharing.keep(table, call, q, k, sizes)
         return table, means
 
     def share(self, keep: Keep, blocks: int) -> Keep:
         """The share of `blocks` that stands for `keep` of them, as this method rounds."""
-        if self.rounding == "up":
+        if not self.rounds_down:
             return keep
         if isinstance(keep, tuple):
-            return tuple(self.share(x, blocks) for x in keep)
+            return tuple(max(1, int(x * blocks)) / blocks for x in keep)
         return max(1, int(keep * blocks)) / blocks
 
     def sizes(self, q: torch.Tensor) -> tuple[int, int]:

@@ -38,7 +38,13 @@ class Learned(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "_learned", {} if self.weights is None else self._load())
+        learned = {} if self.weights is None else self._load(self.weights)
+        object.__setattr__(self, "_tensors", learned)
+
+    @property
+    def _learned(self) -> dict[Place, dict[str, Tensor]]:
+        """Place → part → tensor; no field, for it is no part of a configuration."""
+        return self.__dict__["_tensors"]
 
     @property
     def parts(self) -> dict[str, str]:
@@ -71,7 +77,7 @@ class Learned(Method):
             if self.idle(parts):
                 del learned[place]
         new = copy.copy(self)
-        object.__setattr__(new, "_learned", learned)
+        object.__setattr__(new, "_tensors", learned)
         return new
 
     def tensors(self) -> dict[str, Tensor]:
@@ -126,9 +132,9 @@ class Learned(Method):
             raise ValueError(f"{type(self).__name__} with {form} takes {names}, not {name!r}")
         return (int(name.startswith(SECOND)), int(number)), part
 
-    def _load(self) -> dict[Place, dict[str, Tensor]]:
+    def _load(self, path: str) -> dict[Place, dict[str, Tensor]]:
         kind = type(self).__name__
-        with open_tensors(self.weights) as file:
+        with open_tensors(path) as file:
             text = (file.metadata() or {}).get(f"dit_accel.{self.name}", "null")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         form = json.loads(text)

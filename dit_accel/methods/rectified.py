@@ -49,10 +49,11 @@ class Rectified(Method):
 
     def choose(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> Chosen:
         """max(K, as many as hold `mass`) best blocks, the neighbours and the text; block means."""
-        sizes, near = self.sizes(q), (None, 0)
+        near: tuple[torch.Tensor | None, int] = (None, 0)
         if self.neighbours is not None:
             n_q, n_k = q.shape[2], k.shape[2]
             first = n_k - n_q if call.text_first else 0
+            sizes = self.sizes(q)
             near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
         critical = {"mass": self.mass, "near": near[0], "max_near": near[1]}
         return self.chosen(q, k, call, **critical, return_means=True, spreads=self.gapr)
@@ -62,5 +63,6 @@ class Rectified(Method):
     ) -> torch.Tensor:
         table, means = self.choose(q, k, call)
         call.note(table)
-        options = {"scale": call.scale, "kv_len": call.kv_len, "means": means}
-        return ops.rectified_attention(q, k, v, table, gapr=self.gapr, **options)
+        return ops.rectified_attention(
+            q, k, v, table, call.scale, self.gapr, kv_len=call.kv_len, means=means
+        )

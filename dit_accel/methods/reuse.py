@@ -46,7 +46,7 @@ class Reuse:
         steps = [int(x) for x in parts if x.isdecimal()]
         if len(steps) > 1 or set(parts) - {"passes", *map(str, steps)}:
             raise ValueError(f"reuse is none, a number of steps, passes or 4+passes, not {text!r}")
-        return cls(*(steps or [1]), "passes" in parts)
+        return cls(steps[0] if steps else 1, "passes" in parts)
 
     def find(self, call: Call, q: Tensor, k: Tensor, sizes: tuple[int, int]) -> BlockTable | None:
         """The table that serves this call, if there is one."""

@@ -39,8 +39,8 @@ class SharedResidual(Remembering):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if call.stateless:
-            choice = {"select": self.select, "reuse": self.reuse}
-            pooled = Pooled(self.keep, self.block_q, self.block_k, **choice)
+            sizes = (self.block_q, self.block_k)
+            pooled = Pooled(self.keep, *sizes, select=self.select, reuse=self.reuse)
             return pooled(q, k, v, call)
         return super().__call__(q, k, v, call)
 

@@ -108,9 +108,13 @@ class SLA(Learned):
                 f"{head_dim}; load the weights that were trained for it"
             )
 
+    @property
+    def rounds_down(self) -> bool:
+        return self.rounding == "down"
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         table = self.table(q, k, call)
-        options = {"scale": call.scale, "kv_len": call.kv_len}
+        options: dict[str, Any] = {"scale": call.scale, "kv_len": call.kv_len}
         learned = self.of(call, q.device) if self.linear else None
         if learned is None:
             return ops.block_sparse_attention(q, k, v, table, **options)

@@ -110,6 +110,8 @@ class Remembering(Method):
 
     def _missing(self, state: dict[str, Any], n: int) -> Tensor | None:
         missing = state.get("residual")
+        if missing is None:
+            return None
         if self.residual == "fp8":
             return missing.float() * state["scale"]
         if self.residual == "pooled":

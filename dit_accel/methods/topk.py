@@ -37,6 +37,10 @@ class TopK(Method):
         check_rounding(self.rounding)
         check_precision(self.precision)
 
+    @property
+    def rounds_down(self) -> bool:
+        return self.rounding == "down"
+
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:

@@ -108,22 +108,25 @@ class VSA(Learned):
         parts = self.at(place, hidden.device)
         if parts is None:
             return None
-        weight, bias = (None if x is None else x.to(hidden.dtype) for x in
-                        (parts["weight"], parts.get("bias")))  # fmt: skip
+        weight, bias = parts["weight"].to(hidden.dtype), parts.get("bias")
+        bias = None if bias is None else bias.to(hidden.dtype)
         return F.linear(hidden, weight, bias).unflatten(-1, (heads, -1))
+
+    @property
+    def layout(self) -> Grid:
+        return self.tile
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if isinstance(call.kv_len, int):  # the others are padding
             k, v = k[:, :, : call.kv_len], v[:, :, : call.kv_len]
-        layout, gate = self._layout(call, q, k), call.gate
-        if layout.order is not None:
-            there = layout.order[0]
-            k, v = (x.index_select(2, there) for x in (k, v))
-            there, back = layout.order if q.shape[2] == layout.n else layout.own
-            q = q.index_select(2, there)
-            gate = gate if gate is None else gate.index_select(2, there)
-        out = self._attend(q, k, v, gate, layout, call)
-        return out if layout.order is None else out.index_select(2, back)
+        layout, gate = self._laid_out(call, q, k), call.gate
+        if layout.order is None or layout.own is None:
+            return self._attend(q, k, v, gate, layout, call)
+        k, v = (x.index_select(2, layout.order[0]) for x in (k, v))
+        there, back = layout.order if q.shape[2] == layout.n else layout.own
+        q = q.index_select(2, there)
+        gate = gate if gate is None else gate.index_select(2, there)
+        return self._attend(q, k, v, gate, layout, call).index_select(2, back)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, layout: Layout, call: Call
@@ -140,7 +143,7 @@ class VSA(Learned):
         seen = ops.ragged_attention(
             q[:, :, clip], k, v, table, layout.video, layout.bounds, scale,
             None if gate is None else gate[:, :, clip],
-            None if gate is None else coarse[:, :, tiles],
+            None if coarse is None else coarse[:, :, tiles],
         )  # fmt: skip
         if seen.shape == q.shape:
             return seen
@@ -164,7 +167,7 @@ class VSA(Learned):
             text = slice(clip.stop, n)
             ends = layout.bounds[tiles.stop :] - layout.bounds[tiles.stop]
         out = F.scaled_dot_product_attention(q[:, :, text], k, v, scale=scale)
-        if gate is not None:
+        if gate is not None and coarse is not None:
             mine = coarse[:, :, : tiles.start] if clip.start else coarse[:, :, tiles.stop :]
             out = out + gate[:, :, text] * ops.of_tiles(mine, ends, out.shape[2]).to(out.dtype)
         return torch.cat([out, seen] if clip.start else [seen, out], 2)
@@ -186,7 +189,7 @@ class VSA(Learned):
         call.note(table)
         return table
 
-    def _layout(self, call: Call, q: Tensor, k: Tensor) -> Layout:
+    def _laid_out(self, call: Call, q: Tensor, k: Tensor) -> Layout:
         n, clip = k.shape[2], 0 if call.grid is None else prod(call.grid)
         if not clip or q.shape[2] not in (n, clip) or isinstance(call.kv_len, Tensor):
             raise ValueError(
@@ -196,11 +199,11 @@ class VSA(Learned):
         beside = n - clip
         parts = call.sections if sum(call.sections) == beside else (beside,) * (beside > 0)
         laid = call.index is not None
-        return layout(call.grid, self.tile, self.block, parts, call.text_first, laid, q.device)
+        return tiles_of(call.grid, self.tile, self.block, parts, call.text_first, laid, q.device)
 
 
 @cached_tensors(32)
-def layout(
+def tiles_of(
     grid: Grid,
     tile: Grid,
     block: int,
@@ -231,7 +234,8 @@ def layout(
         slice(start, start + len(video)),
         slice(at, at + n),
         _bounds(video, device),
-        *(None if x is None else (x.to(device), inverse(x).to(device)) for x in (order, own)),
+        None if order is None else (order.to(device), inverse(order).to(device)),
+        None if own is None else (own.to(device), inverse(own).to(device)),
         n + n_text,
     )
 

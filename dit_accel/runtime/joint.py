@@ -42,15 +42,16 @@ def attend(
         seen = seen if order is None else seen.index_select(1, order[0])
         call = replace(call, gate=seen.transpose(1, 2))
     queries = q[:, visual] if order is None else q[:, visual].index_select(1, order[0])
-    arranged = (x.transpose(1, 2) for x in (queries, keys.arrange(k), keys.arrange(v)))
-    seen = method(*arranged, call).transpose(1, 2)
+    q_, k_, v_ = (x.transpose(1, 2) for x in (queries, keys.arrange(k), keys.arrange(v)))
+    seen = method(q_, k_, v_, call).transpose(1, 2)
     seen = seen if order is None else seen.index_select(1, order[1])
     if text.start == text.stop:
         return seen
     out = torch.empty_like(q)
     out[:, visual] = seen
-    product = mask is not None and mask.ndim == 4 and mask.shape[2] > 1
-    out[:, text] = dense(q[:, text], k, v, mask[:, :, text] if product else mask)
+    if mask is not None and mask.ndim == 4 and mask.shape[2] > 1:  # it is a product
+        mask = mask[:, :, text]
+    out[:, text] = dense(q[:, text], k, v, mask)
     return out
 
 
@@ -65,7 +66,7 @@ def _whole(
     gate: Tensor | None,
 ) -> Tensor:
     """All queries by the method."""
-    given = (q, k, v) if gate is None else (q, k, v, gate)
+    given = [q, k, v] if gate is None else [q, k, v, gate]
     if order is not None:
         there, back = (_around(x, visual, q.shape[1]) for x in order)
         given = [x.index_select(1, there) for x in given]

@@ -152,7 +152,7 @@ class Patch:
         """Attention modules beside the accelerated ones that a pruned span's context serves."""
         if self.span is None or self.span.context is None:
             return []
-        return list(matching(self.transformer, self.adapter.span.readers).values())
+        return list(matching(self.transformer, self.span.site.readers).values())
 
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -165,8 +165,8 @@ class Patch:
         found = (parallel.config_of(layer.processor) for layer in self.layers)
         shared = next((config for config in found if config is not None), None)
         if self.span is not None:
-            self._check_prunable(bound, geometry, shared)
-            self.span.whole = self.adapter.span.stays_whole(bound)
+            self._check_prunable(self.span, bound, geometry, shared)
+            self.span.whole = self.span.site.stays_whole(bound)
         again.check_transformer(module, self.engine.config)
         carried = self.adapter.leave is not None and shared is None
         timestep = bound.get("timestep")
@@ -179,15 +179,17 @@ class Patch:
         """Forward hook of the transformer."""
         self.engine.end(output)
 
-    def _check_prunable(self, args: dict[str, Any], geometry: Geometry, shared: Any) -> None:
+    def _check_prunable(
+        self, span: Span, args: dict[str, Any], geometry: Geometry, shared: Any
+    ) -> None:
         """RuntimeError for a forward whose tokens cannot be pruned."""
-        span, refuses, why = self.span, self.adapter.span.refuses, ""
+        refuses, why = span.site.refuses, ""
         span.part = Part()
         if shared is not None and shared.context_parallel_config.ring_degree > 1:
             why = parallel.RING
         elif shared is not None:
             span.part = Part(*parallel.place(shared))
-            plan = self.transformer._cp_plan
+            plan = getattr(self.transformer, "_cp_plan", None) or {}
             why = span.part.obstacle(span.prune, span.site, geometry, plan)
         why = why or step_cache.obstacle(self.transformer, span.first, span.last, span.blocks)
         why = why or (refuses(self.transformer, args) if refuses else "")
@@ -198,7 +200,7 @@ class Patch:
     def _hook_span(self) -> None:
         if self.span is None:
             return
-        site, span = self.adapter.span, self.span
+        span, site = self.span, self.span.site
         lists, first = site.lists(self.transformer), 0
         for name, blocks in zip(site.blocks, lists, strict=True):
             take_over(blocks, span, first, name in site.single)

@@ -184,7 +184,7 @@ def _functional() -> types.ModuleType:
             )
         return seam.attend_bhnd(query, key, value, attn_mask, scale)
 
-    shim.scaled_dot_product_attention = scaled_dot_product_attention
+    vars(shim)["scaled_dot_product_attention"] = scaled_dot_product_attention
     sys.modules[shim.__name__] = shim
     return shim
 

@@ -92,8 +92,8 @@ class Layer:
         """The attention this module had before: the user's own backend. `shared`: its
         ParallelConfig where q, k, v are this rank's part of the tokens, None where they are all."""
         if self.dispatch is None:
-            heads_first = (x.transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             return out.transpose(1, 2)
         return self.dispatch(
             q,
@@ -137,6 +137,11 @@ class _Current(threading.local):
 CURRENT = _Current()
 
 
+def _current() -> Layer:
+    assert CURRENT.layer is not None, "a processor of ours runs"
+    return _LAYERS[int(CURRENT.layer)]
+
+
 def attend_bnhd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
@@ -144,20 +149,21 @@ def attend_bnhd(
     hidden, CURRENT.hidden = CURRENT.hidden, None
     if torch.compiler.is_compiling():
         return torch.ops.dit_accel.attend(q, k, v, CURRENT.layer, mask, scale, hidden)
-    return _LAYERS[int(CURRENT.layer)].attend(q, k, v, mask, scale, hidden)
+    return _current().attend(q, k, v, mask, scale, hidden)
 
 
 def attend_bhnd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """The current layer's attention, tensors [B, H, N, D]."""
-    return attend_bnhd(*(x.transpose(1, 2) for x in (q, k, v)), mask, scale).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return attend_bnhd(q, k, v, mask, scale).transpose(1, 2)
 
 
 def bypassed() -> None:
     """Book that the current layer made a call we do not serve. Code being compiled can't book."""
     if not torch.compiler.is_compiling():
-        layer = _LAYERS[int(CURRENT.layer)]
+        layer = _current()
         layer.engine.bypass(
             layer.index, "the call is causal, has dropout, a block mask or fewer key heads"
         )

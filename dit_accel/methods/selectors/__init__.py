@@ -29,7 +29,8 @@ def find(text: str) -> Selector:
     if name not in _HOME:
         known = ", ".join(_HOME)
         raise ValueError(f"unknown selector {text!r}: choose one of {known}, such as sub or sub(8)")
-    arguments = [x.strip() for x in (match[2] or "").split(",") if x.strip()]
+    given = match[2] if match and match[2] else ""
+    arguments = [x.strip() for x in given.split(",") if x.strip()]
     kind = getattr(import_module(f"dit_accel.methods.selectors.{name}"), _HOME[name])
     try:
         return kind(*(int(x) if x.isdecimal() else x for x in arguments))

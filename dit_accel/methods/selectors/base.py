@@ -54,9 +54,16 @@ class Scored(Selector):
         """The best blocks by `scores`; block means are not made."""
         kept = {name: x for name, x in rules.items() if name not in ("return_means", "spreads")}
         scores = self.scores(q, k, call, sizes)
-        lengths = (q.shape[2], k.shape[2])
-        table = ops.choose_blocks(scores, call.keep, *lengths, *sizes, **valid(call), **kept)
-        return table, None
+        kept |= {"block_q": sizes[0], "block_k": sizes[1], **valid(call)}
+        return ops.choose_blocks(scores, call.keep, q.shape[2], k.shape[2], **kept), None
+
+
+def chosen(q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: Any) -> Chosen:
+    """ops.block_table of this call, and the means where the rules have return_means."""
+    rules |= {"block_q": sizes[0], "block_k": sizes[1], "scale": call.scale, **valid(call)}
+    if rules.pop("return_means", False):
+        return ops.block_table(q, k, call.keep, return_means=True, **rules)
+    return ops.block_table(q, k, call.keep, **rules), None
 
 
 def valid(call: Call) -> dict[str, Any]:

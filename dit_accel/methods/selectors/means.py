@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from dit_accel import ops
-from dit_accel.methods.selectors.base import Chosen, Selector, valid
+from dit_accel.methods.selectors.base import Chosen, Selector, chosen
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -26,5 +25,4 @@ class Means(Selector):
         self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: Any
     ) -> Chosen:
         """See ops.block_table."""
-        found = ops.block_table(q, k, call.keep, *sizes, scale=call.scale, **valid(call), **rules)
-        return found if rules.get("return_means") else (found, None)
+        return chosen(q, k, call, sizes, **rules)

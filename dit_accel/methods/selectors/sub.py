@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from dit_accel import ops
-from dit_accel.methods.selectors.base import Chosen, Selector, valid
+from dit_accel.methods.selectors.base import Chosen, Selector, chosen
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -39,6 +38,4 @@ class Sub(Selector):
         self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: Any
     ) -> Chosen:
         """See `parts` of ops.block_table."""
-        options = {"scale": call.scale, "parts": self.parts, **valid(call), **rules}
-        found = ops.block_table(q, k, call.keep, *sizes, **options)
-        return found if rules.get("return_means") else (found, None)
+        return chosen(q, k, call, sizes, parts=self.parts, **rules)

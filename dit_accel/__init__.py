@@ -7,6 +7,22 @@ Nothing heavy is imported here: names resolve on first use.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what an editor and a type checker know of the names below
+    from dit_accel.api import accelerate, accelerated, attention, register_adapter, restore
+    from dit_accel.checkpoints import load_checkpoint
+    from dit_accel.config import AccelConfig
+    from dit_accel.methods.dense import Dense
+    from dit_accel.methods.pooled import Pooled
+    from dit_accel.methods.rectified import Rectified
+    from dit_accel.methods.rettention import Rettention
+    from dit_accel.methods.shared import SharedResidual
+    from dit_accel.methods.sla import SLA
+    from dit_accel.methods.topk import TopK
+    from dit_accel.methods.vsa import VSA
+    from dit_accel.pruning.config import TokenPruning
+    from dit_accel.schedule import Schedule
 
 __version__ = "0.1.0"
 
@@ -55,7 +71,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "methods":  # the package of that name is callable
         return import_module("dit_accel.methods")
     if name in _HOME:

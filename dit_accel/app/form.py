@@ -7,11 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-import dit_accel
 from dit_accel.app.ask import Ask, Limits, Side
 from dit_accel.forward.order import ORDERS
 from dit_accel.generation.loading import EMBEDDED, GENERATION, Defaults
-from dit_accel.methods import find
+from dit_accel.methods import find, infos
 from dit_accel.pruning.config import TokenPruning
 
 OWN, NONE = "own", "none"
@@ -40,7 +39,7 @@ class Form:
         self.fields += [*self.left, *self.right, *self.rest]
 
     def _side(self, name: str, method: str, preset: str) -> list[Any]:
-        names = list(dit_accel.methods())
+        names = list(infos())
         kind = gr.Dropdown(
             names, value=method, label=f"{name.capitalize()} method", elem_id=f"{name}-method"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any
 
@@ -154,7 +154,7 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
             return
         value = stage.waiting(ask)
         try:
-            for value, found in desk.serve(request.session_hash, ask):
+            for value, found in desk.serve(_visitor(request), ask):
                 done = found is not None
                 yield [value, found if done else gr.skip(), "", *_buttons(running=not done)]
         except Cancelled:
@@ -165,7 +165,7 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
             yield _still(stage.stopped(value, "failed"), error)
 
     def cancel(request: gr.Request) -> None:
-        desk.cancel(request.session_hash)
+        desk.cancel(_visitor(request))
         time.sleep(0.3)  # progress on its way to the page arrives before `settle` reads the stage
 
     def settle(value: dict[str, Any]) -> list[Any]:
@@ -180,9 +180,14 @@ def _wire(demo: gr.Blocks, desk: Desk, limits: Limits, form: Form, parts: tuple)
     demo.unload(_leave(desk))
 
 
-def _leave(desk: Desk):
+def _visitor(request: gr.Request) -> str:
+    """Who asks: gradio knows of every request that comes from a page."""
+    return request.session_hash or ""
+
+
+def _leave(desk: Desk) -> Callable[[gr.Request], None]:
     def leave(request: gr.Request) -> None:
-        desk.cancel(request.session_hash)
+        desk.cancel(_visitor(request))
 
     return leave
 

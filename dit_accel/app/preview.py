@@ -60,7 +60,7 @@ class Preview:
         return latents - now * (latents - self.before) / (now - then) if now != then else latents
 
     def _decoded(self, latents: torch.Tensor) -> np.ndarray | None:
-        vae = getattr(self.pipe, "vae", None)
+        vae: Any = getattr(self.pipe, "vae", None)
         mean, std = (_statistics(vae, name) for name in ("latents_mean", "latents_std"))
         if latents.ndim != 5 or mean is None or std is None or vae.device != latents.device:
             return None
@@ -105,7 +105,7 @@ def principal(plane: torch.Tensor) -> np.ndarray:
 def fit_colours(latents: torch.Tensor, frame: np.ndarray, ratio: float) -> torch.Tensor:
     """The map [C + 1, 3] from a latent frame to the colours of `frame`, uint8 [H, W, 3]."""
     plane = _plane(latents, ratio).detach().float().cpu()
-    small = Image.fromarray(frame).resize(plane.shape[:0:-1], Image.Resampling.BOX)
+    small = Image.fromarray(frame).resize((plane.shape[2], plane.shape[1]), Image.Resampling.BOX)
     target = torch.from_numpy(np.array(small)).float().div(255).flatten(0, 1)
     x = _with_ones(plane)
     ridge = 1e-3 * len(x) * torch.eye(x.shape[1])

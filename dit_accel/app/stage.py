@@ -20,7 +20,7 @@ WORDS = {
 
 def waiting(ask: Ask, words: str = WAITING) -> dict[str, Any]:
     """Both sides before their turn."""
-    value = {"width": ask.width or 1, "height": ask.height or 1, "frames": 1}
+    value: dict[str, Any] = {"width": ask.width or 1, "height": ask.height or 1, "frames": 1}
     for name, side in zip(SIDES, (ask.left, ask.right), strict=True):
         value[name] = {"label": side.label, "state": words if name == "left" else "next"}
     return value

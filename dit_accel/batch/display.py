@@ -78,7 +78,9 @@ class Display:
             self._seen = event["seq"]
             self._show(event, counts)
         if self._bars is not None:
-            self._draw(counts, self.manifest.ask("SELECT * FROM workers ORDER BY owner"))
+            self._draw(
+                self._bars, counts, self.manifest.ask("SELECT * FROM workers ORDER BY owner")
+            )
 
     def _show(self, event: sqlite3.Row, counts: dict[str, int]) -> None:
         if event["kind"] == "started" and self._began is None:
@@ -108,22 +110,22 @@ class Display:
         seconds = (time.time() - self._began) / made * open_jobs
         return f", about {_duration(seconds)} left"
 
-    def _draw(self, counts: dict[str, int], workers: Sequence[sqlite3.Row]) -> None:
+    def _draw(self, bars: Bars, counts: dict[str, int], workers: Sequence[sqlite3.Row]) -> None:
         ended = counts["done"] + counts["failed"]
         failed = f", {counts['failed']} failed" if counts["failed"] else ""
-        self._bars.update(
+        bars.update(
             self._tasks[""],
             completed=ended,
             total=sum(counts.values()),
             description=f"jobs{failed}{self._left(counts)}",
         )
         for name in set(self._tasks) - {"", *(w["owner"] for w in workers)}:
-            self._bars.remove_task(self._tasks.pop(name))
+            bars.remove_task(self._tasks.pop(name))
         for worker in workers:
             name, text = worker["owner"], f"{worker['device']} {worker['phase']}"[-58:]
             if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(text, total=worker["total"])
-            self._bars.update(
+                self._tasks[name] = bars.add_task(text, total=worker["total"])
+            bars.update(
                 self._tasks[name],
                 completed=worker["done"],
                 total=worker["total"],

@@ -56,17 +56,17 @@ class Fleet:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        living = [slot for slot in self.slots if slot.process is not None]
-        for slot in living:
-            slot.process.terminate()
-        for slot in living:
+        living = [slot.process for slot in self.slots if slot.process is not None]
+        for process in living:
+            process.terminate()
+        for process in living:
             try:
-                slot.process.wait(10)
+                process.wait(10)
             except subprocess.TimeoutExpired:
-                slot.process.kill()
-                slot.process.wait()
+                process.kill()
+                process.wait()
             with suppress(DiskFull):  # the next run sees that they are gone
-                for owner in self._owners(slot.process.pid):
+                for owner in self._owners(process.pid):
                     self.manifest.release(owner, "the run was stopped")
                     self.manifest.leave(owner)
 
@@ -96,10 +96,11 @@ class Fleet:
     def tend(self) -> bool:
         """Bury the dead and replace them; False once no worker is left."""
         for slot in self.slots:
-            code = slot.process.poll() if slot.process is not None else None
-            if code is not None:
-                pid, slot.process = slot.process.pid, None
-                self._ended(slot, pid, code)
+            process = slot.process
+            code = process.poll() if process is not None else None
+            if process is not None and code is not None:
+                slot.process = None
+                self._ended(slot, process.pid, code)
         return any(slot.process is not None for slot in self.slots)
 
     def _ended(self, slot: _Slot, pid: int, code: int) -> None:

@@ -53,7 +53,7 @@ def _facts(summary: Summary) -> list[str]:
         parts.append(f"{seconds(summary.seconds / summary.done)} a clip")
     if summary.drift:
         parts.append(
-            f"{_count(summary.drift['clips'], 'clip')} held against dense: "
+            f"{_count(int(summary.drift['clips']), 'clip')} held against dense: "
             f"{decibels(summary.drift['psnr'])} on average, "
             f"{decibels(summary.drift['psnr_worst'])} at worst"
         )

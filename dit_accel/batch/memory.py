@@ -37,7 +37,7 @@ class Savings:
         return None
 
     def _tile(self) -> str | None:
-        vae = getattr(self.pipe, "vae", None)
+        vae: Any = getattr(self.pipe, "vae", None)
         if not hasattr(vae, "enable_tiling") or getattr(vae, "use_tiling", False):
             return None
         vae.enable_tiling()

@@ -73,7 +73,8 @@ def gather(
 
 
 def _build(rows: Rows, defaults: dict[str, Any], base: Path) -> Parsed:
-    parsed, taken = Parsed(), {}
+    parsed = Parsed()
+    taken: dict[str, int] = {}
     for line, values in rows:
         try:
             if isinstance(values, Exception):

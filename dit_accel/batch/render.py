@@ -42,6 +42,13 @@ class Clip:
     error: str | None = None
     facts: dict[str, Any] | None = None
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """The frames of a clip that has some; RuntimeError with the reason where it has none."""
+        if self.frames is None:
+            raise RuntimeError(self.error)
+        return self.frames
+
 
 def render(
     pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, dense: bool = False

@@ -278,7 +278,8 @@ class Heart(threading.Thread):
         self.manifest, self.owner, self.device = manifest, owner, device
         self.timeout, self.child, self.parent = timeout, child, os.getppid()
         self.over = threading.Event()
-        self._title, self._phase, self._age = "", ("starting", 0, None), 0
+        self._title, self._age = "", 0.0
+        self._phase: tuple[str, int, int | None] = ("starting", 0, None)
 
     def __enter__(self) -> Heart:
         self._beat()
@@ -296,7 +297,7 @@ class Heart(threading.Thread):
 
     def begin(self, title: str) -> None:
         """A job begins; it is called `title`."""
-        self._title, self._age = title, 0
+        self._title, self._age = title, 0.0
 
     def rest(self) -> None:
         """No job is running: `timeout` does not count."""

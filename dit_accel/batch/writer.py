@@ -97,14 +97,14 @@ class Writer:
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         self._fail(finished, error)
                         break
-                    self.await_space(finished.clip.frames.nbytes)
+                    self.await_space(finished.clip.pixels.nbytes)
                 except Exception as error:  # the next job must not suffer from this one
                     self._fail(finished, error)
                     break
 
     def _write(self, finished: Finished) -> None:
         row, clip = finished.row, finished.clip
-        report = {**clip.report, "size": list(clip.frames.shape[:3])}
+        report = {**clip.report, "size": list(clip.pixels.shape[:3])}
         if finished.dense is not None:
             report["drift"] = drift(finished.dense, clip)
             report["dense_file"] = self._save(f"{row.output}.dense", finished.dense)
@@ -113,8 +113,8 @@ class Writer:
 
     def _save(self, name: str, clip: Clip) -> str:
         """Written beside and renamed by `video.save`; here also on the platter before it counts."""
-        file = self.manifest.folder / f"{name}{'.mp4' if len(clip.frames) > 1 else '.png'}"
-        video.save(file, clip.frames, self.fps, clip.facts)
+        file = self.manifest.folder / f"{name}{'.mp4' if len(clip.pixels) > 1 else '.png'}"
+        video.save(file, clip.pixels, self.fps, clip.facts)
         _sync(file)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _sync(file.parent)
@@ -130,7 +130,7 @@ class Writer:
 
 def drift(dense: Clip, clip: Clip) -> dict[str, Any]:
     """How far a clip is from the dense one: PSNR in dB and SSIM (means), relative latent error."""
-    near = metrics.quality(dense.frames, clip.frames)
+    near = metrics.quality(dense.pixels, clip.pixels)
     found = {"psnr": near.psnr_mean, "ssim": near.ssim_mean, "seconds_dense": dense.seconds}
     if isinstance(dense.latents, torch.Tensor) and isinstance(clip.latents, torch.Tensor):
         found["latent_error"] = metrics.latent_error(dense.latents, clip.latents)

@@ -111,7 +111,7 @@ class Row:
                 raise ValueError(f"row {name!r} keeps its state as fp8: its method has none")
             method = replace(method, residual="fp8")
         if "int8" in added:
-            if not isinstance(method, (TopK, SLA)):
+            if not isinstance(method, TopK):
                 raise ValueError(f"row {name!r} multiplies in eight bits: its method cannot")
             method = replace(method, precision="int8")
         return cls(name, method, frozenset(added))

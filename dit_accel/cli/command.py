@@ -21,7 +21,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     ValueError when two groups have a field of the same name.
     """
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
     options: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         options += _fields(groups[name]) if name in groups else [_plain(parameter, hints[name])]

@@ -42,7 +42,7 @@ def doctor(
     what, how = What(PROMPT, steps=steps, size=size, frames=frames), How(order=order)
     with Progress() as progress, checked():
         sample, count = _sample(what, how, where, config_only, progress)
-        found = examine(sample, steps=count, order=order, progress=progress)
+        found = examine(sample, steps=count, order=order or "raster", progress=progress)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from dit_accel.cli.options import PROMPTS, BadInput, checked, numbers, option
 from dit_accel.generation import options as say
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from dit_accel.methods.learned import Learned
 
 _DATA, _METHOD, _TRAIN, _RUN = "Data", "Method", "Training", "Run"
-Text, Whole, Real = str | None, int | None, float | None
+Text: TypeAlias = str | None
+Whole: TypeAlias = int | None
+Real: TypeAlias = float | None
 
 Out = Annotated[
     Text, option("Folder of the result; may be left out with --prepare.", _RUN, "--out", "-o")

@@ -62,8 +62,8 @@ def generate(
         if not ranks.first(ulysses):
             return
         progress("writing", 0, None)
-        told = {"model": find_model(where.model), "fps": defaults.fps, "command": typed()}
-        told |= {"boost": boost, "sampler": request.sampler}
+        told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": typed()}
+        told |= {"model": find_model(where.model), "fps": defaults.fps}
         facts = facts_of(pipe, values, request.seed, config, **told) if metadata else None
         video.save_or_rescue(target, result.frames, defaults.fps, facts)
     _print(result, target, str(handle.report()))

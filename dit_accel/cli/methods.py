@@ -6,14 +6,13 @@ def methods() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    import dit_accel
     from dit_accel.cli.screen import screen
-    from dit_accel.methods import find
+    from dit_accel.methods import find, infos
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("method", "what it does", "presets", "paper", "fine-tuning"):
         table.add_column(column)
-    for name, info in dit_accel.methods().items():
+    for name, info in infos().items():
         presets = ", ".join(f"{name}:{p}" for p in find(name).presets)
         tuned = "needed" if info.finetuning else "no"
         table.add_row(Text(name, "bold"), info.description, presets, info.paper, tuned)

@@ -23,7 +23,7 @@ class Progress:
         self.console = console or screen(stderr=True)
         self.prefix = ""
         self._phase, self._began = "", 0.0
-        self._task: TaskID | None = None
+        self._task = TaskID(0)
         self._bars: Bars | None = None
 
     def __enter__(self) -> Progress:

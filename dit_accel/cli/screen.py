@@ -10,8 +10,7 @@ from rich.console import Console
 
 def screen(stderr: bool = False) -> Console:
     """A console that takes no letter of a prompt or a path for markup, emoji codes or a number."""
-    plain = {"markup": False, "emoji": False, "highlight": False}
-    return Console(stderr=stderr, soft_wrap=True, **plain)
+    return Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def print_anything() -> None:

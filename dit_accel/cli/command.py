@@ -53,7 +53,7 @@ def _told(hint: Any) -> Any:
     kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     for note in notes:
         if isinstance(note, Option):
-            said = {"help": escape(note.text), "show_default": False}
+            said: dict[str, Any] = {"help": escape(note.text), "show_default": False}
             if note.given_first:
                 return Annotated[kind, typer.Argument(**said)]
             return Annotated[kind, typer.Option(rich_help_panel=note.group, **said)]

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 SIZES = ("small", "large")
 PLACES = ("on the left", "on the right", "at the top", "at the bottom")
@@ -169,7 +170,7 @@ class _Reader:
                 return phrase
         return None
 
-    def _refuse(self, expected: str) -> None:
+    def _refuse(self, expected: str) -> NoReturn:
         found = " ".join(self.words[self.at : self.at + 3]) or "the end"
         after = " ".join(self.words[max(0, self.at - 3) : self.at])
         place = f' after "{after}"' if after else ""

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from dit_accel.table import BlockTable
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    return_lse: Literal[False] = ..., kv_len: int | Tensor | None = ..., *,
+    dtype: torch.dtype | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ..., *,
+    return_lse: Literal[True], kv_len: int | Tensor | None = ...,
+    dtype: torch.dtype | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    return_lse: bool = ..., kv_len: int | Tensor | None = ..., *,
+    dtype: torch.dtype | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +16,27 @@ from dit_accel.table import BlockTable, block_count
 
 # Gathered bytes of K and V at a time: few enough for a cache, enough to keep all threads busy.
 _CHUNK_CPU, _CHUNK_OTHER = 2**21, 2**28
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    return_lse: Literal[False] = ..., kv_len: int | Tensor | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ..., *,
+    return_lse: Literal[True], kv_len: int | Tensor | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    return_lse: bool = ..., kv_len: int | Tensor | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_sparse_attention(
@@ -71,9 +93,9 @@ def backward(
         dq[chunk.rows] = ds @ keys
         chunk.add(dk, ds.mT @ queries)
         chunk.add(dv, p.mT @ grads)
-    dq = rows.unsort(dq)
-    grads = zip((dq, dk, dv), (q, k, v), strict=True)
-    return tuple(as_tokens(grad.to(x.dtype), x.shape) for grad, x in grads)
+    dq = as_tokens(rows.unsort(dq).to(q.dtype), q.shape)
+    dk, dv = (as_tokens(grad.to(k.dtype), k.shape) for grad in (dk, dv))
+    return dq, dk, dv
 
 
 @dataclass(frozen=True)

@@ -56,18 +56,19 @@ def block_table(
                 lens = torch.tensor([float(len(x)) for x in blocks])
                 share = (row * scale + lens.log()).softmax(0)
             scores[b, h, n, : len(blocks)], shares[b, h, n, : len(blocks)] = row, share
-    options = (forced, kv_len, max_forced, mass, near, max_near)
-    table = _choose(scores.to(device), shares.to(device), keep, *sizes, *options)
+    scores, shares = scores.to(device), shares.to(device)
+    table = _choose(scores, shares, keep, *sizes, forced, kv_len, max_forced, mass, near, max_near)
     if not return_means:
         return table
     live = block_count(kv_len if isinstance(kv_len, int) else n_k, block_k)
     table = replace(table, bits=BlockBits(table.to_bits(live), kv_len))
     sides = (q.to(device), block_q, [n_q] * batch), (k.to(device), block_k, lengths)
-    means = [block_means(*side) for side in sides]
-    far = [None] * 2
+    q_mean, k_mean = (block_means(*side) for side in sides)
+    means = BlockMeans(q_mean, k_mean, kv_len=kv_len)
     if spreads:
-        far = [block_spreads(*side).to(dtype) for side in sides]
-    return table, BlockMeans(*means, *far, kv_len)
+        q_far, k_far = (block_spreads(*side).to(dtype) for side in sides)
+        means = replace(means, q_far=q_far, k_far=k_far)
+    return table, means
 
 
 def part_scores(
@@ -101,8 +102,11 @@ def choose_blocks(
     max_near: int = 0,
 ) -> BlockTable:
     """See ops.choose_blocks."""
-    sizes, options = (block_q, block_k, n_q, n_k), (forced, kv_len, max_forced, mass, near)
-    table = _choose(scores.float(), scores.float(), keep, *sizes, *options, max_near)
+    sizes = (block_q, block_k, n_q, n_k)
+    table = _choose(
+        scores.float(), scores.float(), keep, *sizes, forced, kv_len, max_forced, mass, near,
+        max_near,
+    )  # fmt: skip
     live = block_count(kv_len if isinstance(kv_len, int) else n_k, block_k)
     return replace(table, bits=BlockBits(table.to_bits(live), kv_len))
 

@@ -52,11 +52,12 @@ def block_table(
         return table
     live = block_count(kv_len if isinstance(kv_len, int) else k.shape[2], block_k)
     table = replace(table, bits=BlockBits(table.to_bits(live), kv_len))
-    far = (None, None)
+    q_far = k_far = None
     if spreads:
-        far = (block_spreads(q, means[0], block_q), block_spreads(k, means[1], block_k, kv_len))
-        far = (far[0].to(q.dtype), _whole(far[1].to(q.dtype), table.key_blocks))
-    return table, BlockMeans(means[0], _whole(means[1], table.key_blocks), *far, kv_len)
+        q_far = block_spreads(q, means[0], block_q).to(q.dtype)
+        k_far = block_spreads(k, means[1], block_k, kv_len).to(q.dtype)
+        k_far = _whole(k_far, table.key_blocks)
+    return table, BlockMeans(means[0], _whole(means[1], table.key_blocks), q_far, k_far, kv_len)
 
 
 def choose_blocks(
@@ -145,7 +146,7 @@ def _choose(
     equal = not (isinstance(keep, tuple) or isinstance(kv_len, Tensor))
     if mass > 0 or forced is not None or not equal:
         scores, wanted, held = _restrict(scores, keep, block_k, forced, kv_len)
-        if mass > 0:
+        if mass > 0 and share is not None:
             wanted = torch.maximum(wanted, _holding(scores, share, mass))
         counts = torch.minimum(wanted, held).clamp(max=best).expand_as(counts).int().contiguous()
     chosen = scores.topk(best).indices
@@ -201,8 +202,8 @@ def _mean(
                 part = part.where(valid.unflatten(2, (-1, size)), 0)
             sums.append(part.sum(3, dtype=torch.float32))
         start = end
-    sums = torch.cat(sums, 2) if len(sums) > 1 else sums[0]
-    return sums / block_sizes(n, block, kv_len, x.device).clamp(min=1)[..., None]
+    total = torch.cat(sums, 2) if len(sums) > 1 else sums[0]
+    return total / block_sizes(n, block, kv_len, x.device).clamp(min=1)[..., None]
 
 
 def block_sizes(n: int, block: int, kv_len: int | Tensor | None, device: torch.device) -> Tensor:

@@ -48,7 +48,8 @@ def backward(
     """dq, dk, dv: under the joint LSE the two parts are independent sums."""
     joint = (grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
     tail = _Tail(q, k, v, table, scale, kv_len).backward(grad_out, grad_lse, out, lse)
-    return tuple(x.add_(y) for x, y in zip(sparse_backward(*joint), tail, strict=True))
+    dq, dk, dv = (x.add_(y) for x, y in zip(sparse_backward(*joint), tail, strict=True))
+    return dq, dk, dv
 
 
 class _Tail:

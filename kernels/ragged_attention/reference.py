@@ -30,7 +30,7 @@ def ragged_attention(
     scores = (q @ k.mT * (scale or q.shape[-1] ** -0.5)).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp().where(mask, 0) @ v
-    if gate is not None:
+    if gate is not None and coarse is not None:
         out = out + gate.to(work) * coarse.to(work)[:, :, tile_of(q_bounds)]
     return out.to(result), lse if dtype else lse.float()
 

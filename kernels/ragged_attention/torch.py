@@ -40,7 +40,7 @@ def ragged_attention(
         near, values = (x[index].view(shape) for x in (k_tiles, v_tiles))
         out[rows], lse[rows] = _attend(q_tiles[rows], near, values, mask, scale)
     out, lse = queries.join(out, q.shape), queries.join(lse, q.shape[:3])
-    if gate is not None:
+    if gate is not None and coarse is not None:
         out = out + gate * coarse.to(out.dtype).index_select(2, tile_of(q_bounds))
     return out, lse
 
@@ -77,8 +77,8 @@ def backward(
         dq[rows] = ds @ near
         for total, part in ((dk, ds.mT @ ours), (dv, p.mT @ grads)):
             total.index_add_(0, index, part.reshape(-1, table.block_k, d))
-    grads = ((dq, q, queries), (dk, k, keys), (dv, v, keys))
-    return tuple(tiles.join(x, like.shape).to(like.dtype) for x, like, tiles in grads)
+    dq = queries.join(dq, q.shape).to(q.dtype)
+    return dq, keys.join(dk, k.shape).to(k.dtype), keys.join(dv, v.shape).to(v.dtype)
 
 
 def tile_means(x: Tensor, bounds: Tensor) -> Tensor:

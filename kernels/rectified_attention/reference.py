@@ -30,9 +30,11 @@ def rectified_attention(
     kept, scale = table.to_mask(), scale or q.shape[-1] ** -0.5
     sides = (q.to(work), table.block_q, [table.n_q] * len(q)), (k.to(work), table.block_k, limits)
     q_mean, k_mean = (means.q, means.k) if means else (block_means(*side) for side in sides)
-    known = means is not None and means.q_far is not None
-    far = (means.q_far, means.k_far) if known else (block_spreads(*side) for side in sides)
-    q_far, k_far = (x if dtype else x.to(q.dtype).to(work) for x in far)
+    if means is None or means.q_far is None or means.k_far is None:
+        q_far, k_far = (block_spreads(*side) for side in sides)
+    else:
+        q_far, k_far = means.q_far, means.k_far
+    q_far, k_far = (x if dtype else x.to(q.dtype).to(work) for x in (q_far, k_far))
     for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
         if limits[b] == 0:
             continue

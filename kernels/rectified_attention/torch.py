@@ -65,7 +65,7 @@ def coefficients(
     a = (scores * scale + sizes.log()[:, :, None]).softmax(-1)
     exact = table.to_mask()[..., :blocks]
     if gapr:
-        if means is None:
+        if means is None or means.q_far is None or means.k_far is None:
             q_far = block_spreads(q, qm, table.block_q).to(q.dtype)
             k_far = block_spreads(k, km, table.block_k, kv_len).to(k.dtype)
         else:

@@ -157,8 +157,7 @@ def _heads(
         fk = features(k[at].float(), feature_map).where(here, 0)
         fv = v[at].float().where(here, 0)
         fq = features(q[at].float(), feature_map)
-        blocks = (_split(x, n) for x, n in ((fq, block_q), (fk, block_k), (fv, block_k)))
-        yield _Head(at, *blocks, held[at])
+        yield _Head(at, _split(fq, block_q), _split(fk, block_k), _split(fv, block_k), held[at])
 
 
 def _split(x: Tensor, block: int) -> Tensor:

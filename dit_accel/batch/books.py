@@ -58,10 +58,11 @@ class Books:
     def __init__(self, folder: str | Path, lease: float = 60.0) -> None:
         self.folder, self.path, self.lease = Path(folder), Path(folder) / NAME, lease
         self._lock = threading.RLock()
-        options = {"timeout": 60, "isolation_level": None, "check_same_thread": False}
         try:
             with _naming(self.path):
-                self._db = sqlite3.connect(self.path, **options)
+                self._db = sqlite3.connect(
+                    self.path, timeout=60, isolation_level=None, check_same_thread=False
+                )
                 self._db.row_factory = sqlite3.Row
                 self._prepare()
         except sqlite3.Error as error:

@@ -127,8 +127,9 @@ class Asked:
         manifest.set("settings", self.settings.to_dict())
         manifest.set("command", self.command)
         problems = [(p.line, p.reason) for p in parsed.problems]
-        options = {"check_every": self.check_every, "retry_failed": self.retry_failed}
-        manifest.plan(parsed.jobs, problems, **options)
+        manifest.plan(
+            parsed.jobs, problems, check_every=self.check_every, retry_failed=self.retry_failed
+        )
 
 
 def _without(parsed: Parsed, refused: Mapping[int, str]) -> Parsed:

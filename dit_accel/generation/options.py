@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
     from dit_accel.config import AccelConfig
@@ -166,8 +166,8 @@ class How:
         config = resolve(
             name, order=self.order, min_tokens=self.min_tokens, prune=pruning(self.prune)
         )
-        own = {"keep": self.keep, "select": self.select, "reuse": self.reuse}
-        own = {name: value for name, value in own.items() if value is not None}
+        asked = {"keep": self.keep, "select": self.select, "reuse": self.reuse}
+        own: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         if own:
             config = replace(config, method=replace(config.method, **own))
         return self._scheduled(config)
@@ -176,7 +176,9 @@ class How:
         """With what the options say of steps and heads."""
         given = {"warmup": self.warmup, "step_keep": self.step_keep, "refresh": self.refresh}
         read = {"warmup": parse_warmup, "step_keep": parse_step_keep, "refresh": parse_refresh}
-        changed = {name: read[name](text) for name, text in given.items() if text is not None}
+        changed: dict[str, Any] = {
+            name: read[name](text) for name, text in given.items() if text is not None
+        }
         if self.heads is not None:
             from dit_accel.methods.budget import head_keep
 

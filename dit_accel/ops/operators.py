@@ -54,22 +54,12 @@ def block_table(
 
 
 def block_table(
-    q: Tensor,
-    k: Tensor,
-    keep: Keep,
-    block_q: int = 64,
-    block_k: int = 64,
-    forced: Tensor | None = None,
-    kv_len: int | Tensor | None = None,
-    max_forced: int | None = None,
-    mass: float = 0.0,
-    near: Tensor | None = None,
-    max_near: int | None = None,
-    scale: float | None = None,
-    return_means: bool = False,
-    spreads: bool = False,
-    parts: int = 1,
-) -> BlockTable | tuple[BlockTable, BlockMeans]:
+    q: Tensor, k: Tensor, keep: Keep, block_q: int = 64, block_k: int = 64,
+    forced: Tensor | None = None, kv_len: int | Tensor | None = None,
+    max_forced: int | None = None, mass: float = 0.0, near: Tensor | None = None,
+    max_near: int | None = None, scale: float | None = None, return_means: bool = False,
+    spreads: bool = False, parts: int = 1,
+) -> BlockTable | tuple[BlockTable, BlockMeans]:  # fmt: skip
     """The forced key blocks of each query block, the K best of the others, and those `near`.
 
     score = mean(q in block) · mean(k in block) over the true number of tokens, in float32;

@@ -83,7 +83,7 @@ class SSTA(Method):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         n = 0 if call.grid is None else prod(call.grid)
-        if not n or q.shape[2] != n:
+        if call.grid is None or q.shape[2] != n:
             raise ValueError(
                 f"SSTA takes a clip's grid and its queries; not {q.shape[2]} queries and the grid "
                 f"{call.grid}"
@@ -106,7 +106,8 @@ class SSTA(Method):
         """The table of blocks: of each tile its own, those of the text behind."""
         size, block = prod(self.tile), self.block
         tiles, pieces = canvas.size // size, size // block
-        most = self.most // 2 if 1 < call.grid[0] <= 31 else self.most
+        frames = 1 if call.grid is None else call.grid[0]
+        most = self.most // 2 if 1 < frames <= 31 else self.most
         count = min(max(most, 1), kept_blocks(call.keep, tiles))
         best = self._worth(q, k, size).topk(count, -1).indices
         mask = torch.zeros(*best.shape[:3], tiles, dtype=torch.bool, device=q.device)
@@ -158,7 +159,7 @@ def _filled(x: Tensor, canvas: Canvas) -> Tensor:
 def canvas_of(grid: Grid, tile: Grid, window: Grid, laid: bool, device: torch.device) -> Canvas:
     """laid: the tokens are in the order of the tiles already, not in raster order."""
     counts = [ceil(n / size) for n, size in zip(grid, tile, strict=True)]
-    tiles, rows = 0, 0
+    tiles = rows = torch.zeros(1, 1, 1, dtype=torch.int64)
     for axis, (n, size) in enumerate(zip(grid, tile, strict=True)):
         at = torch.arange(n).view([-1 if i == axis else 1 for i in range(3)])
         tiles, rows = tiles * counts[axis] + at // size, rows * size + at % size

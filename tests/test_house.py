@@ -1,5 +1,6 @@
-"""The house: which room imports which."""
+"""The house: which room imports which, how large a class or a function may grow."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -9,6 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path
+    for folder in ("dit_accel", "kernels", "pipelines")
+    for path in (ROOT / folder).rglob("*.py")
+    if not {"assets", "__pycache__"} & set(path.parts)
+)
 
 
 def test_rooms_import_only_from_below(tmp_path):
@@ -32,3 +39,18 @@ def test_rooms_import_only_from_below(tmp_path):
 
 def test_the_hall_is_small():
     assert len(list((ROOT / "dit_accel").glob("*.py"))) <= 9
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_classes_and_functions_are_short(path):
+    """No class over 200 lines, no host function over 60; kernels are written out."""
+    long = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            continue
+        kernel = any("jit" in ast.unparse(mark) for mark in node.decorator_list)
+        most = 200 if isinstance(node, ast.ClassDef) else 60
+        lines = node.end_lineno - node.lineno + 1
+        if lines > most and not kernel:
+            long.append(f"{node.name}: {lines} lines")
+    assert not long

@@ -187,19 +187,18 @@ class Span:
         """The span's end: update R where tokens ran, restore the others from it."""
         rows, index, entry = self.rows, self.rows.index, self._entered
         assert entry is not None, "the span was entered"
-        entered = entry.tokens
         found, text = rows.split(out, single, self._visual)
         self.live = None
         if index is None:
-            self._remember(entry, None, found - entered, text)
+            self._remember(entry, None, found - entry.tokens, text)
             return out
         known = self.memory[self.clock.passname]
         if index.numel() == 0:
             text = _moved(entry.text, known.text)
         ran = found if found.shape[1] == index.numel() else found[:, index]
-        fresh = ran - entered[:, index]
-        past = Past(known, self.clock.step, index, fresh, entered, rows.grid, rows.order)
-        full = entered + RESTORES[self.prune.restore](past)
+        fresh = ran - entry.tokens[:, index]
+        past = Past(known, self.clock.step, index, fresh, entry.tokens, rows.grid, rows.order)
+        full = entry.tokens + RESTORES[self.prune.restore](past)
         if index.numel():
             full[:, index] = ran
             self._remember(entry, index, fresh, text)
@@ -249,13 +248,15 @@ def take_over(blocks: nn.ModuleList, span: Span, first: int, single: bool) -> No
     """Let a list hand out its blocks, numbered from `first`, wrapped in `span.run`, while a forward
     runs. single: see Span.run."""
     blocks.__dict__["_accel_span"] = (span, first, single)
-    blocks.__class__ = _list_class(type(blocks))
+    stock: Any = type(blocks)
+    blocks.__class__ = _list_class(stock)
 
 
 def give_back(blocks: nn.ModuleList) -> None:
     """The list as it was."""
     if blocks.__dict__.pop("_accel_span", None) is not None:
-        blocks.__class__ = type(blocks)._accel_kind
+        ours: Any = type(blocks)
+        blocks.__class__ = ours._accel_kind
 
 
 @functools.cache

@@ -63,6 +63,10 @@ class Books:
         layers = [LayerBook(book.name, book.number, book.part) for book in self.layers]
         return Books(self.strict, layers)
 
+    def _open(self, layer: int) -> list[LayerBook | StepBook]:
+        """Where a call of `layer` is written: its own book, and that of the forward."""
+        return [self.layers[layer], *self.forwards[-1:]]
+
     def dense(self, layer: int, reason: str, planned: bool) -> None:
         """A call of `layer` ran dense. RuntimeError where it should not have."""
         if not planned and self.strict:
@@ -73,13 +77,13 @@ class Books:
         if not planned:
             self.unplanned.add(reason)
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
-        for book in (self.layers[layer], *self.forwards[-1:]):
+        for book in self._open(layer):
             book.dense += 1
 
     def sparse(self, layer: int, table: BlockTable | None) -> None:
         """A call of `layer` read the blocks of `table`, or all."""
         kept = 1.0 if table is None else table.density()
-        for book in (self.layers[layer], *self.forwards[-1:]):
+        for book in self._open(layer):
             book.sparse += 1
             book.kept = book.kept + kept
 

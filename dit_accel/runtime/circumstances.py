@@ -26,7 +26,8 @@ def circumstances(
     scale: float | None,
 ) -> Call:
     """Of call `number` of a layer in this forward. k [B, N, H, D]: its keys, as `keys` says."""
-    here, book, size = engine.place, engine.books.layers[layer], engine.config.method.block_k
+    assert action.keep is not None, "a planned dense call does not come here"
+    here, book, size = engine.here, engine.books.layers[layer], engine.config.method.block_k
     blocks = (k.shape[1], tokens.geometry.n_visual, size, keys.text_first, k.device)
     forced, n_forced = text_blocks(*blocks)
     stateless = engine.stateless_from

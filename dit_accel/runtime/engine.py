@@ -38,10 +38,9 @@ class Engine:
 
     config, plans, clock: how, when (of each transformer), and where the generation stands.
     books: what is counted.
-    spans: the token pruning of each transformer.
+    spans, span: the token pruning of each transformer, and of the one that runs.
     state: (pass, (layer, call)) → what the method keeps there.
     together: (layer, call) → what it keeps for all passes.
-    span: the token pruning of the transformer that runs.
     stateless_from: the first layer whose state finds no room, or None.
     place: where the forward that runs stands.
     """
@@ -92,7 +91,7 @@ class Engine:
             self.books.forwards.clear()
         carried = carried and not geometry.fixed_order
         self.order.begin(geometry.grid, device, carried)
-        where = self.clock if self._again is None else self.place
+        where = self.clock if self._again is None else self.here
         self.place = Place(
             geometry,
             where.step,
@@ -119,7 +118,7 @@ class Engine:
         if self.span is not None:
             self.span.end()
         for tensor in differentiable(output) if torch.is_grad_enabled() else ():
-            tensor.register_hook(partial(self._rewind, self.place))
+            tensor.register_hook(partial(self._rewind, self.here))
 
     def _rewind(self, place: Place, gradient: Tensor) -> None:
         """The backward pass of a forward starts: what checkpoints run again stands there."""
@@ -148,7 +147,7 @@ class Engine:
         """
         if not self._running():
             return dense(q, k, v, mask)
-        tokens, here, books = self._tokens(), self.place, self.running_books
+        tokens, here, books = self._tokens(), self.here, self.running_books
         if tokens.apart(q.shape[1], k.shape[1]):
             return dense(q, k, v, mask)
         number = here.number(layer)
@@ -188,6 +187,12 @@ class Engine:
         return True
 
     @property
+    def here(self) -> Place:
+        """Where the forward at hand stands."""
+        assert self.place is not None, "a forward runs"
+        return self.place
+
+    @property
     def running_books(self) -> Books:
         """Where the call at hand is written: what is run again was counted before."""
         return self._again or self.books
@@ -199,11 +204,11 @@ class Engine:
 
     def _tokens(self) -> Tokens:
         pruned = self.span.tokens() if self.span is not None else None
-        return pruned or Tokens(self.place.geometry, self.place.geometry.n_visual)
+        return pruned or Tokens(self.here.geometry, self.here.geometry.n_visual)
 
     def _action(self, layer: int, rank: int = 0, ranks: int = 1) -> Action:
         book = self.books.layers[layer]
-        action = self.plans[book.part].action(self.place.step, self.place.steps, book.number)
+        action = self.plans[book.part].action(self.here.step, self.here.steps, book.number)
         if not isinstance(action.keep, tuple) or ranks == 1:
             return action
         heads = len(action.keep) // ranks

@@ -105,7 +105,7 @@ class Patch:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        for blocks in self.adapter.span.lists(self.transformer) if self.span else ():
+        for blocks in self.span.site.lists(self.transformer) if self.span is not None else ():
             give_back(blocks)
         for module in (*self.modules, *self._readers()):
             rebind.unbind(module)
@@ -213,10 +213,12 @@ class Patch:
             self._hook(self.transformer.get_submodule(site.leave), self._watch_output)
 
     def _watch_transition(self, *seen: Any) -> None:
-        self.span.observer.watch_transition(*seen)
+        if self.span is not None:
+            self.span.observer.watch_transition(*seen)
 
     def _watch_output(self, *seen: Any) -> None:
-        self.span.observer.watch_output(*seen)
+        if self.span is not None:
+            self.span.observer.watch_output(*seen)
 
     def _hook_order(self) -> None:
         if self.adapter.leave is None or self.engine.config.order == "raster":
@@ -242,7 +244,8 @@ class CacheContext:
 
     @contextmanager
     def __call__(self, name: str, **fields: Any) -> Iterator[Any]:
-        enter = self.before or type(self.transformer).cache_context.__get__(self.transformer)
+        kind: Any = type(self.transformer)
+        enter = self.before or kind.cache_context.__get__(self.transformer)
         with self.clock.context(name, fields), enter(name, **fields) as context:
             yield context
 

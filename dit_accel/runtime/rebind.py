@@ -78,6 +78,8 @@ class Rebound(type):
     """The kind of our processor classes, each of which passes for its parent: diffusers looks
     processors up by class (layer skip, PAG), and makes new ones of the class it finds."""
 
+    _accel_kind: type
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return cls._accel_kind(*args, **kwargs)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what an editor and a type checker know of the names below
     from dit_accel.methods.rettention import Rettention
     from dit_accel.methods.shared import SharedResidual
     from dit_accel.methods.sla import SLA
+    from dit_accel.methods.ssta import SSTA
     from dit_accel.methods.topk import TopK
     from dit_accel.methods.vsa import VSA
     from dit_accel.pruning.config import TokenPruning

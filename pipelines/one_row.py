@@ -93,7 +93,8 @@ def _qwen21(transformer, args) -> Geometry:
     shapes = sizes_of(args["img_shapes"])
     references = sum(prod(shape) for shape in shapes[:-1])
     n_text = args["encoder_hidden_states"].shape[1] + references - references // _SLOT
-    return Geometry(tuple(shapes[-1]), n_text, True, same_mask=True, segments=True)
+    t, h, w = shapes[-1]
+    return Geometry((t, h, w), n_text, True, same_mask=True, segments=True)
 
 
 # rotary_emb [N, D / 2]; target_token_mask [N]; key_valid [B, N]; attention_mask [B, 1, 1, N] with a

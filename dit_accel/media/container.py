@@ -47,7 +47,8 @@ def _opened(path: str | Path, mode: str, **options: Any) -> Iterator[Any]:
     if mine:
         gc.freeze()
     try:
-        file = imopen(path, mode, plugin="pyav", **options)
+        # imageio's annotations do not know the arguments of its plugins
+        file = imopen(path, mode, plugin="pyav", **options)  # type: ignore[call-overload]
         try:
             yield file
             file.close()

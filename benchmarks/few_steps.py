@@ -78,9 +78,11 @@ def main() -> None:
                         clip = generate(pipe, defaults, Request(prompt, steps=steps))
                         kept = handle.report().kept
                 line = {"prompt": prompt, "steps": steps, "row": name, "kept": kept}
-                line["psnr"] = None if clip is dense else quality(dense.frames, clip.frames).psnr
+                line["psnr"] = (
+                    None if clip is dense else quality(dense.frames, clip.frames).psnr_mean
+                )
                 if best is not None:
-                    line["psnr_full"] = quality(best.frames, clip.frames).psnr
+                    line["psnr_full"] = quality(best.frames, clip.frames).psnr_mean
                 line |= judge.judge([prompt], [torch.as_tensor(clip.frames)])[0]
                 data["clips"].append(line)
                 asked.output.write_text(json.dumps(data, indent=1) + "\n")

@@ -131,6 +131,7 @@ def test_a_real_layer_and_the_model_as_it_was(loaded):
     assert 0 <= found.attention_share < 1
     assert found.forward_seconds > 0
     assert all(o.predicted for o in found.outlook)
+    assert {o.method for o in found.outlook} == set(dit_accel.methods()) - {"dense", "ssta"}
     assert found.obstacles == []
     after = generate(pipe, defaults, replace(REQUEST, steps=2))
     assert torch.equal(before.latents, after.latents)

@@ -151,9 +151,12 @@ def examine(
 
 
 def _configs(hollow: Hollow, order: str) -> dict[str, AccelConfig]:
-    """Each method as it comes, sparse from the first step on; "" has no attention core."""
+    """Each method as it comes, sparse from the first step on; "" has no attention core. One that
+    keeps a number of tiles, not a share, belongs to the model that was trained with it."""
     now = Schedule(warmup=0)
-    methods: dict[str, Method] = {"": hollow, **{name: named(name) for name in infos()}}
+    found = {name: named(name) for name in infos()}
+    shares = {n: m for n, m in found.items() if m.keep < 1 or isinstance(m, Dense)}
+    methods: dict[str, Method] = {"": hollow, **shares}
     for name, method in methods.items():
         if isinstance(method, Remembering):  # its full steps are counted apart
             methods[name] = replace(method, period=10**6)

@@ -31,6 +31,7 @@ TUNED = EMBEDDED.parent / "emoji-sla"
 def rows() -> dict[str, tuple[AccelConfig | None, Boost]]:
     """Name → configuration; a warm-up of one step, of none."""
     methods = {
+        "shared 10%, one full step": SharedResidual(keep=0.1, period=1.0),
         "topk 30%": TopK(keep=0.3),
         "pooled 30%": Pooled(keep=0.3),
         "pooled 10%": Pooled(keep=0.1),

@@ -34,6 +34,7 @@ CASES = {
     "wan-anything": {**WAN, "anything": True},
     "wan-vsa": {**WAN, "method": "vsa", "gated": True},
     "wan-vsa-anything": {**WAN, "method": "vsa", "gated": True, "anything": True},
+    "wan-ssta": {**WAN, "method": "ssta"},
     "wan-pruned": {**WAN, "prune": {"criterion": "stratified"}},
     "wan-pruned-drift": {**WAN, "prune": {"criterion": "drift", "block": 20}},
     "wan-compiled": {**WAN, "compiled": True},
@@ -107,7 +108,8 @@ def generate(
         if compiled:
             stack.enter_context(compiled_blocks(pipe.transformer, "eager"))
         settings = {"schedule": NOW, "min_tokens": 0, **dict(options)}
-        made = kind(keep=0.3)
+        small = {"tile": (1, 8, 8), "window": (1, 1, 1)} if method == "ssta" else {}
+        made = kind(keep=0.3, **small)
         if gated:
             torch.manual_seed(0)
             names = (f"layers.{i}.weight" for i in range(len(pipe.transformer.blocks)))

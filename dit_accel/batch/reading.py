@@ -154,7 +154,8 @@ def _prompts(data: bytes) -> Rows:
 
 def _csv(data: bytes) -> Rows:
     try:
-        rows = read_table(decode(data))
+        names, rows = read_table(decode(data))
+        check_keys(dict.fromkeys(names))
         for number, row in rows:
             yield number, row if isinstance(row, ValueError) else _cells(row)
     except ValueError as error:

@@ -44,7 +44,7 @@ class JobOptions:
 
     def keys(self) -> dict[str, Any]:
         """Keys for jobs that do not have them."""
-        width, height = parse_size(self.size) if self.size else (None, None)
+        width, height = parse_size(self.size) if self.size is not None else (None, None)
         values = {
             "method": self.method,
             "prune": self.prune,

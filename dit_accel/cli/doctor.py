@@ -67,7 +67,7 @@ def _sample(
         device = pick_device(where.device)
         kind = getattr(torch, pick_dtype(where.dtype, device))
         usual = family_of(config["_class_name"]).size
-        width, height = parse_size(what.size) if what.size else usual[:0:-1]
+        width, height = parse_size(what.size) if what.size is not None else usual[:0:-1]
         asked = (what.frames or usual[0], height, width)
         progress("building a layer", 0, None)
         return sample.from_config(config, asked, device, kind), what.steps or STEPS

@@ -170,6 +170,8 @@ def skeleton(
     values = {k: v for k, v in config.items() if not k.startswith("_")}
     try:
         counts = [values[key] for key in family.counts]
+        for key, count in zip(family.counts, counts, strict=True):
+            expect(key, count, int)
         with torch.device(device):
             transformer = kind(**{**values, **dict.fromkeys(family.counts, 1)}).eval().to(dtype)
         arguments = family.inputs(transformer.config, latent_size(config, size), family.text)

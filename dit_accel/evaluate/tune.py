@@ -243,6 +243,9 @@ def check_search(
         raise ValueError("tuning needs prompts to tune on and others to check with")
     if trials < 1:
         raise ValueError(f"trials is a number ≥ 1, not {trials}")
+    for what, values in (("methods", methods), ("warmups", warmups), ("keeps", keeps)):
+        if not values:
+            raise ValueError(f"{what} names none: leave it out, or name some")
     for name in methods:
         for keep in keeps:
             replace(named(name), keep=keep)

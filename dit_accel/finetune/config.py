@@ -94,6 +94,7 @@ class Settings:
         if not isinstance(self.method, Learned):
             raise TypeError(f"finetune trains an SLA or VSA, not {type(self.method).__name__}")
         fields.check(self)
+        fields.within("seed", self.seed, 0, 2**63 - 1)
         for name, values in (
             ("train", TRAIN),
             ("objective", OBJECTIVES),

@@ -158,7 +158,7 @@ def read_captions(folder: Path) -> list[Source]:
 
 def _rows(table: Path) -> list[dict[str, str]]:
     rows = []
-    for line, row in read_table(read(table, "captions")):
+    for line, row in read_table(read(table, "captions"))[1]:
         if isinstance(row, ValueError):
             raise ValueError(f"captions {table}, line {line}: {row}")
         rows.append(row)

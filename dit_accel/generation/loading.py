@@ -219,7 +219,10 @@ def _hub_index(model: str) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """Of a message; Python's own words, which name neither file nor key, with their kind."""
+    text = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    plain = isinstance(error, (OSError, ValueError)) and text
+    return text if plain else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 EMBEDDED_NAME = "the embedded model"

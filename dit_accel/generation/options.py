@@ -120,7 +120,7 @@ class What:
         from dit_accel.generation.request import Request
         from dit_accel.media.pictures import read_picture
 
-        width, height = parse_size(self.size) if self.size else (None, None)
+        width, height = parse_size(self.size) if self.size is not None else (None, None)
         check_limits({"fps": self.fps})
         return Request(
             prompt=self.prompt,

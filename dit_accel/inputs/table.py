@@ -12,14 +12,22 @@ from dit_accel.inputs.fields import shown
 MOST_LINES = 100  # of one row, whose cells may hold line ends between quotes
 
 
-def read_table(text: str) -> Iterator[tuple[int, dict[str, str] | ValueError]]:
-    """(line number, cells by heading) of each row that holds anything; errors in their place.
+Rows = Iterator[tuple[int, dict[str, str] | ValueError]]
 
-    A row may have fewer cells than the heading, not more. Raises ValueError for a bad heading.
+
+def read_table(text: str) -> tuple[list[str], Rows]:
+    """The heading, and (line number, cells by heading) of each row that holds anything.
+
+    Errors come in the place of their row, which may have fewer cells than the heading, not more.
+    Raises ValueError for a bad heading.
     """
     lines = re.split(r"\r\n|\n|\r", text)
     place = next((i for i, line in enumerate(lines) if line.strip()), 0)
     names, place = _heading(lines, place)
+    return names, _rows(lines, place, names)
+
+
+def _rows(lines: Sequence[str], place: int, names: Sequence[str]) -> Rows:
     while place < len(lines):
         if not lines[place].strip():
             place += 1

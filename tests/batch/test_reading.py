@@ -99,6 +99,8 @@ def test_csv_types_lists_and_complaints(tmp_path):
     ]
     wrong = gather(write(tmp_path, "wrong.csv", "prompt,seeds\na,1\n"))
     assert wrong.problems[0].reason == "unknown key 'seeds': did you mean 'seed'?"
+    alone = gather(write(tmp_path, "alone.csv", "a cat,1\n"))
+    assert "unknown key 'a cat'" in str(alone.problems[0])
 
 
 def test_prompts_line_by_line(tmp_path):

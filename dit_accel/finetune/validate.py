@@ -88,8 +88,9 @@ class Clips:
         request = Request(self.prompts[number], seed=number)
         values = arguments(self.pipe, self.defaults, request)
         model = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
-        told = {"model": model, "fps": self.defaults.fps}
-        facts = facts_of(self.pipe, values, number, config, **told) | {"shows": label}
+        fps = self.defaults.fps
+        facts = facts_of(self.pipe, values, number, config, model=model, fps=fps)
+        facts["shows"] = label
         frames = generate(self.pipe, self.defaults, request).frames
         suffix = "mp4" if len(frames) > 1 else "png"
         video.save(self.folder / f"{label}-{number}.{suffix}", frames, self.defaults.fps, facts)

@@ -60,7 +60,7 @@ def test_every_step_down_is_taken_and_the_clip_is_the_same(tmp_path, monkeypatch
             monkeypatch.setattr(type(pipe), "enable_sequential_cpu_offload", offload_layers)
         save = video.save
         with monkeypatch.context() as patch:
-            patch.setattr(video, "save", lambda p, f, fps: frames.append(f) or save(p, f, fps))  # noqa: B023
+            patch.setattr(video, "save", lambda p, f, *rest: frames.append(f) or save(p, f, *rest))  # noqa: B023
             assert go(pipe, tmp_path / name, jobs, Settings(batch=2)).done == 2
     out = tmp_path / "hungry"
     assert events(out, "step-down") == [

@@ -17,7 +17,7 @@ from dit_accel import __version__
 from dit_accel.cli import main as cli
 from dit_accel.generation.options import parse_size, parse_warmup
 from dit_accel.media import video
-from dit_accel.runtime import state as announce
+from dit_accel.runtime import state
 
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
 SPARSE = ["--min-tokens", "0", "--warmup", "1", "--device", "cpu"]
@@ -177,7 +177,7 @@ def test_a_state_is_announced_and_refused_in_one_sentence(capsys, model, monkeyp
     arguments = ["generate", "a cat", "--model", model, *SPARSE, "--method"]
     assert cli.run([*arguments, "rettention"]) == 0
     assert capsys.readouterr().err.count("note: the state of rettention takes") == 1
-    monkeypatch.setattr(announce, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(state, "free_bytes", lambda device: 0)
     assert cli.run([*arguments, "rettention"]) == 2
     said = capsys.readouterr().err
     assert "error: the state of rettention takes" in said and "Traceback" not in said

@@ -16,7 +16,7 @@ from dit_accel.batch.manifest import Manifest
 from dit_accel.cli import main as cli
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.media import video
-from dit_accel.parallel import launcher as ranks
+from dit_accel.parallel import launcher
 
 GENERATION = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 3}
 GENERATED = {"height": 128, "width": 128, "frames": 9, "steps": 3}
@@ -85,12 +85,12 @@ def test_an_impossible_number(model, capsys, count):
 
 
 def test_a_launcher_must_have_started_as_many(monkeypatch):
-    with pytest.raises(ranks.Wanted):
-        ranks.check(2)
+    with pytest.raises(launcher.Wanted):
+        launcher.check(2)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="ulysses is 2, but the launcher started 3"):
-        ranks.check(2)
+        launcher.check(2)
     monkeypatch.delenv("RANK")
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         run([{"prompt": "a"}], "out", ulysses=2, show="none")
@@ -108,7 +108,7 @@ def test_a_failure_of_another_process_is_told(monkeypatch, capfd):
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     began = time.monotonic()
-    assert ranks.launch(3, []) == 5
+    assert launcher.launch(3, []) == 5
     assert "process 1 of 3 failed:\nhello 1" in capfd.readouterr().err
     assert time.monotonic() - began < 20
 

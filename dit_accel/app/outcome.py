@@ -12,8 +12,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation.loading import EMBEDDED_NAME, placement
 from dit_accel.generation.recipe import recipe
 from dit_accel.machine import describe
-from dit_accel.media import quality as metrics
-from dit_accel.media import video
+from dit_accel.media import quality, video
 from dit_accel.media.files import atomic
 from dit_accel.methods.dense import Dense
 
@@ -33,9 +32,9 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
     left, right = pair.left, pair.right
     moving = len(left.result.frames) > 1
     fps, where = pair.defaults.fps, _where(pair)
-    near = metrics.quality(left.result.frames, right.result.frames).to_dict()
+    near = quality.quality(left.result.frames, right.result.frames).to_dict()
     if left.result.latents is not None and right.result.latents is not None:
-        near["latent_error"] = metrics.latent_error(left.result.latents, right.result.latents)
+        near["latent_error"] = quality.latent_error(left.result.latents, right.result.latents)
     data = {
         "prompt": pair.ask.prompt.strip(),
         "seed": pair.ask.seed,

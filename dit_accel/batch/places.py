@@ -19,7 +19,7 @@ from dit_accel.batch.together import Together
 from dit_accel.batch.worker import Settings, Worker
 from dit_accel.batch.writer import FULL
 from dit_accel.generation import loading
-from dit_accel.parallel import launcher as ranks
+from dit_accel.parallel import launcher
 
 SHOW = ("auto", "json", "none")
 GALLERY_EVERY = 30.0
@@ -50,8 +50,8 @@ class Place:
         if self.ray is not None and (self.gpus is not None or self.pipe is not None):
             raise ValueError("with ray the cluster says where: leave gpus and pipe out")
         try:
-            ranks.check(self.ulysses)
-        except ranks.Wanted:
+            launcher.check(self.ulysses)
+        except launcher.Wanted:
             raise ValueError(
                 f"ulysses={self.ulysses} needs {self.ulysses} processes: "
                 f"start with `torchrun --nproc-per-node {self.ulysses} script.py`"
@@ -153,7 +153,7 @@ def _work_together(
     """Every clip by all processes: the first has the worker, the others follow."""
     if pipe is None:
         pipe, known = loading.load_pipeline(
-            settings.model, ranks.device(device), settings.dtype, settings.offload
+            settings.model, launcher.device(device), settings.dtype, settings.offload
         )
     else:
         known = loading.Defaults.from_pipeline(pipe)

@@ -18,7 +18,7 @@ from dit_accel.batch import render
 from dit_accel.batch.jobs import Job
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.run import ProgressFn
-from dit_accel.parallel import ulysses as parallel
+from dit_accel.parallel import ulysses
 from dit_accel.parallel.launcher import AGAIN
 
 _PATIENCE = timedelta(days=7)  # between two jobs there may be a full disk to wait for
@@ -34,7 +34,7 @@ class Together:
     """The processes of one pipeline, `pipe` being this one's copy of it."""
 
     def __init__(self, pipe: Any, count: int) -> None:
-        parallel.share(pipe, count, anything=True)
+        ulysses.share(pipe, count, anything=True)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.leads = dist.get_rank() == 0
 

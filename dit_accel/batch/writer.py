@@ -17,8 +17,7 @@ import torch
 
 from dit_accel.batch.manifest import Claim, DiskFull, Manifest
 from dit_accel.batch.render import Clip
-from dit_accel.media import quality as metrics
-from dit_accel.media import video
+from dit_accel.media import quality, video
 
 FULL = "the disk is full: free some space and run the same command again"
 RESERVE = 8 * 2**20  # bytes that stay free: the manifest must be able to say that the disk is full
@@ -130,10 +129,10 @@ class Writer:
 
 def drift(dense: Clip, clip: Clip) -> dict[str, Any]:
     """How far a clip is from the dense one: PSNR in dB and SSIM (means), relative latent error."""
-    near = metrics.quality(dense.pixels, clip.pixels)
+    near = quality.quality(dense.pixels, clip.pixels)
     found = {"psnr": near.psnr_mean, "ssim": near.ssim_mean, "seconds_dense": dense.seconds}
     if isinstance(dense.latents, torch.Tensor) and isinstance(clip.latents, torch.Tensor):
-        found["latent_error"] = metrics.latent_error(dense.latents, clip.latents)
+        found["latent_error"] = quality.latent_error(dense.latents, clip.latents)
     return found
 
 

@@ -13,7 +13,7 @@ import typer
 from dit_accel.cli.options import Metadata, checked, option
 from dit_accel.generation import options as say
 from dit_accel.generation.options import WHERE, Ulysses, Where, parse_size
-from dit_accel.parallel import launcher as ranks
+from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
     from dit_accel.batch import Settings
@@ -125,7 +125,7 @@ def batch(
     multiply. Exit code 0: all done; 1: some failed; 2: refused; 3: stopped, run it again.
     """
     with checked():
-        ranks.check(ulysses)
+        launcher.check(ulysses)
         from dit_accel.batch import run
         from dit_accel.cli.session import typed
 
@@ -144,7 +144,7 @@ def batch(
             show="json" if work.json_events else "auto",
             command=typed(),
         )
-    if not ranks.first(ulysses):
+    if not launcher.first(ulysses):
         return  # the first process has the books, and the last word
     if work.json_events:
         print(json.dumps({"event": "summary", **summary.to_dict()}), flush=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import Metadata, checked, option
 from dit_accel.generation.options import WHAT, How, Ulysses, What, Where
-from dit_accel.parallel import launcher as ranks
+from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
     from dit_accel.generation.request import Request
@@ -46,9 +46,9 @@ def compare(
         request, config, boost = what.request(), how.config(), how.boost()
         folder = output or free_name(f"compare-{slug(request)}", "", _is_of(request))
         check_output(folder)
-        ranks.check(ulysses)
+        launcher.check(ulysses)
     with Progress() as progress, ExitStack() as stack:
-        if not ranks.first(ulysses):  # it takes part, and what it makes is thrown away
+        if not launcher.first(ulysses):  # it takes part, and what it makes is thrown away
             folder = Path(stack.enter_context(TemporaryDirectory()))
         pipe, defaults = load(where, request, config, progress, what.fps, ulysses)
         with checked():
@@ -67,7 +67,7 @@ def compare(
                 metadata=metadata,
                 progress=progress,
             )
-    if ranks.first(ulysses):
+    if launcher.first(ulysses):
         _print(done.data, folder)
 
 

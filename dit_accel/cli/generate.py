@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import Metadata, checked, option
 from dit_accel.generation.options import WHAT, How, Ulysses, What, Where
-from dit_accel.parallel import launcher as ranks
+from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
     from dit_accel.generation.request import Request
@@ -49,7 +49,7 @@ def generate(
         request, config, boost = what.request(), how.config(), how.boost()
         if output is not None:
             check_target(output, None if request.frames is None else request.frames > 1)
-        ranks.check(ulysses)
+        launcher.check(ulysses)
     with Progress() as progress:
         pipe, defaults = load(where, request, config, progress, what.fps, ulysses)
         with checked():
@@ -59,7 +59,7 @@ def generate(
             handle = api.accelerate(pipe, config)
         with notices(progress):
             result = generate(pipe, defaults, request, progress)
-        if not ranks.first(ulysses):
+        if not launcher.first(ulysses):
             return
         progress("writing", 0, None)
         told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": typed()}

@@ -30,7 +30,7 @@ from dit_accel.cli.profile import profile
 from dit_accel.cli.screen import print_anything, screen
 from dit_accel.cli.show import show
 from dit_accel.cli.tune import tune
-from dit_accel.parallel import launcher as ranks
+from dit_accel.parallel import launcher
 
 OK, UNEXPECTED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # What a system says of names and rights: the user's to mend.
@@ -79,10 +79,10 @@ def run(arguments: Sequence[str]) -> int:
     except UsageError as error:
         where = error.ctx.command_path if error.ctx is not None else "dit-accel"
         return _say(f"{error.format_message().rstrip('.')} (see {where} --help)", BAD_INPUT)
-    except ranks.Wanted as wanted:
-        code = ranks.launch(wanted.count, arguments)
-        while code == ranks.AGAIN:  # a batch counts the tries of each job
-            code = ranks.launch(wanted.count, arguments)
+    except launcher.Wanted as wanted:
+        code = launcher.launch(wanted.count, arguments)
+        while code == launcher.AGAIN:  # a batch counts the tries of each job
+            code = launcher.launch(wanted.count, arguments)
         return code
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
@@ -97,7 +97,7 @@ def _explain(error: Exception) -> int:
     """Say what went wrong; an exception of ours brings its `exit_code`."""
     code = getattr(error, "exit_code", None)
     if code is not None:
-        again = "; the same command goes on" if code == ranks.AGAIN else ""
+        again = "; the same command goes on" if code == launcher.AGAIN else ""
         return _say(f"{error}{again}", code)
     if _is_out_of_memory(error):
         return _say("the memory is full: try --offload or a smaller --size", UNEXPECTED)

@@ -30,8 +30,8 @@ from dit_accel.generation.request import Request, arguments, unknown_words
 from dit_accel.media.files import check_folder, check_own
 from dit_accel.media.lock import held
 from dit_accel.media.names import from_text
-from dit_accel.parallel import launcher as ranks
-from dit_accel.parallel import ulysses as parallel
+from dit_accel.parallel import launcher
+from dit_accel.parallel.ulysses import share
 
 
 class _Notices(logging.Handler):
@@ -99,10 +99,10 @@ def load(
         pick_dtype(where.dtype, pick_device(where.device))
         find_model(where.model)
         progress("loading", 0, None)
-        device = ranks.device(where.device) if ulysses > 1 else where.device
+        device = launcher.device(where.device) if ulysses > 1 else where.device
         pipe, defaults = load_pipeline(where.model, device, where.dtype, where.offload)
         if ulysses > 1:
-            parallel.share(pipe, ulysses, anything=True)
+            share(pipe, ulysses, anything=True)
         defaults = replace(defaults, fps=fps or defaults.fps)
         values = arguments(pipe, defaults, request)
         config.schedule.dense_at(0, values.get("num_inference_steps"))

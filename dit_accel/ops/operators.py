@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
-from dit_accel.ops import registration as library
-from dit_accel.ops import tables
+from dit_accel.ops import registration, tables
 from dit_accel.ops.checks import (
     check_keep,
     check_kept,
@@ -203,7 +202,8 @@ def block_sparse_attention(
     length, limit = split_kv_len(kv_len, k)
     check_precision(precision, q, k, v)
     sizes = (table.block_q, table.block_k)
-    run = library.int8_attention if precision == "int8" else library.block_sparse_attention
+    exact = registration.block_sparse_attention
+    run = registration.int8_attention if precision == "int8" else exact
     out, lse = run(
         q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
     )
@@ -252,7 +252,7 @@ def sparse_linear_attention(
     sizes, valid = (table.block_q, table.block_k), split_kv_len(kv_len, k)
     if weight is not None and linear == "all" and not learning:
         branch = (weight, bias, feature_map, default_scale(scale, q))
-        return library.sparse_linear_attention(
+        return registration.sparse_linear_attention(
             q, k, v, table.indices, table.counts, *sizes, *branch, *valid
         )
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
@@ -263,8 +263,8 @@ def sparse_linear_attention(
     indices, counts = (None, None) if rows is None else (rows.indices, rows.counts)
     arguments = (q, k, v, indices, counts, *sizes, weight, bias, feature_map, *valid)
     if learning:
-        return library.linear_branch(base, *arguments)
-    library.add_linear_branch(base, *arguments)  # no second output beside base
+        return registration.linear_branch(base, *arguments)
+    registration.add_linear_branch(base, *arguments)  # no second output beside base
     return base
 
 
@@ -291,7 +291,7 @@ def window_attention(
     check_table(q, k, table)
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k)
-    return library.window_attention(
+    return registration.window_attention(
         q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
     )
 
@@ -319,7 +319,7 @@ def pooled_attention(
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
     known = (None if means is None else means.k, _words(k, table, kv_len))
-    return library.pooled_attention(q, k, v, table.indices, table.counts, *known, *sizes)[0]
+    return registration.pooled_attention(q, k, v, table.indices, table.counts, *known, *sizes)[0]
 
 
 def rectified_attention(
@@ -353,5 +353,5 @@ def rectified_attention(
     found = [] if means is None else [means.q, means.k]
     if means is not None and gapr:
         found += [x for x in (means.q_far, means.k_far) if x is not None]
-    words = _words(k, table, kv_len)
-    return library.rectified_attention(q, k, v, table.indices, table.counts, found, words, *sizes)
+    rows, words = (table.indices, table.counts), _words(k, table, kv_len)
+    return registration.rectified_attention(q, k, v, *rows, found, words, *sizes)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dit_accel.forward.clock import Clock
-from dit_accel.parallel import ulysses as parallel
+from dit_accel.parallel import ulysses
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
 from dit_accel.pruning import step_cache
@@ -162,7 +162,7 @@ class Patch:
         geometry = self.adapter.geometry(module, bound)
         device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
         self.bind()
-        found = (parallel.config_of(layer.processor) for layer in self.layers)
+        found = (ulysses.config_of(layer.processor) for layer in self.layers)
         shared = next((config for config in found if config is not None), None)
         if self.span is not None:
             self._check_prunable(self.span, bound, geometry, shared)
@@ -186,9 +186,9 @@ class Patch:
         refuses, why = span.site.refuses, ""
         span.part = Part()
         if shared is not None and shared.context_parallel_config.ring_degree > 1:
-            why = parallel.RING
+            why = ulysses.RING
         elif shared is not None:
-            span.part = Part(*parallel.place(shared))
+            span.part = Part(*ulysses.place(shared))
             plan = getattr(self.transformer, "_cp_plan", None) or {}
             why = span.part.obstacle(span.prune, span.site, geometry, plan)
         why = why or step_cache.obstacle(self.transformer, span.first, span.last, span.blocks)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.parallel import ulysses as parallel
+from dit_accel.parallel import ulysses
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
 
@@ -60,7 +60,7 @@ class Layer:
         hidden: Tensor | None,
     ) -> Tensor:
         """q, k, v, result [B, N, H, D]; hidden: what the module was given, for a gated method."""
-        shared, place = parallel.config_of(self.processor), self.engine.place
+        shared, place = ulysses.config_of(self.processor), self.engine.place
 
         def decide(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None
@@ -68,17 +68,17 @@ class Layer:
             def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 return self.dense(q, k, v, mask, scale, None)
 
-            ranks = (0, 1) if shared is None else parallel.place(shared)
+            ranks = (0, 1) if shared is None else ulysses.place(shared)
             return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate, ranks)
 
         gate = self.engine.gate(self.index, hidden, q.shape[2])
         if shared is None:
             return decide(q, k, v, mask, gate)
-        why = parallel.obstacle(shared, mask)
+        why = ulysses.obstacle(shared, mask)
         if why or place is None:
             self.engine.bypass(self.index, why)
             return self.dense(q, k, v, mask, scale, shared)
-        return parallel.gathered(q, k, v, mask, shared, place.geometry, decide, gate)
+        return ulysses.gathered(q, k, v, mask, shared, place.geometry, decide, gate)
 
     def dense(
         self,
@@ -121,7 +121,7 @@ class Reader(Layer):
         """Dense, over the keys that a pruned span's context completes."""
         if self.engine.span is not None:
             k, v, mask = self.engine.span.keys(("reader", int(self.number)), k, v, mask)
-        return self.dense(q, k, v, mask, scale, parallel.config_of(self.processor))
+        return self.dense(q, k, v, mask, scale, ulysses.config_of(self.processor))
 
 
 # An address book, not state: layers are owned by their pipeline's patch and vanish with it.

@@ -7,7 +7,6 @@ import sqlite3
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -54,12 +53,7 @@ class Display:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self.update()
         finally:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from dit_accel.batch.folder import LOGS
 from dit_accel.batch.manifest import DiskFull, Manifest
@@ -50,12 +49,7 @@ class Fleet:
             self._start(slot)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         living = [slot.process for slot in self.slots if slot.process is not None]
         for process in living:
             process.terminate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any
 
 from dit_accel.batch.child import serve
@@ -44,12 +43,7 @@ class RayFleet:
             self._start(number)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for task in self._working:
             self.ray.cancel(task, force=True)
         if self._mine:

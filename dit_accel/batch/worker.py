@@ -8,7 +8,6 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import dit_accel
@@ -286,12 +285,7 @@ class Heart(threading.Thread):
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.over.set()
         self.join()
 

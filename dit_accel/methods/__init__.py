@@ -4,6 +4,7 @@ The package is callable: `dit_accel.methods()` lists them.
 """
 
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -44,7 +45,7 @@ def infos() -> dict[str, MethodInfo]:
     return {name: MethodInfo(m.description, m.paper, m.finetuning) for name, m in _all()}
 
 
-def _all():
+def _all() -> Iterator[tuple[str, type[Method]]]:
     return ((name, find(name)) for name in _HOME)
 
 

@@ -13,6 +13,7 @@ from dit_accel import ops
 from dit_accel.inputs import fields
 from dit_accel.methods.base import Call, check_rounding
 from dit_accel.methods.learned import Learned
+from dit_accel.table import BlockTable
 
 _SHAPES = {
     "project": {"weight": "the projection [D, D]", "bias": "[D]"},
@@ -132,7 +133,7 @@ class SLA(Learned):
         out = ops.sparse_linear_attention(q, k, v, table, eye * (-gate).exp(), **options)
         return (out * gate.sigmoid()).to(q.dtype)
 
-    def _lowest(self, q: Tensor, k: Tensor, call: Call):
+    def _lowest(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
         """The `skip` worst blocks: the best ones of the opposite query."""
         sizes = (self.query_block(q.shape[2]), self.block_k)
         return ops.block_table(-q, k, self.skip, *sizes, kv_len=call.kv_len)

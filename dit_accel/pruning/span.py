@@ -264,14 +264,14 @@ def _list_class(kind: type) -> type:
     class SpanList(kind):
         _accel_kind = kind
 
-        def __iter__(self):
+        def __iter__(self) -> Any:
             span, first, single = self.__dict__.get("_accel_span", (None, 0, False))
             inner = super().__iter__()
             if span is None or not span.rows.running:  # a slice has none
                 return inner
             return (_Wrapped(span, n, block, single) for n, block in enumerate(inner, first))
 
-        def __reduce_ex__(self, protocol):
+        def __reduce_ex__(self, protocol: Any) -> tuple:
             return _blank, (kind,), dict(self.__dict__)
 
     SpanList.__name__ = kind.__name__

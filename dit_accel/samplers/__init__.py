@@ -6,7 +6,7 @@ from dit_accel.samplers.install import install, sampling
 __all__ = ["GridScheduler", "H3GridScheduler", "Sampler", "install", "sampling"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name in ("GridScheduler", "H3GridScheduler"):  # they import diffusers
         from dit_accel.samplers import schedulers
 

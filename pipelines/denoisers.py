@@ -35,12 +35,13 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The known transformer inside wrappers that hold one module each, or `module`."""
+    """The known transformer inside wrappers that hold one module each; without one, `module`, or
+    what torch.compile made it of."""
     inner = module
     while not registry.name_of(inner):
         children = list(inner.children())
         if len(children) != 1:
-            return module
+            return getattr(module, "_orig_mod", module)
         inner = children[0]
     return inner
 

@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
         Adapters for reference images (IP-Adapter) let it attend to these in a call of its own.
         """
         g = self.geometry
-        if n_keys != n_queries and n_keys < g.n_visual:
+        if n_keys != n_queries and n_keys < self.queries:
             return True
         whole = (self.queries, self.queries + (g.n_text or 0))
         return g.segments and (n_queries, n_keys) != whole

@@ -77,6 +77,11 @@ class SSTA(Method):
         super().__post_init__()
 
     @property
+    def layout(self) -> Grid:
+        """Tokens are laid out in its tiles."""
+        return self.tile
+
+    @property
     def block(self) -> int:
         """Tokens in a block of the kernels."""
         return 64 if prod(self.tile) % 128 else 128

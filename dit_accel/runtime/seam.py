@@ -130,8 +130,9 @@ _IDS = itertools.count()
 
 
 class _Current(threading.local):
-    layer: Tensor | None = None
-    hidden: Tensor | None = None
+    def __init__(self) -> None:  # in each thread: Dynamo guards on which attributes there are
+        self.layer: Tensor | None = None
+        self.hidden: Tensor | None = None
 
 
 CURRENT = _Current()

@@ -37,6 +37,8 @@ class Clock:
         self._seen: list[str] = []
         self._timesteps: Any = None
         self._inference = False
+        self._stood = False  # at the last forward
+        self._begin: int | None = None  # the scheduler's index at the first step, where it was seen
 
     def __reduce__(self) -> tuple:
         return Clock, (None, self._scheduler)  # a copy starts anew
@@ -65,6 +67,8 @@ class Clock:
         step, self.steps = self._read(timestep, runs)
         name = self._context[0] if self._context else None
         timesteps = getattr(self._scheduler, "timesteps", None)
+        if self._stands() and timesteps is self._timesteps and geometry.grid == self.geometry.grid:
+            step = (self.step + (name in self._seen)) % (self.steps or 1)
         fresh = timesteps is not self._timesteps or step < self.step
         fresh = fresh or geometry.grid != self.geometry.grid or (step == 0 and name in self._seen)
         # what inference mode made cannot be trained with
@@ -77,6 +81,7 @@ class Clock:
         self._seen.append(self.passname)
         self.step, self.geometry, self._timesteps = step, geometry, timesteps
         self._inference = torch.is_inference_mode_enabled()
+        self._stood = self._stands()
         return fresh
 
     @property
@@ -85,18 +90,30 @@ class Clock:
         apart = self._context is not None and "uncond" not in self._context[0]
         return 2 if apart and getattr(self._pipe(), "do_classifier_free_guidance", False) else 1
 
+    def _stands(self) -> bool:
+        """Has the scheduler made no step yet? That of SkyReels V2's diffusion forcing never does:
+        each frame has a copy of it, and passes that come again tell the steps."""
+        told = self._context is not None and self._context[1].get("step_index") is not None
+        return not told and getattr(self._scheduler, "step_index", 0) is None
+
     def _read(self, timestep: Any, runs: Caller) -> tuple[int, int | None]:
         """(step, number of steps) from the cache context, else from the scheduler."""
         fields, scheduler = self._context[1] if self._context else {}, self._scheduler
         begin = getattr(scheduler, "begin_index", None) or 0
         timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not None and runs.itself:
-            # image and video to video run the last part of the timesteps
-            begin = max(begin, len(timesteps) - getattr(runs.pipe, "_num_timesteps", 10**9))
-        steps = None if timesteps is None else len(timesteps) - begin
+        index = getattr(scheduler, "step_index", None)
+        n = 0 if timesteps is None else len(timesteps)
+        said = getattr(runs.pipe, "_num_timesteps", n) if runs.itself else n
+        begin = max(begin, n - said)  # image and video to video run the last part of the timesteps
+        if timesteps is not self._timesteps or index is None:
+            self._begin = None
+        elif self._stood:
+            self._begin = index - 1
+        begin = begin if self._begin is None else self._begin
+        rest = said if runs.itself and self._stands() else min(n - begin, said)
+        steps = None if timesteps is None else rest
         if fields.get("step_index") is not None:
             return int(fields["step_index"]), fields.get("num_inference_steps") or steps
-        index = getattr(scheduler, "step_index", None)
         if timesteps is not None and timestep is not None and not hasattr(scheduler, "step_index"):
             index = _nearest(timesteps, timestep)  # DDIM, DDPM, CogVideoX: a device synchronisation
         return (0 if index is None else max(0, index - begin)), steps

@@ -1,22 +1,33 @@
 """Any pipeline of diffusers, called once with tiny parts: what it is made of and given, by name.
 
-python tests/pipelines/drive.py     prints which run, and why the others do not
+What holds for most of them stands here, what one alone wants in own_*.py.
+
+python tests/pipelines/drive.py             prints which run, and why the others do not
+python tests/pipelines/drive.py PIPELINE    runs one, with its traceback
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache
-from types import SimpleNamespace
+from operator import attrgetter
 from typing import Any
 
 import diffusers
 import torch
+from own import CLIP, PICTURE, Own
+from own_image import OWN as OWN_IMAGES
+from own_video import OWN as OWN_VIDEOS
 from PIL import Image
+from stand_ins import Processor, Safe, Vae
 from torch import nn
-from zoo import padding, x, zoo
+from zoo import TEXT, padding, x, zoo
+
+OWN = {**OWN_IMAGES, **OWN_VIDEOS}
 
 # what a pipeline wants of its transformer that the zoo's does not have
 CONFIG = {
@@ -33,7 +44,6 @@ CONFIG = {
     "StableDiffusion3InpaintPipeline": {"in_channels": 16, "out_channels": 16},
     "OvisImagePipeline": {"out_channels": 16},
 }
-TEXT = 20
 SIDES = {"height": 128, "width": 128}
 PICTURES = (
     "Img2Img",
@@ -60,80 +70,37 @@ def pipelines() -> dict[str, str]:
     return {pipe: model for model, pipes in known_pipelines().items() for pipe in pipes}
 
 
-class Safe(nn.Module):
-    """A guard that lets everything pass."""
-
-    device, dtype = torch.device("cpu"), torch.float32
-
-    def check_text_safety(self, prompt: str) -> bool:
-        return True
-
-    def check_video_safety(self, video: Any) -> Any:
-        return video
+def kind_of(name: str) -> Any:
+    """The class of a pipeline. Where diffusers misses a package, it exports another one that only
+    says so; ConsisID needs OpenCV to find a face, which is given here."""
+    if name == "ConsisIDPipeline":
+        return importlib.import_module(
+            "diffusers.pipelines.consisid.pipeline_consisid"
+        ).ConsisIDPipeline
+    return getattr(diffusers, name)
 
 
-class Processor:
-    """What Qwen-Image 2.1 asks when it is made."""
-
-    tokenizer = SimpleNamespace(encode=lambda text: [0])
-
-    def apply_chat_template(self, *args: Any, **options: Any) -> list[list[int]]:
-        return [[0]]
-
-
-class Vae(nn.Module):
-    """Averages of 8 × 8 pixels as latents; as much of a VAE as pipelines ask of one."""
-
-    def __init__(self, channels: int, video: bool) -> None:
-        super().__init__()
-        self.channels, self.video = channels, video
-        self.config = SimpleNamespace(
-            latent_channels=channels,
-            z_dim=channels,
-            block_out_channels=(1, 1, 1, 1),
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            latents_mean=[0.0] * channels,
-            latents_std=[1.0] * channels,
-            scale_factor_spatial=8,
-            scale_factor_temporal=4,
-            temporal_compression_ratio=4,
-            invert_scale_latents=False,
-            spatial_compression_ratio=8,
-            layers_per_block=1,
-        )
-        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.temperal_downsample = self.temporal_downsample = [False, True, True]
-        self.spatial_compression_ratio, self.temporal_compression_ratio = 8, 4
-        self.bn, self.config.batch_norm_eps = nn.BatchNorm2d(4 * channels).eval(), 1e-5
-        self.latents_mean, self.latents_std = torch.zeros(channels), torch.ones(channels)
-
-    dtype = property(lambda self: self.weight.dtype)
-    device = property(lambda self: self.weight.device)
-
-    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
-        small = nn.functional.avg_pool2d(pixels.flatten(0, -4) if pixels.ndim > 4 else pixels, 8)
-        if pixels.ndim == 5:
-            frames = pixels.transpose(1, 2).flatten(0, 1)
-            small = nn.functional.avg_pool2d(frames, 8).unflatten(0, (pixels.shape[0], -1))
-            small = small.transpose(1, 2)[:, :, ::4]
-        latents = small.mean(1, keepdim=True).repeat_interleave(self.channels, 1)
-        found = SimpleNamespace(
-            sample=lambda generator=None: latents, mode=lambda: latents, mean=latents
-        )
-        return SimpleNamespace(latent_dist=found, latents=latents)
+def perturb(model: nn.Module) -> None:
+    """Let nothing be zero: what a control net adds would be."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
 
 
 def parts(name: str) -> dict[str, Any]:
     """The tiny parts of a pipeline: its transformer, a scheduler, a VAE, and nothing else."""
-    kind, case = getattr(diffusers, name), zoo()[pipelines()[name]]
-    case = replace(case, config={**case.config, **CONFIG.get(name, {})})
+    kind, case = kind_of(name), zoo()[pipelines()[name]]
+    own = OWN.get(name, Own())
+    case = replace(case, config={**case.config, **CONFIG.get(name, {}), **own.config})
     transformer, out = case.build(), {}
+    given = own.parts(transformer)
     for part, parameter in inspect.signature(kind.__init__).parameters.items():
         said = str(parameter.annotation)
         if part == "self" or parameter.kind is parameter.VAR_KEYWORD:
             continue
-        if part == "transformer":
+        if part in given:
+            out[part] = given[part]
+        elif part == "transformer":
             out[part] = transformer
         elif part.endswith("scheduler"):
             found = [n for n in dir(diffusers) if n.endswith("Scheduler") and n in said]
@@ -150,8 +117,8 @@ def parts(name: str) -> dict[str, Any]:
         elif part == "controlnet":
             found = [n for n in dir(diffusers) if n.endswith("ControlNetModel") and n in said]
             model = getattr(diffusers, max((n for n in found if "Multi" not in n), key=len))
-            out[part] = model.from_transformer(transformer, load_weights_from_transformer=False)
-            out[part].eval()
+            out[part] = model.from_config({**transformer.config, **own.controlnet}).eval()
+            perturb(out[part])
         elif part == "safety_checker" and "Cosmos" in name:
             out[part] = Safe()
         elif part == "processor" and name == "QwenImage21Pipeline":
@@ -163,7 +130,7 @@ def parts(name: str) -> dict[str, Any]:
 
 def arguments(name: str) -> dict[str, Any]:
     """What the call is given: embeddings of a prompt, masks, sizes, pictures where it needs any."""
-    kind, case = getattr(diffusers, name), zoo()[pipelines()[name]]
+    kind, case = kind_of(name), zoo()[pipelines()[name]]
     inputs, taken = case.arguments(), inspect.signature(kind.__call__).parameters
     text = inputs.get("encoder_hidden_states", torch.zeros(1, TEXT, 16))
     text = text[0] if isinstance(text, (list, tuple)) else text
@@ -191,12 +158,11 @@ def arguments(name: str) -> dict[str, Any]:
         given[f"{again}_2"] = given[again]
     for again in ("prompt_attention_mask", "prompt_embeds_mask"):
         given |= {f"{again}_2": padding(TEXT), f"negative_{again}_2": padding(TEXT)}
-    picture = Image.new("RGB", (128, 128), "red")
     if any(word in name for word in PICTURES) or taken.get("image", WITHOUT).default is EMPTY:
-        given |= {"image": picture, "control_image": picture}
+        given |= {"image": PICTURE, "control_image": PICTURE}
     given |= {"mask_image": Image.new("L", (128, 128), 255)}
     if "VideoToVideo" in name or taken.get("video", WITHOUT).default is EMPTY:
-        given["video"] = [picture] * 9
+        given["video"] = CLIP
     if taken.get("prompt", WITHOUT).default is EMPTY:
         given["prompt"] = None
     if "Helios" in name:
@@ -211,12 +177,17 @@ def arguments(name: str) -> dict[str, Any]:
     given |= {"class_labels": [1], "control_mask": Image.new("L", (128, 128), 255)}
     if "negative_prompt" in taken and taken["negative_prompt"].default == "":
         given["negative_prompt"] = None
-    return {key: value for key, value in given.items() if key in taken}
+    own = OWN.get(name, Own())
+    given |= own.given()
+    return {key: value for key, value in given.items() if key in taken and key not in own.without}
 
 
 def build(name: str) -> Any:
-    pipe = getattr(diffusers, name)(**parts(name))
+    pipe = kind_of(name)(**parts(name))
     pipe.set_progress_bar_config(disable=True)
+    for attribute, value in OWN.get(name, Own()).sets.items():
+        *inside, last = attribute.split(".")
+        setattr(attrgetter(".".join(inside))(pipe) if inside else pipe, last, value)
     return pipe
 
 
@@ -246,7 +217,9 @@ def why_not(name: str) -> str:
 
 
 if __name__ == "__main__":
-    reasons = {name: why_not(name) for name in pipelines()}
+    for name in sys.argv[1:]:
+        print(name, run(build(name), name).shape)
+    reasons = {} if sys.argv[1:] else {name: why_not(name) for name in pipelines()}
     for name, why in sorted(reasons.items(), key=lambda pair: pair[1]):
         print(f"{name:<44} {why or 'runs'}")
     print(sum(not why for why in reasons.values()), "of", len(reasons))

@@ -11,6 +11,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
 )
+from drive import arguments, build
 from support import calls, flux
 from tiny import tiny_flux
 
@@ -136,3 +137,31 @@ def test_a_copy_of_a_pipeline_with_its_own_scheduler():
     other.scheduler = copy.deepcopy(pipe.scheduler)
     flux(other, steps=8)
     assert handle.report().fallbacks == EXPECTED
+
+
+def steps_of(name, **more):
+    """The report of one call of a pipeline of tests/pipelines/drive.py, a quarter of it warm-up."""
+    pipe = build(name)
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    with torch.no_grad():
+        pipe(**arguments(name) | more)
+    return handle.report()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scheduler_that_only_its_copies_step():
+    name = "SkyReelsV2DiffusionForcingPipeline"
+    for more, steps in (({}, 8), ({"ar_step": 2, "causal_block_size": 1}, 12)):
+        report = steps_of(name, num_inference_steps=8, **more)
+        seen = [(row["step"], row["passname"]) for row in report.steps]
+        assert seen == [(i, name) for i in range(steps) for name in ("cond", "uncond")]
+        assert report.generations == 1
+        assert report.fallbacks["warm-up step"] == 2 * 2 * steps // 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_that_leaves_the_last_timestep_out():
+    name = "LTX2DFRTemporalRefinePipeline"
+    report = steps_of(name, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01])
+    assert [row["step"] for row in report.steps] == list(range(8))
+    assert report.fallbacks == EXPECTED

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
-from support import ALL, NOW, flux, left_on, wan
+from support import ALL, NOW, flux, flux_adapter, left_on, wan
 from tiny import tiny_flux, tiny_wan
 from zoo import Pipe, forward, zoo
 
@@ -14,27 +14,8 @@ from dit_accel import TopK
 EMBEDDED = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(1))
 
 
-def adapter_state(transformer):
-    """Weights of a Flux IP-Adapter with four tokens."""
-    torch.manual_seed(5)
-    config, width = transformer.config, transformer.config.joint_attention_dim
-    inner = config.num_attention_heads * config.attention_head_dim
-    projection = {
-        "proj.weight": torch.randn(4 * width, 32) * 0.05,
-        "proj.bias": torch.zeros(4 * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
-    }
-    layers = {}
-    for i in range(config.num_layers):
-        for part in "kv":
-            layers[f"{i}.to_{part}_ip.weight"] = torch.randn(inner, width) * 0.05
-            layers[f"{i}.to_{part}_ip.bias"] = torch.zeros(inner)
-    return {"image_proj": projection, "ip_adapter": layers}
-
-
 def load(pipe):
-    state = [adapter_state(pipe.transformer)]
+    state = [flux_adapter(pipe.transformer)]
     pipe.transformer._load_ip_adapter_weights(state, low_cpu_mem_usage=False)
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import nn
 
-from dit_accel.config import DEFAULT, AccelConfig, resolve
+from dit_accel.config import DEFAULT, AccelConfig, Options, resolve
 from dit_accel.forward.clock import Clock, weakly
 from dit_accel.methods import Call, Method
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter
-from dit_accel.pipelines.denoisers import denoisers, transformers_of
+from dit_accel.pipelines.denoisers import Pipe, denoisers, transformers_of
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.config import resolve as pruning
 from dit_accel.pruning.span import Span
@@ -28,7 +28,7 @@ from dit_accel.schedule import Schedule
 class Handle:
     """What `accelerate` returns: the way to the report and back to the pipeline as it was."""
 
-    def __init__(self, pipe: Any, found: Assembly) -> None:
+    def __init__(self, pipe: Pipe, found: Assembly) -> None:
         self.config = found.engine.config
         self._engine, self._patches, self._stock = found.engine, found.patches, found.stock
         self._pipe = weakly(pipe)
@@ -73,7 +73,7 @@ class Handle:
 
 
 def accelerate(
-    pipe: Any,
+    pipe: Pipe,
     method: str | Path | Method | AccelConfig = DEFAULT,
     *,
     schedule: Schedule | None = None,
@@ -114,7 +114,7 @@ def accelerate(
     return Handle(pipe, found)
 
 
-def restore(pipe: Any) -> None:
+def restore(pipe: Pipe) -> None:
     """Undo `accelerate`: the pipeline is bit for bit what it was. Harmless on a stock pipeline."""
     for transformer in _denoisers(pipe).values():
         entry = patch.of(transformer)
@@ -124,7 +124,9 @@ def restore(pipe: Any) -> None:
 
 @contextmanager
 def accelerated(
-    pipe: Any, method: str | Path | Method | AccelConfig = DEFAULT, **options: Any
+    pipe: Pipe,
+    method: str | Path | Method | AccelConfig = DEFAULT,
+    **options: Unpack[Options],
 ) -> Iterator[Handle]:
     """`accelerate` for the length of a with block; takes the same arguments."""
     handle = accelerate(pipe, method, **options)
@@ -161,7 +163,7 @@ def register_adapter(adapter: Adapter) -> None:
     registry.register_adapter(adapter)
 
 
-def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+def _denoisers(pipe: Pipe) -> dict[str, nn.Module]:
     found = denoisers(pipe)
     if not found:
         kind = "a UNet" if hasattr(pipe, "unet") else "no transformer"

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dit_accel.forward.order import ORDERS, Grid
 from dit_accel.inputs.data import read_object
@@ -111,24 +111,34 @@ class AccelConfig:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def resolve(method: str | Path | Method | AccelConfig, **overrides: Any) -> AccelConfig:
+class Options(TypedDict, total=False):
+    """What `accelerate` takes beside a method, each in place of the configuration's own."""
+
+    schedule: Schedule | None
+    prune: TokenPruning | str | None
+    order: str | None
+    min_tokens: int | None
+    strict: bool | None
+
+
+def resolve(method: str | Path | Method | AccelConfig, **overrides: object) -> AccelConfig:
     """A configuration from a text that `named` reads, a .json file, a method or a config.
 
     `overrides` replaces fields of the result where its value is not None.
     """
-    overrides = {k: v for k, v in overrides.items() if v is not None}
+    changed: dict[str, Any] = {k: v for k, v in overrides.items() if v is not None}
     if isinstance(method, AccelConfig):
-        return replace(method, **overrides)
+        return replace(method, **changed)
     if isinstance(method, Method):
-        return AccelConfig(method, **overrides)
+        return AccelConfig(method, **changed)
     if not isinstance(method, (str, Path)):
         raise TypeError(
             "method is a name, a preset file, a method object or an AccelConfig, "
             f"not {type(method).__name__}"
         )
     if str(method).endswith(".json"):
-        return replace(_read(Path(method)), **overrides)
-    return AccelConfig(named(str(method)), **overrides)
+        return replace(_read(Path(method)), **changed)
+    return AccelConfig(named(str(method)), **changed)
 
 
 def named(text: str) -> Method:

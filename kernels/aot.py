@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -20,6 +20,10 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -81,7 +85,7 @@ def _specialize(
 
 
 def compile_for(
-    kernel: Any, arguments: dict[str, Any], capability: int, options: dict[str, int]
+    kernel: JITFunction, arguments: dict[str, object], capability: int, options: dict[str, int]
 ) -> Any:
     """Compile a `triton.jit` or `gluon.jit` function as a launch with these arguments would."""
     constants: dict[tuple[int, ...], Any] = {}
@@ -100,7 +104,7 @@ def compile_for(
 
 
 def report(
-    kernel: Any, arguments: dict[str, Any], capability: int, options: dict[str, int]
+    kernel: JITFunction, arguments: dict[str, object], capability: int, options: dict[str, int]
 ) -> Report:
     """Compile and read the result; raises RuntimeError when the binary cannot be read."""
     compiled = compile_for(kernel, arguments, capability, options)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ from dit_accel.kernels.sparse_linear_attention import triton as linear
 from dit_accel.kernels.sparse_linear_attention import triton_backward as linear_backward
 from dit_accel.table import BlockTable, block_count
 
+if TYPE_CHECKING:
+    from triton import JITFunction
+
+
 _SHAPE = (1, 12, 32760)
 _KEPT = 26
 
@@ -63,7 +67,7 @@ def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
 
 def forward_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The forward kernel; `extra` is "", "pool", "rectify" or, where specialized, "linear"."""
     batch, heads, n = _SHAPE
     block_k = launch.tile if launch.specialized else launch.block
@@ -88,7 +92,7 @@ def forward_case(
 
 def dq_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The dq kernel; `extra` is "" or "pool"."""
     x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
     lse = empty(*_SHAPE)
@@ -100,7 +104,9 @@ def dq_case(
     return backward._block_sparse_attention_bwd_dq_kernel, arguments
 
 
-def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def dkdv_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The dk and dv kernel."""
     x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
     lse = empty(*_SHAPE)
@@ -111,7 +117,9 @@ def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
     return backward._block_sparse_attention_bwd_dkdv_kernel, arguments
 
 
-def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def pool_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of the gradients of pooled keys and values."""
     x, lse, (d0, d1) = tokens(head_dim, dtype), empty(*_SHAPE), split_head_dim(head_dim)
     means, sums = empty(1, 12, 640, head_dim, dtype=dtype), empty(1, 1, 12, 640, head_dim)
@@ -128,7 +136,7 @@ def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
 
 def means_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of the block means of q and k, with deviations if the row is of these; extra
     "parts": with the means of four parts, "pool": that of keys and values."""
     if extra == "pool":
@@ -146,7 +154,9 @@ def means_case(
     }  # fmt: skip
 
 
-def pooled_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def pooled_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of pooled keys and values; of a row of deviations, with those of the keys."""
     x, half = tokens(head_dim, dtype), empty(*_SHAPE[:2], 512, head_dim, dtype=dtype)
     known = empty(*half.shape) if launch.op == "means" else None
@@ -158,7 +168,9 @@ def pooled_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
     }  # fmt: skip
 
 
-def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def scores_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of the scores of block means."""
     mean = empty(*_SHAPE[:2], 512, head_dim)
     return table_kernels._block_scores_fwd_kernel, {
@@ -170,7 +182,7 @@ def scores_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
 
 def levels_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = "4"
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of the levels of blocks in parts, `extra` of them."""
     rows, parts = 512 * int(extra), int(extra)
     mean = empty(*_SHAPE[:2], rows, head_dim, dtype=dtype)
@@ -185,7 +197,7 @@ def levels_case(
 
 def select_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel that chooses the blocks of a row, for as many as it serves; extra: "mass", or
     "parts" for four of a block."""
     width = 1024 * launch.warps
@@ -203,7 +215,7 @@ def select_case(
 
 def coefficients_case(
     launch: Launch, head_dim: int, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of r and C, with GAPR."""
     mean, bits = empty(*_SHAPE[:2], 512, head_dim), empty(*_SHAPE[:2], 512, 16, dtype=torch.int32)
     half = mean.to(dtype)
@@ -234,7 +246,9 @@ def int8_keys_of(
     return tokens(head_dim, dtype), keys
 
 
-def int8_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def int8_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The attention kernel in eight bits."""
     x, keys = int8_keys_of(launch, head_dim, dtype)
     call = (x, keys, x, empty(*_SHAPE), table(launch.block, launch.tile), launch)
@@ -245,7 +259,7 @@ def int8_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, d
 
 def int8_quantize_case(
     launch: Launch, head_dim: int, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel that quantises keys and values."""
     x, keys = int8_keys_of(launch, head_dim, dtype)
     return int8_keys._int8_quantize_fwd_kernel, int8_keys.quantize_arguments(x, x, keys)
@@ -257,13 +271,17 @@ def linear_states(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Te
     return states.unpack(empty(*_SHAPE[:2], blocks, head_dim * (head_dim + 1), dtype=dtype))
 
 
-def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def state_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of the state of linear attention over all keys."""
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
     return _state(launch, tokens(head_dim, dtype), state, total, span=1600)
 
 
-def project_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def project_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel that sums the states of spans and projects them."""
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
     return states._linear_project_fwd_kernel, {
@@ -275,19 +293,23 @@ def project_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any
 
 def block_state_case(
     launch: Launch, head_dim: int, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The same kernel for the projected states of blocks."""
     weight = empty(head_dim, head_dim, dtype=dtype)
     both = linear_states(launch, head_dim, dtype)
     return _state(launch, tokens(head_dim, dtype), *both, span=launch.block, weight=weight)
 
 
-def _state(launch: Launch, x: Tensor, *both: Tensor, **options: Any) -> tuple[Any, dict[str, Any]]:
+def _state(
+    launch: Launch, x: Tensor, *both: Tensor, **options: object
+) -> tuple[JITFunction, dict[str, object]]:
     _, arguments, _ = states.state_case(x, x, *both, launch=launch, **options)
     return states._linear_state_fwd_kernel, arguments
 
 
-def linear_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def linear_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel that adds the linear branch, with a state for each block."""
     x, (state, total) = tokens(head_dim, dtype), linear_states(launch, head_dim, dtype)
     tensors = {"base": x, "q": x, "o": x, "bias": None, "eps": empty(*state.shape[:3])}
@@ -298,7 +320,7 @@ def linear_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any,
 
 def linear_backward_case(
     launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = ""
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[JITFunction, dict[str, object]]:
     """The kernel of dq or, extra "keys", of dk and dv, with a state for each block."""
     x, (state, total) = tokens(head_dim, dtype), linear_states(launch, head_dim, dtype)
     rows, center = empty(*_SHAPE), empty(*_SHAPE[:2], head_dim)
@@ -313,7 +335,7 @@ def linear_backward_case(
     return linear_backward._linear_branch_bwd_dq_kernel, arguments
 
 
-CASES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+CASES: dict[str, Callable[..., tuple[JITFunction, dict[str, object]]]] = {
     "forward": forward_case,
     "dq": dq_case,
     "dkdv": dkdv_case,

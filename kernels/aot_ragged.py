@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from dit_accel.kernels.launch import Launch
 from dit_accel.kernels.ragged_attention import triton as forward
 from dit_accel.kernels.ragged_attention import triton_backward as backward
 from dit_accel.table import BlockTable
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
 
 _HEADS, _N, _TILES, _KEPT = (1, 12), 32760, 624, 125
 
@@ -32,7 +36,9 @@ def _tokens(head_dim: int, dtype: torch.dtype) -> Tensor:
     return _empty(_HEADS[0], _N, _HEADS[1], head_dim, dtype=dtype).transpose(1, 2)
 
 
-def forward_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def forward_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The forward kernel, with a gate."""
     x, (table, bounds) = _tokens(head_dim, dtype), _tiles(launch.block)
     coarse = _empty(*_HEADS, _TILES, head_dim)
@@ -40,14 +46,18 @@ def forward_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any
     return forward._ragged_attention_fwd_kernel, forward.forward(*call)[1]
 
 
-def dq_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def dq_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The dq kernel."""
     x, (table, bounds) = _tokens(head_dim, dtype), _tiles(launch.block)
     _, arguments, _ = backward.dq_launch(_given(x), table, bounds, None, launch, x)
     return backward._ragged_attention_bwd_dq_kernel, arguments
 
 
-def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+def dkdv_case(
+    launch: Launch, head_dim: int, dtype: torch.dtype
+) -> tuple[JITFunction, dict[str, object]]:
     """The dk and dv kernel."""
     x, (table, bounds) = _tokens(head_dim, dtype), _tiles(launch.block)
     rows = _empty(table.indices.numel(), dtype=torch.int32)

@@ -6,12 +6,17 @@ first call stalls a pipeline. A row serves its capability and every newer one wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from triton import JITFunction
+
 
 HEAD_DIMS = (64, 80, 96, 128)
 BLOCKS = (16, 32, 64, 128)
@@ -215,14 +220,16 @@ def padded(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def compiler_options(launch: Launch) -> dict[str, Any]:
+def compiler_options(launch: Launch) -> dict[str, int]:
     """What a row tells Triton's compiler. Products and differences are not fused: s·scale − m with
     one rounding passes exp2's range where the logits are large, and the output is not finite."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     return options | {"enable_fp_fusion": False}
 
 
-def run(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], launch: Launch) -> None:
+def run(
+    kernel: JITFunction, grid: tuple[int, ...], arguments: Mapping[str, object], launch: Launch
+) -> None:
     """Launch a Triton kernel on the GPU of its tensors."""
     device = next(x.device for x in arguments.values() if isinstance(x, torch.Tensor))
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

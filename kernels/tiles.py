@@ -6,8 +6,6 @@ no product is padded and no load is masked by column; the second part is None wh
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -99,7 +97,7 @@ def pool_bias(p_bits, o_m, n_valid, BLOCK: tl.constexpr):
     return tl.where((b_kept == 0) & (b_size > 0), b_bias, -float("inf"))
 
 
-def key_limits(k: Tensor, kv_len: int | Tensor | None) -> dict[str, Any]:
+def key_limits(k: Tensor, kv_len: int | Tensor | None) -> dict[str, object]:
     """The kernel arguments that say how many keys are valid."""
     per_sample = isinstance(kv_len, Tensor)
     return {

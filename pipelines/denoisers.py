@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from torch import nn
 
 from dit_accel.pipelines import registry
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
 # Where diffusers' pipelines keep a transformer, of whatever class.
 SLOTS = ("transformer", "transformer_2", "unconditional_transformer")
 
 
-def transformers_of(pipe: Any) -> list[nn.Module]:
+class Holder(Protocol):
+    """What has the slot of a transformer."""
+
+    transformer: nn.Module
+
+
+# What `accelerate` takes: a pipeline, a transformer, or what holds one.
+Pipe: TypeAlias = "DiffusionPipeline | nn.Module | Holder"
+
+
+def transformers_of(pipe: object) -> list[nn.Module]:
     """The pipeline's denoising transformers; empty for a pipeline without one."""
     return list(denoisers(pipe).values())
 
 
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
+def denoisers(pipe: object) -> dict[str, nn.Module]:
     """Name → denoising transformer of a pipeline, or of one that is a transformer itself.
 
     Those are the modules of a known class, and what stands in one of SLOTS. What torch.compile,
@@ -46,7 +60,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return inner
 
 
-def _modules(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+def call(pipe: DiffusionPipeline, **arguments: object) -> Any:
+    """What a pipeline makes of these arguments: its classes can be called, their base cannot."""
+    run: Any = pipe
+    return run(**arguments)
+
+
+def _modules(pipe: object) -> Iterator[tuple[str, nn.Module]]:
     """What an object holds as attributes or in lists, SLOTS first."""
     held = {name: getattr(pipe, name, None) for name in SLOTS}
     held |= vars(type(pipe)) | getattr(pipe, "__dict__", {})

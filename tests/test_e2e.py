@@ -172,9 +172,9 @@ def test_speed_ups_are_those_of_whole_runs():
 def test_sla_runs_its_linear_branch_in_every_layer():
     pipe, _ = made("flux-1024")
     row = Row.parse("sla@0.1")
-    options = Course(row, 1).options(pipe.transformer, 0)
+    method, _ = Course(row, 1).options(pipe.transformer, 0)
     layers = registry.find(pipe.transformer).attentions(pipe.transformer)
-    assert len(options["method"]._learned) == len(layers)
+    assert len(method._learned) == len(layers)
     benchmark = tiny()
     benchmark.run([MODELS["flux-1024"]], [Row.parse("stock"), row])
     assert "sparse_linear_attention" in " ".join(benchmark.rows[1]["implementations"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.batch.folder import Hold, clashes, opened, sweep
 from dit_accel.batch.gallery import publish
@@ -20,6 +20,9 @@ from dit_accel.batch.summary import Summary, summarize
 from dit_accel.batch.worker import Settings
 from dit_accel.generation import loading
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 def run(
     jobs: str | Path | Sequence[Job | Mapping[str, Any]],
@@ -27,7 +30,7 @@ def run(
     *,
     settings: Settings | None = None,
     defaults: Mapping[str, Any] | None = None,
-    pipe: Any = None,
+    pipe: DiffusionPipeline | None = None,
     workers: int | None = None,
     gpus: str | None = None,
     device: str | None = None,
@@ -148,7 +151,7 @@ def _space() -> Iterator[None]:
         raise ValueError(f"{error.strerror}: free some and start again") from None
 
 
-def _name(pipe: Any) -> str:
+def _name(pipe: DiffusionPipeline) -> str:
     return getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
 
 

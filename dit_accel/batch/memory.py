@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 OFFLOADING = ("cuda",)  # devices whose memory is not the host's
 
@@ -16,7 +20,9 @@ class Savings:
     then only the running layer. `taken` lists what is in force.
     """
 
-    def __init__(self, pipe: Any, device: torch.device, batch: int = 1, offload: bool = False):
+    def __init__(
+        self, pipe: DiffusionPipeline, device: torch.device, batch: int = 1, offload: bool = False
+    ):
         self.pipe, self.device, self.batch = pipe, device, batch
         self.taken: list[str] = []
         self._left = [self._tile, *([] if offload else [self._offload]), self._offload_layers]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.batch.display import Display
 from dit_accel.batch.fleet import Fleet
@@ -21,6 +21,10 @@ from dit_accel.batch.writer import FULL
 from dit_accel.generation import loading
 from dit_accel.parallel import launcher
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
 SHOW = ("auto", "json", "none")
 GALLERY_EVERY = 30.0
 
@@ -29,7 +33,7 @@ GALLERY_EVERY = 30.0
 class Place:
     """Where and how a run works; see `campaign.run`. Raises ValueError for what excludes itself."""
 
-    pipe: Any = None
+    pipe: DiffusionPipeline | None = None
     workers: int | None = None
     gpus: str | None = None
     device: str | None = None
@@ -120,7 +124,7 @@ def launched() -> Iterator[int | None]:
 def _work(
     manifest: Manifest,
     settings: Settings,
-    pipe: Any,
+    pipe: DiffusionPipeline | None,
     devices: list[str],
     rank: int | None,
     show: str,
@@ -148,7 +152,12 @@ def _work(
 
 
 def _work_together(
-    manifest: Manifest, settings: Settings, pipe: Any, device: str | None, count: int, show: str
+    manifest: Manifest,
+    settings: Settings,
+    pipe: DiffusionPipeline | None,
+    device: str | None,
+    count: int,
+    show: str,
 ) -> str:
     """Every clip by all processes: the first has the worker, the others follow."""
     if pipe is None:

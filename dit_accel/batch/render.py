@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,12 @@ from dit_accel.batch.jobs import Job
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
 from dit_accel.generation.run import ProgressFn, generate
+from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.samplers import sampling
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 KEPT_PROMPTS = 16
 REPORTED = ("method", "kept", "fallbacks", "unplanned", "implementations", "state_bytes")
@@ -51,7 +56,11 @@ class Clip:
 
 
 def render(
-    pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, dense: bool = False
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    jobs: Sequence[Job],
+    progress: ProgressFn,
+    dense: bool = False,
 ) -> list[Clip]:
     """The clips of jobs that share one shape, in one call. `dense`: without their method.
 
@@ -70,7 +79,11 @@ def render(
 
 
 def _call(
-    pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, report: dict[str, Any]
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    jobs: Sequence[Job],
+    progress: ProgressFn,
+    report: dict[str, Any],
 ) -> list[Clip]:
     if len(jobs) > 1:
         return _together(pipe, defaults, jobs, progress, report)
@@ -80,7 +93,11 @@ def _call(
 
 
 def _together(
-    pipe: Any, defaults: Defaults, jobs: Sequence[Job], progress: ProgressFn, report: dict[str, Any]
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    jobs: Sequence[Job],
+    progress: ProgressFn,
+    report: dict[str, Any],
 ) -> list[Clip]:
     """Prompts and generators as lists: each clip has the noise that it would have alone."""
     each = [arguments(pipe, defaults, job.request()) for job in jobs]
@@ -91,7 +108,7 @@ def _together(
     progress("together", 0, len(jobs))
     began = time.perf_counter()
     with sampling(pipe, jobs[0].sampler):
-        output = pipe(**kwargs, output_type="np")
+        output = call_pipeline(pipe, **kwargs, output_type="np")
     seconds = (time.perf_counter() - began) / len(jobs)
     pixels = output.frames if hasattr(output, "frames") else output.images
     return [
@@ -108,7 +125,7 @@ def _clip(pixels: np.ndarray, seconds: float, report: dict[str, Any]) -> Clip:
 
 
 @contextmanager
-def remembered_prompts(pipe: Any) -> Iterator[Callable[[], int]]:
+def remembered_prompts(pipe: DiffusionPipeline) -> Iterator[Callable[[], int]]:
     """Within the block the pipeline encodes each prompt once; yields the number of reuses so far.
 
     The last 16 answers of `pipe.encode_prompt` are kept; calls that are given tensors pass.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -20,6 +20,10 @@ from dit_accel.generation.loading import Defaults
 from dit_accel.generation.run import ProgressFn
 from dit_accel.parallel import ulysses
 from dit_accel.parallel.launcher import AGAIN
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 _PATIENCE = timedelta(days=7)  # between two jobs there may be a full disk to wait for
 
@@ -33,14 +37,14 @@ class Apart(RuntimeError):
 class Together:
     """The processes of one pipeline, `pipe` being this one's copy of it."""
 
-    def __init__(self, pipe: Any, count: int) -> None:
+    def __init__(self, pipe: DiffusionPipeline, count: int) -> None:
         ulysses.share(pipe, count, anything=True)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.leads = dist.get_rank() == 0
 
     def render(
         self,
-        pipe: Any,
+        pipe: DiffusionPipeline,
         defaults: Defaults,
         jobs: Sequence[Job],
         progress: ProgressFn,
@@ -53,7 +57,7 @@ class Together:
         except Exception as error:
             raise Apart(f"{type(error).__name__}: {error}") from error
 
-    def follow(self, pipe: Any, defaults: Defaults) -> None:
+    def follow(self, pipe: DiffusionPipeline, defaults: Defaults) -> None:
         """Make every call that the first process makes, until it dismisses this one."""
         while (task := self._tell(None)) is not None:
             values, dense = task

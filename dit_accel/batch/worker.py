@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dit_accel
 from dit_accel.batch import memory, render
@@ -25,6 +25,10 @@ from dit_accel.generation.request import arguments
 from dit_accel.inputs.fields import check
 from dit_accel.machine import is_device_lost, is_out_of_memory
 from dit_accel.media import owner as owners
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 BEAT = 1.0
 DISK_FULL = 74
@@ -80,7 +84,7 @@ class Worker:
     def __init__(
         self,
         manifest: Manifest,
-        pipe: Any,
+        pipe: DiffusionPipeline,
         defaults: Defaults,
         settings: Settings,
         child: bool,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,11 @@ from dit_accel.bench.rows import Course, Row, set_skip, switched_on
 from dit_accel.bench.whole_run import books, complete, kinds_of, medians
 from dit_accel.inputs.data import read_object
 from dit_accel.machine import describe
+from dit_accel.pipelines.denoisers import call as call_pipeline
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 SLOW = 5.0  # seconds of a stock step from which other rows take their dense steps from it
 COMPILING = 45.0  # seconds that a compiled row is expected to take in addition, on a GPU
@@ -107,7 +112,9 @@ class Benchmark:
         del pipe, call
         self._clean()
 
-    def _row(self, model: Model, pipe: Any, call: dict[str, Any], row: Row, until: float) -> None:
+    def _row(
+        self, model: Model, pipe: DiffusionPipeline, call: dict[str, Any], row: Row, until: float
+    ) -> None:
         known = (self.found(model.name, "stock") or {"seconds": {}})["seconds"].get("dense", 0.0)
         course = Course(row, self.rounds, dense=known < SLOW)
         result = {"model": model.name, "row": row.name}
@@ -125,7 +132,12 @@ class Benchmark:
         self._add(result)
 
     def _timed(
-        self, model: Model, pipe: Any, call: dict[str, Any], course: Course, until: float
+        self,
+        model: Model,
+        pipe: DiffusionPipeline,
+        call: dict[str, Any],
+        course: Course,
+        until: float,
     ) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         if cuda:
@@ -152,14 +164,18 @@ class Benchmark:
                 found["unfit"] = f"the state of all passes would need {peak + more:.0f} GiB"
         return found
 
-    def _steps(self, pipe: Any, call: dict[str, Any], course: Course, until: float) -> list[float]:
+    def _steps(
+        self, pipe: DiffusionPipeline, call: dict[str, Any], course: Course, until: float
+    ) -> list[float]:
         """Seconds of each step of one generation; RuntimeError where its result is not finite."""
         seconds: list[float] = []
         call["generator"].manual_seed(0)
         set_skip(pipe.transformer, False)
         last = time.perf_counter()
 
-        def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def after(
+            pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
             nonlocal last
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -170,8 +186,12 @@ class Benchmark:
             last = time.perf_counter()
             return {}
 
-        result = pipe(
-            **call, num_inference_steps=course.steps, callback_on_step_end=after, return_dict=False
+        result = call_pipeline(
+            pipe,
+            **call,
+            num_inference_steps=course.steps,
+            callback_on_step_end=after,
+            return_dict=False,
         )[0]
         if not bool(result.isfinite().all()):
             raise RuntimeError("the latents are not finite")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dit_accel.machine import free_bytes
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -332,7 +335,9 @@ def _fill(transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
             module._buffers[name] = buffer.to(device)
 
 
-def inputs(model: Model, pipe: Any, device: torch.device, tiny: bool = False) -> dict[str, Any]:
+def inputs(
+    model: Model, pipe: DiffusionPipeline, device: torch.device, tiny: bool = False
+) -> dict[str, Any]:
     """The keyword arguments of the pipeline's call, but for steps and callback."""
     config, dtype = pipe.transformer.config, pipe.transformer.dtype
     size, text = (model.tiny["size"], model.tiny["text"]) if tiny else (model.size, model.text)

@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import SLA, Schedule, TokenPruning, accelerated
-from dit_accel.config import named
+from dit_accel.config import Options, named
 from dit_accel.generation.boost import compiled_blocks
 from dit_accel.generation.variant import Variant
 from dit_accel.methods import Call, Method
@@ -30,6 +30,10 @@ from dit_accel.methods.topk import TopK
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
 from dit_accel.pruning.step_cache import LEADERS
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "int8", "nowarmup")
 TOGETHER = "pooled@0.1+cudnn+compile+prune+cache"
@@ -174,7 +178,7 @@ class Course:
         after = step - self.first
         return "cache" in self.row.added and after > 0 and after % 2 == 1
 
-    def options(self, transformer: nn.Module, min_tokens: int | None) -> dict[str, Any]:
+    def options(self, transformer: nn.Module, min_tokens: int | None) -> tuple[Method, Options]:
         """`accelerate`'s arguments for a pipeline of this transformer."""
         row, cached = self.row, "cache" in self.row.added
         assert row.method is not None, "a stock row is not accelerated"
@@ -186,7 +190,7 @@ class Course:
             # with skipped steps between, the last full step is 1, 3 or 2, 4 steps away
             prune = TokenPruning(refresh=3 if cached else 2, start=self.first, end=0)
         schedule = Schedule(warmup=self.first)
-        return {"method": method, "schedule": schedule, "prune": prune, "min_tokens": min_tokens}
+        return method, {"schedule": schedule, "prune": prune, "min_tokens": min_tokens}
 
 
 def whole_run(row: Row, steps: int) -> list[str]:
@@ -221,7 +225,9 @@ def whole_run(row: Row, steps: int) -> list[str]:
 
 
 @contextmanager
-def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str) -> Iterator[Any]:
+def switched_on(
+    pipe: DiffusionPipeline, course: Course, min_tokens: int | None, compiler: str
+) -> Iterator[Any]:
     """The pipeline under this row; gives the handle of `accelerate`, or None. Leaves it as it was.
 
     compiler: torch.compile's backend.
@@ -244,8 +250,8 @@ def switched_on(pipe: Any, course: Course, min_tokens: int | None, compiler: str
         if row.method is None:
             yield None
         else:
-            options = course.options(transformer, min_tokens)
-            yield stack.enter_context(accelerated(pipe, **options))
+            method, options = course.options(transformer, min_tokens)
+            yield stack.enter_context(accelerated(pipe, method, **options))
 
 
 def with_projections(method: Method, transformer: Any) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from dit_accel import api
 from dit_accel.checkpoints import families, place
 from dit_accel.checkpoints.content import Checkpoint
 from dit_accel.checkpoints.files import find, sources
-from dit_accel.config import AccelConfig
+from dit_accel.config import AccelConfig, Options
 from dit_accel.methods.base import Method
 from dit_accel.methods.learned import SECOND, Learned
 from dit_accel.pipelines import registry
@@ -21,6 +21,9 @@ from dit_accel.pipelines.base import head_dim
 from dit_accel.pipelines.denoisers import SLOTS, transformers_of
 from dit_accel.samplers import install
 from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Loaded:
     sampler: str | None
     handle: api.Handle | None = None
     notes: list[str] = field(default_factory=list)
-    _undo: list[Callable[[], Any]] = field(default_factory=list)
+    _undo: list[Callable[[], object]] = field(default_factory=list)
 
     def restore(self) -> None:
         """Attention, scheduler and boundary as they were. The weights stay."""
@@ -84,13 +87,13 @@ def read(*paths: str | Path, into: str | None = None) -> list[Checkpoint]:
 
 
 def load_checkpoint(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     *paths: str | Path,
     base: str | Path | None = None,
     into: str | None = None,
     keep: float | None = None,
     sampler: str | bool = True,
-    **options: Any,
+    **options: Unpack[Options],
 ) -> Loaded:
     """Load a sparse or few-step checkpoint into a stock pipeline, and run it as it was trained.
 
@@ -139,7 +142,7 @@ def load_checkpoint(
     return loaded
 
 
-def _set_up(pipe: Any, loaded: Loaded, part: Checkpoint, options: dict[str, Any]) -> None:
+def _set_up(pipe: DiffusionPipeline, loaded: Loaded, part: Checkpoint, options: Options) -> None:
     """Sampler, attention and boundary; each with the way back."""
     undo = loaded._undo
     if loaded.sampler:
@@ -175,14 +178,16 @@ def _told(name: str) -> str | None:
     return None if low == high else SLOTS[low]
 
 
-def _check(pipe: Any, method: Method) -> None:
+def _check(pipe: DiffusionPipeline, method: Method) -> None:
     """What `accelerate` refuses of the learned tensors, before anything is changed."""
     for module in transformers_of(pipe):
         modules = registry.find(module).attentions(module)
         method.check(head_dim(next(iter(modules.values()))), len(modules))
 
 
-def _sample(pipe: Any, words: str, shifts: tuple[float, float] | None) -> Callable[[], Any]:
+def _sample(
+    pipe: DiffusionPipeline, words: str, shifts: tuple[float, float] | None
+) -> Callable[[], object]:
     """The checkpoint's scheduler, of MiniMax H3 both; the way back."""
     if shifts is None:
         return install(pipe, words)
@@ -200,7 +205,7 @@ def _sample(pipe: Any, words: str, shifts: tuple[float, float] | None) -> Callab
     return undo
 
 
-def _cross_at(pipe: Any, boundary: float) -> Callable[[], None]:
+def _cross_at(pipe: DiffusionPipeline, boundary: float) -> Callable[[], None]:
     before = pipe.config.get("boundary_ratio")
     pipe.register_to_config(boundary_ratio=boundary)
     return lambda: pipe.register_to_config(boundary_ratio=before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from dit_accel.checkpoints.content import Checkpoint, Entry
 from dit_accel.pipelines.denoisers import SLOTS
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
 Job = tuple[Tensor, Entry, bool]  # parameter, tensor, whether it is added
 
 
 def prepare(
-    pipe: Any, parts: list[Checkpoint], origins: list[Checkpoint], told: bool
+    pipe: DiffusionPipeline, parts: list[Checkpoint], origins: list[Checkpoint], told: bool
 ) -> tuple[list[Job], list[str]]:
     """What is to be written, and the names of weights that whole checkpoints lack.
 
@@ -42,7 +46,7 @@ def write(jobs: Iterable[Job]) -> None:
         own.copy_(own.float() + x if added else x)
 
 
-def _target(pipe: Any, part: Checkpoint, told: bool) -> nn.Module:
+def _target(pipe: DiffusionPipeline, part: Checkpoint, told: bool) -> nn.Module:
     slots = [slot for slot in SLOTS if isinstance(getattr(pipe, slot, None), nn.Module)]
     if not slots:
         raise ValueError(f"{type(pipe).__name__} has no transformer to load a checkpoint into")

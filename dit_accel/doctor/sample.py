@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dit_accel.doctor.from_config import Size, family_of, latent_size, skeleton
+from dit_accel.doctor.from_config import Shell, Size, family_of, latent_size, skeleton
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments, granularity
 from dit_accel.pipelines import registry
+from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.pipelines.denoisers import transformers_of
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 # Tokens that a processor is timed on at most; a GPU runs what is asked.
 MOST = {"cpu": 2048}
@@ -35,7 +40,7 @@ class Sample:
     passes: forwards in a denoising step.
     """
 
-    pipe: Any
+    pipe: DiffusionPipeline | Shell
     args: tuple
     kwargs: dict[str, Any]
     scale: float = 1.0
@@ -68,7 +73,7 @@ class Sample:
         return rest + max(0.0, whole - hollow) * self.scale**2, rest
 
 
-def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Sample:
+def from_pipeline(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> Sample:
     """The first transformer forward of this request, smaller where a processor would be slow.
 
     Raises ValueError for a model without adapter and for a request that does not suit it.
@@ -86,7 +91,7 @@ def from_pipeline(pipe: Any, defaults: Defaults, request: Request) -> Sample:
         request = replace(request, height=small[1], width=small[2])
         request = request if frames is None else replace(request, frames=small[0])
     values = {**arguments(pipe, defaults, request), "output_type": "latent"}
-    args, kwargs = caught(transformer, lambda: pipe(**values))
+    args, kwargs = caught(transformer, lambda: call_pipeline(pipe, **values))
     guided = values.get("guidance_scale", 0) > 1 and not getattr(
         transformer.config, "guidance_embeds", False
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import Watch
+from dit_accel.pipelines.denoisers import call as call_pipeline
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 Pair = tuple[str, int]  # prompt and seed
 
@@ -27,7 +32,7 @@ class Clip:
     wall: float
 
 
-def make(pipe: Any, defaults: Defaults, requests: Sequence[Request]) -> list[Clip]:
+def make(pipe: DiffusionPipeline, defaults: Defaults, requests: Sequence[Request]) -> list[Clip]:
     """One call of the pipeline for requests that differ in prompt and seed only.
 
     Each clip has the noise that it would have alone. Raises RuntimeError for pixels that are not
@@ -36,7 +41,7 @@ def make(pipe: Any, defaults: Defaults, requests: Sequence[Request]) -> list[Cli
     kwargs = together(pipe, defaults, requests)
     watch = Watch(pipe, kwargs, lambda phase, done, total: None, lambda step, latents: None)
     with watch.listening():
-        output = pipe(**kwargs, **watch.callback(), output_type="pt")
+        output = call_pipeline(pipe, **kwargs, **watch.callback(), output_type="pt")
     times = watch.finish()
     pixels = output.frames if hasattr(output, "frames") else output.images[:, None]
     if not bool(pixels.isfinite().all()):
@@ -48,13 +53,17 @@ def make(pipe: Any, defaults: Defaults, requests: Sequence[Request]) -> list[Cli
     return [Clip(f, x, seconds, wall) for f, x in zip(frames, each, strict=True)]
 
 
-def warm(pipe: Any, defaults: Defaults, requests: Sequence[Request], steps: int) -> None:
+def warm(
+    pipe: DiffusionPipeline, defaults: Defaults, requests: Sequence[Request], steps: int
+) -> None:
     """A few steps of such a call, thrown away."""
     kwargs = together(pipe, defaults, requests)
-    pipe(**{**kwargs, "num_inference_steps": steps}, output_type="latent")
+    call_pipeline(pipe, **{**kwargs, "num_inference_steps": steps}, output_type="latent")
 
 
-def together(pipe: Any, defaults: Defaults, requests: Sequence[Request]) -> dict[str, Any]:
+def together(
+    pipe: DiffusionPipeline, defaults: Defaults, requests: Sequence[Request]
+) -> dict[str, Any]:
     """The arguments of one call for all: prompts and generators as lists."""
     each = [arguments(pipe, defaults, request) for request in requests]
     if len(each) == 1:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from dit_accel.machine import is_out_of_memory
 from dit_accel.media import quality
 from dit_accel.media.files import atomic
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 @dataclass
 class DenseClips:
@@ -32,7 +35,7 @@ class DenseClips:
     seen: what is recognised in clips of these prompts and seeds.
     """
 
-    pipe: Any
+    pipe: DiffusionPipeline
     defaults: Defaults
     base: Request
     folder: Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -20,6 +20,10 @@ from dit_accel.machine import is_out_of_memory
 from dit_accel.methods import Call
 from dit_accel.schedule import Plan, Schedule
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
 Errors = dict[int, dict[int, float]]
 
 
@@ -33,7 +37,7 @@ def looked_at(rows: Sequence[Row]) -> list[Row]:
 
 
 def errors(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     request: Request,
     rows: Sequence[Row],
@@ -97,7 +101,11 @@ class Look:
 
 
 def _group(
-    pipe: Any, defaults: Defaults, request: Request, rows: Sequence[Row], progress: ProgressFn
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    request: Request,
+    rows: Sequence[Row],
+    progress: ProgressFn,
 ) -> dict[str, Errors]:
     """Rows of one token order and block size, which see the same arranged tokens."""
     found: dict[str, Errors] = {row.name: {} for row in rows}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from dit_accel.methods import Call, Method
 from dit_accel.methods.dense import Dense
 from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 See = Callable[[Tensor, Tensor, Tensor, Tensor, Call], None]
 
@@ -56,7 +60,7 @@ def watching(see: See) -> AccelConfig:
     return AccelConfig(Probe(see=see), Schedule(warmup=0), min_tokens=0)
 
 
-def attention_share(pipe: Any, defaults: Defaults, request: Request) -> float:
+def attention_share(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> float:
     """Share of self-attention (QKᵀ and PV) in the FLOPs of one transformer forward, counted.
 
     Runs one denoising step. Convolutions and matrix products are counted by PyTorch.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -19,6 +19,10 @@ from dit_accel.methods import Call, Method
 from dit_accel.methods.budget import Profile
 from dit_accel.methods.pooled import Pooled
 from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 KEEPS = (0.03, 0.06, 0.12, 0.25, 0.5)
 SELECTORS = ("means", "sub")
@@ -73,7 +77,7 @@ class Look:
 
 
 def measure(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     request: Request,
     config: AccelConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ from dit_accel.generation.request import Request
 from dit_accel.generation.run import ProgressFn, generate
 from dit_accel.methods import Call
 from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 EVERY = 4  # steps between two looks; a method with a state is followed at every step
 
@@ -56,7 +60,7 @@ class Sensitivity:
 
 
 def measure(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     request: Request,
     config: AccelConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.api import Handle, accelerated, restore
 from dit_accel.evaluate import clips, look, perception
@@ -22,6 +22,9 @@ from dit_accel.generation.run import ProgressFn
 from dit_accel.machine import describe, is_device_lost, is_out_of_memory
 from dit_accel.media import quality
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 class Study:
     """One pipeline, one setting, one folder: dense references and measured cells.
@@ -36,7 +39,7 @@ class Study:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: DiffusionPipeline,
         defaults: Defaults,
         base: Request,
         folder: Path,

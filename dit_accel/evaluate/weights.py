@@ -6,11 +6,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dit_accel.evaluate.rows import Row
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 class Weights:
@@ -20,7 +23,7 @@ class Weights:
         self._last: tuple[str, torch.nn.Module] | None = None
 
     @contextmanager
-    def of(self, pipe: Any, row: Row) -> Iterator[None]:
+    def of(self, pipe: DiffusionPipeline, row: Row) -> Iterator[None]:
         """The row's own transformer in the pipeline, where it has one."""
         if row.transformer is None:
             yield

@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from dit_accel.inputs.data import read_object
 from dit_accel.inputs.fields import expect
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.media.files import atomic
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 
@@ -98,7 +102,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def save_result(out: Path, pipe: Any, student: Student, settings: Settings) -> list[Path]:
+def save_result(
+    out: Path, pipe: DiffusionPipeline, student: Student, settings: Settings
+) -> list[Path]:
     """Write what the student holds now; the files and folders that were written.
 
     sla.safetensors for SLA(weights=…), of a VSA vsa.safetensors, preset.json for `--method`, and

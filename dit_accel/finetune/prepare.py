@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ from dit_accel.inputs.table import read_table
 from dit_accel.inputs.text import read
 from dit_accel.media import video
 from dit_accel.media.pictures import read_picture
+from dit_accel.pipelines.denoisers import call as call_pipeline
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 SHARD = 16
 ProgressFn = Callable[[str, int, int | None], None]
@@ -30,7 +35,7 @@ Source = tuple[str, Any]  # caption, and the seed or the file its latents come f
 
 @torch.no_grad()
 def own_samples(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     prompts: list[str],
     number: int,
@@ -52,7 +57,7 @@ def own_samples(
         call["generator"] = [torch.Generator("cpu").manual_seed(start) for _, start in some]
         if call.get("negative_prompt") is not None:
             call["negative_prompt"] = [call["negative_prompt"]] * len(some)
-        return list(pipe(**call, output_type="latent")[0].split(1))
+        return list(call_pipeline(pipe, **call, output_type="latent")[0].split(1))
 
     phase = "making the model's samples"
     _write(pipe, defaults, sources, make, folder, phase, progress, part, batch)
@@ -60,7 +65,7 @@ def own_samples(
 
 @torch.no_grad()
 def encode_clips(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     clips: Path,
     folder: Path,
@@ -78,7 +83,7 @@ def encode_clips(
 
 
 def _write(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     sources: list[Source],
     make: Callable[[list[Source]], list[Tensor]],
@@ -109,19 +114,19 @@ def _write(
         data.save_shard(path, latents, conditions, label)
 
 
-def finish(pipe: Any, defaults: Defaults, captions: list[str], folder: Path) -> None:
+def finish(pipe: DiffusionPipeline, defaults: Defaults, captions: list[str], folder: Path) -> None:
     """Write the index, once all processes have written their shards."""
     base = record(pipe, defaults, defaults.negative_prompt or "")
     shards = [captions[i : i + SHARD] for i in range(0, len(captions), SHARD)]
     data.save_index(folder, type(pipe.transformer).__name__, shards, base)
 
 
-def _label(pipe: Any, defaults: Defaults, shard: list[Source]) -> str:
+def _label(pipe: DiffusionPipeline, defaults: Defaults, shard: list[Source]) -> str:
     what = [type(pipe.transformer).__name__, getattr(pipe, "name_or_path", ""), vars(defaults)]
     return hashlib.sha256(json.dumps([what, shard], default=str).encode()).hexdigest()
 
 
-def _check_latents(pipe: Any, latents: Tensor, known: Conditions) -> None:
+def _check_latents(pipe: DiffusionPipeline, latents: Tensor, known: Conditions) -> None:
     if tuple(latents.shape) != known.shape:
         raise ValueError(
             f"{type(pipe).__name__} gives its transformer {list(known.shape)} where the latents "
@@ -165,7 +170,7 @@ def _rows(table: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _sizes(pipe: Any, defaults: Defaults) -> tuple[int, int, int]:
+def _sizes(pipe: DiffusionPipeline, defaults: Defaults) -> tuple[int, int, int]:
     """(frames, height, width) of the pipeline's clips."""
     if defaults.height is None or defaults.width is None:
         raise ValueError(f"{type(pipe).__name__} has no default size: give --size")
@@ -200,7 +205,7 @@ def _fit(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return scaled[top : top + height, left : left + width]
 
 
-def encode(pipe: Any, pixels: Tensor) -> Tensor:
+def encode(pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
     """Latents of [1, 3, T, H, W] pixels as the transformer sees them: normalised, not packed."""
     vae = pipe.vae
     config = vae.config

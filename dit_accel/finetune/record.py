@@ -9,14 +9,19 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
+from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.pipelines.denoisers import transformers_of
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 _OURS = ("hidden_states", "timestep", "return_dict")
 
@@ -43,7 +48,7 @@ class _Stop(Exception):
     """Ends the pipeline's call at the transformer."""
 
 
-def record(pipe: Any, defaults: Defaults, prompt: str) -> Conditions:
+def record(pipe: DiffusionPipeline, defaults: Defaults, prompt: str) -> Conditions:
     """The arguments of the first transformer forward that a prompt leads to, with no guidance.
 
     Raises ValueError, in one sentence, for a pipeline that cannot be fine-tuned this way.
@@ -63,7 +68,7 @@ def record(pipe: Any, defaults: Defaults, prompt: str) -> Conditions:
         call["guidance_scale"] = 1.0
     hook = transformer.register_forward_pre_hook(before, with_kwargs=True)
     try:
-        pipe(**call, output_type="latent")
+        call_pipeline(pipe, **call, output_type="latent")
     except _Stop:
         pass
     finally:
@@ -71,7 +76,7 @@ def record(pipe: Any, defaults: Defaults, prompt: str) -> Conditions:
     return _read(pipe, transformer, seen)
 
 
-def _transformer(pipe: Any) -> torch.nn.Module:
+def _transformer(pipe: DiffusionPipeline) -> torch.nn.Module:
     found = transformers_of(pipe)
     if len(found) > 1:
         raise ValueError(f"{type(pipe).__name__} has two transformers: fine-tune takes one")
@@ -87,7 +92,9 @@ def _transformer(pipe: Any) -> torch.nn.Module:
     return found[0]
 
 
-def _read(pipe: Any, transformer: torch.nn.Module, seen: dict[str, Any]) -> Conditions:
+def _read(
+    pipe: DiffusionPipeline, transformer: torch.nn.Module, seen: dict[str, Any]
+) -> Conditions:
     kind = type(transformer).__name__
     sigmas = [float(x) for x in pipe.scheduler.sigmas]
     if sigmas[-1] != 0:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,10 @@ from dit_accel.generation.request import Request, arguments
 from dit_accel.inputs.prompts import read_prompts
 from dit_accel.media.files import check_folder, check_own
 from dit_accel.media.lock import held
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 ProgressFn = Callable[[str, int, int | None], None]
 _DTYPE = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
@@ -64,7 +68,7 @@ def finetune(
 def _train(
     settings: Settings,
     accelerator: Any,
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     prompts: list[str],
     shown: list[str],
@@ -160,7 +164,7 @@ def _load(settings: Settings, accelerator: Any, progress: ProgressFn) -> tuple[A
 def _data(
     settings: Settings,
     accelerator: Any,
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     prompts: list[str],
     progress: ProgressFn,
@@ -182,7 +186,9 @@ def _data(
     return folder
 
 
-def _trainer(settings: Settings, accelerator: Any, pipe: Any, data: LatentData) -> Trainer:
+def _trainer(
+    settings: Settings, accelerator: Any, pipe: DiffusionPipeline, data: LatentData
+) -> Trainer:
     """Student, teacher, optimizer and books; what the model refuses is refused here."""
     sample = data.draw(1, draw_seed(settings, 0), 0.0)
     sample = sample.to(accelerator.device, pipe.transformer.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import generate
 from dit_accel.media import video
 from dit_accel.media.quality import quality
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 DRAWS = 4
 
@@ -49,7 +53,7 @@ def velocity_error(
 class Clips:
     """The dense model's clips of the validation prompts, and the comparison with them."""
 
-    pipe: Any
+    pipe: DiffusionPipeline
     defaults: Defaults
     prompts: list[str]
     folder: Path
@@ -58,7 +62,7 @@ class Clips:
     @classmethod
     def make(
         cls,
-        pipe: Any,
+        pipe: DiffusionPipeline,
         defaults: Defaults,
         prompts: list[str],
         folder: Path,

@@ -9,17 +9,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 from dit_accel.pipelines.denoisers import transformers_of
 
+if TYPE_CHECKING:
+    pass
+
 
 class Caller(NamedTuple):
     """pipe: what holds the transformer and a scheduler. itself: one of its own methods runs."""
 
-    pipe: Any = None
+    pipe: object = None
     itself: bool = False
 
 
@@ -27,7 +30,7 @@ class Caller(NamedTuple):
 _KNOWN: dict[CodeType, str] = {}
 
 
-def caller(transformer: nn.Module, first: Any = None) -> Caller:
+def caller(transformer: nn.Module, first: object = None) -> Caller:
     """Who calls this transformer now, or an empty Caller.
 
     first: an object that counts without a scheduler, too.
@@ -52,20 +55,20 @@ def _above(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def _named(frame: FrameType) -> list[tuple[str, Any]]:
+def _named(frame: FrameType) -> list[tuple[str, object]]:
     """What the code of a frame has names for: its locals, and the globals it speaks of."""
     spoken = (name for name in frame.f_code.co_names if name in frame.f_globals)
     return [*frame.f_locals.items(), *((name, frame.f_globals[name]) for name in spoken)]
 
 
-def _holds(value: Any, transformer: nn.Module, first: Any) -> bool:
+def _holds(value: object, transformer: nn.Module, first: object) -> bool:
     """Is this object a pipeline of this transformer? Objects of other kinds are not asked."""
     if value is None or (value is not first and not _schedules(value)):
         return False
     return any(module is transformer for module in transformers_of(value))
 
 
-def _schedules(value: Any) -> bool:
+def _schedules(value: object) -> bool:
     if "scheduler" in type.__getattribute__(type(value), "__dict__"):
         return True
     try:

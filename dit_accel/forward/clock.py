@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dit_accel.forward.caller import Caller, caller
 from dit_accel.pipelines.base import NOWHERE, Geometry
@@ -25,7 +25,7 @@ class Clock:
     which is followed when the pipeline is gone.
     """
 
-    def __init__(self, pipe: Any = None, scheduler: Any = None) -> None:
+    def __init__(self, pipe: object = None, scheduler: object = None) -> None:
         self.generation = 0
         self.step = -1
         self.steps: int | None = None
@@ -35,7 +35,7 @@ class Clock:
         self._pipe = self._first
         self._context: tuple[str, dict[str, Any]] | None = None
         self._seen: list[str] = []
-        self._timesteps: Any = None
+        self._timesteps: object = None
         self._inference = False
         self._stood = False  # at the last forward
         self._begin: int | None = None  # the scheduler's index at the first step, where it was seen
@@ -44,7 +44,7 @@ class Clock:
         return Clock, (None, self._scheduler)  # a copy starts anew
 
     @contextmanager
-    def context(self, name: str, fields: dict[str, Any]) -> Iterator[None]:
+    def context(self, name: str, fields: dict[str, object]) -> Iterator[None]:
         """Remember the pipeline's cache context while one pass runs."""
         before, self._context = self._context, (name, fields)
         try:
@@ -53,7 +53,10 @@ class Clock:
             self._context = before
 
     def tick(
-        self, geometry: Geometry, timestep: Any = None, model: nn.Module | None = None
+        self,
+        geometry: Geometry,
+        timestep: Tensor | float | None = None,
+        model: nn.Module | None = None,
     ) -> bool:
         """Move to the forward that starts now; True when it opens a new generation or shape.
 
@@ -96,7 +99,7 @@ class Clock:
         told = self._context is not None and self._context[1].get("step_index") is not None
         return not told and getattr(self._scheduler, "step_index", 0) is None
 
-    def _read(self, timestep: Any, runs: Caller) -> tuple[int, int | None]:
+    def _read(self, timestep: Tensor | float | None, runs: Caller) -> tuple[int, int | None]:
         """(step, number of steps) from the cache context, else from the scheduler."""
         fields, scheduler = self._context[1] if self._context else {}, self._scheduler
         begin = getattr(scheduler, "begin_index", None) or 0
@@ -119,7 +122,7 @@ class Clock:
         return (0 if index is None else max(0, index - begin)), steps
 
 
-def weakly(pipe: Any) -> Callable[[], Any]:
+def weakly(pipe: object) -> Callable[[], object]:
     """A weak reference to any object; a strong one where its kind knows none."""
     try:
         return weakref.ref(pipe)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from dit_accel.inputs import fields
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.machine import is_out_of_memory
 from dit_accel.pipelines.denoisers import transformers_of
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Boost:
         if self.lora is not None and self.compile:
             raise ValueError("a LoRA changes the compiled blocks: fuse it first, pipe.fuse_lora()")
 
-    def check(self, pipe: Any) -> None:
+    def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError where the pipeline has no step caches, or cannot take the LoRA."""
         if self.lora is not None:
             _check_lora(pipe, Path(self.lora))
@@ -57,7 +60,7 @@ class Boost:
                     f"{kind} has no step caches in diffusers: leave the step cache out"
                 )
 
-    def switch_on(self, pipe: Any) -> ExitStack:
+    def switch_on(self, pipe: DiffusionPipeline) -> ExitStack:
         """All of it, until the returned stack is closed; ValueError as `check`."""
         self.check(pipe)
         with ExitStack() as stack:
@@ -67,7 +70,7 @@ class Boost:
             return stack.pop_all()
 
     @contextmanager
-    def compiled(self, pipe: Any) -> Iterator[None]:
+    def compiled(self, pipe: DiffusionPipeline) -> Iterator[None]:
         """Compiled blocks, if they are wanted, for the length of a block."""
         with ExitStack() as stack:
             for transformer in transformers_of(pipe) if self.compile else ():
@@ -76,7 +79,7 @@ class Boost:
             yield
 
     @contextmanager
-    def adapted(self, pipe: Any) -> Iterator[None]:
+    def adapted(self, pipe: DiffusionPipeline) -> Iterator[None]:
         """The LoRA, if there is one, for the length of a block."""
         if self.lora is None:
             yield
@@ -94,7 +97,7 @@ class Boost:
             pipe.unload_lora_weights()
 
     @contextmanager
-    def cached(self, pipe: Any) -> Iterator[None]:
+    def cached(self, pipe: DiffusionPipeline) -> Iterator[None]:
         """The step cache, if it is wanted, for the length of a block."""
         from diffusers import FirstBlockCacheConfig
 
@@ -106,7 +109,7 @@ class Boost:
             yield
 
 
-def _check_lora(pipe: Any, path: Path) -> None:
+def _check_lora(pipe: DiffusionPipeline, path: Path) -> None:
     """ValueError with the reason why this LoRA cannot be loaded."""
     if not path.exists():
         raise ValueError(f"there is no LoRA at {path}: give the folder that fine-tuning wrote")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from dit_accel.media.files import check_folder, check_own, elsewhere, write_text
 from dit_accel.media.metadata import KEY, Facts
 from dit_accel.pages import comparison as html
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
 Clips = dict[str, tuple[np.ndarray, Facts | None]]
 CLIPS = ("dense", "accelerated", "side_by_side")
 
@@ -39,7 +43,7 @@ class Comparison:
 
 
 def compare(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     request: Request,
     config: AccelConfig,
@@ -109,7 +113,11 @@ def _named(name: str, progress: ProgressFn) -> ProgressFn:
 
 
 def _warm_up(
-    pipe: Any, defaults: Defaults, request: Request, config: AccelConfig, progress: ProgressFn
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    request: Request,
+    config: AccelConfig,
+    progress: ProgressFn,
 ) -> None:
     progress("warm-up", 0, 2)
     warm_up(pipe, defaults, request)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dit_accel
 from dit_accel.config import AccelConfig
@@ -16,9 +16,12 @@ from dit_accel.inputs.fields import build, expect
 from dit_accel.media.metadata import KEY
 from dit_accel.methods.dense import Dense
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 def facts_of(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     values: Mapping[str, Any],
     seed: int,
     config: AccelConfig | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +19,6 @@ from dit_accel.pipelines.denoisers import SLOTS, transformers_of
 if TYPE_CHECKING:
     import torch
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
 EMBEDDED = Path(__file__).parents[1] / "assets" / "emoji"
 GENERATION = "generation.json"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -228,7 +227,7 @@ def _first_line(error: BaseException) -> str:
 EMBEDDED_NAME = "the embedded model"
 
 
-def placement(pipe: Any) -> dict[str, str]:
+def placement(pipe: DiffusionPipeline) -> dict[str, str]:
     """Device and dtype of a pipeline, as text."""
     transformer = transformers_of(pipe)[0]
     dtype = str(transformer.dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,10 @@ from dit_accel.inputs import fields
 from dit_accel.inputs.scene import Vocabulary
 from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.samplers.grids import Sampler
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 _ARGUMENTS = {
     "height": "height",
@@ -69,7 +73,7 @@ class Request:
             sampler.sigmas(self.steps or sampler.steps)
 
 
-def arguments(pipe: Any, defaults: Defaults, request: Request) -> dict[str, Any]:
+def arguments(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> dict[str, Any]:
     """Keyword arguments of the pipeline's call; ValueError for what it cannot take.
 
     A model that was trained on scenes takes prompts of its grammar only (dit_accel.inputs.scene).
@@ -107,7 +111,7 @@ def _of_sampler(request: Request, known: Any) -> dict[str, Any]:
     return {name: value for name, value in usual.items() if name in known}
 
 
-def _check_sizes(pipe: Any, asked: dict[str, Any]) -> None:
+def _check_sizes(pipe: DiffusionPipeline, asked: dict[str, Any]) -> None:
     side, frames = granularity(pipe)
     for name in ("height", "width"):
         if asked.get(name, 0) % side:
@@ -123,7 +127,7 @@ def _check_sizes(pipe: Any, asked: dict[str, Any]) -> None:
         )
 
 
-def granularity(pipe: Any) -> tuple[int, int]:
+def granularity(pipe: DiffusionPipeline) -> tuple[int, int]:
     """(n, t): sides are multiples of n pixels and frames are t·k + 1 for this pipeline."""
     names = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
     scale = next((getattr(pipe, name) for name in names if hasattr(pipe, name)), 8)
@@ -137,7 +141,7 @@ def granularity(pipe: Any) -> tuple[int, int]:
     return max(scale * patch, packed), frames
 
 
-def unknown_words(pipe: Any, prompt: str) -> list[str]:
+def unknown_words(pipe: DiffusionPipeline, prompt: str) -> list[str]:
     """Words of the prompt that a word-level tokenizer does not know; empty for other tokenizers."""
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is None or getattr(tokenizer, "unk_token_id", None) is None:

@@ -7,15 +7,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request, arguments
+from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.samplers.install import sampling
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 ProgressFn = Callable[[str, int, int | None], None]
 StepFn = Callable[[int, torch.Tensor | None], None]
@@ -45,7 +50,7 @@ class Result:
 
 
 def generate(
-    pipe: Any,
+    pipe: DiffusionPipeline,
     defaults: Defaults,
     request: Request,
     progress: ProgressFn = lambda phase, done, total: None,
@@ -62,7 +67,7 @@ def generate(
     watch = Watch(pipe, kwargs, progress, on_step)
     watch.progress("encode", 0, None)
     with watch.listening(), sampling(pipe, request.sampler):
-        output = pipe(**kwargs, **watch.callback(), output_type="np")
+        output = call_pipeline(pipe, **kwargs, **watch.callback(), output_type="np")
     times = watch.finish()
     pixels = output.frames if hasattr(output, "frames") else output.images
     pixels = np.asarray(pixels[0], dtype=np.float32)
@@ -72,17 +77,17 @@ def generate(
     return Result(frames if frames.ndim == 4 else frames[None], watch.latents, times)
 
 
-def warm_up(pipe: Any, defaults: Defaults, request: Request, steps: int = 1) -> None:
+def warm_up(pipe: DiffusionPipeline, defaults: Defaults, request: Request, steps: int = 1) -> None:
     """A few denoising steps, thrown away: the first call of a process pays for set-up."""
     values = {**arguments(pipe, defaults, request), "num_inference_steps": steps}
-    pipe(**values, output_type="latent")
+    call_pipeline(pipe, **values, output_type="latent")
 
 
 class Watch:
     """Timestamps of one call: first transformer forward, end of each step, end of the call."""
 
     def __init__(
-        self, pipe: Any, kwargs: dict[str, Any], progress: ProgressFn, on_step: StepFn
+        self, pipe: DiffusionPipeline, kwargs: dict[str, Any], progress: ProgressFn, on_step: StepFn
     ) -> None:
         self.pipe, self.on_step = pipe, on_step
         self._progress = progress
@@ -135,7 +140,9 @@ class Watch:
         if not self.ends:
             self.last = self._now()
 
-    def _step_end(self, pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def _step_end(
+        self, pipe: DiffusionPipeline, step: int, t: Any, values: dict[str, Any]
+    ) -> dict[str, Any]:
         self.last = self._now()
         self.ends.append(self.last)
         self.latents = values.get("latents")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch import Tensor
 from dit_accel.machine import cached_tensors
 from dit_accel.pipelines.base import Geometry
 from dit_accel.pipelines.denoisers import transformers_of
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 
 RING = (
     "ring attention hands over the keys in parts, and blocks are chosen among all of them: "
@@ -165,7 +169,7 @@ def token_places(
     return torch.argsort(back).to(device), back.to(device)
 
 
-def share(pipe: Any, degree: int | None = None, *, anything: bool = False) -> None:
+def share(pipe: DiffusionPipeline, degree: int | None = None, *, anything: bool = False) -> None:
     """Spread every generation of `pipe` over the processes that a launcher has started.
 
     Args:

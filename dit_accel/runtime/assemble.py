@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
@@ -17,6 +17,9 @@ from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.rebind import obstacle
 from dit_accel.schedule import Plan
 
+if TYPE_CHECKING:
+    from dit_accel.pipelines.denoisers import Pipe
+
 
 class Assembly(NamedTuple):
     """What is to be installed. stock: name → why of a denoiser that stays as it is."""
@@ -26,7 +29,7 @@ class Assembly(NamedTuple):
     stock: dict[str, str]
 
 
-def assemble(pipe: Any, config: AccelConfig, models: dict[str, nn.Module]) -> Assembly:
+def assemble(pipe: Pipe, config: AccelConfig, models: dict[str, nn.Module]) -> Assembly:
     """Everything that can be refused is refused here, before the pipeline is touched."""
     adapters, stock = _adapters(models)
     found = {name: _attentions(adapter, models[name]) for name, adapter in adapters.items()}

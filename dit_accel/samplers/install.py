@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 from dit_accel.samplers.grids import Sampler
 
 if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
     from dit_accel.samplers.schedulers import GridScheduler
 
 
-def install(pipe: Any, sampler: Sampler | str) -> Callable[[], None]:
+def install(pipe: DiffusionPipeline, sampler: Sampler | str) -> Callable[[], None]:
     """Sample with this from the next call on; returns the function that undoes it.
 
     The pipeline's scheduler is replaced. Its `prepare_latents` is wrapped: the first noise is
@@ -48,7 +50,7 @@ def install(pipe: Any, sampler: Sampler | str) -> Callable[[], None]:
 
 
 @contextmanager
-def sampling(pipe: Any, sampler: Sampler | str | None) -> Iterator[None]:
+def sampling(pipe: DiffusionPipeline, sampler: Sampler | str | None) -> Iterator[None]:
     """`install` for the length of a block; None leaves the pipeline's own scheduler."""
     undo = install(pipe, sampler) if sampler is not None else lambda: None
     try:

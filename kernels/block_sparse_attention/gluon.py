@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from math import log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -85,7 +85,7 @@ def unserved(
     return None
 
 
-def attend(*call: Any) -> None:
+def attend(*call: object) -> None:
     """Run the kernel with the arguments of `forward`."""
     run(_block_sparse_attention_hopper_fwd_kernel, *forward(*call))
 
@@ -103,7 +103,7 @@ def forward(
     pool: tuple[Tensor, Tensor, Tensor] | None = None,
     rectify: tuple[Tensor, Tensor] | None = None,
     linear: Linear | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch, as of forward in triton.py, for calls that `unserved` accepts."""
     batch, heads, n_q, d = q.shape
     n_valid = k.shape[2] if kv_len is None else min(kv_len, k.shape[2])

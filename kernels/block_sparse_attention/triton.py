@@ -9,8 +9,6 @@ loop is masked or conditional.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -212,7 +210,7 @@ def forward(
     kv_len: int | Tensor | None = None,
     pool: tuple[Tensor, Tensor, Tensor] | None = None,
     rectify: tuple[Tensor, Tensor] | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the forward kernel.
 
     Args:

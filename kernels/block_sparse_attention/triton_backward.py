@@ -9,8 +9,6 @@ only. No atomics: the result does not depend on the order of programs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -305,7 +303,7 @@ def dq_launch(
     grad_lse: Tensor | None,
     dq: Tensor,
     pool: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the dq kernel, which also writes δ; pool as in the forward."""
     pool_k, pool_v, bits = pool or (None, None, None)
     arguments = {
@@ -329,7 +327,7 @@ def dkdv_launch(
     dk: Tensor,
     dv: Tensor,
     pool_grads: tuple[Tensor, Tensor] | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the dk and dv kernel.
 
     pool_grads: gradients of the pooled keys (before the scale) and values, float32 [B, H, Mp, D].
@@ -354,7 +352,7 @@ def _common(
     kv_len: int | Tensor | None,
     launch: Launch,
     tile: int,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     q = tensors["q"]
     d0, d1 = split_head_dim(q.shape[-1])
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -40,7 +38,7 @@ def unserved(
     return hopper.unserved(q, q, q, out, None, table, launch, None, kv_len)
 
 
-def attend(*call: Any) -> None:
+def attend(*call: object) -> None:
     """Run the kernel with the arguments of `forward`."""
     run(_int8_attention_hopper_fwd_kernel, *forward(*call))
 
@@ -54,7 +52,7 @@ def forward(
     launch: Launch,
     scale: float | None = None,
     kv_len: int | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch, as of forward in triton.py, for calls that `unserved` accepts."""
     heads, n_q, d = q.shape[1:]
     n_valid = table.n_k if kv_len is None else min(kv_len, table.n_k)

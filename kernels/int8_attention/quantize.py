@@ -7,7 +7,6 @@ of that kernel; it has one scale for its keys and one power of two for its value
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -183,7 +182,7 @@ def quantize(
 
 def quantize_arguments(
     k: Tensor, v: Tensor, out: Quantized, kv_len: int | Tensor | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The arguments of the quantising kernel, which fills `out`."""
     limits = key_limits(k, kv_len)
     limits.pop("PADDED")

@@ -9,8 +9,6 @@ which halves the work per key on the accumulator. See README.md beside this file
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -230,7 +228,7 @@ def forward(
     launch: Launch,
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the attention kernel."""
     (n_pad, width), d = keys.k.shape[2:], q.shape[-1]
     tile = n_pad // keys.k_scale.shape[2]

@@ -7,8 +7,6 @@ gate ⊙ coarse while the accumulator is in registers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -178,7 +176,7 @@ def forward(
     gate: Tensor | None = None,
     coarse: Tensor | None = None,
     whole: Tensor | None = None,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the forward kernel."""
     d0, d1 = split_head_dim(q.shape[-1])
     whole = torch.zeros_like(table.counts) if whole is None else whole

@@ -9,8 +9,6 @@ depend on the order of programs. Every load is masked: a training step has other
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -174,7 +172,7 @@ def dq_launch(
     scale: float | None,
     launch: Launch,
     dq: Tensor,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the dq kernel."""
     arguments = {
         **_common(tensors, table, bounds, scale, launch, min(launch.tile, table.block_k)),
@@ -193,7 +191,7 @@ def dkdv_launch(
     transposed: tuple[Tensor, Tensor, Tensor],
     dk: Tensor,
     dv: Tensor,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the dk, dv kernel."""
     starts, counts, rows = transposed
     arguments = {
@@ -211,7 +209,7 @@ def _common(
     scale: float | None,
     launch: Launch,
     tile: int,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     q = tensors["q"]
     d0, d1 = split_head_dim(q.shape[-1])
     plain = q.shape[-1] ** -0.5 if scale is None else scale

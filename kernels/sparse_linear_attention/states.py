@@ -10,7 +10,7 @@ block, and the heads go through in parts whose states fit a fixed memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -169,7 +169,7 @@ def state_case(
     weight: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
     scale: float = 1.0,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the state kernel.
 
     state [B, H, S, D·D] and total [B, H, S, D]: of S spans of `span` keys, times scale; center
@@ -223,13 +223,15 @@ def span_states(
     return state, total
 
 
-def whole_state(*keys: Any, **options: Any) -> tuple[Tensor, Tensor]:
+def whole_state(*keys: object, **options: object) -> tuple[Tensor, Tensor]:
     """The sums over all keys, [B, H, D, D] and [B, H, D]; arguments of `span_states`."""
     state, total = span_states(*keys, **options)
     return state.sum(2), total.sum(2)
 
 
-def project(states: Tensor, totals: Tensor, weight: Tensor, dtype: Any) -> tuple[Tensor, Tensor]:
+def project(
+    states: Tensor, totals: Tensor, weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Σ_s states_s Wᵀ [B, H, D, D] in dtype and Σ_s totals_s [B, H, D] float32, of `span_states`
     and a weight [D, D]."""
     batch, heads, spans, d = totals.shape

@@ -12,8 +12,6 @@ serves the call: O_sparse is then neither written nor read.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -98,7 +96,7 @@ def sparse_linear_attention(
     return linear_branch(base, q, k, v, excluded, weight, bias, feature_map, kv_len, into=base)
 
 
-def unfused(*call: Any) -> str | None:
+def unfused(*call: object) -> str | None:
     """Why no kernel adds the branch over all keys to what it computes with these arguments of
     `block_sparse_attention.triton.attend`, or None."""
     if not call[6].specialized or not call[0].is_cuda:
@@ -108,7 +106,7 @@ def unfused(*call: Any) -> str | None:
     return hopper.unserved(*call)
 
 
-def attend(call: tuple[Any, ...], weight: Tensor, bias: Tensor | None, feature_map: str) -> None:
+def attend(call: tuple[object, ...], weight: Tensor, bias: Tensor | None, feature_map: str) -> None:
     """Run Hopper's forward kernel with the branch over all keys."""
     from dit_accel.kernels.block_sparse_attention import gluon as hopper
 
@@ -168,7 +166,7 @@ def linear_branch(
 
 def branch_case(
     tensors: dict[str, Tensor | None], span: int, launch: Launch, feature_map: str = "softmax"
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the branch kernel; a state for each `span` rows of queries."""
     q, state, total = tensors["q"], tensors["state"], tensors["total"]
     names = {"s_c": "base", "s_q": "q", "s_o": "o"}

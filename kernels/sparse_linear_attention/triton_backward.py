@@ -11,8 +11,6 @@ mean of v', is taken off before H' is rounded: t and δ are then those of v' −
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -200,7 +198,7 @@ def _rest_backward(
 
 def dq_case(
     tensors: dict[str, Tensor], span: int, launch: Launch, feature_map: str = "softmax"
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the dq kernel; a state [B, H, M, …] for each `span` queries."""
     q, common = tensors["q"], _common(tensors["q"], tensors["state"], span, launch, feature_map)
     arguments = {
@@ -217,7 +215,7 @@ def dkdv_case(
     feature_map: str = "softmax",
     kv_len: int | Tensor | None = None,
     scale: float = 1.0,
-) -> tuple[tuple[int, ...], dict[str, Any], Launch]:
+) -> tuple[tuple[int, ...], dict[str, object], Launch]:
     """Grid, arguments and launch of the dk and dv kernel; a gradient of a state, times scale, for
     each `span` keys."""
     k, state = tensors["k"], tensors["grad_state"]
@@ -233,7 +231,7 @@ def dkdv_case(
 
 def _common(
     x: Tensor, state: Tensor, span: int, launch: Launch, feature_map: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What both kernels are launched with."""
     d = x.shape[3]
     return {

@@ -227,33 +227,7 @@ def _(q, *rest):
     return torch.empty_like(q)
 
 
-@torch.library.custom_op("dit_accel::linear_branch", mutates_args=())
-def linear_branch(
-    base: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    block_q: int,
-    block_k: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    feature_map: str,
-    length: Tensor | None,
-    limit: int | None,
-) -> Tensor:
-    rows, kv_len = (indices, counts, block_q, block_k), limit if length is None else length
-    return _laid_out_as(q, _branch(base, q, k, v, rows, weight, bias, feature_map, kv_len))
-
-
 _BRANCH = "sparse_linear_attention.linear_branch"
-
-
-def _branch(base, q, k, v, rows, *options, into=None) -> Tensor:
-    """The linear branch by whichever implementation serves it; rows: those of `_excluded`."""
-    chosen = dispatch.select(_BRANCH, q, block_q=rows[2], block_k=rows[3])
-    return chosen.fn(base, q, k, v, _excluded(q, k, *rows), *options, into=into)
 
 
 def _excluded(q, k, indices, counts, block_q, block_k) -> BlockTable | None:
@@ -263,34 +237,40 @@ def _excluded(q, k, indices, counts, block_q, block_k) -> BlockTable | None:
     return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
 
 
-@linear_branch.register_fake
-def _(base, q, *rest):
-    return torch.empty_like(q)
+def _branch_op(name: str, in_place: bool) -> torch.library.CustomOpDef:
+    """The op that adds the linear branch to `base`: in it, or as a tensor of its own."""
+
+    def op(
+        base: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        indices: Tensor | None,
+        counts: Tensor | None,
+        block_q: int,
+        block_k: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        feature_map: str,
+        length: Tensor | None,
+        limit: int | None,
+    ) -> Tensor | None:
+        excluded = _excluded(q, k, indices, counts, block_q, block_k)
+        chosen = dispatch.select(_BRANCH, q, block_q=block_q, block_k=block_k)
+        options = (weight, bias, feature_map, limit if length is None else length)
+        into = base if in_place else None
+        out = chosen.fn(base, q, k, v, excluded, *options, into=into)
+        return None if in_place else _laid_out_as(q, out)
+
+    op.__annotations__["return"] = None if in_place else Tensor  # the op's schema is read from it
+    mutates = {"base"} if in_place else ()
+    made = torch.library.custom_op(f"dit_accel::{name}", op, mutates_args=mutates)
+    made.register_fake(lambda base, q, *rest: None if in_place else torch.empty_like(q))
+    return made
 
 
-@torch.library.custom_op("dit_accel::add_linear_branch", mutates_args={"base"})
-def add_linear_branch(
-    base: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor | None,
-    counts: Tensor | None,
-    block_q: int,
-    block_k: int,
-    weight: Tensor,
-    bias: Tensor | None,
-    feature_map: str,
-    length: Tensor | None,
-    limit: int | None,
-) -> None:
-    rows, kv_len = (indices, counts, block_q, block_k), limit if length is None else length
-    _branch(base, q, k, v, rows, weight, bias, feature_map, kv_len, into=base)
-
-
-@add_linear_branch.register_fake
-def _(base, *rest):
-    return None
+linear_branch = _branch_op("linear_branch", in_place=False)
+add_linear_branch = _branch_op("add_linear_branch", in_place=True)
 
 
 @torch.library.custom_op("dit_accel::linear_branch_backward", mutates_args=())

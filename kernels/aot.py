@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
     from triton import JITFunction
+    from triton.compiler import CompiledKernel
 
 
 _TYPES = {
@@ -86,7 +87,7 @@ def _specialize(
 
 def compile_for(
     kernel: JITFunction, arguments: dict[str, object], capability: int, options: dict[str, int]
-) -> Any:
+) -> CompiledKernel:
     """Compile a `triton.jit` or `gluon.jit` function as a launch with these arguments would."""
     constants: dict[tuple[int, ...], Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}

@@ -24,7 +24,7 @@ def linear_states(launch: Launch, head_dim: int, dtype: torch.dtype) -> tuple[Te
 def state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Case:
     """The kernel of the state of linear attention over all keys."""
     state, total = empty(1, 12, 21, head_dim, head_dim), empty(1, 12, 21, head_dim)
-    return _state(launch, tokens(head_dim, dtype), state, total, span=1600)
+    return _state(launch, tokens(head_dim, dtype), (state, total), 1600)
 
 
 def project_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Case:
@@ -41,11 +41,13 @@ def block_state_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Case:
     """The same kernel for the projected states of blocks."""
     weight = empty(head_dim, head_dim, dtype=dtype)
     both = linear_states(launch, head_dim, dtype)
-    return _state(launch, tokens(head_dim, dtype), *both, span=launch.block, weight=weight)
+    return _state(launch, tokens(head_dim, dtype), both, launch.block, weight)
 
 
-def _state(launch: Launch, x: Tensor, *both: Tensor, **options: object) -> Case:
-    _, arguments, _ = states.state_case(x, x, *both, launch=launch, **options)
+def _state(
+    launch: Launch, x: Tensor, both: tuple[Tensor, Tensor], span: int, weight: Tensor | None = None
+) -> Case:
+    _, arguments, _ = states.state_case(x, x, *both, span, launch, weight=weight)
     return states._linear_state_fwd_kernel, arguments
 
 

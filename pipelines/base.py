@@ -130,7 +130,7 @@ class SpanSite:
             found.append(blocks)
         return found
 
-    def stays_whole(self, args: dict[str, Any]) -> bool:
+    def stays_whole(self, args: dict[str, object]) -> bool:
         """Do the tokens of a forward with these arguments stay together between blocks?"""
         if isinstance(self.whole, bool):
             return self.whole
@@ -152,7 +152,7 @@ class unless_given:
     def __init__(self, *names: str) -> None:
         self.names = names
 
-    def __call__(self, transformer: nn.Module, args: dict[str, Any]) -> str:
+    def __call__(self, transformer: nn.Module, args: dict[str, object]) -> str:
         given = [name for name in self.names if args.get(name) is not None]
         return f"{given[0]} acts between blocks, on all tokens" if given else ""
 

@@ -112,7 +112,7 @@ class Books:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def ask(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+    def ask(self, sql: str, *values: object) -> list[sqlite3.Row]:
         """The rows that a SELECT gives."""
         with self._lock, _naming(self.path):
             return self._db.execute(sql, values).fetchall()
@@ -131,7 +131,7 @@ class Books:
             (time.time(), kind, job, owner, text),
         )
 
-    def set(self, key: str, value: Any) -> None:
+    def set(self, key: str, value: object) -> None:
         """Remember a JSON-able value under a name."""
         with self._change() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value)))

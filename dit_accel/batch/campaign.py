@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_accel.batch.folder import Hold, clashes, opened, sweep
 from dit_accel.batch.gallery import publish
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def run(
-    jobs: str | Path | Sequence[Job | Mapping[str, Any]],
+    jobs: str | Path | Sequence[Job | Mapping[str, object]],
     out: str | Path,
     *,
     settings: Settings | None = None,
-    defaults: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, object] | None = None,
     pipe: DiffusionPipeline | None = None,
     workers: int | None = None,
     gpus: str | None = None,

@@ -7,7 +7,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -132,7 +132,7 @@ def _plain() -> Console:
     return Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
-def _event(event: sqlite3.Row, counts: dict[str, int]) -> dict[str, Any]:
+def _event(event: sqlite3.Row, counts: dict[str, int]) -> dict[str, object]:
     worker = event["owner"] and owners.pid_of(event["owner"])
     return {
         "time": event["time"],

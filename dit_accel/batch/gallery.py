@@ -29,7 +29,7 @@ def publish(manifest: Manifest) -> None:
         write_results(manifest)
 
 
-def page(summary: Summary, jobs: list[dict[str, Any]]) -> str:
+def page(summary: Summary, jobs: list[dict[str, object]]) -> str:
     """The page's HTML."""
     return render(
         "batch/gallery.html",

@@ -71,7 +71,7 @@ class Job:
             raise ValueError("there is no prompt")
         return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The keys that are set; `from_dict` reads them back."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
@@ -117,7 +117,7 @@ class Job:
 KEYS = tuple(f.name for f in fields(Job))
 
 
-def check_keys(values: Mapping[str, Any]) -> None:
+def check_keys(values: Mapping[str, object]) -> None:
     """ValueError for a key that no job has, with the nearest one that it has."""
     for key in values:
         if key not in KEYS:

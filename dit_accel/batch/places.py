@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dit_accel.batch.display import Display
 from dit_accel.batch.fleet import Fleet
@@ -190,7 +190,7 @@ def _attend(manifest: Manifest, fleet: RayFleet, show: str) -> str:
             return FULL
 
 
-def _load_for_rank(settings: Settings) -> tuple[Any, loading.Defaults]:
+def _load_for_rank(settings: Settings) -> tuple[DiffusionPipeline, loading.Defaults]:
     import torch
 
     local = int(os.environ.get("LOCAL_RANK", "0"))

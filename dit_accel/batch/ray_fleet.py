@@ -61,7 +61,7 @@ class RayFleet:
             self._ended(task, self._working.pop(task))
         return bool(self._working)
 
-    def _ended(self, task: Any, number: int) -> None:
+    def _ended(self, task: object, number: int) -> None:
         try:
             code = self.ray.get(task)
             reason = f"its worker ended with code {code}"

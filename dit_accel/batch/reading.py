@@ -49,8 +49,8 @@ Rows = Iterable[tuple[int, Mapping[str, Any] | Exception]]
 
 
 def gather(
-    source: str | Path | Sequence[Job | Mapping[str, Any]],
-    defaults: Mapping[str, Any] | None = None,
+    source: str | Path | Sequence[Job | Mapping[str, object]],
+    defaults: Mapping[str, object] | None = None,
 ) -> Parsed:
     """All jobs of a file (.jsonl, .csv, or prompts line by line) or of a list of them.
 
@@ -72,7 +72,7 @@ def gather(
     return _build(rows, defaults, base)
 
 
-def _build(rows: Rows, defaults: dict[str, Any], base: Path) -> Parsed:
+def _build(rows: Rows, defaults: dict[str, object], base: Path) -> Parsed:
     parsed = Parsed()
     taken: dict[str, int] = {}
     for line, values in rows:
@@ -95,14 +95,14 @@ def _build(rows: Rows, defaults: dict[str, Any], base: Path) -> Parsed:
     return parsed
 
 
-def _merged(defaults: dict[str, Any], more: Any) -> dict[str, Any]:
+def _merged(defaults: dict[str, object], more: object) -> dict[str, object]:
     if not isinstance(more, Mapping):
         raise ValueError(f"defaults are an object of keys and values, not {shown(more)}")
     check_keys(more)
     return {**defaults, **more}
 
 
-def expand(values: Mapping[str, Any], base: Path = Path()) -> Iterator[Job]:
+def expand(values: Mapping[str, object], base: Path = Path()) -> Iterator[Job]:
     """One job for each combination of the values that are lists; paths are relative to `base`."""
     choices = {k: v if isinstance(v, list) else [v] for k, v in values.items()}
     for key, options in choices.items():
@@ -162,14 +162,14 @@ def _csv(data: bytes) -> Rows:
         yield 1, error
 
 
-def _cells(row: dict[str, str]) -> dict[str, Any] | ValueError:
+def _cells(row: dict[str, str]) -> dict[str, object] | ValueError:
     try:
         return {key: parse_value(key, value) for key, value in row.items() if value != ""}
     except ValueError as error:
         return error
 
 
-def parse_value(key: str, text: str) -> Any:
+def parse_value(key: str, text: str) -> object:
     """A value written as text: [a, b] is a list, numbers where the key is one."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):

@@ -83,7 +83,7 @@ def _call(
     defaults: Defaults,
     jobs: Sequence[Job],
     progress: ProgressFn,
-    report: dict[str, Any],
+    report: dict[str, object],
 ) -> list[Clip]:
     if len(jobs) > 1:
         return _together(pipe, defaults, jobs, progress, report)
@@ -97,7 +97,7 @@ def _together(
     defaults: Defaults,
     jobs: Sequence[Job],
     progress: ProgressFn,
-    report: dict[str, Any],
+    report: dict[str, object],
 ) -> list[Clip]:
     """Prompts and generators as lists: each clip has the noise that it would have alone."""
     each = [arguments(pipe, defaults, job.request()) for job in jobs]
@@ -116,7 +116,7 @@ def _together(
     ]
 
 
-def _clip(pixels: np.ndarray, seconds: float, report: dict[str, Any]) -> Clip:
+def _clip(pixels: np.ndarray, seconds: float, report: dict[str, object]) -> Clip:
     if not np.isfinite(pixels).all():
         why = "the pipeline gave pixels that are not numbers: try --dtype fp32"
         return Clip(None, None, seconds, report, why)
@@ -137,7 +137,7 @@ def remembered_prompts(pipe: DiffusionPipeline) -> Iterator[Callable[[], int]]:
     kept: OrderedDict[str, Any] = OrderedDict()
     reused = 0
 
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+    def encode_prompt(*args: object, **kwargs: object) -> object:
         nonlocal reused
         if any(isinstance(x, torch.Tensor) for x in (*args, *kwargs.values())):
             return original(*args, **kwargs)

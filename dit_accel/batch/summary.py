@@ -42,7 +42,7 @@ class Summary:
         """Every job asked for is done."""
         return not (self.failed or self.waiting or self.refused or self.stopped)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     def __str__(self) -> str:

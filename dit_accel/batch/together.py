@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = timedelta(days=7)  # between two jobs there may be a full disk to wait for
+
+
+# The values of some jobs and whether they run dense; None: there is nothing more to do.
+Task = tuple[list[dict[str, object]], bool] | None
 
 
 class Apart(RuntimeError):
@@ -72,7 +76,7 @@ class Together:
         """There is nothing more to do."""
         self._tell(None)
 
-    def _tell(self, task: Any) -> Any:
+    def _tell(self, task: Task) -> Task:
         """What the first process says, in all of them."""
         box = [task]
         dist.broadcast_object_list(box, src=0, group=self._group)

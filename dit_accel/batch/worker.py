@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import dit_accel
 from dit_accel.batch import memory, render
@@ -68,7 +68,7 @@ class Settings:
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is at least {least}, not {getattr(self, name)}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -162,7 +162,7 @@ class Worker:
             self.manifest.refuse(row["id"], why)
         return True
 
-    def _refusal(self, values: dict[str, Any]) -> str:
+    def _refusal(self, values: dict[str, object]) -> str:
         """Why the model cannot take this job, or ""."""
         try:
             job = Job.from_dict(values)
@@ -224,7 +224,7 @@ class Worker:
         told = [self._facts(job, dense) for job in jobs]
         return [replace(clip, facts=facts) for clip, facts in zip(clips, told, strict=True)]
 
-    def _facts(self, job: Job, dense: bool) -> dict[str, Any]:
+    def _facts(self, job: Job, dense: bool) -> dict[str, object]:
         """What a job's clip is made from."""
         image = {"file": job.image} if job.image else None
         request = replace(job.request(load=False), image=image)

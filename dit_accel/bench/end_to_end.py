@@ -110,10 +110,10 @@ class Benchmark:
         for row in rows:
             self._row(model, pipe, call, row, until)
         del pipe, call
-        self._clean()
+        _clean(self.device)
 
     def _row(
-        self, model: Model, pipe: DiffusionPipeline, call: dict[str, Any], row: Row, until: float
+        self, model: Model, pipe: DiffusionPipeline, call: dict[str, object], row: Row, until: float
     ) -> None:
         known = (self.found(model.name, "stock") or {"seconds": {}})["seconds"].get("dense", 0.0)
         course = Course(row, self.rounds, dense=known < SLOW)
@@ -128,7 +128,7 @@ class Benchmark:
             result |= self._timed(model, pipe, call, course, until)
         except Exception as error:  # a row that fails says why, and the others run
             result["error"] = _text(error)
-        self._clean()
+        _clean(self.device)
         self._add(result)
 
     def _timed(
@@ -174,8 +174,8 @@ class Benchmark:
         last = time.perf_counter()
 
         def after(
-            pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
-        ) -> dict[str, Any]:
+            pipe: DiffusionPipeline, step: int, timestep: object, tensors: dict[str, object]
+        ) -> dict[str, object]:
             nonlocal last
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -186,21 +186,11 @@ class Benchmark:
             last = time.perf_counter()
             return {}
 
-        result = call_pipeline(
-            pipe,
-            **call,
-            num_inference_steps=course.steps,
-            callback_on_step_end=after,
-            return_dict=False,
-        )[0]
+        asked = {**call, "num_inference_steps": course.steps, "callback_on_step_end": after}
+        result = call_pipeline(pipe, **asked, return_dict=False)[0]
         if not bool(result.isfinite().all()):
             raise RuntimeError("the latents are not finite")
         return seconds
-
-    def _clean(self) -> None:
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
 
     def _add(self, row: dict[str, Any]) -> None:
         """Keep the row, write all, say it."""
@@ -224,7 +214,7 @@ class Benchmark:
             "rows": self.rows,
         }
 
-    def _setting(self) -> dict[str, Any]:
+    def _setting(self) -> dict[str, object]:
         return {
             "weights": "random",
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -250,3 +240,9 @@ class Benchmark:
 def _text(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def _clean(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from torch import nn
 from dit_accel.machine import free_bytes
 
 if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
@@ -284,7 +285,9 @@ def find(name: str) -> Model:
     return MODELS[name]
 
 
-def build(model: Model, device: torch.device, dtype: torch.dtype, tiny: bool = False) -> Any:
+def build(
+    model: Model, device: torch.device, dtype: torch.dtype, tiny: bool = False
+) -> DiffusionPipeline:
     """The pipeline with random weights on `device`, as `from_pretrained(torch_dtype=dtype)` has it.
 
     Raises TooLarge before anything is allocated.
@@ -317,10 +320,10 @@ def build(model: Model, device: torch.device, dtype: torch.dtype, tiny: bool = F
     return pipe
 
 
-def _fill(transformer: Any, device: torch.device, dtype: torch.dtype) -> None:
+def _fill(transformer: ModelMixin, device: torch.device, dtype: torch.dtype) -> None:
     """Small normal weights, norms of one, biases of zero: finite through any number of layers."""
     generator = torch.Generator(device).manual_seed(0)
-    wide = set(transformer._keep_in_fp32_modules or ())
+    wide: set[str] = set(transformer._keep_in_fp32_modules or ())
     for name, old in list(transformer.named_parameters()):
         here = torch.float32 if wide & set(name.split(".")) else dtype
         new = torch.empty(old.shape, dtype=here, device=device)

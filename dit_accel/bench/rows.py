@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ from dit_accel.pipelines.base import head_dim
 from dit_accel.pruning.step_cache import LEADERS
 
 if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from dit_accel.api import Handle
 
 
 ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "int8", "nowarmup")
@@ -178,7 +181,7 @@ class Course:
         after = step - self.first
         return "cache" in self.row.added and after > 0 and after % 2 == 1
 
-    def options(self, transformer: nn.Module, min_tokens: int | None) -> tuple[Method, Options]:
+    def options(self, transformer: ModelMixin, min_tokens: int | None) -> tuple[Method, Options]:
         """`accelerate`'s arguments for a pipeline of this transformer."""
         row, cached = self.row, "cache" in self.row.added
         assert row.method is not None, "a stock row is not accelerated"
@@ -227,7 +230,7 @@ def whole_run(row: Row, steps: int) -> list[str]:
 @contextmanager
 def switched_on(
     pipe: DiffusionPipeline, course: Course, min_tokens: int | None, compiler: str
-) -> Iterator[Any]:
+) -> Iterator[Handle | None]:
     """The pipeline under this row; gives the handle of `accelerate`, or None. Leaves it as it was.
 
     compiler: torch.compile's backend.
@@ -254,7 +257,7 @@ def switched_on(
             yield stack.enter_context(accelerated(pipe, method, **options))
 
 
-def with_projections(method: Method, transformer: Any) -> Method:
+def with_projections(method: Method, transformer: ModelMixin) -> Method:
     """SLA with a random projection for every layer, always the same; any other method as it is."""
     if not isinstance(method, SLA):
         return method

@@ -17,7 +17,7 @@ from dataclasses import asdict, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from dit_accel.bench.results import store
 from dit_accel.bench.shapes import SHAPES, Shape
 from dit_accel.table import BlockTable
 from dit_accel.testing import assert_close, references
+
+if TYPE_CHECKING:
+    from dit_accel.kernels.launch import Launch
+
 
 BLOCKS = ((128, 64), (64, 64), (128, 128))
 TRIED = ("wan1.3b-480p", "cogvideox-5b")  # heads of 128 and of 64
@@ -84,7 +88,7 @@ def sweep(
     return rows
 
 
-def candidates(now: Any, head_dim: int, block_k: int) -> Iterator[Any]:
+def candidates(now: Launch, head_dim: int, block_k: int) -> Iterator[Launch]:
     """Launches like `now` with other tiles, warps, stages and loads; Hopper's own kernel too."""
     tma = (True, False) if now.capability >= 90 and head_dim in (64, 128) else (False,)
     plain = replace(now, head_dim=head_dim, specialized=False, provenance="a candidate")
@@ -99,7 +103,7 @@ def candidates(now: Any, head_dim: int, block_k: int) -> Iterator[Any]:
                 yield replace(launch, head_dim=head_dim)
 
 
-def _compile(jobs: Sequence[tuple[str, int, Any]]) -> None:
+def _compile(jobs: Sequence[tuple[str, int, Launch]]) -> None:
     """Compile launches, each for a shape and a key block, in processes of their own."""
     workers = min(_WORKERS, os.cpu_count() or 1, len(jobs))
     pool = ProcessPoolExecutor(workers, get_context("spawn"))
@@ -107,7 +111,7 @@ def _compile(jobs: Sequence[tuple[str, int, Any]]) -> None:
         list(pool.map(_compile_one, jobs))
 
 
-def _compile_one(job: tuple[str, int, Any]) -> None:
+def _compile_one(job: tuple[str, int, Launch]) -> None:
     """Run a launch once on a short input; what is wrong with it is told when it is tried."""
     name, block_k, launch = job
     shape = SHAPES[name]
@@ -119,8 +123,8 @@ def _compile_one(job: tuple[str, int, Any]) -> None:
 
 
 def _try(
-    launch: Any, known: tuple, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, work: float
-) -> dict[str, Any]:
+    launch: Launch, known: tuple, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, work: float
+) -> dict[str, object]:
     from triton.errors import TritonError
 
     try:
@@ -132,7 +136,9 @@ def _try(
     return {"ms": ms, "kept_tflops": work / ms}
 
 
-def _attend(launch: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, table: BlockTable) -> Tensor:
+def _attend(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, out: Tensor, table: BlockTable
+) -> Tensor:
     """Exactly this launch; ValueError where it does not serve the call."""
     from dit_accel.kernels.block_sparse_attention import triton as kernel
 
@@ -158,7 +164,7 @@ def _known(shape: Shape, block_q: int, block_k: int, device: str) -> tuple:
 
 
 def _check(
-    launch: Any, q: Tensor, k: Tensor, v: Tensor, short: BlockTable, right: tuple[Tensor, Tensor]
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, short: BlockTable, right: tuple[Tensor, Tensor]
 ) -> None:
     """AssertionError unless the launch gives what is right."""
     poisoned = torch.full_like(q, float("nan"))
@@ -172,7 +178,7 @@ def _tokens(shape: Shape, n: int, device: str) -> Iterator[Tensor]:
     return (torch.randn(size, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
 
 
-def _median(fn: Callable[[], Any]) -> float:
+def _median(fn: Callable[[], object]) -> float:
     """Median milliseconds; one call where there is no GPU."""
     if torch.cuda.is_available():
         from triton.testing import do_bench
@@ -183,7 +189,7 @@ def _median(fn: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def _written(launch: dict[str, Any]) -> str:
+def _written(launch: dict[str, object]) -> str:
     """The launch as a row of kernels/launch.py."""
     from dit_accel.kernels.launch import Launch
 

@@ -79,7 +79,7 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def csv_text(record: dict[str, Any]) -> str:
+def csv_text(record: dict[str, object]) -> str:
     """One table of all models."""
     out = io.StringIO()
     writer = csv.DictWriter(out, ["model", *COLUMNS], lineterminator="\n")

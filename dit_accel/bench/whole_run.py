@@ -34,7 +34,7 @@ def _kind(course: Course, forwards: list[dict[str, Any]], fewer: bool) -> str:
     return "sparse"
 
 
-def medians(kinds: list[str], seconds: list[float], scale: float) -> dict[str, Any]:
+def medians(kinds: list[str], seconds: list[float], scale: float) -> dict[str, object]:
     """Median seconds of each kind without its first step, in which kernels are compiled."""
     found = {kind: [s for k, s in zip(kinds, seconds, strict=True) if k == kind] for kind in kinds}
     timed = {kind: of[1:] for kind, of in found.items() if len(of) > 1}
@@ -49,7 +49,7 @@ def medians(kinds: list[str], seconds: list[float], scale: float) -> dict[str, A
     }
 
 
-def books(course: Course, kinds: list[str], report: Report, scale: float) -> dict[str, Any]:
+def books(course: Course, kinds: list[str], report: Report, scale: float) -> dict[str, object]:
     """What the report says of the sparse steps."""
     none = course.row.method is not None and course.row.method.name == "none"
     forwards = [f for f in report.steps if kinds[f["step"]] in ("sparse", "pruned")]

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,10 @@ from dit_accel.media.files import check_folder, check_own
 from dit_accel.methods.learned import Learned
 from dit_accel.pipelines.denoisers import SLOTS
 from dit_accel.schedule import Schedule
+
+if TYPE_CHECKING:
+    from dit_accel.methods import Method
+
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD = 5 * 2**30  # bytes of a file
@@ -68,7 +72,7 @@ def convert(
     return account
 
 
-def _preset(folder: Path, method: Any) -> None:
+def _preset(folder: Path, method: Method) -> None:
     config = AccelConfig(method, Schedule(warmup=0)).to_dict()
     if isinstance(method, Learned):
         method.save(folder / f"{method.name}.safetensors")

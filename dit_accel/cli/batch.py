@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,7 +42,7 @@ class JobOptions:
     sampler: Annotated[Texts, option(say.SAMPLER, _JOBS)] = None
     image: Annotated[Path | None, option(say.IMAGE, _JOBS)] = None
 
-    def keys(self) -> dict[str, Any]:
+    def keys(self) -> dict[str, object]:
         """Keys for jobs that do not have them."""
         width, height = parse_size(self.size) if self.size is not None else (None, None)
         values = {

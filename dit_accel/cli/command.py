@@ -26,7 +26,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(command).parameters.items():
         options += _fields(groups[name]) if name in groups else [_plain(parameter, hints[name])]
 
-    def run(**values: Any) -> None:
+    def run(**values: object) -> None:
         made = {
             name: kind(**{field.name: values.pop(field.name) for field in _fields(kind)})
             for name, kind in groups.items()
@@ -44,11 +44,11 @@ def _fields(group: type) -> list[inspect.Parameter]:
     return [_plain(p, hints[p.name]) for p in inspect.signature(group).parameters.values()]
 
 
-def _plain(parameter: inspect.Parameter, hint: Any) -> inspect.Parameter:
+def _plain(parameter: inspect.Parameter, hint: object) -> inspect.Parameter:
     return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=_told(hint))
 
 
-def _told(hint: Any) -> Any:
+def _told(hint: object) -> object:
     """The annotation with typer's word for an Option of generation.options."""
     kind, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     for note in notes:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from dit_accel.cli.options import checked, option
 from dit_accel.generation import options as say
 from dit_accel.generation.options import How, What, Where, parse_size
+
+if TYPE_CHECKING:
+    from dit_accel.cli.progress import Progress
+    from dit_accel.doctor.diagnosis import Diagnosis
+    from dit_accel.doctor.sample import Sample
+
 
 _WHAT = "What to examine"
 PROMPT = "rocket on a blue background"
@@ -50,8 +56,8 @@ def doctor(
 
 
 def _sample(
-    what: What, how: How, where: Where, config_only: bool, progress: Any
-) -> tuple[Any, int]:
+    what: What, how: How, where: Where, config_only: bool, progress: Progress
+) -> tuple[Sample, int]:
     """What to examine, and the steps of a run."""
     import torch
 
@@ -77,7 +83,7 @@ def _sample(
     return sample.from_pipeline(pipe, defaults, request), count
 
 
-def _print(found: Any) -> None:
+def _print(found: Diagnosis) -> None:
     from rich.table import Table
     from rich.text import Text
 

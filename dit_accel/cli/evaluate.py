@@ -65,7 +65,7 @@ def evaluate(
 
 def _run(
     output: Path, table: TableOptions, clips: Clips, where: Where, warmup: str | None, began: float
-) -> dict[str, Any]:
+) -> dict[str, object]:
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import noted, open_study, typed
     from dit_accel.evaluate.rows import DEFAULT, rows

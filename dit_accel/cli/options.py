@@ -30,7 +30,7 @@ def checked() -> Iterator[None]:
         raise BadInput(str(error)) from error
 
 
-def option(text: str, panel: str, *names: str) -> Any:
+def option(text: str, panel: str, *names: str) -> object:
     """A typer option under the heading `panel` of the help; its default is told in `text`."""
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -32,6 +32,11 @@ from dit_accel.media.lock import held
 from dit_accel.media.names import from_text
 from dit_accel.parallel import launcher
 from dit_accel.parallel.ulysses import share
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    from dit_accel.evaluate import Study
 
 
 class _Notices(logging.Handler):
@@ -88,7 +93,7 @@ def load(
     progress: Progress,
     fps: float | None = None,
     ulysses: int = 1,
-) -> tuple[Any, Defaults]:
+) -> tuple[DiffusionPipeline, Defaults]:
     """The pipeline, once everything that can be refused without it has been."""
     import diffusers
     import transformers
@@ -122,7 +127,7 @@ def open_study(
     progress: Progress,
     files: Sequence[str],
     batch: int = 1,
-) -> Iterator[Any]:
+) -> Iterator[Study]:
     """The pipeline of these options, and what is known of it in the folder `output`, which is this
     process's for the length of the block.
 

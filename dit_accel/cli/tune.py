@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, seeds, words
 from dit_accel.generation.options import Clips, Where
+
+if TYPE_CHECKING:
+    from dit_accel.evaluate.tune import Goal
+
 
 _WHAT, _HOW = "What to reach", "How to search"
 NOT_REACHED = 1
@@ -70,7 +74,7 @@ def tune(
 
 
 def _run(
-    output: Path, goal: Any, aim: AimOptions, search: SearchOptions, clips: Clips, where: Where
+    output: Path, goal: Goal, aim: AimOptions, search: SearchOptions, clips: Clips, where: Where
 ) -> dict[str, Any]:
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.session import noted, open_study, typed
@@ -111,7 +115,7 @@ def _prompts(prompts: Path | None, held_out: Path | None) -> tuple[list[str], li
     return texts[:-count], texts[-count:]
 
 
-def _print(data: dict[str, Any], goal: Any, output: Path) -> None:
+def _print(data: dict[str, Any], goal: Goal, output: Path) -> None:
     from rich.table import Table
 
     from dit_accel.cli.screen import screen

@@ -101,7 +101,7 @@ class Diagnosis:
     notes: list[str]
     recommendation: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 

@@ -195,7 +195,7 @@ def latent_size(config: dict[str, Any], size: Size) -> Size:
     return (frames - 1) // t + 1, height // s, width // s
 
 
-def _tensor(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _tensor(value: object, device: torch.device, dtype: torch.dtype) -> object:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, tuple) and all(isinstance(n, int) for n in value):

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def _inside(sample: Sample, config: AccelConfig) -> Iterator[tuple[Handle, dict[
     names = list(sample.kinds())
 
     def keep(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             calls[name] = lambda: module(*args, **kwargs)
             if len(calls) == len(names):
                 raise Enough
@@ -90,7 +90,7 @@ def _run(sample: Sample, config: AccelConfig) -> tuple[dict[str, float], Handle]
         return found, handle
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
     watch = Stopwatch(device)
     run()
     watch.stop()

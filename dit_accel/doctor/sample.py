@@ -114,11 +114,11 @@ def from_config(
     return Sample(built.pipe, (), built.arguments, scale, built.counts, built.passes)
 
 
-def caught(transformer: nn.Module, run: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:
+def caught(transformer: nn.Module, run: Callable[[], object]) -> tuple[tuple, dict[str, object]]:
     """The arguments of the first transformer forward of `run`, which then ends."""
     found: list[tuple[tuple, dict[str, Any]]] = []
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         found.append((args, kwargs))
         raise Enough
 

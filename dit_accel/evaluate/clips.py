@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def warm(
 
 def together(
     pipe: DiffusionPipeline, defaults: Defaults, requests: Sequence[Request]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The arguments of one call for all: prompts and generators as lists."""
     each = [arguments(pipe, defaults, request) for request in requests]
     if len(each) == 1:

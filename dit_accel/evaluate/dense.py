@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class DenseClips:
     _warm: set[int] = field(default_factory=set)
     _last: tuple[Sequence[Pair], list[Clip]] = ((), [])
 
-    def known(self, prompt: str, seed: int) -> dict[str, Any] | None:
+    def known(self, prompt: str, seed: int) -> dict[str, object] | None:
         """What the clip is like by itself, if it was made."""
         return self.journal.lines.get(f"dense #{seed} {prompt}")
 

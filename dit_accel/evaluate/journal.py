@@ -16,7 +16,7 @@ class Journal:
     Raises ValueError when the file was written in another setting, or is no such file.
     """
 
-    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+    def __init__(self, path: Path, setting: dict[str, object]) -> None:
         self.path = path
         self.lines: dict[str, dict[str, Any]] = {}
         setting = json.loads(json.dumps(setting, default=str))

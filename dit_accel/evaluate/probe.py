@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,12 +71,12 @@ def attention_share(pipe: DiffusionPipeline, defaults: Defaults, request: Reques
     def see(q: Tensor, k: Tensor, v: Tensor, out: Tensor, call: Call) -> None:
         attended[0] += 2 * q[..., 0].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
 
-    def begin(module: torch.nn.Module, inputs: Any) -> None:
+    def begin(module: torch.nn.Module, inputs: object) -> None:
         if not seen:
             attended[0] = 0
             counter.__enter__()
 
-    def end(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def end(module: torch.nn.Module, inputs: object, output: object) -> None:
         if not seen:
             counter.__exit__(None, None, None)
             counts = counter.get_flop_counts()["Global"].items()

@@ -60,7 +60,7 @@ def evaluate(
     command: str = "",
     progress: ProgressFn = lambda phase, done, total: None,
     note: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Measure every row at every prompt and seed, and write tables and plots to the study's folder.
 
     Rows of a low rank come first, each over all prompts. What the folder has already is not
@@ -89,7 +89,7 @@ def _measure(
     study: Study,
     rows: Sequence[Row],
     pairs: Sequence[Pair],
-    facts: dict[str, Any],
+    facts: dict[str, object],
     budget: Budget,
     progress: ProgressFn,
     note: Callable[[str], None],

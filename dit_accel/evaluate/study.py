@@ -84,7 +84,7 @@ class Study:
     def key(self, row: Row, prompt: str, seed: int) -> str:
         return f"{row.digest} #{seed} {prompt}"
 
-    def known(self, row: Row, prompt: str, seed: int) -> dict[str, Any] | None:
+    def known(self, row: Row, prompt: str, seed: int) -> dict[str, object] | None:
         """The cell, if it was measured before; what was refused is tried again."""
         cell = self.journal.lines.get(self.key(row, prompt, seed))
         if cell is None or "error" in cell:
@@ -114,7 +114,7 @@ class Study:
         """One measured cell; a row this pipeline refuses gives {"error": why}."""
         return self.cells(row, [(prompt, seed)])[0]
 
-    def cells(self, row: Row, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    def cells(self, row: Row, pairs: Sequence[Pair]) -> list[dict[str, object]]:
         """The cells of one call; halved, and halved again, where memory does not suffice."""
         known = [cell for pair in pairs if (cell := self.known(row, *pair)) is not None]
         if len(known) == len(pairs):
@@ -139,7 +139,7 @@ class Study:
 
     def _measure(
         self, row: Row, pairs: Sequence[Pair], dense: Sequence[Clip], share: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[dict[str, object]]:
         steps = row.steps or self.base.steps
         requests = [replace(self.base, prompt=p, seed=s, steps=steps) for p, s in pairs]
         with self._weights.of(self.pipe, row):
@@ -170,7 +170,7 @@ class Study:
             for reference, clip, seen in zip(dense, made, self._seen(pairs, made), strict=True)
         ]
 
-    def closeness(self, dense: Clip, made: Clip) -> dict[str, Any]:
+    def closeness(self, dense: Clip, made: Clip) -> dict[str, object]:
         """PSNR, SSIM, flicker, latent error and LPIPS of a clip against its reference."""
         near = quality.quality(dense.frames, made.frames)
         out = {"psnr": near.psnr_mean, "ssim": near.ssim_mean, "flicker": list(near.flicker)}

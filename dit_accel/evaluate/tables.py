@@ -57,7 +57,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
 )
 
 
-def summary(cells: Rows) -> list[dict[str, Any]]:
+def summary(cells: Rows) -> list[dict[str, object]]:
     """One entry per row: means over its cells, the spread of PSNR, flicker over dense flicker.
 
     A row that was refused has "error" instead of figures.
@@ -85,7 +85,7 @@ def _row(name: str, cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {**head, **out}
 
 
-def reference(dense: Rows) -> dict[str, Any] | None:
+def reference(dense: Rows) -> dict[str, object] | None:
     """The dense clips as a row: no distances, but what they show and how long they took."""
     if not dense:
         return None
@@ -99,7 +99,7 @@ def _shares(cells: Rows) -> dict[str, float]:
     return {key: fmean(verdicts) for key, verdicts in asked.items() if verdicts}
 
 
-def markdown(rows: Rows, dense: dict[str, Any] | None = None, notes: Sequence[str] = ()) -> str:
+def markdown(rows: Rows, dense: dict[str, object] | None = None, notes: Sequence[str] = ()) -> str:
     """The table; notes, refused rows and unplanned dense calls are named below it."""
     good = [row for row in rows if "error" not in row]
     shown = [*([dense] if dense else []), *good]

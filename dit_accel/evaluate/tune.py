@@ -143,7 +143,7 @@ def tune(
     command: str = "",
     progress: ProgressFn = lambda phase, done, total: None,
     note: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Find a configuration that meets the goal, and write it where `accelerate` can load it.
 
     Every generation is booked in the study's folder, so an interrupted search goes on where it
@@ -187,7 +187,7 @@ def warmups_of(warmups: Sequence[float], steps: int) -> list[float]:
     return [share for i, share in enumerate(shares) if counts[i] not in counts[:i]]
 
 
-def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, Any]:
+def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, object]:
     """The best trial, tried on the held-out prompts and written as a preset; None if there is no
     such trial."""
     best, study = search.best, search.study

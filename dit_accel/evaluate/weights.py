@@ -6,13 +6,14 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from dit_accel.evaluate.rows import Row
 
 if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
@@ -40,7 +41,7 @@ class Weights:
             pipe.transformer = stock
 
 
-def with_weights(stock: Any, folder: Path) -> torch.nn.Module:
+def with_weights(stock: ModelMixin, folder: Path) -> torch.nn.Module:
     """A transformer of this folder's weights, or of the stock ones and this folder's LoRA."""
     if (folder / "config.json").is_file():
         return type(stock).from_pretrained(folder, torch_dtype=stock.dtype)

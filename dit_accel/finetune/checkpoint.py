@@ -20,6 +20,8 @@ from dit_accel.inputs.tensors import open_tensors
 from dit_accel.media.files import atomic
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
@@ -134,7 +136,7 @@ def save_result(
     return written
 
 
-def _folder(final: Path, write: Any) -> Path:
+def _folder(final: Path, write: Callable[[str], object]) -> Path:
     """`write(folder)`, and only then take the place of what stood at `final`."""
     part = final.with_name(f".{final.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from dit_accel.forward.order import ORDERS
 from dit_accel.inputs import fields
@@ -133,11 +132,11 @@ class Settings:
         if self.train != "projection" and not rate > 0:
             raise ValueError(f"lr is a number > 0, not {rate}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-able form."""
         return json.loads(json.dumps(asdict(self)))
 
-    def check_resumes(self, stored: dict[str, Any]) -> None:
+    def check_resumes(self, stored: dict[str, object]) -> None:
         """ValueError naming what differs from the run that is to be continued."""
         mine = self.to_dict()
         bound = [name for name in mine if name not in _FREE or (name == "steps" and self.lr_decay)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dit_accel.finetune.record import Conditions, batched
 from dit_accel.inputs.data import read_object
-from dit_accel.inputs.tensors import open_tensors
+from dit_accel.inputs.tensors import Tensors, open_tensors
 from dit_accel.media.files import atomic
 
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
@@ -48,7 +48,7 @@ class Batch:
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """On `device`; floating-point conditions with a batch dimension in `dtype`."""
 
-        def move(x: Any) -> Any:
+        def move(x: object) -> object:
             if not isinstance(x, Tensor):
                 return x
             # position tables keep their precision
@@ -122,7 +122,7 @@ class LatentData:
         sample = self.index["samples"][number]
         return self._open(sample["shard"]).get_tensor(f"{sample['place']}.{name}")
 
-    def _open(self, name: str) -> Any:
+    def _open(self, name: str) -> Tensors:
         if name not in self._files:
             self._files[name] = self._open_files.enter_context(
                 open_tensors(self.folder / name, "prepared data")
@@ -187,7 +187,7 @@ def save_index(folder: Path, transformer: str, captions: list[list[str]], base: 
     for number, texts in enumerate(captions):
         name = shard_name(number)
         with open_tensors(folder / name, "prepared data") as file:
-            statics = json.loads(file.metadata()["static"])
+            statics = json.loads((file.metadata() or {})["static"])
             for place, text in enumerate(texts):
                 parts = ["latents", *(f"cond.{x}" for x in sorted(base.tensors))]
                 shapes = [file.get_slice(f"{place}.{x}").get_shape() for x in parts]

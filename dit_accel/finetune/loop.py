@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ from dit_accel.finetune.student import Student, Teacher, training_config
 from dit_accel.inputs.text import read
 from dit_accel.media.files import atomic
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
 _TRAIN, _VALIDATE = 0, 1
 
 
@@ -38,7 +42,7 @@ class Log:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             temporary.write_text(text, encoding="utf-8")
 
-    def __call__(self, **values: Any) -> None:
+    def __call__(self, **values: object) -> None:
         with self.path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(values) + "\n")
 
@@ -69,7 +73,7 @@ def learning_rate(step: int, settings: Settings) -> float:
     return min(1.0, rise, fall)
 
 
-def parameter_groups(student: Student, settings: Settings) -> list[dict[str, Any]]:
+def parameter_groups(student: Student, settings: Settings) -> list[dict[str, object]]:
     """AdamW's groups: the transformer's trained parameters, if any, and the SLA tensors."""
     weights = [p for p in student.transformer.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -91,12 +95,12 @@ class Trainer:
     """One process's part of a run; `training.step` counts finished optimizer steps."""
 
     settings: Settings
-    accelerator: Any
+    accelerator: Accelerator
     student: Student
     wrapped: torch.nn.Module  # the student as accelerate wraps it
     teacher: Teacher
     data: LatentData
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     training: Training
     average: Average
 

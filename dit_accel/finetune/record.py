@@ -57,7 +57,9 @@ def record(pipe: DiffusionPipeline, defaults: Defaults, prompt: str) -> Conditio
     signature = inspect.signature(type(transformer).forward)
     seen: dict[str, Any] = {}
 
-    def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(
+        module: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         seen.update(signature.bind_partial(module, *args, **kwargs).arguments)
         raise _Stop
 

@@ -27,6 +27,7 @@ from dit_accel.media.files import check_folder, check_own
 from dit_accel.media.lock import held
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
@@ -67,7 +68,7 @@ def finetune(
 
 def _train(
     settings: Settings,
-    accelerator: Any,
+    accelerator: Accelerator,
     pipe: DiffusionPipeline,
     defaults: Defaults,
     prompts: list[str],
@@ -128,7 +129,7 @@ def _start(out: Path, settings: Settings, resume: bool) -> Path | None:
     return found[-1]
 
 
-def _accelerator(settings: Settings) -> Any:
+def _accelerator(settings: Settings) -> Accelerator:
     from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # data are made one process apart
@@ -145,7 +146,9 @@ def _accelerator(settings: Settings) -> Any:
     return accelerator
 
 
-def _load(settings: Settings, accelerator: Any, progress: ProgressFn) -> tuple[Any, Defaults]:
+def _load(
+    settings: Settings, accelerator: Accelerator, progress: ProgressFn
+) -> tuple[DiffusionPipeline, Defaults]:
     progress("loading", 0, None)
     device, dtype = str(accelerator.device), _DTYPE[settings.precision]
     pipe, defaults = load_pipeline(settings.model, device, dtype)
@@ -163,7 +166,7 @@ def _load(settings: Settings, accelerator: Any, progress: ProgressFn) -> tuple[A
 
 def _data(
     settings: Settings,
-    accelerator: Any,
+    accelerator: Accelerator,
     pipe: DiffusionPipeline,
     defaults: Defaults,
     prompts: list[str],
@@ -187,7 +190,7 @@ def _data(
 
 
 def _trainer(
-    settings: Settings, accelerator: Any, pipe: DiffusionPipeline, data: LatentData
+    settings: Settings, accelerator: Accelerator, pipe: DiffusionPipeline, data: LatentData
 ) -> Trainer:
     """Student, teacher, optimizer and books; what the model refuses is refused here."""
     sample = data.draw(1, draw_seed(settings, 0), 0.0)
@@ -215,7 +218,7 @@ class _Books:
         self.trainer, self.clips, self._log = trainer, clips, log
         self.found: list[float] = []
 
-    def log(self, **values: Any) -> None:
+    def log(self, **values: object) -> None:
         if self._log is not None:
             self._log(**values)
 

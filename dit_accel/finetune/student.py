@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from dit_accel.methods.topk import TopK
 from dit_accel.pipelines import registry
 from dit_accel.schedule import Schedule
 
+if TYPE_CHECKING:
+    from diffusers.models.modeling_utils import ModelMixin
+
+    from dit_accel.methods import Method
+
 
 class Student(nn.Module):
     """A transformer and the method's tensors of its sparse layers.
@@ -29,9 +34,9 @@ class Student(nn.Module):
     so that every step is as sparse as the first.
     """
 
-    def __init__(self, transformer: Any, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, transformer: ModelMixin, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.transformer: Any = transformer
+        self.transformer: ModelMixin = transformer
         # a parameter's name may hold no dot
         self.learned = nn.ParameterDict({n.replace(".", "-"): x for n, x in tensors.items()})
 
@@ -39,7 +44,7 @@ class Student(nn.Module):
         """The method's tensors by the names that with_weights takes."""
         return {name.replace("-", "."): x for name, x in self.learned.items()}
 
-    def forward(self, noisy: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
+    def forward(self, noisy: Tensor, time: Tensor, conditions: dict[str, object]) -> Tensor:
         """Velocity like `noisy`."""
         return self.transformer(
             hidden_states=noisy, timestep=time, **conditions, return_dict=False
@@ -71,7 +76,7 @@ class _Probe(TopK):
         return super().__call__(q, k, v, call)
 
 
-def shapes(transformer: Any, batch: Batch, settings: Settings) -> dict[int, Shape]:
+def shapes(transformer: ModelMixin, batch: Batch, settings: Settings) -> dict[int, Shape]:
     """The shape of each layer that runs sparse on this batch, from one forward.
 
     Raises ValueError, naming the reason, for a model that cannot run sparse on these data.
@@ -113,7 +118,7 @@ def initial(
     return {n: nn.Parameter(start.get(n, x).to(device)) for n, x in fresh.items()}
 
 
-def build(transformer: Any, settings: Settings, batch: Batch) -> Student:
+def build(transformer: ModelMixin, settings: Settings, batch: Batch) -> Student:
     """Freeze the transformer but for what is trained, and give it the method's tensors."""
     layers = shapes(transformer, batch, settings)
     tensors = initial(settings.method, layers, batch.latents.device)
@@ -127,7 +132,7 @@ def build(transformer: Any, settings: Settings, batch: Batch) -> Student:
     return Student(transformer, tensors)
 
 
-def add_lora(transformer: Any, rank: int) -> None:
+def add_lora(transformer: ModelMixin, rank: int) -> None:
     """Adapters on every linear layer of the attention modules that run sparse, fp32."""
     try:
         from peft import LoraConfig
@@ -149,7 +154,7 @@ def add_lora(transformer: Any, rank: int) -> None:
 class Teacher:
     """The dense model: the student's own weights where these stay frozen, otherwise a copy."""
 
-    def __init__(self, transformer: Any, train: str) -> None:
+    def __init__(self, transformer: ModelMixin, train: str) -> None:
         copied = train == "full"
         self.model = copy.deepcopy(transformer).requires_grad_(False) if copied else transformer
         self.adapted = train == "lora"
@@ -180,7 +185,7 @@ def training_config(student: Student, settings: Settings) -> AccelConfig:
     return _training(settings.method.with_weights(student.tensors()), settings)
 
 
-def _training(method: Any, settings: Settings) -> AccelConfig:
+def _training(method: Method, settings: Settings) -> AccelConfig:
     return AccelConfig(method, Schedule(warmup=0), order=settings.order, min_tokens=0, strict=True)
 
 

@@ -40,7 +40,7 @@ class Clock:
         self._stood = False  # at the last forward
         self._begin: int | None = None  # the scheduler's index at the first step, where it was seen
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         return Clock, (None, self._scheduler)  # a copy starts anew
 
     @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def differentiable(output: Any) -> Iterator[Tensor]:
+def differentiable(output: object) -> Iterator[Tensor]:
     """The tensors of a forward's output through which gradients will come."""
     if isinstance(output, Tensor):
         if output.requires_grad:

@@ -132,7 +132,7 @@ def _warm_up(
     progress("warm-up", 2, 2)
 
 
-def _findings(dense: Result, fast: Result, ran: dict[str, Any]) -> dict[str, Any]:
+def _findings(dense: Result, fast: Result, ran: dict[str, object]) -> dict[str, object]:
     near = quality.quality(dense.frames, fast.frames).to_dict()
     if dense.latents is not None and fast.latents is not None:
         near["latent_error"] = quality.latent_error(dense.latents, fast.latents)
@@ -152,7 +152,7 @@ def _findings(dense: Result, fast: Result, ran: dict[str, Any]) -> dict[str, Any
     }
 
 
-def _write_or_rescue(folder: Path, data: dict[str, Any], clips: Clips) -> dict[str, Path]:
+def _write_or_rescue(folder: Path, data: dict[str, object], clips: Clips) -> dict[str, Path]:
     try:
         return _write(folder, data, clips)
     except (OSError, ValueError) as error:

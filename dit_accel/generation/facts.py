@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def facts_of(
     pipe: DiffusionPipeline,
-    values: Mapping[str, Any],
+    values: Mapping[str, object],
     seed: int,
     config: AccelConfig | None,
     *,
@@ -31,7 +31,7 @@ def facts_of(
     boost: Boost = STOCK,
     sampler: str | None = None,
     command: str = "",
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """JSON-able facts of a clip that `pipe(**values)` makes from a seed.
 
     config: what accelerates it; None is the stock pipeline. command: the line that was typed.
@@ -56,7 +56,7 @@ def facts_of(
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """A picture by its path."""
     return {"file": value.filename} if hasattr(value, "filename") else value
 
@@ -81,7 +81,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "command", str(facts["command"])
 
 
-def _method(facts: Mapping[str, Any]) -> str:
+def _method(facts: Mapping[str, object]) -> str:
     config = facts.get("config")
     if not isinstance(config, Mapping):
         return str(facts.get("method"))

@@ -19,7 +19,7 @@ from dit_accel.methods.selectors import Selector
 def recipe(
     config: AccelConfig,
     where: dict[str, str],
-    values: dict[str, Any],
+    values: dict[str, object],
     seed: int,
     boost: Boost = STOCK,
     sampler: str | None = None,
@@ -53,7 +53,7 @@ def recipe(
     return "\n".join(lines)
 
 
-def _literal(value: Any) -> str:
+def _literal(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict) and set(value) == {"file"}:  # a picture, in the facts of a clip
@@ -68,7 +68,7 @@ def _shortest(config: AccelConfig) -> str:
     return _spelled(config.method) if config == plain else _spelled(config)
 
 
-def _spelled(value: Any) -> str:
+def _spelled(value: object) -> str:
     """A dataclass as Python text, without the fields that have their default value."""
     if isinstance(value, Selector | Reuse):
         return _literal(str(value))

@@ -116,7 +116,7 @@ class Watch:
         with self._aside():
             self._progress(phase, done, total)
 
-    def callback(self) -> dict[str, Any]:
+    def callback(self) -> dict[str, object]:
         known = inspect.signature(type(self.pipe).__call__).parameters
         return {"callback_on_step_end": self._step_end} if "callback_on_step_end" in known else {}
 
@@ -131,12 +131,12 @@ class Watch:
                 stack.callback(decoder.register_forward_hook(self._piece_decoded).remove)
             yield
 
-    def _before(self, module: torch.nn.Module, inputs: Any) -> None:
+    def _before(self, module: torch.nn.Module, inputs: object) -> None:
         if self.first is None:
             self.first = self._now()
             self.progress("denoise", 0, self.total_steps)
 
-    def _after(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _after(self, module: torch.nn.Module, inputs: object, output: object) -> None:
         if not self.ends:
             self.last = self._now()
 
@@ -160,7 +160,7 @@ class Watch:
             self.latents.shape[2] if self.latents is not None and self.latents.ndim == 5 else None
         )
 
-    def _piece_decoded(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _piece_decoded(self, module: torch.nn.Module, inputs: object, output: object) -> None:
         if self.visiting:  # a preview drawn between two steps
             return
         self.decoded += 1

@@ -46,7 +46,7 @@ def read_object(path: str | Path, what: str = "JSON file") -> dict[str, Any]:
     return dict(value)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:

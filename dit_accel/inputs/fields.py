@@ -21,7 +21,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value as an error shows it: never longer than a line."""
     try:
         return _SHORT.repr(value)
@@ -29,14 +29,14 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} too long to show"
 
 
-def check(record: Any) -> None:
+def check(record: object) -> None:
     """ValueError for the first field of a dataclass that is not what its annotation says."""
     kind: type = type(record)
     for name, hint in _hints(kind).items():
         expect(name, getattr(record, name), hint)
 
 
-def expect(name: str, value: Any, hint: Any) -> None:
+def expect(name: str, value: object, hint: object) -> None:
     """ValueError, with what was expected and what came, unless `value` is of type `hint`."""
     if not _fits(value, hint):
         finite = isinstance(value, float) and not math.isfinite(value)
@@ -74,16 +74,16 @@ def build(cls: type, values: Any, where: str = "") -> Any:
 
 
 @lru_cache(maxsize=256)
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in args)
@@ -106,18 +106,18 @@ def _fit_each(values: Any, hints: tuple[Any, ...]) -> bool:
     return len(values) == len(hints) and all(map(_fits, values, hints))
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
         return False
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     """Half a character (a lone surrogate) can be written to no file; a path may stand for text."""
     if not isinstance(value, str):
         return isinstance(value, PathLike)

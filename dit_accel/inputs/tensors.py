@@ -6,11 +6,34 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Tensors(Protocol):
+    """What is used of an open safetensors file."""
+
+    def keys(self) -> list[str]: ...
+
+    def metadata(self) -> dict[str, str] | None: ...
+
+    def get_tensor(self, name: str) -> torch.Tensor: ...
+
+    def get_slice(self, name: str) -> Slice: ...
+
+
+class Slice(Protocol):
+    """A tensor that is not read yet."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
 
 
 @contextmanager
-def open_tensors(path: str | Path, what: str = "weights file") -> Iterator[Any]:
+def open_tensors(path: str | Path, what: str = "weights file") -> Iterator[Tensors]:
     """The file, open for PyTorch; ValueError names one that is missing, cut off or no such file."""
     from safetensors import SafetensorError, safe_open
 

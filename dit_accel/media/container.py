@@ -6,11 +6,15 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dit_accel.inputs.text import check_file
+
+if TYPE_CHECKING:
+    from imageio.plugins.pyav import PyAVPlugin
+
 
 BT709 = 1
 
@@ -24,6 +28,7 @@ def encode(path: Path, frames: np.ndarray, fps: float, tags: dict[str, str]) -> 
         file.container_metadata.update(tags)
         # Rate factor, size and colour tags are not in the plugin's words: its stream takes them.
         stream = file._video_stream
+        assert stream is not None, "init_video_stream made it"
         stream.options, (stream.height, stream.width) = {"crf": "14"}, (height, width)
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = BT709
@@ -35,7 +40,7 @@ def encode(path: Path, frames: np.ndarray, fps: float, tags: dict[str, str]) -> 
 
 
 @contextmanager
-def _opened(path: str | Path, mode: str, **options: Any) -> Iterator[Any]:
+def _opened(path: str | Path, mode: str, **options: object) -> Iterator[PyAVPlugin]:
     """imageio's PyAV plugin; after an error it is closed at once and writes nothing more.
 
     Whenever it closes it collects all garbage, a quarter of a second beside a loaded model: what
@@ -67,7 +72,7 @@ def _opened(path: str | Path, mode: str, **options: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _reader(path: str | Path) -> Iterator[Any]:
+def _reader(path: str | Path) -> Iterator[PyAVPlugin]:
     check_file(path, "clip")
     try:
         with _opened(path, "r") as file:

@@ -52,7 +52,7 @@ def picture_options(suffix: str, facts: Facts | None) -> dict[str, Any]:
     return {"exif": exif}
 
 
-def read(path: str | Path) -> dict[str, Any] | None:
+def read(path: str | Path) -> dict[str, object] | None:
     """The facts that a clip or picture carries; None where it carries none of ours.
 
     Raises ValueError for a file that cannot be read as the kind its name says.

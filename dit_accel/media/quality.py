@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ class Quality:
     def ssim_mean(self) -> float:
         return float(np.mean(self.ssim))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-able, the means included."""
         return {**asdict(self), "psnr_mean": self.psnr_mean, "ssim_mean": self.ssim_mean}
 

@@ -184,7 +184,7 @@ class Method:
         call.note(table)
         return table
 
-    def chosen(self, q: torch.Tensor, k: torch.Tensor, call: Call, **rules: Any) -> Chosen:
+    def chosen(self, q: torch.Tensor, k: torch.Tensor, call: Call, **rules: object) -> Chosen:
         """Forced blocks and the `keep` best by the selector, or a table that serves this call too;
         the means only where they were made. rules: see Selector.choose."""
         sizes = self.sizes(q)

@@ -65,7 +65,7 @@ class Reuse:
         return call.together if self.passes else call.state
 
 
-def _key(call: Call, q: Tensor, k: Tensor, sizes: tuple[int, int]) -> tuple[Any, ...] | None:
+def _key(call: Call, q: Tensor, k: Tensor, sizes: tuple[int, int]) -> tuple[object, ...] | None:
     """What two calls have in common that can share a table; None for one that shares none."""
     if call.grid is None or isinstance(call.kv_len, Tensor):
         return None

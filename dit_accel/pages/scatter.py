@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dit_accel.pages.charts import ticks
 from dit_accel.pages.render import render
@@ -67,7 +67,7 @@ def _family(
     joined: bool,
     x: Callable[[float], float],
     y: Callable[[float], float],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     line = sorted((p for p in points if p.family == name), key=lambda p: p.x)
     return {
         "name": name,

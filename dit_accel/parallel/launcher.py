@@ -85,7 +85,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
 def _start(
     rank: int, count: int, port: int, arguments: Sequence[str], log: IO[bytes] | None
-) -> subprocess.Popen:
+) -> subprocess.Popen[bytes]:
     """The first process speaks; what the others say is kept in case they fail."""
     cores = os.cpu_count() or 1
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count}
@@ -97,7 +97,7 @@ def _start(
     return subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
 
-def _watch(processes: Sequence[subprocess.Popen]) -> int | None:
+def _watch(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Wait for all; the number of the first that fails, at once, or None."""
     while True:
         codes = [process.poll() for process in processes]
@@ -113,7 +113,7 @@ def _watch(processes: Sequence[subprocess.Popen]) -> int | None:
         time.sleep(0.05)
 
 
-def _end(processes: Sequence[subprocess.Popen]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     living = [process for process in processes if process.poll() is None]
     for process in living:
         process.terminate()

@@ -19,6 +19,8 @@ from dit_accel.pipelines.base import Geometry
 from dit_accel.pipelines.denoisers import transformers_of
 
 if TYPE_CHECKING:
+    from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+    from diffusers.models.modeling_utils import ModelMixin
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
@@ -29,27 +31,39 @@ RING = (
 Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def config_of(processor: Any) -> Any:
+def config_of(processor: object) -> ParallelConfig | None:
     """The ParallelConfig under which a processor shares its sequence with other ranks, or None."""
     config = getattr(processor, "_parallel_config", None)
     return config if getattr(config, "context_parallel_config", None) is not None else None
 
 
-def obstacle(config: Any, mask: Tensor | None) -> str:
+def context_of(config: ParallelConfig) -> ContextParallelConfig:
+    """How the sequence is shared."""
+    context = config.context_parallel_config
+    assert context is not None, "see config_of"
+    return context
+
+
+def is_ring(config: ParallelConfig) -> bool:
+    """Whether keys go round a ring."""
+    return (context_of(config).ring_degree or 1) > 1
+
+
+def obstacle(config: ParallelConfig, mask: Tensor | None) -> str:
     """Why an attention call cannot be sparse under this ParallelConfig, or ""."""
-    if config.context_parallel_config.ring_degree > 1:
+    if is_ring(config):
         return RING
     if mask is not None and (mask.ndim != 4 or mask.shape[2] > 1):
         return "the attention mask of a shared sequence is more than key padding"
     return ""
 
 
-def place(config: Any) -> tuple[int, int]:
+def place(config: ParallelConfig) -> tuple[int, int]:
     """(rank, ranks) of this process among those that share a sequence by Ulysses."""
     import torch.distributed as dist
 
-    context = config.context_parallel_config
-    return dist.get_rank(context._ulysses_mesh.get_group()), context.ulysses_degree
+    context = context_of(config)
+    return dist.get_rank(context._ulysses_mesh.get_group()), context.ulysses_degree or 1
 
 
 def gathered(
@@ -57,7 +71,7 @@ def gathered(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    config: Any,
+    config: ParallelConfig,
     geometry: Geometry,
     inner: Inner,
     gate: Tensor | None = None,
@@ -67,7 +81,7 @@ def gathered(
     q, k, v [B, N_local, H, D] → [B, N_local, H, D]; `inner` gets [B, N, H_local, D], the mask of
     all keys [B, 1, 1, N] and the gate, like q. geometry: of all ranks together.
     """
-    ranks = config.context_parallel_config.ulysses_degree
+    ranks = context_of(config).ulysses_degree or 1
 
     def ordered(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None = None
@@ -83,7 +97,7 @@ def gathered(
         out = inner(q, k, v, mask, gate)
         return out.index_select(1, back)
 
-    even = not config.context_parallel_config.ulysses_anything
+    even = not context_of(config).ulysses_anything
     learned = _differentiable(q, k, v)
     if even and q.shape == k.shape == v.shape and not learned:
         return _exchanged(q, k, v, mask, config, ordered, gate)
@@ -95,7 +109,13 @@ def gathered(
     q = q if gate is None else torch.cat([q, gate.to(q.dtype)], -1)  # they travel together
 
     def forward_op(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any, **more: Any
+        ctx: object,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        *rest: object,
+        **more: object,
     ) -> Tensor:
         return ordered(q[..., :d], k, v, mask, q[..., d:] if gate is not None else None)
 
@@ -113,7 +133,7 @@ def _exchanged(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    config: Any,
+    config: ParallelConfig,
     attend: Inner,
     gate: Tensor | None,
 ) -> Tensor:
@@ -125,11 +145,11 @@ def _exchanged(
     """
     import torch.distributed as dist
 
-    context = config.context_parallel_config
-    group, ranks = context._ulysses_mesh.get_group(), context.ulysses_degree
+    context = context_of(config)
+    group, ranks = context._ulysses_mesh.get_group(), context.ulysses_degree or 1
     batch, n, heads, d = q.shape
 
-    def start(x: Tensor) -> tuple[Tensor, Any]:
+    def start(x: Tensor) -> tuple[Tensor, dist.Work]:
         """[ranks, …] of what goes to each rank → what comes from each, once it is there."""
         x, got = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         return got, dist.all_to_all_single(got, x, group=group, async_op=True)
@@ -180,7 +200,7 @@ def share(pipe: DiffusionPipeline, degree: int | None = None, *, anything: bool 
     Raises RuntimeError outside of `torchrun` or `accelerate launch`, ValueError for a model that
     diffusers cannot split.
     """
-    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import ContextParallelConfig
 
     world = _join(pipe._execution_device)
     degree = degree or world
@@ -212,7 +232,7 @@ def _join(device: torch.device) -> int:
     return dist.get_world_size()
 
 
-def _share_on_cpu(model: Any, context: Any, degree: int) -> None:
+def _share_on_cpu(model: ModelMixin, context: ContextParallelConfig, degree: int) -> None:
     """What `enable_parallelism` does; that one counts accelerators and divides by none here."""
     import torch.distributed as dist
     from diffusers.hooks.context_parallel import apply_context_parallel
@@ -224,6 +244,8 @@ def _share_on_cpu(model: Any, context: Any, degree: int) -> None:
     config = ParallelConfig(context_parallel_config=context)
     config.setup(dist.get_rank(), degree, cpu, mesh=mesh)
     for module in model.modules():
-        if hasattr(getattr(module, "processor", None), "_parallel_config"):
-            module.processor._parallel_config = config
+        processor: Any = getattr(module, "processor", None)
+        if hasattr(processor, "_parallel_config"):
+            processor._parallel_config = config
+    assert model._cp_plan is not None, "share has seen to it"
     apply_context_parallel(model, context, model._cp_plan)

@@ -38,12 +38,12 @@ class Context:
         """A forward starts."""
         self._masks.clear()
 
-    def remember(self, name: Any, k: Tensor, v: Tensor) -> None:
+    def remember(self, name: object, k: Tensor, v: Tensor) -> None:
         """All tokens ran: k, v [B, N, H, D]."""
         self.memory[name] = (self._shrink(k), self._shrink(v))
 
     def complete(
-        self, name: Any, k: Tensor, v: Tensor, visual: slice, index: Tensor, n: int
+        self, name: object, k: Tensor, v: Tensor, visual: slice, index: Tensor, n: int
     ) -> tuple[Tensor, Tensor]:
         """k, v [B, K + text, H, D], `visual` where the tokens `index` of n lie in them → the same
         with all n visual tokens, the others as they were."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +73,9 @@ class Observer:
         share = text_share(queries, k, visual, mask if padding else None, self.prune.block)
         self.reading = share if self.reading is None else self.reading + share
 
-    def watch_transition(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def watch_transition(
+        self, module: nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> None:
         """Forward hook of a probe module; of joint attention the visual part is first."""
         if self.rows.running:
             x = args[0] if args else kwargs["hidden_states"]
@@ -82,7 +83,7 @@ class Observer:
             found = transition_variation(*map(self.rows.visual, (x, y)))
             self.transition = found if self.transition is None else self.transition + found
 
-    def watch_output(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def watch_output(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
         """Forward hook of the model's last projection."""
         if self.rows.running:
             output = output.transpose(0, 1) if self.rows.site.tokens_first else output

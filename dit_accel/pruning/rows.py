@@ -72,7 +72,7 @@ class Rows:
         return hidden, arguments.get(self.site.text)
 
     def write(
-        self, arguments: dict[str, Any], single: bool, visual: Tensor, text: Tensor | None
+        self, arguments: dict[str, object], single: bool, visual: Tensor, text: Tensor | None
     ) -> None:
         """Exchange the visual tokens in a block's arguments."""
         arguments[self.site.hidden] = self.join(visual, text, single) if single else visual
@@ -84,7 +84,7 @@ class Rows:
         at = self.site.visual
         return (out[at], out[1 - at]) if self.site.text else (out, None)
 
-    def join(self, visual: Tensor, text: Tensor | None, single: bool) -> Any:
+    def join(self, visual: Tensor, text: Tensor | None, single: bool) -> object:
         """What a block returns."""
         if single:
             parts = (text, visual) if self.geometry.text_first else (visual, text)

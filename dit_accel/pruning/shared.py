@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Part(NamedTuple):
         return torch.arange(n, device=device) >= n - tail if tail else None
 
     def obstacle(
-        self, prune: TokenPruning, site: SpanSite, geometry: Geometry, plan: Mapping[str, Any]
+        self, prune: TokenPruning, site: SpanSite, geometry: Geometry, plan: Mapping[str, object]
     ) -> str:
         """Why this pruning does not run on tokens shared between devices, or "".
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,9 @@ from dit_accel.pruning.restore import RESTORES, Memory, Past
 from dit_accel.pruning.rows import Rows
 from dit_accel.pruning.select import Selection
 from dit_accel.pruning.shared import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 
 class Entry(NamedTuple):
@@ -72,7 +75,7 @@ class Span:
         kind = self.prune.context
         self.context = None if kind == "drop" else Context(kind, self.prune.block)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         """A copy starts anew."""
         return Span, (self.prune, self.site, self.clock, self.blocks)
 
@@ -108,7 +111,7 @@ class Span:
 
     def run(
         self, number: int, block: nn.Module, args: tuple, kwargs: dict, single: bool = False
-    ) -> Any:
+    ) -> object:
         """Block `number` of the model on all tokens, on the chosen ones, or not at all.
 
         single: its list holds text and visual tokens in one row.
@@ -168,7 +171,7 @@ class Span:
         text: Tensor | None,
         index: Tensor,
         single: bool,
-    ) -> Any:
+    ) -> object:
         """A block of the span on the tokens `index`, which the next one is handed as they are, or,
         where something is added to all of them in between, back among the others."""
         rows, live = self.rows, index.numel()
@@ -183,7 +186,7 @@ class Span:
         self.live = None
         return rows.join(visual.index_copy(1, index, ran), text, single)
 
-    def _leave(self, out: Any, single: bool) -> Any:
+    def _leave(self, out: object, single: bool) -> object:
         """The span's end: update R where tokens ran, restore the others from it."""
         rows, index, entry = self.rows, self.rows.index, self._entered
         assert entry is not None, "the span was entered"
@@ -217,7 +220,7 @@ class Span:
             known.update(step, index, fresh, probe, text, self.prune.restore == "taylor")
 
     def keys(
-        self, name: Any, k: Tensor, v: Tensor, mask: Tensor | None
+        self, name: object, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values [B, n, H, D] of an attention call of the span, and their mask, with those
         of pruned tokens as the context has them. name: tells the call from others of its forward.
@@ -240,7 +243,7 @@ class Span:
 
 
 @functools.cache
-def _signature(forward: Any) -> inspect.Signature:
+def _signature(forward: Callable[..., object]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
@@ -264,14 +267,14 @@ def _list_class(kind: type) -> type:
     class SpanList(kind):
         _accel_kind = kind
 
-        def __iter__(self) -> Any:
+        def __iter__(self) -> Iterator[_Wrapped]:
             span, first, single = self.__dict__.get("_accel_span", (None, 0, False))
             inner = super().__iter__()
             if span is None or not span.rows.running:  # a slice has none
                 return inner
             return (_Wrapped(span, n, block, single) for n, block in enumerate(inner, first))
 
-        def __reduce_ex__(self, protocol: Any) -> tuple:
+        def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
             return _blank, (kind,), dict(self.__dict__)
 
     SpanList.__name__ = kind.__name__
@@ -295,7 +298,7 @@ class _Wrapped:
     def __init__(self, span: Span, number: int, block: nn.Module, single: bool) -> None:
         self._span, self._number, self._block, self._single = span, number, block, single
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self._span.run(self._number, self._block, args, kwargs, self._single)
 
     def __getattr__(self, name: str) -> Any:

@@ -62,7 +62,7 @@ class Engine:
         self.order = Order(self.config.order, self.config.tile)
         self._announce = Announcer(self.config.method, self.clock, self.books, self.plans)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         """A copy starts anew, with books of its own."""
         return Engine, (self.config, self.plans, self.clock, self.books.blank(), self.spans)
 
@@ -72,7 +72,7 @@ class Engine:
         device: torch.device,
         carried: bool = False,
         span: Span | None = None,
-        timestep: Any = None,
+        timestep: Tensor | float | None = None,
         model: nn.Module | None = None,
     ) -> None:
         """A transformer forward starts: move the clock, drop stale state, choose the order.
@@ -108,7 +108,7 @@ class Engine:
             watch = Stopwatch(device)
             self.books.forwards.append(StepBook(self.clock.step, self.clock.passname, watch))
 
-    def end(self, output: Any = None) -> None:
+    def end(self, output: object = None) -> None:
         """The forward is over. output: what it returned."""
         self._open = False
         if self._again is None:

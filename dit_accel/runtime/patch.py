@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,14 @@ from dit_accel.pruning.shared import Part
 from dit_accel.pruning.span import Span, give_back, take_over
 from dit_accel.runtime import again, rebind, seam
 from dit_accel.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from diffusers.models._modeling_parallel import ParallelConfig
+    from torch.utils.hooks import RemovableHandle
+
 
 MARK = "_dit_accel"  # where a transformer keeps its patch
 
@@ -73,10 +81,10 @@ class Patch:
     first: int = 0
     span: Span | None = None
     name: str = "transformer"
-    handles: list[Any] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
     unserved: dict[int, str] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "adapter": None}  # of functions, which are not copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,7 +163,9 @@ class Patch:
         return list(matching(self.transformer, self.span.site.readers).values())
 
     @torch.compiler.disable
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Forward pre-hook of the transformer."""
         signature = _signature(type(self.transformer).forward)
         bound = signature.bind_partial(module, *args, **kwargs).arguments
@@ -175,17 +185,17 @@ class Patch:
             self.engine.bypass(index, why)
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def after(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Forward hook of the transformer."""
         self.engine.end(output)
 
     def _check_prunable(
-        self, span: Span, args: dict[str, Any], geometry: Geometry, shared: Any
+        self, span: Span, args: dict[str, Any], geometry: Geometry, shared: ParallelConfig | None
     ) -> None:
         """RuntimeError for a forward whose tokens cannot be pruned."""
         refuses, why = span.site.refuses, ""
         span.part = Part()
-        if shared is not None and shared.context_parallel_config.ring_degree > 1:
+        if shared is not None and ulysses.is_ring(shared):
             why = ulysses.RING
         elif shared is not None:
             span.part = Part(*ulysses.place(shared))
@@ -228,7 +238,13 @@ class Patch:
             reorder = functools.partial(_reorder, self.engine, site, back)
             self._hook(self.transformer.get_submodule(site.module), reorder)
 
-    def _hook(self, module: nn.Module, hook: Any, kwargs: bool = False, pre: bool = False) -> None:
+    def _hook(
+        self,
+        module: nn.Module,
+        hook: Callable[..., object],
+        kwargs: bool = False,
+        pre: bool = False,
+    ) -> None:
         register = module.register_forward_pre_hook if pre else module.register_forward_hook
         self.handles.append(register(hook, with_kwargs=kwargs or pre))
 
@@ -239,11 +255,16 @@ class CacheContext:
     before: what had been set on the transformer itself, or None.
     """
 
-    def __init__(self, transformer: nn.Module, clock: Clock, before: Any) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        clock: Clock,
+        before: Callable[..., AbstractContextManager] | None,
+    ) -> None:
         self.transformer, self.clock, self.before = transformer, clock, before
 
     @contextmanager
-    def __call__(self, name: str, **fields: Any) -> Iterator[Any]:
+    def __call__(self, name: str, **fields: object) -> Iterator[object]:
         kind: Any = type(self.transformer)
         enter = self.before or kind.cache_context.__get__(self.transformer)
         with self.clock.context(name, fields), enter(name, **fields) as context:
@@ -251,14 +272,19 @@ class CacheContext:
 
 
 @functools.cache
-def _signature(forward: Any) -> inspect.Signature:
+def _signature(forward: Callable[..., object]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
 @torch.compiler.disable
 def _reorder(
-    engine: Engine, site: Site, back: bool, module: nn.Module, args: tuple, output: Any
-) -> Any:
+    engine: Engine,
+    site: Site,
+    back: bool,
+    module: nn.Module,
+    args: tuple[object, ...],
+    output: object,
+) -> object:
     """Forward hook where tokens enter the order, or leave it."""
     order = engine.order
     index = order.back if back else order.index

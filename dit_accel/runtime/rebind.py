@@ -30,7 +30,7 @@ def obstacle(module: nn.Module) -> str:
     return ""
 
 
-def layer_of(processor: Any) -> seam.Layer | None:
+def layer_of(processor: object) -> seam.Layer | None:
     """The layer that a processor of ours serves; None for others."""
     return getattr(processor, "__dict__", {}).get("_accel")
 
@@ -80,10 +80,10 @@ class Rebound(type):
 
     _accel_kind: type
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> object:
         return cls._accel_kind(*args, **kwargs)
 
-    def __eq__(cls, other: Any) -> bool:
+    def __eq__(cls, other: object) -> bool:
         return other is cls or other is cls._accel_kind
 
     def __hash__(cls) -> int:
@@ -115,7 +115,7 @@ def rebound_class(kind: type) -> type:
             seam.CURRENT.hidden = kwargs["hidden_states"] if len(args) < 2 else args[1]
         return bound(self, *args, **kwargs)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> tuple:
+    def __reduce_ex__(self: object, protocol: object) -> tuple[object, ...]:
         return _blank, (kind,), dict(self.__dict__)
 
     body = {
@@ -127,7 +127,7 @@ def rebound_class(kind: type) -> type:
     return Rebound(kind.__name__, (kind,), body)
 
 
-def _blank(kind: type) -> Any:
+def _blank(kind: type) -> object:
     return object.__new__(rebound_class(kind))
 
 
@@ -191,6 +191,6 @@ def _functional() -> types.ModuleType:
     return shim
 
 
-def _set_processor(module: nn.Module, processor: Any) -> None:
+def _set_processor(module: nn.Module, processor: object) -> None:
     setter = getattr(module, "set_processor", None)  # MochiAttention has none
     setter(processor) if setter else setattr(module, "processor", processor)

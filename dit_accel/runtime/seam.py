@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor
 from dit_accel.parallel import ulysses
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
+
+if TYPE_CHECKING:
+    from diffusers.models._modeling_parallel import ParallelConfig
 
 
 @dataclass(eq=False)
@@ -34,9 +38,9 @@ class Layer:
 
     engine: Engine
     index: int
-    processor: Any = None
-    original: Any = None
-    dispatch: Any = None
+    processor: object = None
+    original: object = None
+    dispatch: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         identity = next(_IDS)
@@ -45,7 +49,7 @@ class Layer:
             self.number = torch.tensor(identity, device="cpu")
         self.gated = type(self) is Layer and self.engine.config.method.gated
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[object, ...]:
         """A copy has a number of its own, and the copy of the engine."""
         rest = {name: getattr(self, name) for name in ("processor", "original", "dispatch")}
         return type(self), (self.engine, self.index), rest
@@ -87,7 +91,7 @@ class Layer:
         v: Tensor,
         mask: Tensor | None,
         scale: float | None,
-        shared: Any,
+        shared: ParallelConfig | None,
     ) -> Tensor:
         """The attention this module had before: the user's own backend. `shared`: its
         ParallelConfig where q, k, v are this rank's part of the tokens, None where they are all."""

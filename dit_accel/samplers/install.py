@@ -64,7 +64,7 @@ def _following(prepare: Callable[..., Any], scheduler: GridScheduler) -> Callabl
     code = getattr(getattr(prepare, "__func__", prepare), "__code__", None)
     scales = "init_noise_sigma" in getattr(code, "co_names", ())
 
-    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+    def prepare_latents(*args: object, **kwargs: object) -> object:
         scheduler.generator = signature.bind(*args, **kwargs).arguments.get("generator")
         found = prepare(*args, **kwargs)
         if scales or scheduler.init_noise_sigma == 1:

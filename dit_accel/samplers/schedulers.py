@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -17,6 +17,11 @@ from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 from dit_accel.samplers.grids import MOST, Sampler
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
 
 class GridScheduler(FlowMatchEulerDiscreteScheduler):
@@ -34,7 +39,7 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
     def __init__(self, sampler: str = "flow", num_train_timesteps: int = MOST) -> None:
         super().__init__(num_train_timesteps=num_train_timesteps)
         self.sampler = Sampler.named(sampler)
-        self.generator: Any = None
+        self.generator: torch.Generator | None = None
 
     @property
     def init_noise_sigma(self) -> float:
@@ -44,10 +49,10 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
         mu: float | None = None,
-        timesteps: Any = None,
+        timesteps: Sequence[float] | None = None,
     ) -> None:
         """The grid of this many steps; of a pipeline's own levels only the number is heard.
 
@@ -55,22 +60,22 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         """
         given = timesteps if sigmas is None else sigmas
         steps = num_inference_steps or (self.sampler.steps if given is None else len(given))
-        sigmas = torch.tensor(self.sampler.sigmas(steps), dtype=torch.float32, device=device)
+        levels = torch.tensor(self.sampler.sigmas(steps), dtype=torch.float32, device=device)
         self.num_inference_steps = steps
-        self.timesteps = sigmas * self.config["num_train_timesteps"]
-        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self.timesteps = levels * self.config["num_train_timesteps"]
+        self.sigmas = torch.cat([levels, levels.new_zeros(1)])
         self._step_index = self._begin_index = None
 
     def step(
         self,
-        model_output: Any,
-        timestep: Any,
-        sample: Any,
-        *churn: Any,
-        generator: Any = None,
+        model_output: Tensor,
+        timestep: torch.FloatTensor | float,
+        sample: Tensor,
+        *churn: object,
+        generator: torch.Generator | None = None,
         return_dict: bool = True,
-        **more: Any,
-    ) -> Any:
+        **more: object,
+    ) -> Output | tuple[Tensor]:
         """x at the next noise level, in float32 arithmetic and the dtype of `sample`.
 
         generator: of fresh noise; None takes the pipeline's (see `install`), else torch's own.
@@ -106,7 +111,10 @@ class H3GridScheduler(MiniMaxH3Scheduler):
         self.sampler = Sampler.named(sampler)
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, sigmas: Any = None
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | Tensor | None = None,
     ) -> None:
         """The grid of num_inference_steps − 1 steps; ValueError where the sampler has no such."""
         if sigmas is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 
@@ -17,7 +15,7 @@ def repair_interpreter() -> None:
 
     convert = interpreter._convert_float
 
-    def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+    def rounded(data: object, source: object, target: object, mode: object) -> object:
         if source != tl.float32 or target != tl.float8e4nv:
             return convert(data, source, target, mode)
         return torch.tensor(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()

@@ -25,7 +25,7 @@ class Selector:
     paper: ClassVar[str] = ""
 
     def choose(
-        self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: Any
+        self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: object
     ) -> Chosen:
         """The table of q [B, H, N_q, D] and k [B, H, N_k, D], and the means that were read for it.
 
@@ -66,6 +66,6 @@ def chosen(q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: An
     return ops.block_table(q, k, call.keep, **rules), None
 
 
-def valid(call: Call) -> dict[str, Any]:
+def valid(call: Call) -> dict[str, object]:
     """What ops.block_table is told of this call's text and padding."""
     return {"forced": call.forced, "max_forced": call.n_forced, "kv_len": call.kv_len}

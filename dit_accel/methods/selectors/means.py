@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Means(Selector):
     paper: ClassVar[str] = "arXiv 2303.08810 (BiFormer), first level"
 
     def choose(
-        self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: Any
+        self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: object
     ) -> Chosen:
         """See ops.block_table."""
         return chosen(q, k, call, sizes, **rules)

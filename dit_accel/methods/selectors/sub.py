@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class Sub(Selector):
             raise ValueError(f"a block has 2, 4, 8, 16, 32 or 64 parts, not {self.parts}")
 
     def choose(
-        self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: Any
+        self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], **rules: object
     ) -> Chosen:
         """See `parts` of ops.block_table."""
         return chosen(q, k, call, sizes, parts=self.parts, **rules)

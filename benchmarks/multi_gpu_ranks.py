@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dit_accel.bench.models import MODELS, Model, build, inputs
 from dit_accel.bench.rows import Course, Row, switched_on
-from dit_accel.parallel import ulysses
+from dit_accel.parallel.sharing import share
 
 MARK = "ROW "
 MARGIN = 2.0
@@ -251,7 +251,7 @@ def split(case: Case, pipe: Any, world: int, dry: bool) -> nn.Module:
     tokens = size[0] // 16 * (size[1] // 16) * frames
     heads = alone.config.num_attention_heads
     pipe.transformer = twin
-    ulysses.share(pipe, anything=any(n % world for n in (heads, tokens, text)))
+    share(pipe, anything=any(n % world for n in (heads, tokens, text)))
     pipe.transformer = alone
     return twin
 

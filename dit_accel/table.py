@@ -174,6 +174,23 @@ class BlockTable:
         indices = merged.clamp(max=blocks - 1).contiguous()
         return BlockTable(indices, counts, self.block_q, self.block_k, self.n_q, self.n_k)
 
+    def rows(self, first: int, n_q: int) -> BlockTable:
+        """The rows of the n_q queries from `first` on, where a block begins."""
+        rows = slice(first // self.block_q, block_count(first + n_q, self.block_q))
+        indices, counts = self.indices[:, :, rows], self.counts[:, :, rows]
+        return BlockTable(indices, counts, self.block_q, self.block_k, n_q, self.n_k)
+
+    def columns(self, first: int, n_k: int) -> BlockTable:
+        """What it keeps of the n_k keys from `first` on, where a block begins, as a table of these;
+        does not wait for the device."""
+        start, blocks = first // self.block_k, block_count(n_k, self.block_k)
+        here = self.indices - start
+        kept = self.valid() & (here >= 0) & (here < blocks)
+        here = here.masked_fill(~kept, blocks).sort(-1).values[..., :blocks]
+        counts = kept.sum(-1, dtype=torch.int32)
+        indices = here.clamp(max=blocks - 1).contiguous()
+        return BlockTable(indices, counts, self.block_q, self.block_k, self.n_q, n_k)
+
     @classmethod
     def from_mask(
         cls, mask: Tensor, block_q: int, block_k: int, n_q: int, n_k: int, width: int | None = None

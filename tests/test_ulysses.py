@@ -14,7 +14,8 @@ import dit_accel
 from dit_accel import Schedule, TokenPruning
 from dit_accel.config import named
 from dit_accel.generation.boost import compiled_blocks
-from dit_accel.parallel import ulysses
+from dit_accel.parallel import sharing, ulysses
+from dit_accel.parallel.context import Split
 from dit_accel.pruning import criteria, select
 from dit_accel.table import block_count, kept_blocks
 
@@ -132,7 +133,7 @@ def work(rank, port, folder):
             select.pick = in_halves(TokenPruning(**case["prune"]))
         alone, report = generate(pipe, **case)
         select.pick = whole
-        ulysses.share(pipe, anything=case.get("anything", False))
+        sharing.share(pipe, anything=case.get("anything", False))
         together, shared = generate(pipe, **case)
         found[name] = {
             "error": float((alone - together).abs().max() / alone.abs().max()),
@@ -143,7 +144,7 @@ def work(rank, port, folder):
     found["refused"] = {}
     for says, (build, prune) in REFUSED.items():
         pipe = tiny_wan() if build == "wan" else tiny_flux()
-        ulysses.share(pipe)
+        sharing.share(pipe)
         try:
             generate(pipe, build, prune=prune)
         except RuntimeError as error:
@@ -185,18 +186,19 @@ def test_pruning_of_shared_tokens_is_refused_by_reason(found):
 
 def test_places_of_shared_tokens():
     cpu = torch.device("cpu")
-    there, back = ulysses.token_places(5, 7, True, 2, cpu)
+    there, back = ulysses.token_places(Split(5, 7, True, False, 2), cpu)
     # rank 0 brings text 0-2 and picture 5-8, rank 1 text 3-4 and picture 9-11
     assert back.tolist() == [0, 1, 2, 5, 6, 7, 8, 3, 4, 9, 10, 11]
     assert back[there].tolist() == list(range(12))
-    _, back = ulysses.token_places(2, 4, False, 2, cpu)
+    _, back = ulysses.token_places(Split(2, 4, False, False, 2), cpu)
     assert back.tolist() == [0, 1, 4, 2, 3, 5]
 
 
-def test_ring_attention_stays_dense_with_the_reason():
+def test_a_ring_of_ulysses_stays_dense_with_the_reason():
     pipe = tiny_wan()
     handle = dit_accel.accelerate(pipe, "topk", schedule=NOW, min_tokens=0)
-    ring = ParallelConfig(context_parallel_config=ContextParallelConfig(ring_degree=2))
+    both = ContextParallelConfig(ring_degree=2, ulysses_degree=2)
+    both = ParallelConfig(context_parallel_config=both)
     seen = []
 
     def dispatch(q, k, v, **kwargs):
@@ -206,14 +208,15 @@ def test_ring_attention_stays_dense_with_the_reason():
         ).transpose(1, 2)
 
     for layer in handle._patches[0].layers:
-        layer.processor._parallel_config = ring
+        layer.processor._parallel_config = both
         layer.dispatch = dispatch
     generate_once(pipe)
-    assert seen and all(config is ring for config in seen)
-    assert set(handle.report().unplanned) == {ulysses.RING}
+    assert seen and all(config is both for config in seen)
+    why = "ring_degree and ulysses_degree are both above 1: set one of them"
+    assert set(handle.report().unplanned) == {why}
     handle.restore()
     handle = dit_accel.accelerate(pipe, "topk", schedule=NOW, min_tokens=0, strict=True)
-    with pytest.raises(RuntimeError, match="set ulysses_degree instead"):
+    with pytest.raises(RuntimeError, match="set one of them"):
         generate_once(pipe)
 
 
@@ -224,4 +227,4 @@ def generate_once(pipe):
 def test_sharing_needs_processes_and_a_plan(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(RuntimeError, match="torchrun"):
-        ulysses.share(tiny_wan())
+        sharing.share(tiny_wan())

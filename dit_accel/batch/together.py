@@ -18,8 +18,8 @@ from dit_accel.batch import render
 from dit_accel.batch.jobs import Job
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.run import ProgressFn
-from dit_accel.parallel import ulysses
 from dit_accel.parallel.launcher import AGAIN
+from dit_accel.parallel.sharing import share
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -42,7 +42,7 @@ class Together:
     """The processes of one pipeline, `pipe` being this one's copy of it."""
 
     def __init__(self, pipe: DiffusionPipeline, count: int) -> None:
-        ulysses.share(pipe, count, anything=True)
+        share(pipe, count, anything=True)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.leads = dist.get_rank() == 0
 

@@ -31,7 +31,7 @@ from dit_accel.media.files import check_folder, check_own
 from dit_accel.media.lock import held
 from dit_accel.media.names import from_text
 from dit_accel.parallel import launcher
-from dit_accel.parallel.ulysses import share
+from dit_accel.parallel.sharing import share
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline

@@ -43,11 +43,12 @@ class Tokens(NamedTuple):
     """Which tokens a call of the running forward has.
 
     geometry: of its keys; a row of those that are seen where tokens are pruned. queries: how many
-    of its queries are visual.
+    of its queries are visual. part: the queries are those of one process of several.
     """
 
     geometry: Geometry
     queries: int
+    part: bool = False
 
     def parts(self, n: int, n_visual: int) -> tuple[slice, slice]:
         """Where the visual and where the text tokens lie in a sequence of n."""
@@ -70,7 +71,8 @@ class Tokens(NamedTuple):
         """Why a call with so many queries and keys cannot be this attention, or ""."""
         g = self.geometry
         fits = n_keys >= g.n_visual if g.n_text is None else n_keys == g.n_tokens
-        if n_queries - self.queries in (0, n_keys - g.n_visual) and fits:
+        text, all_text = n_queries - self.queries, n_keys - g.n_visual
+        if fits and (0 <= text <= all_text if self.part else text in (0, all_text)):
             return ""
         return f"{n_queries} × {n_keys} tokens where the model's geometry says {g.n_tokens}"
 

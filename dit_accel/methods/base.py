@@ -17,6 +17,7 @@ from dit_accel.methods import selectors
 from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors.base import Chosen, Selector
 from dit_accel.methods.selectors.means import Means
+from dit_accel.parallel.sharded import Ring
 from dit_accel.table import BlockTable, Keep, block_count
 
 _LONG = 8192
@@ -51,6 +52,8 @@ class Call:
         gate: what `Method.gate` gave for these queries, [B, H, Nq, D]; None where it gave none.
         sections: lengths of the parts (text, references, sound) of the tokens beside the grid's;
             empty when unknown.
+        first, queries: the visual queries given begin at `first` of `queries`; None: they are all.
+        ring: by which the keys of other processes come, where k and v are a part of them.
     """
 
     keep: Keep
@@ -74,6 +77,9 @@ class Call:
     note: Callable[[BlockTable | None], None] = lambda table: None
     gate: torch.Tensor | None = None
     sections: tuple[int, ...] = ()
+    first: int = 0
+    queries: int | None = None
+    ring: Ring | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ class Method:
     divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     gated: ClassVar[bool] = False  # reads the attention's input, see `gate`
+    by_rows: ClassVar[bool] = False  # serves any whole query blocks by themselves
     whole: ClassVar[bool] = False  # serves the queries of text, too, where all keys are valid
 
     def __post_init__(self) -> None:
@@ -187,7 +194,7 @@ class Method:
     def chosen(self, q: torch.Tensor, k: torch.Tensor, call: Call, **rules: object) -> Chosen:
         """Forced blocks and the `keep` best by the selector, or a table that serves this call too;
         the means only where they were made. rules: see Selector.choose."""
-        sizes = self.sizes(q)
+        sizes = self.sizes(q, call)
         kept = self.sharing.find(call, q, k, sizes)
         if kept is not None:
             return kept, None
@@ -205,9 +212,31 @@ class Method:
             return tuple(max(1, int(x * blocks)) / blocks for x in keep)
         return max(1, int(keep * blocks)) / blocks
 
-    def sizes(self, q: torch.Tensor) -> tuple[int, int]:
+    def sizes(self, q: torch.Tensor, call: Call) -> tuple[int, int]:
         """Tokens in a query block of q [B, H, N, D] and in a key block."""
-        return self.query_block(q.shape[2]), self.block_k
+        return self.query_block(call.queries or q.shape[2]), self.block_k
+
+    @property
+    def by_parts(self) -> bool:
+        """Can its output be merged from parts of the keys, see `part`?"""
+        return False
+
+    @property
+    def by_means(self) -> bool:
+        """Are means of blocks all that its choice of blocks looks at?"""
+        return self.chooses and self.select == Means() and self.reuse == Reuse()
+
+    def part(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: BlockTable, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output over a part of the keys, and its log-sum-exp; table: of this part."""
+        raise TypeError(f"{type(self).__name__} needs all keys at once")
+
+    def complete(
+        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        """The output from what the parts gave, float32. k, v: this process's own part."""
+        return out
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call

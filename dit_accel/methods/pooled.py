@@ -9,6 +9,7 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
+from dit_accel.table import BlockTable
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Pooled(Method):
     name: ClassVar[str] = "pooled"
     description: ClassVar[str] = "exact on the best key blocks, one pooled key and value for others"
     paper: ClassVar[str] = "arXiv 2107.05768 (Combiner)"
+    by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.6},
         "balanced": {"keep": 0.5},
@@ -36,3 +38,12 @@ class Pooled(Method):
         return ops.pooled_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len, means=means
         )
+
+    @property
+    def by_parts(self) -> bool:
+        return self.by_means
+
+    def part(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: BlockTable, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.pooled_attention(q, k, v, table, call.scale, return_lse=True)

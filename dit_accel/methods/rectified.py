@@ -34,6 +34,7 @@ class Rectified(Method):
     name: ClassVar[str] = "rectified"
     description: ClassVar[str] = "sparse attention rescaled to its mass, plus pooled values"
     paper: ClassVar[str] = "arXiv 2511.19835"
+    by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.7},
         "balanced": {"keep": 0.5},
@@ -52,8 +53,8 @@ class Rectified(Method):
         near: tuple[torch.Tensor | None, int] = (None, 0)
         if self.neighbours is not None:
             n_q, n_k = q.shape[2], k.shape[2]
-            first = n_k - n_q if call.text_first else 0
-            sizes = self.sizes(q)
+            text = n_k - (call.queries or n_q) if call.text_first else 0
+            first, sizes = text + call.first, self.sizes(q, call)
             near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
         critical = {"mass": self.mass, "near": near[0], "max_near": near[1]}
         return self.chosen(q, k, call, **critical, return_means=True, spreads=self.gapr)

@@ -42,6 +42,7 @@ class Rettention(Remembering):
     name: ClassVar[str] = "rettention"
     description: ClassVar[str] = "a spatial window, rescaled and completed by an earlier full step"
     paper: ClassVar[str] = "arXiv 2505.22918"
+    by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.05, "period": 0.15},
         "balanced": {"keep": 0.05, "period": 0.25},
@@ -63,16 +64,17 @@ class Rettention(Remembering):
     def table(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
         """The static window; ValueError when the tokens form no grid."""
         grid = call.grid
-        if grid is None or grid[0] * grid[1] * grid[2] != q.shape[2]:
+        n = call.queries or q.shape[2]
+        if grid is None or grid[0] * grid[1] * grid[2] != n:
             raise ValueError(
-                f"Re-ttention's window needs the grid of its {q.shape[2]} visual tokens, not {grid}"
+                f"Re-ttention's window needs the grid of its {n} visual tokens, not {grid}"
             )
-        sizes = (self.query_block(q.shape[2]), self.block_k)
+        sizes = self.sizes(q, call)
         wanted = (self.window, grid, k.shape[2], call.keep, *sizes)
         window = call.state.get("window")
         if window is None or window[0] != wanted:
             rows = window_rows(*wanted, call.index, call.text_first, q.device)
-            window = call.state["window"] = wanted, rows
+            window = call.state["window"] = wanted, rows.rows(call.first, q.shape[2])
         return window_table(window[1], *q.shape[:2])
 
     def full(

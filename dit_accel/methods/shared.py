@@ -31,6 +31,7 @@ class SharedResidual(Remembering):
     name: ClassVar[str] = "shared"
     description: ClassVar[str] = "pooled attention, completed by an earlier full step's residual"
     paper: ClassVar[str] = "arXiv 2406.08552 (residual sharing)"
+    by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.1, "period": 0.25},
         "balanced": {"keep": 0.05, "period": 0.25},

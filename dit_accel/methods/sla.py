@@ -13,6 +13,7 @@ from dit_accel import ops
 from dit_accel.inputs import fields
 from dit_accel.methods.base import Call, check_rounding
 from dit_accel.methods.learned import Learned
+from dit_accel.methods.linear import linear_branch
 from dit_accel.table import BlockTable
 
 _SHAPES = {
@@ -55,6 +56,7 @@ class SLA(Learned):
     paper: ClassVar[str] = "arXiv 2509.24006"
     finetuning: ClassVar[bool] = True
     form: ClassVar[tuple[str, ...]] = ("linear", "combine", "feature_map", "skip")
+    by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.7},
         "balanced": {"keep": 0.6},
@@ -133,10 +135,33 @@ class SLA(Learned):
         out = ops.sparse_linear_attention(q, k, v, table, eye * (-gate).exp(), **options)
         return (out * gate.sigmoid()).to(q.dtype)
 
+    @property
+    def by_parts(self) -> bool:
+        return self.by_means and self.linear in ("all", None)
+
+    def part(
+        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        return ops.block_sparse_attention(q, k, v, table, call.scale, return_lse=True)
+
+    def complete(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        """With the linear branch, by the sum of all processes' states."""
+        learned = self.of(call, q.device) if self.linear else None
+        if learned is None or call.ring is None:
+            return out
+        self.check_head_dim(call.layer, learned, q.shape[3])
+        if self.combine == "project":
+            linear = (learned["weight"], learned.get("bias"), self.feature_map)
+            return out + linear_branch(q, k, v, *linear, call.ring)
+        share = learned["gate"].float().sigmoid()
+        eye = torch.eye(q.shape[3], device=q.device)
+        return share * out + (1 - share) * linear_branch(
+            q, k, v, eye, None, self.feature_map, call.ring
+        )
+
     def _lowest(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
         """The `skip` worst blocks: the best ones of the opposite query."""
-        sizes = (self.query_block(q.shape[2]), self.block_k)
-        return ops.block_table(-q, k, self.skip, *sizes, kv_len=call.kv_len)
+        return ops.block_table(-q, k, self.skip, *self.sizes(q, call), kv_len=call.kv_len)
 
 
 def _matters(x: Tensor) -> bool:

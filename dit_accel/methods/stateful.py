@@ -89,31 +89,31 @@ class Remembering(Method):
             table = self.table(q, k, call)
             state.update(step=call.step, shape=(q.shape, q.dtype))
             full, part = self.full(q, k, v, table, call)
-            self._keep(full.float() - part, q.dtype, state)
+            self._keep(full.float() - part, q.dtype, state, self.sizes(q, call)[0])
             return full
         table = self.table(q, k, call)
         call.note(table)
         out = self.partial(q, k, v, table, call)
-        missing = self._missing(state, q.shape[2])
+        missing = self._missing(state, q.shape[2], self.sizes(q, call)[0])
         return (out if missing is None else out + missing).to(q.dtype)
 
-    def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any]) -> None:
+    def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any], block: int) -> None:
         missing = missing.detach()  # the graph of a step ends with it
         if self.residual == "full":
             state["residual"] = missing.to(dtype)
         if self.residual == "pooled":
-            state["residual"] = block_means(missing, self.query_block(missing.shape[2])).to(dtype)
+            state["residual"] = block_means(missing, block).to(dtype)
         if self.residual == "fp8":
             top = missing.abs().amax(-1, keepdim=True).clamp(min=1e-12)
             state["scale"] = top / torch.finfo(_FP8).max
             state["residual"] = (missing / state["scale"]).to(_FP8)
 
-    def _missing(self, state: dict[str, Any], n: int) -> Tensor | None:
+    def _missing(self, state: dict[str, Any], n: int, block: int) -> Tensor | None:
         missing = state.get("residual")
         if missing is None:
             return None
         if self.residual == "fp8":
             return missing.float() * state["scale"]
         if self.residual == "pooled":
-            return missing.repeat_interleave(self.query_block(n), 2)[:, :, :n]
+            return missing.repeat_interleave(block, 2)[:, :, :n]
         return missing

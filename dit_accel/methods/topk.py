@@ -10,6 +10,7 @@ import torch
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method, check_rounding
 from dit_accel.ops.checks import check_precision
+from dit_accel.table import BlockTable
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class TopK(Method):
 
     name: ClassVar[str] = "topk"
     description: ClassVar[str] = "exact attention to the key blocks with the highest mean score"
+    by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.7},
         "balanced": {"keep": 0.6},
@@ -48,3 +50,12 @@ class TopK(Method):
         return ops.block_sparse_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len, precision=self.precision
         )
+
+    @property
+    def by_parts(self) -> bool:
+        return self.by_means and self.precision is None
+
+    def part(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: BlockTable, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.block_sparse_attention(q, k, v, table, call.scale, return_lse=True)

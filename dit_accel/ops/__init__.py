@@ -1,6 +1,7 @@
 """The operators: q, k, v and a block table → O."""
 
 from dit_accel.kernels.block_table.torch import block_means
+from dit_accel.kernels.sparse_linear_attention.features import EPS, features
 from dit_accel.ops.operators import (
     block_sparse_attention,
     block_table,
@@ -13,10 +14,12 @@ from dit_accel.ops.operators import (
 from dit_accel.ops.ragged import of_tiles, ragged_attention, tile_means
 
 __all__ = [
+    "EPS",
     "block_means",
     "block_sparse_attention",
     "block_table",
     "choose_blocks",
+    "features",
     "of_tiles",
     "pooled_attention",
     "ragged_attention",

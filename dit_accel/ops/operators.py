@@ -296,6 +296,22 @@ def window_attention(
     )
 
 
+@overload
+def pooled_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    kv_len: int | Tensor | None = ..., means: BlockMeans | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def pooled_attention(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
+    kv_len: int | Tensor | None = ..., means: BlockMeans | None = ..., *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
 def pooled_attention(
     q: Tensor,
     k: Tensor,
@@ -304,7 +320,8 @@ def pooled_attention(
     scale: float | None = None,
     kv_len: int | Tensor | None = None,
     means: BlockMeans | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention to the table's blocks; each other block is one mean key and value.
 
     One softmax over s_ij of the kept keys and scale · q_i·k̄_m + ln|m| of the skipped blocks m of
@@ -319,7 +336,9 @@ def pooled_attention(
     length, limit = split_kv_len(kv_len, k)
     sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
     known = (None if means is None else means.k, _words(k, table, kv_len))
-    return registration.pooled_attention(q, k, v, table.indices, table.counts, *known, *sizes)[0]
+    rows = (table.indices, table.counts)
+    out, lse = registration.pooled_attention(q, k, v, *rows, *known, *sizes)
+    return (out, lse) if return_lse else out
 
 
 def rectified_attention(

@@ -7,55 +7,21 @@ then come as [text₀, picture₀, text₁, picture₁ …] and are put in order
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dit_accel.machine import cached_tensors
+from dit_accel.parallel.context import Split, context_of
 from dit_accel.pipelines.base import Geometry
-from dit_accel.pipelines.denoisers import transformers_of
 
 if TYPE_CHECKING:
-    from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
-    from diffusers.models.modeling_utils import ModelMixin
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    import torch.distributed as dist
+    from diffusers.models._modeling_parallel import ParallelConfig
 
-
-RING = (
-    "ring attention hands over the keys in parts, and blocks are chosen among all of them: "
-    "set ulysses_degree instead of ring_degree"
-)
 Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-
-
-def config_of(processor: object) -> ParallelConfig | None:
-    """The ParallelConfig under which a processor shares its sequence with other ranks, or None."""
-    config = getattr(processor, "_parallel_config", None)
-    return config if getattr(config, "context_parallel_config", None) is not None else None
-
-
-def context_of(config: ParallelConfig) -> ContextParallelConfig:
-    """How the sequence is shared."""
-    context = config.context_parallel_config
-    assert context is not None, "see config_of"
-    return context
-
-
-def is_ring(config: ParallelConfig) -> bool:
-    """Whether keys go round a ring."""
-    return (context_of(config).ring_degree or 1) > 1
-
-
-def obstacle(config: ParallelConfig, mask: Tensor | None) -> str:
-    """Why an attention call cannot be sparse under this ParallelConfig, or ""."""
-    if is_ring(config):
-        return RING
-    if mask is not None and (mask.ndim != 4 or mask.shape[2] > 1):
-        return "the attention mask of a shared sequence is more than key padding"
-    return ""
 
 
 def place(config: ParallelConfig) -> tuple[int, int]:
@@ -89,8 +55,7 @@ def gathered(
         n_text = k.shape[1] - geometry.n_visual
         if geometry.one_row or n_text <= 0 or q.shape[1] != k.shape[1]:
             return inner(q, k, v, mask, gate)
-        places = (n_text, geometry.n_visual, geometry.text_first, ranks, q.device)
-        there, back = token_places(*places)
+        there, back = token_places(Split.of(geometry, k.shape[1], ranks), q.device)
         mask = None if mask is None else mask.index_select(-1, there)
         gate = None if gate is None else gate.index_select(1, there)
         q, k, v = (x.index_select(1, there) for x in (q, k, v))
@@ -172,80 +137,8 @@ def _exchanged(
 
 
 @cached_tensors(64)
-def token_places(
-    n_text: int, n_visual: int, text_first: bool, ranks: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(there, back), int64 [N], N = n_text + n_visual: ordered = received[there], and back again.
-
-    Each rank brings its share of the text and of the visual tokens; the first ranks bring one more
-    where the numbers do not divide.
-    """
-    parts = [torch.arange(n, device="cpu").tensor_split(ranks) for n in (n_text, n_visual)]
-    shift = (0, n_text) if text_first else (n_visual, 0)  # where text and picture begin on one
-    whole = [[at + part for part in split] for at, split in zip(shift, parts, strict=True)]
-    first, second = whole if text_first else reversed(whole)
-    received = [piece for pair in zip(first, second, strict=True) for piece in pair]
-    back = torch.cat(received)
+def token_places(split: Split, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(there, back), int64 [N]: ordered = received[there], and back again, where the tokens of all
+    processes come one after the other."""
+    back = torch.cat(split.held())
     return torch.argsort(back).to(device), back.to(device)
-
-
-def share(pipe: DiffusionPipeline, degree: int | None = None, *, anything: bool = False) -> None:
-    """Spread every generation of `pipe` over the processes that a launcher has started.
-
-    Args:
-        pipe: a diffusers pipeline, the same in every process, accelerated or not.
-        degree: number of processes; None takes all of them.
-        anything: also where tokens or heads do not divide by `degree`.
-
-    Raises RuntimeError outside of `torchrun` or `accelerate launch`, ValueError for a model that
-    diffusers cannot split.
-    """
-    from diffusers.models._modeling_parallel import ContextParallelConfig
-
-    world = _join(pipe._execution_device)
-    degree = degree or world
-    if degree != world:
-        raise ValueError(f"degree is the number of processes, {world} here, not {degree}")
-    models: list[Any] = transformers_of(pipe)
-    for model in models:
-        if not getattr(model, "_cp_plan", None):
-            raise ValueError(f"diffusers has no plan to split the tokens of {type(model).__name__}")
-    for model in models:
-        config = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=anything)
-        if pipe._execution_device.type == "cpu":
-            _share_on_cpu(model, config, degree)
-        else:
-            model.enable_parallelism(config=config)
-
-
-def _join(device: torch.device) -> int:
-    """Join the other processes; how many there are."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        if "RANK" not in os.environ:
-            raise RuntimeError(
-                "one generation over several devices needs as many processes: "
-                "start with `torchrun --nproc-per-node 2 script.py`"
-            )
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_world_size()
-
-
-def _share_on_cpu(model: ModelMixin, context: ContextParallelConfig, degree: int) -> None:
-    """What `enable_parallelism` does; that one counts accelerators and divides by none here."""
-    import torch.distributed as dist
-    from diffusers.hooks.context_parallel import apply_context_parallel
-    from diffusers.models._modeling_parallel import ParallelConfig
-    from torch.distributed.device_mesh import init_device_mesh
-
-    cpu = torch.device("cpu")
-    mesh = init_device_mesh("cpu", (1, degree), mesh_dim_names=("ring", "ulysses"))
-    config = ParallelConfig(context_parallel_config=context)
-    config.setup(dist.get_rank(), degree, cpu, mesh=mesh)
-    for module in model.modules():
-        processor: Any = getattr(module, "processor", None)
-        if hasattr(processor, "_parallel_config"):
-            processor._parallel_config = config
-    assert model._cp_plan is not None, "share has seen to it"
-    apply_context_parallel(model, context, model._cp_plan)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from dit_accel.config import CROSSOVER
 from dit_accel.forward.keys import Keys, Tokens, text_blocks
 from dit_accel.methods import Call
+from dit_accel.parallel.sharded import ALL, Shard
+from dit_accel.runtime.interception import interceptor
 from dit_accel.schedule import Action
 
 if TYPE_CHECKING:
@@ -21,14 +25,15 @@ def circumstances(
     number: int,
     action: Action,
     tokens: Tokens,
-    k: Tensor,
+    given: tuple[int, torch.device],
     keys: Keys,
     scale: float | None,
+    shard: Shard,
 ) -> Call:
-    """Of call `number` of a layer in this forward. k [B, N, H, D]: its keys, as `keys` says."""
+    """Of call `number` of a layer in this forward. given: how many keys it has, and where."""
     assert action.keep is not None, "a planned dense call does not come here"
     here, book, size = engine.here, engine.books.layers[layer], engine.config.method.block_k
-    blocks = (k.shape[1], tokens.geometry.n_visual, size, keys.text_first, k.device)
+    blocks = (given[0], tokens.geometry.n_visual, size, keys.text_first, given[1])
     forced, n_forced = text_blocks(*blocks)
     stateless = engine.stateless_from
     return Call(
@@ -52,4 +57,31 @@ def circumstances(
         together=engine.together.setdefault((layer, number), {}),
         note=partial(engine.running_books.sparse, layer),
         sections=here.geometry.sections,
+        first=shard.first,
+        queries=shard.queries,
+        ring=shard.ring,
     )
+
+
+def why_dense(engine: Engine, tokens: Tokens, queries: int, n: int, device: torch.device) -> str:
+    """Why a call of so many queries and n keys must be dense, or ""."""
+    least = engine.config.min_tokens
+    why = tokens.geometry.dense or tokens.misfit(queries, n)
+    if not why and (mode := interceptor()):
+        return f"{mode} intercepts attention"
+    least = CROSSOVER.get(device.type, 0) if least is None else least
+    if not why and n < least:
+        return f"{n} tokens are fewer than the crossover of {least}"
+    return why
+
+
+def rounds(engine: Engine, layer: int, mask: Tensor | None, n: int, device: torch.device) -> bool:
+    """Can the n keys of a layer's call go round in parts: is it sparse, by a method that merges
+    them, and are all of them valid?"""
+    if not engine.running() or engine.pruned or engine.action(layer).keep is None:
+        return False
+    tokens, order = engine.tokens(ALL), engine.here.order
+    if not engine.config.method.by_parts or why_dense(engine, tokens, tokens.queries, n, device):
+        return False
+    keys = engine.here.keys.read(mask, n, tokens, order and order[0])
+    return not isinstance(keys, str) and keys.length is None

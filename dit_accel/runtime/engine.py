@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dit_accel.config import CROSSOVER, AccelConfig
+from dit_accel.config import AccelConfig
 from dit_accel.forward.clock import Clock
 from dit_accel.forward.keys import Reader, Tokens
 from dit_accel.forward.order import Order
 from dit_accel.forward.place import Place, differentiable, in_backward
 from dit_accel.machine import Stopwatch
 from dit_accel.ops import dispatch
+from dit_accel.parallel.sharded import ALL, Shard
 from dit_accel.pipelines.base import Geometry
 from dit_accel.pruning.span import Span
 from dit_accel.runtime import again, joint
 from dit_accel.runtime.books import Books, StepBook
-from dit_accel.runtime.circumstances import circumstances
-from dit_accel.runtime.interception import interceptor
+from dit_accel.runtime.circumstances import circumstances, why_dense
 from dit_accel.runtime.state import Announcer
 from dit_accel.schedule import Action, Plan
 
@@ -139,32 +139,37 @@ class Engine:
         scale: float | None,
         dense: joint.Dense,
         gate: Tensor | None = None,
-        place: tuple[int, int] = (0, 1),
+        shard: Shard = ALL,
     ) -> Tensor:
         """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them.
 
-        gate: see `gate`. place: (rank, ranks) where H is this rank's share of the heads.
+        gate: see `gate`. shard: what of the call this process has; where keys go round, only what
+        `rounds` has allowed.
         """
-        if not self._running():
+        if not self.running():
             return dense(q, k, v, mask)
-        tokens, here, books = self._tokens(), self.here, self.running_books
-        if tokens.apart(q.shape[1], k.shape[1]):
+        tokens, here, books = self.tokens(shard), self.here, self.running_books
+        n = k.shape[1] if shard.ring is None else shard.ring.n
+        if tokens.apart(q.shape[1], n):
             return dense(q, k, v, mask)
         number = here.number(layer)
         if self.span is not None:
             self.span.observer.watch_attention(q, k, mask)
             k, v, mask = self.span.keys((layer, number), k, v, mask)
-        action, obstacle = self._action(layer, *place), self._obstacle(tokens, q, k)
+        action = self.action(layer, shard.rank, shard.ranks)
+        obstacle = why_dense(self, tokens, q.shape[1], n, q.device)
         if self.config.method.stateful and not obstacle:
-            shape = (q.shape[0], q.shape[2], tokens.geometry.n_visual, q.shape[3])
+            rows = shard.rows or tokens.geometry.n_visual
+            shape = (q.shape[0], q.shape[2], rows, q.shape[3])
             self.stateless_from = self._announce(shape, v.dtype, q.device)
         why = obstacle if action.keep is not None else action.reason
         order = None if self.pruned else here.order
-        keys = why or here.keys.read(mask, k.shape[1], tokens, order and order[0])
+        keys = why or here.keys.read(mask, n, tokens, order and order[0])
         if isinstance(keys, str):
             books.dense(layer, keys, planned=action.keep is None)
             return dense(q, k, v, mask)
-        call = circumstances(self, layer, number, action, tokens, k, keys, scale)
+        order = None if shard.rows is not None else order  # its queries came in that order
+        call = circumstances(self, layer, number, action, tokens, (n, k.device), keys, scale, shard)
         with dispatch.recording() as used:
             out = joint.attend(
                 self.config.method, q, k, v, mask, tokens, keys, order, call, dense, gate
@@ -179,7 +184,7 @@ class Engine:
         book = self.books.layers[layer]
         return self.config.method.gate(hidden, (book.part, book.number), heads)
 
-    def _running(self) -> bool:
+    def running(self) -> bool:
         """Does the call come from a forward, or from a part of it that is run again?"""
         if self._open or self.place is None or not in_backward():
             return self._open
@@ -202,11 +207,15 @@ class Engine:
         """Does part of the tokens run just now?"""
         return self.span is not None and self.span.live is not None
 
-    def _tokens(self) -> Tokens:
+    def tokens(self, shard: Shard) -> Tokens:
+        """Those of a call of which this process has `shard`."""
+        if shard.rows is not None:
+            return Tokens(self.here.geometry, shard.rows, part=True)
         pruned = self.span.tokens() if self.span is not None else None
         return pruned or Tokens(self.here.geometry, self.here.geometry.n_visual)
 
-    def _action(self, layer: int, rank: int = 0, ranks: int = 1) -> Action:
+    def action(self, layer: int, rank: int = 0, ranks: int = 1) -> Action:
+        """What is planned for a layer now."""
         book = self.books.layers[layer]
         action = self.plans[book.part].action(self.here.step, self.here.steps, book.number)
         if not isinstance(action.keep, tuple) or ranks == 1:
@@ -214,20 +223,9 @@ class Engine:
         heads = len(action.keep) // ranks
         return action._replace(keep=action.keep[rank * heads : (rank + 1) * heads])
 
-    def _obstacle(self, tokens: Tokens, q: Tensor, k: Tensor) -> str:
-        """Why this call must be dense, or ""."""
-        n, least = k.shape[1], self.config.min_tokens
-        why = tokens.geometry.dense or tokens.misfit(q.shape[1], n)
-        if not why and (mode := interceptor()):
-            return f"{mode} intercepts attention"
-        least = CROSSOVER.get(q.device.type, 0) if least is None else least
-        if not why and n < least:
-            return f"{n} tokens are fewer than the crossover of {least}"
-        return why
-
     def bypass(self, layer: int, reason: str) -> None:
         """Book a dense call of `layer` that did not come through `attend`."""
         if self._open and self._again is None:
-            action = self._action(layer)
+            action = self.action(layer)
             planned = action.keep is None
             self.books.dense(layer, action.reason if planned else reason, planned)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.forward.keys import Keys, Tokens
-from dit_accel.methods import Call, Method
+from dit_accel.methods import Call, Method, by_parts
 
 Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -41,6 +41,11 @@ def attend(
         seen = gate[:, visual] if gate.shape[1] == q.shape[1] else gate
         seen = seen if order is None else seen.index_select(1, order[0])
         call = replace(call, gate=seen.transpose(1, 2))
+    if call.ring is not None:
+        rows, beside, k, v = (x.transpose(1, 2) for x in (q[:, visual], q[:, text], k, v))
+        both = by_parts.attend(method, rows, beside, k, v, call, call.ring)
+        parts = both[::-1] if text.start < visual.start else both
+        return torch.cat([x.transpose(1, 2) for x in parts], 1)
     queries = q[:, visual] if order is None else q[:, visual].index_select(1, order[0])
     q_, k_, v_ = (x.transpose(1, 2) for x in (queries, keys.arrange(k), keys.arrange(v)))
     seen = method(q_, k_, v_, call).transpose(1, 2)

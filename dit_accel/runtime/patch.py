@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dit_accel.forward.clock import Clock
-from dit_accel.parallel import ulysses
+from dit_accel.parallel import context, ulysses
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
 from dit_accel.pruning import step_cache
@@ -172,7 +172,7 @@ class Patch:
         geometry = self.adapter.geometry(module, bound)
         device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
         self.bind()
-        found = (ulysses.config_of(layer.processor) for layer in self.layers)
+        found = (context.config_of(layer.processor) for layer in self.layers)
         shared = next((config for config in found if config is not None), None)
         if self.span is not None:
             self._check_prunable(self.span, bound, geometry, shared)
@@ -195,8 +195,8 @@ class Patch:
         """RuntimeError for a forward whose tokens cannot be pruned."""
         refuses, why = span.site.refuses, ""
         span.part = Part()
-        if shared is not None and ulysses.is_ring(shared):
-            why = ulysses.RING
+        if shared is not None and context.is_ring(shared):
+            why = "its tokens are shared by a ring: set ulysses_degree instead of ring_degree"
         elif shared is not None:
             span.part = Part(*ulysses.place(shared))
             plan = getattr(self.transformer, "_cp_plan", None) or {}

@@ -12,13 +12,17 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_accel.parallel import ulysses
+from dit_accel.parallel import sharded, ulysses
+from dit_accel.parallel.context import config_of, is_ring, obstacle
+from dit_accel.parallel.sharded import ALL, Shard
+from dit_accel.runtime.circumstances import rounds
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
 
@@ -64,25 +68,60 @@ class Layer:
         hidden: Tensor | None,
     ) -> Tensor:
         """q, k, v, result [B, N, H, D]; hidden: what the module was given, for a gated method."""
-        shared, place = ulysses.config_of(self.processor), self.engine.place
+        shared, place = config_of(self.processor), self.engine.place
+
+        def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            return self.dense(q, k, v, mask, scale, None)
 
         def decide(
-            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gate: Tensor | None
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            mask: Tensor | None,
+            gate: Tensor | None = None,
+            shard: Shard = ALL,
         ) -> Tensor:
-            def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-                return self.dense(q, k, v, mask, scale, None)
+            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate, shard)
 
-            ranks = (0, 1) if shared is None else ulysses.place(shared)
-            return self.engine.attend(self.index, q, k, v, mask, scale, dense, gate, ranks)
-
+        if shared is not None and is_ring(shared):
+            return self._in_ring(q, k, v, mask, scale, shared, decide)
         gate = self.engine.gate(self.index, hidden, q.shape[2])
         if shared is None:
             return decide(q, k, v, mask, gate)
-        why = ulysses.obstacle(shared, mask)
+        why = obstacle(shared, mask)
         if why or place is None:
             self.engine.bypass(self.index, why)
             return self.dense(q, k, v, mask, scale, shared)
-        return ulysses.gathered(q, k, v, mask, shared, place.geometry, decide, gate)
+        heads = partial(decide, shard=Shard(*ulysses.place(shared)))
+        return ulysses.gathered(q, k, v, mask, shared, place.geometry, heads, gate)
+
+    def _in_ring(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        shared: ParallelConfig,
+        decide: Callable[..., Tensor],
+    ) -> Tensor:
+        """The attention of this process's queries to the keys of all; see parallel.sharded."""
+        engine, place = self.engine, self.engine.place
+        why = obstacle(shared, mask)
+        if why or place is None or place.geometry.segments or q.shape[1] != k.shape[1]:
+            engine.bypass(self.index, why or "its tokens are not one sequence")
+            return self.dense(q, k, v, mask, scale, shared)
+        method, order = engine.config.method, place.order and place.order[0]
+        sizes = (method.query_block(place.geometry.n_visual), method.block_k)
+        why = sharded.obstacle(method.by_rows, method.name, place.geometry, sizes[0], shared)
+        if why:
+            engine.bypass(self.index, why)
+            run = partial(self.dense, scale=scale, shared=None)
+            return sharded.dense(q, k, v, mask, shared, place.geometry, run)
+        go_round = partial(rounds, engine, self.index, device=q.device)
+        return sharded.attended(
+            q, k, v, mask, shared, place.geometry, order, sizes, decide, go_round
+        )
 
     def dense(
         self,
@@ -125,7 +164,7 @@ class Reader(Layer):
         """Dense, over the keys that a pruned span's context completes."""
         if self.engine.span is not None:
             k, v, mask = self.engine.span.keys(("reader", int(self.number)), k, v, mask)
-        return self.dense(q, k, v, mask, scale, ulysses.config_of(self.processor))
+        return self.dense(q, k, v, mask, scale, config_of(self.processor))
 
 
 # An address book, not state: layers are owned by their pipeline's patch and vanish with it.

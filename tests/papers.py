@@ -33,6 +33,7 @@ _REUSE = "tests/methods/test_reuse.py::"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
+_RING = "tests/test_ring.py::test_two_processes_give_what_one_gives"
 _ULYSSES = "tests/test_ulysses.py::test_two_processes_give_what_one_gives"
 _TABLES = (_REUSE + "test_a_table_serves_so_many_steps",)
 
@@ -48,8 +49,8 @@ PAPERS = (
     Paper("Gated Linear Attention", "open", "a gate for each key in the linear branch; its decay over time has no form"),
     Paper("Superlinear Attention", "open", "spans first, blocks inside of them: a selector of two levels"),
     Paper("LeanAttention", "none", "unequal work split evenly: rows taken longest first were built and measured, gained nothing on an H200, and are out (kernels/block_table/README.md)"),
-    Paper("Sequence Parallelism (ring)", "part", "a sequence over devices by Ulysses; a ring stays dense, and says so", "dit_accel/parallel/ulysses.py", (_ULYSSES, "tests/test_ulysses.py::test_ring_attention_stays_dense_with_the_reason")),
-    Paper("LASP-2", "open", "one gather of linear states, or of keys and values, where heads do not divide"),
+    Paper("Sequence Parallelism (ring)", "works", "keys and values go round in parts, whose outputs are merged by their log-sum-exp: `share(pipe, kv=\"ring\")`", "dit_accel/parallel/sharded.py", (_RING, "tests/test_ring.py::test_parts_are_merged_by_their_log_sum_exp")),
+    Paper("LASP-2", "works", "one all-reduce of linear states, one gather of keys and values, where heads do not divide: `share(pipe, kv=\"gather\")`", "dit_accel/parallel/sharded.py", (_RING,)),
     Paper("Local Linear Attention", "open", "a first-order term of the pooled tail"),
     Paper("TransMLA", "none", "converts grouped heads into a latent KV cache"),
     Paper("X-EcoMLA", "none", "distils attention into a latent KV cache"),

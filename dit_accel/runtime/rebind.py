@@ -110,9 +110,10 @@ def rebound_class(kind: type) -> type:
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seam.CURRENT.layer = self._accel.number
+        now = seam.CURRENT.call
+        now.layer = self._accel.number
         if self._accel.gated:
-            seam.CURRENT.hidden = kwargs["hidden_states"] if len(args) < 2 else args[1]
+            now.hidden = kwargs["hidden_states"] if len(args) < 2 else args[1]
         return bound(self, *args, **kwargs)
 
     def __reduce_ex__(self: object, protocol: object) -> tuple[object, ...]:

@@ -172,28 +172,57 @@ _LAYERS: weakref.WeakValueDictionary[int, Layer] = weakref.WeakValueDictionary()
 _IDS = itertools.count()
 
 
-class _Current(threading.local):
-    def __init__(self) -> None:  # in each thread: Dynamo guards on which attributes there are
+class Call:
+    """What a processor tells the call that it is about to make."""
+
+    def __init__(self) -> None:  # Dynamo guards on which attributes there are
         self.layer: Tensor | None = None
         self.hidden: Tensor | None = None
+
+
+class _Current(threading.local):
+    """The call of each thread: an object inside, for where a graph ends Dynamo writes attributes
+    past `threading.local`, so that nobody would find them."""
+
+    def __init__(self) -> None:
+        self.call = Call()
 
 
 CURRENT = _Current()
 
 
 def _current() -> Layer:
-    assert CURRENT.layer is not None, "a processor of ours runs"
-    return _LAYERS[int(CURRENT.layer)]
+    layer = CURRENT.call.layer
+    assert layer is not None, "a processor of ours runs"
+    return _LAYERS[int(layer)]
 
 
 def attend_bnhd(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
     """The current layer's attention, tensors [B, N, H, D]."""
-    hidden, CURRENT.hidden = CURRENT.hidden, None
+    call = CURRENT.call
+    hidden, call.hidden = call.hidden, None
     if torch.compiler.is_compiling():
-        return torch.ops.dit_accel.attend(q, k, v, CURRENT.layer, mask, scale, hidden)
+        trained = any(x.requires_grad for x in (q, k, v)) and torch.is_grad_enabled()
+        attend = _attend_eagerly if trained else torch.ops.dit_accel.attend
+        return attend(q, k, v, call.layer, mask, scale, hidden)
     return _current().attend(q, k, v, mask, scale, hidden)
+
+
+@torch.compiler.disable(
+    reason="the gradient of sparse attention is eager code: compile without fullgraph=True to train"
+)
+def _attend_eagerly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    hidden: Tensor | None,
+) -> Tensor:
+    return _LAYERS[int(layer)].attend(q, k, v, mask, scale, hidden)
 
 
 def attend_bhnd(

@@ -8,6 +8,8 @@ all: efficiency t₁ / (N · t_N); then with one worker killed: every job done o
 ulysses: Wan 1.3B at 480p and 14B at 720p, random weights, dense and by each sparse method: seconds
 of a step on one GPU and on all, share of it in communication, distance of the outputs; in float32,
 where rounding hides least, with few layers and frames.
+ways: Wan 14B and HunyuanVideo at 720p by Ulysses and with queries that stay, their keys gathered or
+going round: dense and by each method, with budgets for each head, compiled and not.
 joint: a Flux of few layers, its text dividing by the GPUs and not: distance of the outputs.
 
 Rows are written to --out as they end, and rows that it holds are not run again. No row begins after
@@ -40,7 +42,7 @@ from multi_gpu_ranks import MARGIN, MARK, cases
 
 from dit_accel.machine import describe
 
-PARTS = ("batch", "ulysses", "joint")
+PARTS = ("batch", "ulysses", "joint", "ways")
 KEPT = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS")
 
 
@@ -151,7 +153,7 @@ def shared(
     begins: tuple[str, ...] = ("",),
     only: Sequence[str] = (),
 ) -> None:
-    """Part "ulysses" or "joint", started anew after the row at which a process failed.
+    """Part "ulysses", "joint" or "ways", started anew after the row at which a process failed.
 
     begins: what the names of the cases begin with. only: these rows, unless that is empty.
     """
@@ -205,7 +207,7 @@ def batches(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of %(default)s")
+    parser.add_argument("--parts", default=",".join(PARTS[:3]), help="some of %(default)s")
     parser.add_argument("--cases", default="", help="only those whose names begin so, by commas")
     parser.add_argument("--rows", default="", help="only these rows of a case, by commas")
     parser.add_argument("--gpus", type=int, default=2)
@@ -240,10 +242,12 @@ def main() -> int:
 
 
 def sound(row: dict[str, Any]) -> bool:
-    """Whether a row holds what it should: outputs equal, every job done once."""
+    """Whether a row holds what it should: outputs equal, nothing dense unplanned, every job done
+    once."""
     runs = [row, *(row[name] for name in ("alone", "together") if name in row)]
     once = all(run.get("exactly_once", True) for run in runs) and row.get("killed", 1) == 1
-    return complete(row) and "alone_error" not in row and row.get("equal", True) and once
+    sparse = not any(run.get("unplanned") for run in runs)
+    return sparse and complete(row) and "alone_error" not in row and row.get("equal", True) and once
 
 
 if __name__ == "__main__":

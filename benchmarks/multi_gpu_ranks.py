@@ -1,4 +1,5 @@
-"""What each process of multi_gpu.py does: models on its own GPU, then on all GPUs by Ulysses.
+"""What each process of multi_gpu.py does: models on its own GPU, then on all GPUs, by Ulysses or
+with keys that are gathered or go round.
 
 A row is one model under one method, measured three times: on one GPU; there again with the output
 of every linear layer moved by up to half a unit in its last place, which tells what rounding alone
@@ -17,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -28,9 +29,13 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from dit_accel.api import accelerated
 from dit_accel.bench.models import MODELS, Model, build, inputs
 from dit_accel.bench.rows import Course, Row, switched_on
+from dit_accel.config import Options
+from dit_accel.methods import Method
 from dit_accel.parallel.sharing import share
+from dit_accel.pipelines import registry
 
 MARK = "ROW "
 MARGIN = 2.0
@@ -40,6 +45,14 @@ PRUNED = tuple(f"{name}+prune" for name in SPARSE[:4])  # those that keep no sta
 COMPILED = tuple(f"{name}+compile" for name in ("stock", *SPARSE[:3]))
 COMPILED += tuple(f"{name}+prune" for name in COMPILED[1:])
 VIDEO = ("stock", *SPARSE[:2], PRUNED[0], *SPARSE[2:], *PRUNED[1:], *COMPILED)
+BUDGETS = (" budgets", " budgets unlevel")  # a keep for each head
+WAYS = (None, "gather", "ring")  # Ulysses, and how keys travel where queries stay
+STAY = (
+    "stock",
+    *SPARSE[:6],
+    *(name + more for name in SPARSE[:2] for more in BUDGETS),
+    *COMPILED[:4],
+)
 EQUAL = ("stock", *SPARSE)  # in float32 rounding hides least
 FEW = {"num_layers": 2, "num_single_layers": 4}
 TEXTS = (0, 3)  # tokens less than the published prompt: numbers that divide, and that do not
@@ -47,17 +60,35 @@ TEXTS = (0, 3)  # tokens less than the published prompt: numbers that divide, an
 
 @dataclass(frozen=True)
 class Case:
-    """One model in one precision, and the rows that it is run with."""
+    """One model in one precision, the rows that it is run with, and how its keys travel."""
 
     name: str
     model: Model
     dtype: torch.dtype
     rows: tuple[str, ...]
+    kv: str | None = None
 
 
 def cases(part: str, dry: bool) -> list[Case]:
-    """The cases of part "ulysses" or "joint". dry: everything in float32."""
+    """The cases of part "ulysses", "joint" or "ways". dry: everything in float32."""
     half = torch.float32 if dry else torch.bfloat16
+    if part == "ways":
+        models = [MODELS["wan14b-720p"], MODELS["hunyuan-720p"]]
+        for at, model in enumerate(models):  # heads and query blocks enough for four
+            small = {**model.tiny["config"], "num_attention_heads": 4}
+            tiny = {**model.tiny, "config": small, "size": (128, 128, 17)}
+            models[at] = replace(model, tiny=tiny)
+        return [
+            Case(
+                f"{model.name}, {kv or 'ulysses'}",
+                model,
+                half,
+                STAY + SPARSE[6:] * (kv is None),
+                kv,
+            )
+            for model in models
+            for kv in WAYS
+        ]
     if part == "ulysses":
         small, large = MODELS["wan1.3b-480p"], MODELS["wan14b-720p"]
         few = replace(small, config={**small.config, "num_layers": 4}, size=(480, 832, 17))
@@ -114,6 +145,32 @@ class Place:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
+@dataclass(frozen=True)
+class Budgeted(Course):
+    """A keep for each head of every layer, the row's on the mean: 0.5 and 1.5 times it in turn, so
+    that all processes have as much to do, or, not level, in halves."""
+
+    level: bool = True
+
+    def options(self, transformer: nn.Module, min_tokens: int | None) -> tuple[Method, Options]:
+        method, options = super().options(transformer, min_tokens)
+        heads = transformer.config.num_attention_heads
+        low, high = 0.5 * method.keep, 1.5 * method.keep
+        keeps = [high if i % 2 else low for i in range(heads)]
+        layers = len(registry.find(transformer).attentions(transformer))
+        each = tuple((i, tuple(keeps if self.level else sorted(keeps))) for i in range(layers))
+        return method, {**options, "schedule": replace(options["schedule"], head_keep=each)}
+
+
+def course_of(name: str, rounds: int) -> tuple[Row, Course]:
+    """A row by its name, and its course: budgets are known here alone."""
+    plain, _, budgets = name.partition(BUDGETS[0])
+    row = Row.parse(plain)
+    if plain == name:
+        return row, Course(row, rounds, dense=False)
+    return row, Budgeted(row, rounds, dense=False, level=not budgets)
+
+
 @dataclass
 class Run:
     """One generation: seconds of each step, and the model's output in the last of the first cycle.
@@ -126,6 +183,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     output: Tensor | None = None
     kept: float | None = None
+    unplanned: dict[str, int] = field(default_factory=dict)
     implementations: list[str] = field(default_factory=list)
     communicating: float | None = None
     computing: float | None = None
@@ -139,6 +197,7 @@ class Run:
             "seconds": {k: round(scale * statistics.median(of), 5) for k, of in by.items() if of},
             "spread": {k: round(scale * (max(of) - min(of)), 5) for k, of in by.items() if of},
             "kept": None if self.kept is None else round(self.kept, 4),
+            "unplanned": self.unplanned,
             "implementations": self.implementations,
             "communicating": self.communicating,
             "computing": self.computing,
@@ -146,9 +205,18 @@ class Run:
         }
 
 
-def generate(place: Place, pipe: Any, call: dict[str, Any], row: Row, cycles: int, of: int) -> Run:
+def generate(
+    place: Place,
+    pipe: Any,
+    call: dict[str, Any],
+    name: str,
+    cycles: int,
+    of: int,
+    dense: bool = False,
+) -> Run:
     """The first `cycles` of `of` cycles of steps; the last of them under the profiler, for the
-    shares."""
+    shares. dense: a stock pipeline runs through `accelerate`, too, where keys travel by it."""
+    row, course = course_of(name, of)
     run, watch = Run(row.kinds() or ("dense",)), cycles == of
     stride, shown, last = len(run.kinds), [], time.perf_counter()
     activity = ProfilerActivity.CUDA if place.device.type == "cuda" else ProfilerActivity.CPU
@@ -169,14 +237,15 @@ def generate(place: Place, pipe: Any, call: dict[str, Any], row: Row, cycles: in
 
     hook = pipe.transformer.register_forward_hook(lambda module, args, out: shown.append(out[0]))
     call["generator"].manual_seed(0)
-    course = Course(row, of, dense=False)
+    through = accelerated(pipe, "dense") if dense and row.method is None else nullcontext()
     try:
-        with switched_on(pipe, course, 0, "inductor") as handle:
+        with through, switched_on(pipe, course, 0, "inductor") as handle:
             last = time.perf_counter()
             out = pipe(**call, num_inference_steps=stride * of, callback_on_step_end=after)
             if handle is not None:
                 report = handle.report()
                 run.kept, run.implementations = report.kept, sorted(report.implementations)
+                run.unplanned = report.unplanned
     finally:
         hook.remove()
     if not out[0].isfinite().all():
@@ -247,11 +316,13 @@ def split(case: Case, pipe: Any, world: int, dry: bool) -> nn.Module:
     twin = copy.deepcopy(alone, {id(weight): weight for weight in alone.parameters()})
     size = case.model.tiny["size"] if dry else case.model.size
     text = case.model.tiny["text"] if dry else case.model.text
+    text = text // 4 if case.model.masks else text  # that much of it is valid, see bench.models
     frames = (size[2] + 3) // 4 if len(size) == 3 else 1
     tokens = size[0] // 16 * (size[1] // 16) * frames
     heads = alone.config.num_attention_heads
     pipe.transformer = twin
-    share(pipe, anything=any(n % world for n in (heads, tokens, text)))
+    heads = heads if case.kv is None else 0
+    share(pipe, kv=case.kv, anything=any(n % world for n in (heads, tokens, text)))
     pipe.transformer = alone
     return twin
 
@@ -265,34 +336,31 @@ class Bench:
     rounds: int
     dry: bool
     stock: Tensor | None = None
+    known: dict[str, tuple[Run, Run, dict[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.pipe = build(self.case.model, self.place.device, self.case.dtype, self.dry)
         self.call = inputs(self.case.model, self.pipe, self.place.device, self.dry)
         self.alone = self.pipe.transformer
-        self.twin = split(self.case, self.pipe, self.place.world, self.dry)
+        self.take(self.case)
         self.scale = self.case.model.passes / self.case.model.timed
+
+    def take(self, case: Case) -> None:
+        """Share the same model as this case says."""
+        self.case = case
+        self.twin = split(case, self.pipe, self.place.world, self.dry)
 
     def row(self, name: str) -> None:
         """All measurements of a row; what there is is said after each GPU count."""
-        row, place = Row.parse(name), self.place
+        place = self.place
         found: dict[str, Any] = {"case": self.case.name, "row": name, "gpus": place.world}
-        one = attempt(place, self.pipe, self.call, row, self.rounds + 1, self.rounds + 2)
-        with rounded_anew(self.alone):
-            moved = attempt(place, self.pipe, self.call, row, 1, self.rounds + 2)
-        said = next((run for run in (one, moved) if isinstance(run, str)), None)
-        failed = next((text for text in place.all(said) if text), None)
-        if failed is None:
-            found["alone"] = min(
-                place.all(one.facts(self.rounds, self.scale)),
-                key=lambda facts: sum(facts["seconds"].values()),
-            )
-        else:
-            found["alone_error"] = failed
+        one, moved, alone = self._alone(name)
+        found |= alone
         place.say(found)
         self.pipe.transformer = self.twin
+        cycles, dense = self.rounds + 2, self.case.kv is not None
         try:
-            both = generate(place, self.pipe, self.call, row, self.rounds + 2, self.rounds + 2)
+            both = generate(place, self.pipe, self.call, name, cycles, cycles, dense)
         except RuntimeError as error:
             if "cannot run token pruning" not in str(error):
                 raise  # perhaps of this process alone: the launcher ends all
@@ -302,9 +370,26 @@ class Bench:
             self.pipe.transformer = self.alone
             place.clean()
         found["together"] = slowest(place.all(both.facts(self.rounds, self.scale)))
-        if failed is None:
+        if "alone" in found:
             found |= self._compare(found, one, moved, both)
         place.say(found)
+
+    def _alone(self, name: str) -> tuple[Run, Run, dict[str, Any]]:
+        """On one GPU, as it is and rounded anew, and what is said of it; once for all ways."""
+        if name in self.known:
+            return self.known[name]
+        place, cycles = self.place, self.rounds + 2
+        one = attempt(place, self.pipe, self.call, name, cycles - 1, cycles)
+        with rounded_anew(self.alone):
+            moved = attempt(place, self.pipe, self.call, name, 1, cycles)
+        said = next((run for run in (one, moved) if isinstance(run, str)), None)
+        failed = next((text for text in place.all(said) if text), None)
+        found: dict[str, Any] = {"alone_error": failed}
+        if failed is None:
+            facts = place.all(one.facts(self.rounds, self.scale))
+            found = {"alone": min(facts, key=lambda facts: sum(facts["seconds"].values()))}
+        self.known[name] = one, moved, found
+        return self.known[name]
 
     def _compare(self, found: dict[str, Any], one: Run, moved: Run, both: Run) -> dict[str, Any]:
         """Speed-up of each kind of step, and the distance of the outputs; off_stock: what the
@@ -335,10 +420,18 @@ def work(spec: dict[str, Any]) -> None:
     place = Place.join(spec["dry"])
     if spec["dry"]:
         torch.set_num_threads(1)
-    longest = 0.0
+    longest, bench = 0.0, None
     for case in cases(spec["part"], spec["dry"]):
         rows = [row for name, row in spec["todo"] if name == case.name]
-        bench = Bench(place, case, spec["rounds"], spec["dry"]) if rows else None
+        if not rows:
+            continue
+        if bench is not None and (bench.case.model, bench.case.dtype) == (case.model, case.dtype):
+            bench.take(case)
+        else:
+            bench = None  # its memory goes before the next one's comes
+            place.clean()
+            bench = Bench(place, case, spec["rounds"], spec["dry"])
+            longest = 0.0
         for row in rows:
             began = time.time()
             if place.all(began + longest > spec["until"])[0]:
@@ -346,8 +439,6 @@ def work(spec: dict[str, Any]) -> None:
                 continue
             bench.row(row)
             longest = max(longest, time.time() - began)
-        del bench
-        longest = 0.0 if rows else longest
         place.clean()
     dist.destroy_process_group()
 

@@ -60,8 +60,8 @@ def dq_case(launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = "") 
     tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
     means = empty(*SHAPE[:2], 640, head_dim, dtype=dtype)
     pool = (means, means, empty(*SHAPE[:2], kept.query_blocks, 20, dtype=torch.int32))
-    pool = pool if extra == "pool" else None
-    _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x, pool)
+    given = pool if extra == "pool" else None
+    _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x, given)
     return backward._block_sparse_attention_bwd_dq_kernel, arguments
 
 
@@ -116,7 +116,8 @@ def int8_keys_of(
     keys = int8_keys.Quantized(
         empty(batch, heads, rows, width, dtype=torch.int8),
         empty(batch, heads, width, rows, dtype=values),
-        *(empty(batch, heads, groups) for _ in range(2)),
+        empty(batch, heads, groups),
+        empty(batch, heads, groups),
         empty(batch, heads, head_dim),
     )
     return tokens(head_dim, dtype), keys
@@ -156,7 +157,8 @@ def compile_row(launch: Launch, head_dim: int | None = None, **extra: str) -> Re
     head_dim = head_dim or launch.head_dim
     kernel, arguments = CASES[launch.op](launch, head_dim, torch.bfloat16, **extra)
     options = compiler_options(launch)
-    options |= {"maxnreg": arguments["maxnreg"]} if "maxnreg" in arguments else {}
+    if isinstance(registers := arguments.get("maxnreg"), int):
+        options["maxnreg"] = registers
     return report(kernel, arguments, launch.capability, options)
 
 

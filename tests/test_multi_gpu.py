@@ -16,6 +16,7 @@ import multi_gpu_ranks as ranks
 
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
+from dit_accel.bench.models import build
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
@@ -134,6 +135,36 @@ def test_every_method_is_in_the_rows():
 
     names = {row.partition("@")[0] for case in ranks.cases("joint", False) for row in case.rows}
     assert names == set(methods()) - {"dense"} | {"stock"}
+
+
+def test_ways_are_compared_by_the_same_rows():
+    found = {case.name: case for case in ranks.cases("ways", False)}
+    assert list(found)[:3] == [f"wan14b-720p, {way}" for way in ("ulysses", "gather", "ring")]
+    assert len(found) == 6
+    ulysses, gather = found["hunyuan-720p, ulysses"], found["hunyuan-720p, gather"]
+    assert set(ulysses.rows) - set(gather.rows) == {"vsa@0.1", "ssta@0.1"}
+    assert gather.rows == found["hunyuan-720p, ring"].rows
+    for name in gather.rows:
+        ranks.course_of(name, 1)
+
+
+@pytest.mark.parametrize(("name", "keeps"), [("", (0.05, 0.15)), (" unlevel", (0.05, 0.05))])
+def test_budgets_are_level_between_processes(name, keeps):
+    model = replace(ranks.MODELS["wan14b-720p"], tiny=ranks.cases("ways", True)[0].model.tiny)
+    pipe = build(model, torch.device("cpu"), torch.float32, tiny=True)
+    _, course = ranks.course_of("topk@0.1 budgets" + name, 1)
+    method, options = course.options(pipe.transformer, 0)
+    heads = dict(options["schedule"].head_keep)
+    assert method.keep == 0.1 and len(heads) == len(pipe.transformer.blocks)
+    assert heads[0][:2] == pytest.approx(keeps) and sum(heads[0]) == pytest.approx(0.4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rehearsal_of_ways(tmp_path):
+    rows = "stock,pooled@0.1,sla@0.1,topk@0.1 budgets"
+    record = rehearse(tmp_path / "x.json", "--parts", "ways", "--rows", rows)
+    assert len(record["rows"]) == 24 and all(multi_gpu.sound(row) for row in record["rows"])
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from diffusers import ContextParallelConfig, ParallelConfig
 from tiny import tiny_flux, tiny_wan
+from torch.distributed.device_mesh import init_device_mesh
 
 import dit_accel
 from dit_accel import Schedule, TokenPruning
@@ -153,13 +154,16 @@ def work(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ulysses")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=2)
+    mp.spawn(work, (free_port(), folder), nprocs=2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -192,6 +196,30 @@ def test_places_of_shared_tokens():
     assert back[there].tolist() == list(range(12))
     _, back = ulysses.token_places(Split(2, 4, False, False, 2), cpu)
     assert back.tolist() == [0, 1, 4, 2, 3, 5]
+
+
+def gather_masks(rank, port, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3
+    )
+    context = ContextParallelConfig(ulysses_degree=3, ulysses_anything=True)
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("ring", "ulysses"))
+    config = ParallelConfig(context_parallel_config=context)
+    config.setup(rank, 3, torch.device("cpu"), mesh=mesh)
+    n = 5 if rank == 0 else 4
+    mask = torch.ones(1, 1, 1, n, dtype=torch.bool)
+    mask[..., -1] = rank != 2
+    whole = ulysses._whole_mask(mask, n, config)
+    assert ulysses._whole_mask(whole, n, config) is whole
+    (folder / f"{rank}.json").write_text(json.dumps(whole.flatten().tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_masks_of_unequal_parts(tmp_path):
+    """Three processes: with two, what fills up stands at the end."""
+    mp.spawn(gather_masks, (free_port(), tmp_path), nprocs=3)
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [True] * 12 + [False]
 
 
 def test_a_ring_of_ulysses_stays_dense_with_the_reason():

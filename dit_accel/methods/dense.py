@@ -18,6 +18,7 @@ class Dense(Method):
     keep: float = 1.0
 
     chooses: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = True
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "the pipeline's own dense attention, unchanged"
 

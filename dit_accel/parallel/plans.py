@@ -30,10 +30,13 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def prepare(model: nn.Module) -> None:
+def prepare(model: Any) -> None:
     """What a model that is split by a plan from here needs besides."""
     if type(model).__name__ == _HUNYUAN and not getattr(model, "_cp_plan", None):
         model.register_forward_pre_hook(_unpadded, with_kwargs=True)
+        for blocks in (model.transformer_blocks, model.single_transformer_blocks):
+            for block in blocks:
+                block.attn.register_forward_pre_hook(_unmasked, with_kwargs=True)
 
 
 def _unpadded(
@@ -54,3 +57,10 @@ def _unpadded(
     for name in ("encoder_hidden_states", "encoder_attention_mask"):
         given[name] = given[name][:, :n]
     return bound.args[1:], bound.kwargs
+
+
+def _unmasked(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Without padding its mask hides nothing."""
+    return args, {**kwargs, "attention_mask": None}

@@ -84,9 +84,26 @@ def gathered(
     ) -> Tensor:
         return ordered(q[..., :d], k, v, mask, q[..., d:] if gate is not None else None)
 
+    mask = _whole_mask(mask, k.shape[1], config)
     return attention_dispatch._templated_context_parallel_attention(
         q, k, v, mask, forward_op=forward_op, backward_op=None, _parallel_config=config
     )
+
+
+def _whole_mask(mask: Tensor | None, n: int, config: ParallelConfig) -> Tensor | None:
+    """The mask of all keys, of one of this rank's n: diffusers cuts what fills the parts up from
+    the end of the whole, not from each part (0.42)."""
+    import torch.distributed as dist
+    from diffusers.models._modeling_parallel import gather_size_by_comm
+
+    if mask is None or mask.shape[-1] != n:
+        return mask
+    group = context_of(config)._ulysses_mesh.get_group()
+    sizes = gather_size_by_comm(n, group)
+    mine = torch.nn.functional.pad(mask, (0, max(sizes) - n)).contiguous()
+    parts = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
 
 def _differentiable(*tensors: Tensor) -> bool:

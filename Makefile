@@ -27,6 +27,7 @@ test-slow: $(BIN)/.installed
 
 test-browser: $(BIN)/.installed
 	$(BIN)/pip install -q "selenium>=4"
+	npm install --silent --no-save --prefix . axe-core || echo "no axe-core: its test is skipped"
 	$(BIN)/python -m pytest -m browser tests/test_app_browser.py
 
 coverage: $(BIN)/.installed

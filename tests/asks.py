@@ -1,10 +1,13 @@
 """What the tests of the page ask for, of a tiny pipeline."""
 
 import threading
+from dataclasses import replace
+from typing import Any
 
-from dit_accel.app.ask import Ask, Side
+from dit_accel.app.ask import Ask
 from dit_accel.app.studio import Pair, Studio
 from dit_accel.generation.loading import Defaults
+from dit_accel.generation.options import How, What
 
 DEFAULTS = Defaults(
     height=128,
@@ -15,9 +18,22 @@ DEFAULTS = Defaults(
     max_sequence_length=16,
     fps=8,
 )
-SPARSE = Side("topk", keep=0.3, warmup=0.25, small=True)
-ASK = Ask("a red rocket", right=SPARSE, steps=4)
+DENSE = How("dense")
+SPARSE = How("topk", keep=0.3, warmup="0.25", min_tokens=0)
+ASK = Ask(What("a red rocket", steps=4), right=SPARSE)
+
+
+def small_studio(pipe: Any) -> Studio:
+    """A studio whose only model is `pipe`, loaded."""
+    studio = Studio(lambda name: (pipe, DEFAULTS), find=lambda name: None)
+    studio.warm()
+    return studio
 
 
 def pair_of(studio: Studio, ask: Ask) -> Pair:
-    return list(studio.run(ask, threading.Event()))[-1]
+    return studio.run(ask, threading.Event())
+
+
+def other(ask: Ask, **what: Any) -> Ask:
+    """The request with another clip."""
+    return replace(ask, what=replace(ask.what, **what))

@@ -1,1 +1,1 @@
-"""The Gradio page: two configurations side by side from the same noise. See docs/start/app.md."""
+"""The page: two configurations side by side from the same noise. See docs/start/app.md."""

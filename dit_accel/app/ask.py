@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from dit_accel.config import AccelConfig, named
+from dit_accel.config import AccelConfig
+from dit_accel.generation.limits import LIMITS
 from dit_accel.generation.loading import Defaults
-from dit_accel.generation.request import Request
+from dit_accel.generation.options import How, What, parse_size
 from dit_accel.inputs import fields
-from dit_accel.pruning.config import resolve as pruning
-from dit_accel.schedule import Schedule
+from dit_accel.samplers.grids import Sampler
+
+# Token-steps that a visitor may ask for on each kind of device: minutes of work.
+WORK = {"cpu": 500_000, "mps": 2_000_000, "cuda": 8_000_000}
+# Options that read files of the server, or keep it busy before the first step.
+PRIVATE = ("heads", "lora", "compile")
+STOCK = How("dense")
+
+
+class BadField(ValueError):
+    """What is wrong with one field of the form, in a sentence; `name` is the field's."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(text)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -19,127 +33,139 @@ class Limits:
     prompt: characters.
     side: pixels.
     frames, steps: of a clip.
-    queue: visitors who may wait.
+    work: visual tokens times steps.
+    queue: visitors who may wait; places: of these, for one address.
     models: folders or ids offered beside the embedded model.
-    public: no other model may be typed in.
+    public: no other model may be typed in, and no file of the server named.
     """
 
     prompt: int = 500
     side: int = 1280
     frames: int = 129
     steps: int = 100
+    work: int = WORK["cpu"]
     queue: int = 8
+    places: int = 4
     models: tuple[str, ...] = ()
     public: bool = False
 
     @classmethod
     def for_public(cls, models: tuple[str, ...] = ()) -> Limits:
         """Tighter bounds, and only the operator's models, for a page that strangers can reach."""
-        return cls(prompt=200, side=512, frames=49, steps=50, models=models, public=True)
+        few = {"prompt": 200, "side": 512, "frames": 49, "steps": 50, "places": 2}
+        return cls(**few, work=WORK["cpu"] // 2, models=models, public=True)
 
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two configurations.
-
-    method: "dense", a name or a preset such as "topk:fast".
-    keep: share of key blocks kept, None for the method's own.
-    warmup: share of dense steps at the start.
-    order: token order.
-    small: accelerate below the device's crossover too.
-    prune: a preset of token pruning.
-
-    Raises ValueError for a bad value.
-    """
-
-    method: str = "dense"
-    keep: float | None = None
-    warmup: float = 0.15
-    order: str = "raster"
-    small: bool = False
-    prune: str | None = None
-
-    def __post_init__(self) -> None:
-        fields.check(self)
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warm-up is a share of the steps from 0 to 1, not {self.warmup}")
-        self.config()
-
-    def config(self) -> AccelConfig | None:
-        """What `accelerate` takes; None for the stock pipeline."""
-        method, prune = named(self.method), pruning(self.prune)
-        if method.name == "dense" and prune is None:
-            return None
-        if self.keep is not None and method.name != "dense":
-            method = replace(method, keep=self.keep)
-        schedule = Schedule(warmup=float(self.warmup))
-        least = 0 if self.small else None
-        return AccelConfig(method, schedule, self.order, min_tokens=least, prune=prune)
-
-    @property
-    def label(self) -> str:
-        config = self.config()
-        if config is None or config.method.name == "dense":
-            words = "dense"
-        else:
-            words = f"{config.method.label}, keep {config.method.keep:g}"
-        return words if self.prune is None else f"{words}, prune {self.prune}"
+    def on(self, device: str) -> Limits:
+        """The same page on another device: its work in that device's minutes."""
+        times = WORK.get(device, WORK["cpu"]) // WORK["cpu"]
+        return replace(self, work=self.work * times)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A whole request. None takes the model's default; model None is the embedded one.
+    """A whole request: a clip, made in two ways. model None is the embedded one.
 
     Raises ValueError, in a sentence a visitor understands, for anything outside `limits`.
     """
 
-    prompt: str
-    left: Side = Side()
-    right: Side = Side("shared")
+    what: What
+    left: How = STOCK
+    right: How = field(default_factory=How)
     model: str | None = None
-    seed: int = 0
-    steps: int | None = None
-    width: int | None = None
-    height: int | None = None
-    frames: int | None = None
     limits: Limits = field(default=Limits(), repr=False)
 
     def __post_init__(self) -> None:
+        self._check_text()
+        fields.check(self.what)
+        self._check_sampler()
         limits = self.limits
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError("The prompt is empty: say what to show.")
-        if len(self.prompt) > limits.prompt:
-            raise ValueError(
-                f"The prompt has {len(self.prompt)} characters; this page takes {limits.prompt}."
-            )
-        if limits.public and self.model not in (None, *limits.models):
-            raise ValueError("This page is public and runs only the models in its list.")
-        for name, low, high in (
-            ("seed", 0, 2**63 - 1),
-            ("steps", 1, limits.steps),
-            ("width", 16, limits.side),
-            ("height", 16, limits.side),
-            ("frames", 1, limits.frames),
-        ):
-            value = getattr(self, name)
-            if value is None and name != "seed":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"{name.capitalize()} is a whole number from {low} to {high}.")
+        most = {"steps": limits.steps, "frames": limits.frames}
+        for name in ("seed", "steps", "frames", "guidance", "fps"):
+            low, high = LIMITS[name]
+            self._within(name, getattr(self.what, name), low, min(high, most.get(name, high)))
+        for name, value in zip(("width", "height"), self.size, strict=True):
+            self._within(name, value, 16, limits.side)
+        for side, how in (("left", self.left), ("right", self.right)):
+            self._check_side(side, how)
 
-    def request(self, defaults: Defaults) -> Request:
-        """What `generate` takes. A model whose own defaults exceed the limits is held to them."""
-        return Request(
-            self.prompt.strip(),
-            seed=self.seed,
-            steps=self._bounded(self.steps, defaults.num_inference_steps, self.limits.steps),
-            height=self._bounded(self.height, defaults.height, self.limits.side),
-            width=self._bounded(self.width, defaults.width, self.limits.side),
-            frames=self._bounded(self.frames, defaults.num_frames, self.limits.frames),
-        )
+    def _check_text(self) -> None:
+        limits, prompt = self.limits, self.what.prompt
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise BadField("prompt", "The prompt is empty: say what to show.")
+        for name in ("prompt", "negative"):
+            length = len(getattr(self.what, name) or "")
+            if length > limits.prompt:
+                words = "prompt" if name == "prompt" else "text of what not to show"
+                raise BadField(
+                    name, f"The {words} has {length} characters; this page takes {limits.prompt}."
+                )
+        if limits.public and self.model not in (None, *limits.models):
+            raise BadField("model", "This page is public and runs only the models in its list.")
+
+    def _check_sampler(self) -> None:
+        try:
+            Sampler.named(self.what.sampler) if self.what.sampler else None
+        except ValueError as error:
+            raise BadField("sampler", f"{error}.") from None
 
     @staticmethod
-    def _bounded(asked: int | None, default: int | None, most: int) -> int | None:
-        if asked is None and default is not None and default > most:
-            raise ValueError(f"This model's default of {default} is more than {most}: set it.")
-        return asked if asked is not None else default
+    def _within(name: str, value: float | None, low: float, high: float) -> None:
+        if value is None or low <= value <= high:
+            return
+        kind = "a number" if name in ("guidance", "fps") else "a whole number"
+        raise BadField(
+            {"width": "size", "height": "size"}.get(name, name),
+            f"{name.capitalize()} is {kind} from {low} to {high}, not {fields.shown(value)}.",
+        )
+
+    def _check_side(self, side: str, how: How) -> None:
+        try:
+            fields.check(how)
+            config_of(how)
+            how.boost()
+        except ValueError as error:
+            raise BadField(f"{side}.method", f"On the {side}: {error}") from None
+        for name in PRIVATE if self.limits.public else ():
+            if getattr(how, name):
+                raise BadField(f"{side}.{name}", f"This page is public: leave {name} out.")
+
+    @property
+    def size(self) -> tuple[int | None, int | None]:
+        """(width, height) asked for, in pixels."""
+        if self.what.size is None:
+            return None, None
+        try:
+            return parse_size(self.what.size)
+        except ValueError as error:
+            raise BadField("size", f"{str(error).capitalize()}.") from None
+
+    def filled(self, defaults: Defaults) -> Ask:
+        """With the model's defaults where nothing is asked; BadField where these are more than the
+        page allows."""
+        width, height = self.size
+        width, height = width or defaults.width, height or defaults.height
+        what, size = self.what, f"{width}x{height}" if width and height else None
+        steps = what.steps
+        if steps is None:
+            usual = what.sampler and Sampler.named(what.sampler).steps
+            steps = usual or defaults.num_inference_steps
+        frames = defaults.num_frames if what.frames is None else what.frames
+        return replace(self, what=replace(what, size=size, steps=steps, frames=frames))
+
+
+def config_of(how: How) -> AccelConfig | None:
+    """What `accelerate` takes; None for the stock pipeline."""
+    config = how.config()
+    return None if config.method.name == "dense" and config.prune is None else config
+
+
+def label(how: How) -> str:
+    """What a side runs, in a few words."""
+    config = how.config()
+    name = config.method.label
+    words = [name if name == "dense" else f"{name}, keep {config.method.keep:g}"]
+    words += [f"prune {how.prune}"] if how.prune is not None else []
+    words += [f"step cache {how.step_cache:g}"] if how.step_cache is not None else []
+    words += ["LoRA"] if how.lora else []
+    words += ["compiled"] if how.compile else []
+    return ", ".join(words)

@@ -1,26 +1,94 @@
-"""Who asked for what: one job per visitor, files in one folder, the oldest removed."""
+"""Who asked for what: a queue with places, one job at a time, files in one folder, the oldest
+removed."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
+import time
+import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event, Lock
+from threading import Condition, Thread
 from typing import Any
 
-from dit_accel.app import outcome, stage, views
-from dit_accel.app.ask import Ask
-from dit_accel.app.stop import Cancelled
-from dit_accel.app.studio import News, Pair, Run, Studio
+from dit_accel.app import outcome, stage
+from dit_accel.app.ask import Ask, BadField, Limits
+from dit_accel.app.cost import Plan
+from dit_accel.app.stop import Cancelled, Leash
+from dit_accel.app.studio import News, Run, Studio
+from dit_accel.config import AccelConfig
+from dit_accel.inputs.data import read_object
+from dit_accel.media.files import elsewhere
+from dit_accel.media.pictures import read_picture
 
 KEPT = 32
+SENT = 64  # pictures and presets of visitors
+TOKEN = re.compile(r"[0-9a-f]{32}")
 
 
-def url(folder: Path) -> str:
-    """Where the page finds the files of a folder that it may serve."""
-    return f"gradio_api/file={folder}"
+class Full(ValueError):
+    """No place is free; the message says whose places they are."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request from its place in the queue to its files.
+
+    value: of the stage. state: "waiting", "running", "done", "cancelled" or "failed".
+    note: why it failed. version: grows with every change.
+    """
+
+    id: str
+    ask: Ask
+    asked: dict[str, Any]
+    client: str
+    folder: Path
+    plan: Plan
+    value: dict[str, Any]
+    leash: Leash
+    state: str = "waiting"
+    note: str = ""
+    record: dict[str, Any] | None = None
+    version: int = 0
+    began: float = 0.0
+    denoising: tuple[str, float] = ("", 0.0)
+    sides: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> str:
+        """Where the page finds its files."""
+        return f"jobs/{self.id}/files"
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("done", "cancelled", "failed")
+
+    def change(self, **values: Any) -> None:
+        """New values, seen by whoever follows the job."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.version += 1
+
+    def left(self) -> float | None:
+        """Seconds until it is done, from its plan and what was seen of its steps."""
+        if self.state != "running":
+            return self.plan.total if self.state == "waiting" else 0.0
+        side, share = self.denoising[0], self._share()
+        loop = {"left": self.plan.left, "right": self.plan.right}
+        if not side or not share:
+            return max(self.plan.total - (time.monotonic() - self.began), 1.0)
+        spent = time.monotonic() - self.denoising[1]
+        here = spent / share - spent
+        if side == "left":
+            here += self.plan.right * spent / share / max(loop["left"], 1e-9)
+        return here + self.plan.rest * (0.75 if side == "left" else 0.4)
+
+    def _share(self) -> float:
+        return float(self.value[self.denoising[0]].get("share") or 0) if self.denoising[0] else 0.0
 
 
 @dataclass
@@ -29,62 +97,197 @@ class Desk:
 
     studio: Studio
     folder: Path
-    _jobs: dict[str, Event] = field(default_factory=dict, init=False)
-    _folders: list[Path] = field(default_factory=list, init=False)
-    _lock: Any = field(default_factory=Lock, init=False)
+    limits: Limits = field(default_factory=Limits)
+    grace: float = 20.0
+    _jobs: dict[str, Job] = field(default_factory=dict, init=False)
+    _queue: list[Job] = field(default_factory=list, init=False)
+    _bell: Condition = field(default_factory=Condition, init=False)
+    _worker: Thread | None = field(default=None, init=False)
+    _open: bool = field(default=True, init=False)
 
-    def cancel(self, visitor: str) -> None:
-        """Stop the visitor's job, if there is one."""
-        with self._lock:
-            job = self._jobs.pop(visitor, None)
-        if job is not None:
-            job.set()
+    def start(self, warm: bool = True) -> None:
+        """Begin to serve; `warm` loads the embedded model before anybody asks for it."""
+        if self._worker is None:
+            self._worker = Thread(target=self._work, args=(warm,), daemon=True)
+            self._worker.start()
 
-    def serve(self, visitor: str, ask: Ask) -> Iterator[tuple[dict[str, Any], str | None]]:
-        """Yield (value of the stage, results as HTML once they are there).
+    def stop(self) -> None:
+        """End whatever runs, and serve nothing more."""
+        self._open = False
+        for job in list(self._jobs.values()):
+            job.leash.set()
+        with self._bell:
+            self._bell.notify_all()
+        if self._worker is not None:
+            self._worker.join()
 
-        A visitor's new job ends the one before. Raises ValueError for a request the model cannot
-        serve, Cancelled when the job was cancelled.
-        """
-        self.cancel(visitor)
-        cancel = Event()
-        with self._lock:
-            self._jobs[visitor] = cancel
-        folder = self._new_folder()
-        value = stage.waiting(ask)
+    def submit(self, ask: Ask, asked: dict[str, Any], client: str) -> Job:
+        """A place in the queue. Raises BadField for more work than is allowed, Full."""
+        full = self.studio.filled(ask)
+        with self._bell:
+            waiting = [job for job in self._queue if job.state == "waiting"]
+            if len(waiting) >= self.limits.queue:
+                raise Full(f"The queue is full: {len(waiting)} are waiting. Try again in a while.")
+            mine = sum(job.client == client for job in waiting)
+            if mine >= self.limits.places:
+                raise Full(
+                    f"{mine} of your runs are waiting already; one address has "
+                    f"{self.limits.places} places. Wait for one, or cancel it."
+                )
+            name = uuid.uuid4().hex
+            job = Job(
+                name,
+                ask,
+                asked,
+                client,
+                self.folder / name,
+                self.studio.plan(full),
+                stage.waiting(full),
+                Leash(self.grace),
+            )
+            self._jobs[name] = job
+            self._queue.append(job)
+            self._bell.notify_all()
+        self._forget()
+        return job
+
+    def job(self, name: str) -> Job | None:
+        """The job of this name, unless it was forgotten."""
+        return self._jobs.get(name)
+
+    def place(self, job: Job) -> tuple[int, float]:
+        """(how many are before it, seconds until its turn)."""
+        with self._bell:
+            before = self._queue[: self._queue.index(job)] if job in self._queue else []
+        return len(before), sum(other.left() or 0.0 for other in before)
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job, or take it out of the queue."""
+        job.leash.set()
+        with self._bell:
+            if job.state == "waiting" and job in self._queue:
+                self._queue.remove(job)
+                job.change(state="cancelled", value=stage.stopped(job.value, "cancelled"))
+
+    def keep(self, kind: str, data: bytes) -> str:
+        """Keep what a visitor sent, a "picture" or a "preset"; its token. ValueError for another
+        thing."""
+        token = hashlib.sha256(data).hexdigest()[:32]
+        folder = self.folder / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{token}{'.json' if kind == 'preset' else '.png'}"
+        raw = folder / f"{uuid.uuid4().hex}.part"
         try:
-            for item in self.studio.run(ask, cancel):
-                if isinstance(item, News):
-                    value = stage.moved(value, item)
-                    yield value, None
-                elif isinstance(item, Run):
-                    value = self._finished(value, item, folder)
-                    yield value, None
-                else:
-                    yield self._done(item, folder)
+            raw.write_bytes(data)
+            if kind == "picture":
+                read_picture(raw).save(path)
+            else:
+                self._check_preset(raw)
+                raw.replace(path)
+        except ValueError as error:
+            text = str(error).replace(str(raw), "you sent")
+            raise BadField("image" if kind == "picture" else "open", f"The {text}.") from None
         finally:
-            with self._lock:
-                if self._jobs.get(visitor) is cancel:
-                    del self._jobs[visitor]
+            raw.unlink(missing_ok=True)
+        for old in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime)[:-SENT]:
+            old.unlink(missing_ok=True)
+        return token
 
-    def _finished(self, value: dict[str, Any], run: Run, folder: Path) -> dict[str, Any]:
-        fps = self.studio.fps
-        name = outcome.clip(run, fps, folder)
-        return stage.finished(value, run, f"{url(folder)}/{name}", fps)
+    def _check_preset(self, path: Path) -> None:
+        data = read_object(path, "preset")
+        AccelConfig.from_dict(data)
+        method = data.get("method")
+        if self.limits.public and isinstance(method, dict) and method.get("weights"):
+            raise ValueError("preset names weights of its own, which a public page does not read")
 
-    def _done(self, pair: Pair, folder: Path) -> tuple[dict[str, Any], str]:
-        data = outcome.record(pair, folder)
-        return stage.recorded(data, url(folder)), views.results(data, url(folder))
+    def opened(self, kind: str, token: str) -> Path:
+        """The file behind a token; BadField where there is none."""
+        end = ".json" if kind == "preset" else ".png"
+        path = self.folder / kind / f"{token}{end}"
+        if not TOKEN.fullmatch(token) or not path.is_file():
+            raise BadField("open", f"That {kind} is no longer here: open it again.")
+        return path
 
-    def _new_folder(self) -> Path:
-        with self._lock:
-            folder = self.folder / uuid.uuid4().hex
-            folder.mkdir(parents=True)
-            self._folders.append(folder)
-            old, self._folders = self._folders[:-KEPT], self._folders[-KEPT:]
-        for path in old:
-            shutil.rmtree(path, ignore_errors=True)
-        return folder
+    def _work(self, warm: bool) -> None:
+        if warm:
+            try:
+                self.studio.warm()
+            except Exception:  # whoever asks for this model is told
+                traceback.print_exc()
+        while self._open:
+            with self._bell:
+                self._bell.wait_for(lambda: self._queue or not self._open)
+                if not self._queue:
+                    return
+                job = self._queue[0]
+            self._serve(job)
+            with self._bell:
+                if job in self._queue:
+                    self._queue.remove(job)
+
+    def _serve(self, job: Job) -> None:
+        try:
+            if job.leash.is_set():
+                raise Cancelled
+            job.folder.mkdir(parents=True, exist_ok=True)
+            job.change(state="running", began=time.monotonic())
+            pair = self.studio.run(job.ask, job.leash, _listener(job))
+            record = _written(job, lambda folder: outcome.record(pair, folder, job.asked))
+            job.change(record=record, value=stage.recorded(record, job.base), state="done")
+        except Cancelled:
+            job.change(state="cancelled", value=stage.stopped(job.value, "cancelled"))
+        except Exception as error:  # whatever a model does, the page goes on
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            note = sentence(error)
+            job.change(state="failed", note=note, value=stage.stopped(job.value, "failed"))
+
+    def _forget(self) -> None:
+        """Remove the files of the oldest jobs."""
+        with self._bell:
+            over = [job for job in self._jobs.values() if job.over]
+            old = over[: max(0, len(over) - KEPT)]
+            for job in old:
+                del self._jobs[job.id]
+        for job in old:
+            shutil.rmtree(job.folder, ignore_errors=True)
 
 
-__all__ = ["Cancelled", "Desk", "url"]
+def _listener(job: Job) -> Callable[[News | Run], None]:
+    """What a job's stage shows of the studio's news."""
+
+    def hear(item: News | Run) -> None:
+        if isinstance(item, News):
+            if item.phase == "denoise" and item.done == 0:
+                job.denoising = (item.side, time.monotonic())
+            job.change(value=stage.moved(job.value, item))
+            return
+        fps = job.ask.what.fps or (item.facts or {}).get("fps") or 16
+        name = _written(job, lambda folder: outcome.clip(item, fps, folder))
+        job.change(value=stage.finished(job.value, item, f"{job.base}/{name}", fps))
+
+    return hear
+
+
+def _written(job: Job, write: Callable[[Path], Any]) -> Any:
+    """What `write` makes of the job's folder, or, where that takes no files, of another one that
+    the job has from then on."""
+    try:
+        return write(job.folder)
+    except OSError as error:
+        kept = elsewhere()
+        if kept is None:
+            why = error.strerror or "it takes no files"
+            raise ValueError(f"The server's disk cannot be written ({why}): make room") from error
+        for path in job.folder.glob("*.*"):
+            shutil.copy(path, kept)
+        job.folder = kept
+        return write(kept)
+
+
+def sentence(error: BaseException) -> str:
+    """An error as a visitor reads it: only ours are meant for visitors' eyes."""
+    text = str(error).strip()
+    if not isinstance(error, ValueError) or not text:
+        text = f"the run failed ({type(error).__name__}); the server's log says why"
+    return f"{text[0].upper()}{text[1:].rstrip('.')}."

@@ -1,179 +1,188 @@
-"""The settings a visitor can change, and the request they make."""
+"""The settings a visitor can change, drawn from the one description of options, and the request
+that their values make."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
-import gradio as gr
-
-from dit_accel.app.ask import Ask, Limits, Side
+from dit_accel.app.ask import PRIVATE, STOCK, Ask, BadField, Limits
+from dit_accel.app.catalog import PRESETS
+from dit_accel.config import DEFAULT
 from dit_accel.forward.order import ORDERS
-from dit_accel.generation.loading import EMBEDDED, GENERATION, Defaults
-from dit_accel.methods import find, infos
+from dit_accel.generation.options import How, What, described
+from dit_accel.methods import find, infos, selectors
 from dit_accel.pruning.config import TokenPruning
 
-OWN, NONE = "own", "none"
-SIDE = 7  # fields of a side
+SIDES = ("left", "right")
+LEVELS = ("safe", "balanced", "fast")
+Opened = Callable[[str, str], Path]  # (kind, token) → a file that the visitor sent
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "order": ORDERS,
+    "prune": tuple(TokenPruning.presets),
+    "select": tuple(selectors.infos()),
+    "sampler": ("rcm", "dmd", "flow:5", "renoise:5"),
+}
+_HINTS = {"number": "decimal", "whole": "numeric"}
 
 
-class Form:
-    """Builds the components in two places; `fields` are all of them, in the order `ask` takes."""
+@dataclass(frozen=True)
+class Control:
+    """One field: `kind` is text, whole, number, switch or file; `choices` are proposals."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.prompt = gr.Textbox(
-            "rocket on a blue background",
-            label="Prompt",
-            lines=2,
-            max_length=limits.prompt,
-            elem_id="prompt",
+    name: str
+    label: str
+    help: str
+    kind: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def keyboard(self) -> str:
+        """Which keyboard a phone shows."""
+        return _HINTS.get(self.kind, "text")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A method as the page offers it: `keeps` are the shares of its levels."""
+
+    value: str
+    label: str
+    about: str
+    keeps: Mapping[str, float]
+    keep: float
+    prunes: bool
+
+
+def clip_controls() -> list[Control]:
+    """What the clip is made of, but its prompt."""
+    return [c for c in _controls(What) if c.name != "prompt"]
+
+
+def side_controls(limits: Limits) -> list[Control]:
+    """What a side runs, but its method."""
+    hidden = ("method", *(PRIVATE if limits.public else ()))
+    return [c for c in _controls(How) if c.name not in hidden]
+
+
+def _controls(group: type) -> Iterator[Control]:
+    hints = get_type_hints(group)
+    for name, option in described(group).items():
+        label = name.replace("_", " ").capitalize()
+        yield Control(name, label, option.text, _kind(hints[name]), _CHOICES.get(name, ()))
+
+
+def _kind(hint: Any) -> str:
+    kinds = {int: "whole", float: "number", bool: "switch", Path: "file"}
+    return kinds.get(_plain(hint), "text")
+
+
+def _plain(hint: Any) -> Any:
+    if isinstance(hint, UnionType) or get_args(hint):
+        return next(x for x in get_args(hint) if x is not type(None))
+    return hint
+
+
+def kinds(limits: Limits) -> list[Kind]:
+    """The methods, and the presets that come with the package where the page is not public."""
+    found = []
+    for name, info in infos().items():
+        method = find(name)
+        keeps = {p: method.presets[p].get("keep", method.keep) for p in method.presets}
+        needs = (
+            " Needs weights that were fine-tuned for the model (dit-accel finetune); without them "
+            "it is plain top-k."
+            if info.finetuning
+            else ""
         )
-        self.fields: list[Any] = [self.prompt]
+        about = f"{info.description[0].upper()}{info.description[1:]}.{needs}"
+        found.append(Kind(name, name, about, keeps, method.keep, not method.stateful))
+    for name, path in {} if limits.public else PRESETS.items():
+        about = f"The preset {name} that comes with the package, with the weights it needs."
+        found.append(Kind(f"preset:{name}", f"preset {name}", about, {}, _keep(path), False))
+    return found
 
-    def settings(self) -> None:
-        """Both sides, the clip and the model."""
-        self.left = self._side("left", "dense", "dense")
-        self.right = self._side("right", "shared", "balanced")
-        self.rest = self._clip()
-        self.fields += [*self.left, *self.right, *self.rest]
 
-    def _side(self, name: str, method: str, preset: str) -> list[Any]:
-        names = list(infos())
-        kind = gr.Dropdown(
-            names, value=method, label=f"{name.capitalize()} method", elem_id=f"{name}-method"
+def _keep(path: Path) -> float:
+    return How(str(path)).config().method.keep
+
+
+def read(values: Any, limits: Limits, opened: Opened) -> Ask:
+    """The request that a form's values make, as JSON has them: empty ones are left to the model.
+
+    Raises BadField, or ValueError for what is no form.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError("A request is an object of fields and values.")
+    given = {name: value for name, value in values.items() if name not in ("model", *SIDES)}
+    if isinstance(given.get("image"), str) and given["image"]:
+        given["image"] = str(opened("picture", given["image"]))
+    what = What(**{"prompt": "", **_typed(What, given, "")})
+    sides = {side: _side(values.get(side), side, limits, opened) for side in SIDES}
+    model = values.get("model") or None
+    if model is not None and not isinstance(model, str):
+        raise BadField("model", "The model is a folder or a Hugging Face id.")
+    return Ask(what, model=model, limits=limits, **sides)
+
+
+def _side(values: Any, side: str, limits: Limits, opened: Opened) -> How:
+    if values is None:
+        return STOCK if side == "left" else How(DEFAULT)
+    if not isinstance(values, Mapping):
+        raise BadField(side, f"The {side} side is an object of fields and values.")
+    given = {name: value for name, value in values.items() if name not in ("method", "level")}
+    method, level = values.get("method") or DEFAULT, values.get("level") or ""
+    if not isinstance(method, str) or not isinstance(level, str):
+        raise BadField(f"{side}.method", f"The method on the {side} is a name.")
+    kind, _, token = method.partition(":")
+    typed = _typed(How, given, f"{side}.")
+    if kind == "opened":
+        return How(str(opened("preset", token)), **typed)
+    if kind == "preset" and token in PRESETS and not limits.public:
+        path = PRESETS[token]
+        if "lora" not in typed and (path.parent / "lora").is_dir():
+            typed["lora"] = str(path.parent / "lora")
+        return How(str(path), **typed)
+    if method not in infos():
+        raise BadField(
+            f"{side}.method", f"There is no method {method[:40]!r}: choose from the list."
         )
-        sparse = method != "dense"
-        with gr.Column(visible=sparse, elem_classes="more") as more:
-            level = gr.Radio(
-                ["safe", "balanced", "fast", OWN],
-                value=preset if sparse else "balanced",
-                label="Preset",
-            )
-            known = find(method).presets.get(preset, {}).get("keep", 0.25)
-            keep = _share("Share of key blocks kept", 0.02, known, 0.01)
-            warmup = _share("Share of dense steps, at the start", 0, 0.15, 0.05)
-            order = gr.Radio(list(ORDERS), value="raster", label="Token order")
-            small = gr.Checkbox(False, label="Accelerate short sequences too")
-        prune = gr.Radio(
-            [NONE, *TokenPruning.presets],
-            value=NONE,
-            label="Token pruning",
-            visible=not find(method).stateful,
-        )
-        kind.change(
-            _chosen,
-            [kind, level],
-            [more, level, keep, prune],
-            queue=False,
-            api_visibility="private",
-        )
-        level.input(_keep, [kind, level], keep, queue=False, api_visibility="private")
-        keep.input(lambda: OWN, None, level, queue=False, api_visibility="private")
-        return [kind, level, keep, warmup, order, small, prune]
-
-    def _clip(self) -> list[Any]:
-        limits, known = self.limits, _embedded()
-        with gr.Accordion("Clip and model", open=False, elem_id="clip"):
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=80)
-                steps = _number("Steps", known.num_inference_steps, limits.steps)
-            with gr.Row():
-                width = _number("Width", known.width, limits.side)
-                height = _number("Height", known.height, limits.side)
-                frames = _number("Frames", known.num_frames, limits.frames)
-            model = gr.Dropdown(
-                [("embedded: animated emoji", ""), *((m, m) for m in limits.models)],
-                value="",
-                label="Model",
-                info=None if limits.public else "or type a folder or a Hugging Face id",
-                allow_custom_value=not limits.public,
-            )
-        clip = [steps, width, height, frames]
-        model.change(_defaults, model, clip, queue=False, api_visibility="private")
-        return [model, seed, *clip]
-
-    @staticmethod
-    def ask(prompt: str, *values: Any, limits: Limits) -> Ask:
-        """The request that the fields' values make; ValueError says what is wrong with it."""
-        left, right, (model, seed, steps, width, height, frames) = (
-            values[:SIDE],
-            values[SIDE : 2 * SIDE],
-            values[2 * SIDE :],
-        )
-        return Ask(
-            prompt,
-            left=_make_side(*left),
-            right=_make_side(*right),
-            model=model or None,
-            seed=seed if seed is not None else 0,
-            steps=steps,
-            width=width,
-            height=height,
-            frames=frames,
-            limits=limits,
-        )
-
-    @staticmethod
-    def values(
-        prompt: str, sides: Sequence[Side], seed: int, steps: int, clip: tuple[int, int, int]
-    ) -> list[Any]:
-        """The fields' values for a request; clip is (width, height, frames)."""
-        out: list[Any] = [prompt]
-        for side in sides:
-            method, _, preset = side.method.partition(":")
-            out += [method, preset or OWN, side.keep or 0.25, side.warmup, side.order, side.small]
-            out.append(side.prune or NONE)
-        return [*out, "", seed, steps, *clip]
-
-
-def _make_side(
-    method: str, preset: str, keep: float, warmup: float, order: str, small: bool, prune: str
-) -> Side:
-    pruned = None if prune == NONE or find(method).stateful else prune
     if method == "dense":
-        return Side(prune=pruned)
-    name = method if preset == OWN else f"{method}:{preset}"
-    return Side(name, float(keep), float(warmup), order, bool(small), pruned)
+        typed = {name: typed[name] for name in typed if name in ("prune", "step_cache", "compile")}
+    return How(f"{method}:{level}" if level in find(method).presets else method, **typed)
 
 
-def _share(label: str, least: float, value: float, step: float) -> gr.Slider:
-    return gr.Slider(least, 1, value, step=step, label=label, buttons=[])
+def _typed(group: type, given: Mapping[str, Any], head: str) -> dict[str, Any]:
+    """The values of a group's fields, empty ones left out."""
+    hints, found = get_type_hints(group), {}
+    known = described(group)
+    for name, value in given.items():
+        if name not in known:
+            raise BadField(head + name[:40], f"There is no setting {name[:40]!r}.")
+        if value in (None, "") or (isinstance(value, str) and not value.strip()):
+            continue
+        found[name] = _value(head, name, value, _plain(hints[name]))
+    return found
 
 
-def _number(label: str, value: int | None, most: int) -> gr.Number:
-    return gr.Number(
-        value,
-        label=label,
-        precision=0,
-        minimum=1,
-        maximum=most,
-        placeholder="the model's",
-        elem_id=label.lower(),
-        min_width=80,
-    )
-
-
-def _embedded() -> Defaults:
-    path = EMBEDDED / GENERATION
-    return Defaults.from_file(path) if path.is_file() else Defaults()
-
-
-def _defaults(model: str) -> list[int | None]:
-    known = Defaults() if model else _embedded()
-    return [known.num_inference_steps, known.width, known.height, known.num_frames]
-
-
-def _keep(method: str, preset: str) -> Any:
-    kind = find(method)
-    return kind.presets[preset].get("keep", kind.keep) if preset in kind.presets else gr.skip()
-
-
-def _chosen(method: str, preset: str) -> list[Any]:
-    """A method was chosen: show its settings at the same preset, or hide them."""
-    prune = gr.update(visible=not find(method).stateful)
-    if method == "dense":
-        return [gr.update(visible=False), gr.skip(), gr.skip(), prune]
-    presets = find(method).presets
-    level = preset if preset in presets else OWN
-    return [gr.update(visible=True), level, _keep(method, level), prune]
+def _value(head: str, name: str, value: Any, kind: Any) -> Any:
+    label = name.replace("_", " ").capitalize()
+    words = {int: "a whole number", float: "a number", bool: "on or off"}.get(kind, "a text")
+    shown = str(value)[:40]
+    try:
+        if kind is bool:
+            return {True: True, False: False}[value]
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        text = str(value).strip()
+        if len(text) > 200 and name not in ("prompt", "negative"):
+            raise ValueError
+        if kind is int:
+            return int(text.removesuffix(".0"))
+        return float(text.replace(",", ".")) if kind is float else kind(text)
+    except (ValueError, KeyError, TypeError):
+        raise BadField(head + name, f"{label} is {words}, not {shown!r}.") from None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dit_accel.app.ask import config_of, label
 from dit_accel.app.studio import Pair, Run
 from dit_accel.config import AccelConfig
 from dit_accel.generation.loading import EMBEDDED_NAME, placement
@@ -27,17 +29,23 @@ def clip(run: Run, fps: float, folder: Path) -> str:
     return path.name
 
 
-def record(pair: Pair, folder: Path) -> dict[str, Any]:
-    """Write every file of a pair to `folder` and return its record, JSON-able, without paths."""
+def record(pair: Pair, folder: Path, asked: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write every file of a pair to `folder` and return its record, JSON-able, without paths.
+
+    asked: what the form held, for whoever opens the record again.
+    """
     left, right = pair.left, pair.right
     moving = len(left.result.frames) > 1
-    fps, where = pair.defaults.fps, _where(pair)
+    what, where = pair.ask.what, _where(pair)
+    fps = what.fps or pair.defaults.fps
     near = quality.quality(left.result.frames, right.result.frames).to_dict()
     if left.result.latents is not None and right.result.latents is not None:
         near["latent_error"] = quality.latent_error(left.result.latents, right.result.latents)
     data = {
-        "prompt": pair.ask.prompt.strip(),
-        "seed": pair.ask.seed,
+        "dit_accel": version("dit-accel"),
+        "prompt": what.prompt.strip(),
+        "seed": what.seed,
+        "asked": asked or {},
         "fps": fps,
         "size": list(left.result.frames.shape[:3]),
         "steps": len(left.result.times.steps),
@@ -61,7 +69,7 @@ def record(pair: Pair, folder: Path) -> dict[str, Any]:
 
 
 def _labels(pair: Pair) -> tuple[str, str]:
-    return pair.left.side.label, pair.right.side.label
+    return label(pair.left.how), label(pair.right.how)
 
 
 def _where(pair: Pair) -> dict[str, str]:
@@ -70,16 +78,16 @@ def _where(pair: Pair) -> dict[str, str]:
 
 
 def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str, Any]:
-    config = run.side.config() or AccelConfig(Dense())
+    config, what = config_of(run.how) or AccelConfig(Dense()), pair.ask.what
     values = {name: value for name, value in pair.values.items() if name != "generator"}
-    python = recipe(config, where, values, pair.ask.seed) + "\n"
+    python = recipe(config, where, values, what.seed, run.how.boost(), what.sampler) + "\n"
     names = {"config": f"{run.name}.json", "script": f"{run.name}.py"}
     config.save(folder / names["config"])
     (folder / names["script"]).write_text(python, encoding="utf-8")
     return {
-        "label": run.side.label,
-        "side": asdict(run.side),
-        "clip": clip(run, pair.defaults.fps, folder),
+        "label": label(run.how),
+        "skips": run.how.step_cache is not None,
+        "clip": clip(run, what.fps or pair.defaults.fps, folder),
         **names,
         "python": python,
         "times": asdict(run.result.times),

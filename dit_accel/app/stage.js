@@ -1,26 +1,31 @@
-// Two players in step, or two previews while they form. `props.value` says which; see stage.py.
-const one = (query) => element.querySelector(query);
-const all = (query) => [...element.querySelectorAll(query)];
-const stage = one(".stage"), play = one(".play"), at = one(".at"), cut = one(".cut");
+// Two players in step, or two previews while they form: side by side, wiped, or their difference.
+import { all, one } from "./dom.js";
+
+const element = one("#player"), stage = one(".stage"), play = one(".play"), at = one(".at"), cut = one(".cut");
 const sides = ["left", "right"].map((name) => {
-  const figure = one("figure." + name), find = (query) => figure.querySelector(query);
-  return { name, figure, video: find("video"), img: find("img"), state: find(".state"),
-           bar: find(".bar i"), label: find(".label"), time: find(".time"), src: "" };
+  const figure = one("figure." + name), find = (query) => one(query, figure);
+  return { name, figure, video: find("video"), img: find("img"), state: find(".state"), bar: find(".bar"),
+           label: find(".label"), time: find(".time"), tag: find(".tag"), src: "" };
 });
 const [lead, follower] = sides.map((side) => side.video);
-let fps = 16, last = 0, speed = 1, wanted = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+let value = null, fps = 16, last = 0, speed = 1, wanted = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+let zoom = 1, pan = [0, 0];
 
 const clips = () => sides.filter((side) => side.figure.classList.contains("clip"));
 const both = () => clips().length === 2;
 const playing = () => clips().some((side) => !side.video.paused);
+const listeners = [];
+export const onFrame = (listener) => listeners.push(listener);
+export const frame = () => Number(at.value);
 
 function show() {
   const source = clips()[0];
-  if (!source) return;
-  at.value = Math.min(last, Math.floor(source.video.currentTime * fps + 0.01));
-  at.style.setProperty("--at", last ? at.value / last : 0);
-  one(".where").textContent = `${Number(at.value) + 1} / ${last + 1}`;
-  play.textContent = playing() ? "Pause" : "Play";
+  if (source) {
+    at.value = Math.min(last, Math.floor(source.video.currentTime * fps + 0.01));
+    one(".where").textContent = `${Number(at.value) + 1} / ${last + 1}`;
+    play.textContent = playing() ? "Pause" : "Play";
+  }
+  for (const listener of listeners) listener();
 }
 function follow() {
   if (both() && !lead.paused && Math.abs(lead.currentTime - follower.currentTime) > 0.7 / fps)
@@ -39,21 +44,45 @@ function stop() {
   show();
 }
 function seek(seconds) { for (const side of clips()) side.video.currentTime = seconds; }
+function step(frames) {
+  stop();
+  const next = (Number(at.value) + frames + last + 1) % (last + 1);
+  at.value = next;
+  seek((next + 0.5) / fps);
+}
 
 function press(group, chosen) {
-  for (const button of all(group + " button")) button.setAttribute("aria-pressed", button === chosen);
+  for (const button of all(group + " button")) button.setAttribute("aria-pressed", String(button === chosen));
 }
-function view(button) {
-  press(".views", button);
+function view(name) {
+  press(".view", one(`.view [data-view="${name}"]`));
   stage.classList.remove("wipe", "apart");
-  if (button.dataset.view) stage.classList.add(button.dataset.view);
+  if (name) stage.classList.add(name);
+  element.classList.toggle("differs", name === "apart");
+}
+function look() {
+  const most = (zoom - 1) / 2 * 100;
+  pan = pan.map((x) => Math.min(most, Math.max(-most, x)));
+  stage.style.setProperty("--zoom", zoom);
+  stage.style.setProperty("--x", pan[0] + "%");
+  stage.style.setProperty("--y", pan[1] + "%");
+  stage.classList.toggle("zoomed", zoom > 1);
+  for (const listener of listeners) listener();
+}
+function zoomBy(way) {
+  zoom = way ? Math.min(8, Math.max(1, zoom * (way > 0 ? 1.5 : 1 / 1.5))) : 1;
+  if (zoom < 1.01) { zoom = 1; pan = [0, 0]; }
+  look();
 }
 
 function update(side, now) {
   side.label.textContent = now.label || "";
+  side.tag.textContent = `${side.name}: ${now.label || ""}`;
   side.time.textContent = now.time || "";
   side.state.textContent = now.state || "";
-  side.bar.style.width = 100 * (now.share || 0) + "%";
+  const share = Math.round(100 * (now.share || 0));
+  side.bar.setAttribute("aria-valuenow", share);
+  one("i", side.bar).style.width = share + "%";
   side.figure.classList.toggle("busy", Boolean(now.busy));
   const moving = Boolean(now.src) && !now.still, shown = now.preview || (now.still && now.src);
   if (shown && side.img.getAttribute("src") !== shown) side.img.src = shown;
@@ -73,8 +102,8 @@ function update(side, now) {
     if (wanted && both() && clips().every((s) => s.loaded)) start(); else show();
   };
 }
-function render() {
-  const value = props.value;
+export function render(found) {
+  value = found;
   if (!value || !value.left) return;
   fps = value.fps || 16;
   last = Math.max(0, (value.frames || 1) - 1);
@@ -84,23 +113,66 @@ function render() {
   element.classList.toggle("still", last === 0 || !clips().length);
   const done = sides.every((side) => value[side.name].src);
   element.classList.toggle("single", !done);
-  if (!done) view(one('[data-view=""]'));
+  if (!done) { view(""); zoomBy(0); }
   show();
+}
+export function stopped(words) {
+  if (!value) return;
+  for (const name of ["left", "right"])
+    if (!value[name].src) value[name] = { ...value[name], busy: false, state: words };
+  render(value);
+}
+// A key pressed where nothing else wants it; true when it meant something here.
+export function key(name) {
+  if (!clips().length && name !== "0") return false;
+  const keys = {
+    " ": () => (playing() ? stop() : start()), ArrowLeft: () => step(-1), ArrowRight: () => step(1),
+    Home: () => step(-Number(at.value)), End: () => step(last - Number(at.value)),
+    "+": () => zoomBy(1), "=": () => zoomBy(1), "-": () => zoomBy(-1), "0": () => zoomBy(0),
+    w: () => view(stage.classList.contains("wipe") ? "" : "wipe"),
+    d: () => view(stage.classList.contains("apart") ? "" : "apart"),
+  };
+  if (!keys[name]) return false;
+  keys[name]();
+  return true;
 }
 
 play.onclick = () => (playing() ? stop() : start());
 at.oninput = () => { const frame = Number(at.value); stop(); seek((frame + 0.5) / fps); };
 cut.oninput = () => stage.style.setProperty("--cut", cut.value + "%");
-for (const button of all(".views button")) button.onclick = () => view(button);
-for (const button of all(".speeds button"))
+for (const button of all(".view button")) button.onclick = () => view(button.dataset.view);
+for (const button of all(".zooms button")) button.onclick = () => zoomBy(Number(button.dataset.zoom));
+for (const button of all(".speed button"))
   button.onclick = () => {
     speed = Number(button.dataset.speed);
-    press(".speeds", button);
+    press(".speed", button);
     for (const side of sides) side.video.playbackRate = speed;
   };
+const gain = one(".gain input");
+gain.oninput = () => {
+  stage.style.setProperty("--gain", gain.value);
+  one(".gain output").textContent = gain.value;
+};
+let held = null;
+stage.addEventListener("pointerdown", (event) => {
+  if (zoom === 1 || event.target === cut) return;
+  held = [event.clientX, event.clientY, ...pan];
+  stage.setPointerCapture(event.pointerId);
+});
+stage.addEventListener("pointermove", (event) => {
+  if (!held) return;
+  const box = one(".screen", stage).getBoundingClientRect();
+  pan = [held[2] + 100 * (event.clientX - held[0]) / box.width, held[3] + 100 * (event.clientY - held[1]) / box.height];
+  look();
+});
+for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => { held = null; });
+stage.addEventListener("dblclick", () => zoomBy(zoom > 1 ? 0 : 1));
+stage.addEventListener("wheel", (event) => {
+  if (!event.ctrlKey) return;
+  event.preventDefault();
+  zoomBy(event.deltaY < 0 ? 1 : -1);
+}, { passive: false });
 for (const { video } of sides) {
   video.onended = () => { seek(0); start(); };
   video.onseeked = show;
 }
-watch("value", render);
-render();

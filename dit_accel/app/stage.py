@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.app.ask import Ask
+from dit_accel.app.ask import Ask, label
 from dit_accel.app.studio import News, Run
 from dit_accel.app.views import SIDES
 from dit_accel.pages.figures import seconds
@@ -19,10 +19,11 @@ WORDS = {
 
 
 def waiting(ask: Ask, words: str = WAITING) -> dict[str, Any]:
-    """Both sides before their turn."""
-    value: dict[str, Any] = {"width": ask.width or 1, "height": ask.height or 1, "frames": 1}
-    for name, side in zip(SIDES, (ask.left, ask.right), strict=True):
-        value[name] = {"label": side.label, "state": words if name == "left" else "next"}
+    """Both sides before their turn; the sizes of `ask` are filled in."""
+    width, height = ask.size
+    value: dict[str, Any] = {"width": width or 1, "height": height or 1, "frames": 1}
+    for name, how in zip(SIDES, (ask.left, ask.right), strict=True):
+        value[name] = {"label": label(how), "state": words if name == "left" else "next"}
     return value
 
 
@@ -45,7 +46,7 @@ def finished(value: dict[str, Any], run: Run, url: str, fps: float) -> dict[str,
     """`value` once one side has its clip at `url`."""
     count, height, width = run.result.frames.shape[:3]
     times = run.result.times
-    side = _done(run.side.label, url, times.denoise, count == 1)
+    side = _done(label(run.how), url, times.denoise, count == 1)
     return {**value, run.name: side, **_size(fps, count, height, width)}
 
 
@@ -64,7 +65,7 @@ def recorded(data: dict[str, Any], base: str) -> dict[str, Any]:
     ends = {
         n: _done(
             data[n]["label"],
-            f"{base}/{data[n]['clip']}",
+            f"{data[n].get('base', base)}/{data[n]['clip']}",
             data[n]["times"]["denoise"],
             count == 1,
         )
@@ -73,8 +74,8 @@ def recorded(data: dict[str, Any], base: str) -> dict[str, Any]:
     return {**ends, **_size(data["fps"], count, height, width)}
 
 
-def _done(label: str, url: str, denoise: float, still: bool) -> dict[str, Any]:
-    return {"label": label, "src": url, "still": still, "time": seconds(denoise)}
+def _done(words: str, url: str, denoise: float, still: bool) -> dict[str, Any]:
+    return {"label": words, "src": url, "still": still, "time": seconds(denoise)}
 
 
 def _size(fps: float, count: int, height: int, width: int) -> dict[str, Any]:

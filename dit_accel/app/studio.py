@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock
 from typing import Any
 
 import torch
 
 from dit_accel.api import accelerated, restore
-from dit_accel.app.ask import Ask, Side
-from dit_accel.app.ledger import Ledger
+from dit_accel.app.ask import Ask, config_of
+from dit_accel.app.catalog import card
+from dit_accel.app.cost import Pace, Plan, Weight, check_work, tokens_of
 from dit_accel.app.preview import Preview, fit_colours
 from dit_accel.app.stop import check, stoppable
 from dit_accel.generation.facts import facts_of
-from dit_accel.generation.loading import EMBEDDED_NAME, Defaults, load_pipeline
-from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.ledger import Ledger
+from dit_accel.generation.loading import (
+    EMBEDDED_NAME,
+    Defaults,
+    find_model,
+    load_pipeline,
+    pick_device,
+)
+from dit_accel.generation.options import How
+from dit_accel.generation.request import Request, arguments, granularity
 from dit_accel.generation.run import Result, generate, warm_up
 from dit_accel.media.metadata import Facts
 
@@ -49,7 +57,7 @@ class Run:
     carry none."""
 
     name: str
-    side: Side
+    how: How
     result: Result
     report: dict[str, Any] | None = None
     cells: list[list[float | None]] | None = None
@@ -68,15 +76,22 @@ class Pair:
     right: Run
 
 
+Tell = Callable[[News | Run], None]
+
+
 @dataclass
 class Studio:
-    """Loads models on demand, keeps one, and runs jobs one after the other.
+    """Loads models on demand, keeps one, and runs one job at a time.
 
-    `load` turns a model's name (None: the embedded one) into a pipeline and its defaults.
+    `load` turns a model's name (None: the embedded one) into a pipeline and its defaults; `find`
+    refuses, with ValueError, a name that cannot be loaded, before the model in memory is let go.
     """
 
     load: Loader = load_pipeline
     metadata: bool = True  # clips carry what they were made from
+    device: str | None = None
+    find: Callable[[str | None], Any] = find_model
+    pace: Pace = field(default_factory=Pace)
     _name: str | None = field(default=None, init=False)
     _loaded: tuple[Any, Defaults] | None = field(default=None, init=False)
     _colours: torch.Tensor | None = field(default=None, init=False)
@@ -84,71 +99,93 @@ class Studio:
     _lock: Any = field(default_factory=Lock, init=False)
 
     @property
-    def fps(self) -> float:
-        """Frames per second of the loaded model's clips."""
-        return self._loaded[1].fps if self._loaded else Defaults.fps
+    def where(self) -> torch.device:
+        """The device that models run on."""
+        return pick_device(self.device)
 
-    def run(self, ask: Ask, cancel: Event) -> Iterator[News | Run | Pair]:
-        """Yield progress, each side as it is done, and at the end the pair.
+    def filled(self, ask: Ask) -> Ask:
+        """The request with the sizes that the model takes where none are asked for; BadField where
+        it is more work than the page allows."""
+        loaded = self._loaded if ask.model == self._name else None
+        known = ask.filled(loaded[1] if loaded else card(ask.model).defaults)
+        check_work(known, tokens_of(known, self._step(ask.model)))
+        return known
+
+    def plan(self, ask: Ask) -> Plan:
+        """What a filled request is expected to take."""
+        return self.pace.plan(ask, self._step(ask.model), self._weight(ask.model))
+
+    def _step(self, model: str | None) -> tuple[int, int]:
+        if self._loaded is not None and model == self._name:
+            return granularity(self._loaded[0])
+        return card(model).step
+
+    def _weight(self, model: str | None) -> Weight:
+        known = self._loaded is not None and model == self._name
+        return Weight.of(self._loaded[0]) if known and self._loaded else Weight()
+
+    def warm(self) -> None:
+        """Load the embedded model and time the machine, so that the first visitor need not wait."""
+        with self._lock:
+            self.pace.prime(self.where)
+            if self._loaded is None:
+                self._model(None, lambda item: None)
+
+    def run(self, ask: Ask, cancel: Event, tell: Tell = lambda item: None) -> Pair:
+        """Both sides of a request; `tell` hears of progress, and of each side once it is done.
 
         Raises Cancelled within one layer's time of `cancel` being set, ValueError for a request
-        the model cannot serve. Leaving the iterator early cancels the job.
+        the model cannot serve.
         """
-        news: SimpleQueue = SimpleQueue()
-        worker = Thread(target=self._work, args=(ask, cancel, news.put), daemon=True)
-        worker.start()
+        while not self._lock.acquire(timeout=0.1):
+            check(cancel)
         try:
-            while (item := news.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            check(cancel)
+            return self._pair(ask, cancel, tell)
         finally:
-            cancel.set()
-            worker.join()
+            self._lock.release()
 
-    def _work(self, ask: Ask, cancel: Event, put: Callable[[Any], None]) -> None:
-        try:
-            while not self._lock.acquire(timeout=0.1):
-                check(cancel)
-            try:
-                put(self._pair(ask, cancel, put))
-            finally:
-                self._lock.release()
-        except BaseException as error:  # handed to the thread that iterates
-            put(error)
-        finally:
-            put(None)
-
-    def _pair(self, ask: Ask, cancel: Event, put: Callable[[Any], None]) -> Pair:
-        check(cancel)
-        pipe, defaults = self._model(ask.model, put)
-        request = ask.request(defaults)
+    def _pair(self, ask: Ask, cancel: Event, tell: Tell) -> Pair:
+        pipe, defaults = self._model(ask.model, tell)
+        self.pace.prime(self.where)
+        ask = self.filled(ask)
+        request = ask.what.request()
         values = arguments(pipe, defaults, request)
         runs = {}
-        for name, side in (("left", ask.left), ("right", ask.right)):
-            recorder = _Recorder(name, side, put, cancel, self._colours)
-            run = recorder.run(pipe, defaults, request, self._cold(ask, side))
-            runs[name] = replace(run, facts=self._facts(ask, pipe, values, side))
-            put(runs[name])
-            self._learn(runs[name].result)
+        for name, how in (("left", ask.left), ("right", ask.right)):
+            recorder = _Recorder(name, how, tell, cancel, self._colours)
+            run = recorder.run(pipe, defaults, request, self._cold(ask, how))
+            self._warm.add(self._key(ask, how))
+            runs[name] = replace(run, facts=self._facts(ask, pipe, values, how))
+            tell(runs[name])
+            self._learn(ask, how, runs[name].result)
         return Pair(ask, pipe, defaults, values, **runs)
 
-    def _facts(self, ask: Ask, pipe: Any, values: dict[str, Any], side: Side) -> Facts | None:
+    def _facts(self, ask: Ask, pipe: Any, values: dict[str, Any], how: How) -> Facts | None:
         """What a side's clip is made from; None where files are to carry nothing."""
         if not self.metadata:
             return None
         model = EMBEDDED_NAME if ask.model is None else ask.model
-        return facts_of(pipe, values, ask.seed, side.config(), model=model, fps=self.fps)
+        fps = self._loaded[1].fps if self._loaded else Defaults.fps
+        told: dict[str, Any] = {"boost": how.boost(), "sampler": ask.what.sampler}
+        seed = ask.what.seed
+        return facts_of(
+            pipe, values, seed, config_of(how), model=model, fps=ask.what.fps or fps, **told
+        )
 
-    def _learn(self, result: Result) -> None:
-        """Keep the colours of this model's latents for the previews to come."""
+    def _learn(self, ask: Ask, how: How, result: Result) -> None:
+        """Keep what this run tells: its times, and the colours of the model's latents."""
+        times = result.times
+        took = (times.denoise, times.total - times.denoise)
+        self.pace.learn(ask, how, self._step(ask.model), self._weight(ask.model), took)
         if result.latents is not None and self._colours is None:
             height, width = result.frames.shape[1:3]
             self._colours = fit_colours(result.latents, result.frames[0], height / width)
 
-    def _model(self, name: str | None, put: Callable[[Any], None]) -> tuple[Any, Defaults]:
+    def _model(self, name: str | None, tell: Tell) -> tuple[Any, Defaults]:
         if self._loaded is None or name != self._name:
-            put(News("", "loading the model"))
+            tell(News("", "loading the model"))
+            self.find(name)
             self._loaded = None  # before the next one is read, so that two never share the memory
             self._warm.clear()
             self._colours = None
@@ -158,14 +195,15 @@ class Studio:
             self._loaded, self._name = self.load(name), name
         return self._loaded
 
-    def _cold(self, ask: Ask, side: Side) -> bool:
-        """True the first time this side runs at this size: it then pays for set-up."""
-        key = (side, ask.width, ask.height, ask.frames)
-        known = key in self._warm
+    @staticmethod
+    def _key(ask: Ask, how: How) -> tuple:
+        return how, ask.what.size, ask.what.frames
+
+    def _cold(self, ask: Ask, how: How) -> bool:
+        """True until this side has run at this size: the first run pays for set-up."""
         if len(self._warm) >= 256:
             self._warm.clear()
-        self._warm.add(key)
-        return not known
+        return self._key(ask, how) not in self._warm
 
 
 @dataclass
@@ -173,17 +211,18 @@ class _Recorder:
     """Runs one side and tells of it."""
 
     name: str
-    side: Side
-    put: Callable[[Any], None]
+    how: How
+    hear: Tell
     cancel: Event
     colours: torch.Tensor | None = None
     total: int | None = None
 
     def run(self, pipe: Any, defaults: Defaults, request: Request, cold: bool) -> Run:
         restore(pipe)
-        config, ledger = self.side.config(), Ledger()
+        config, ledger, boost = config_of(self.how), Ledger(), self.how.boost()
         with ExitStack() as stack:
-            stack.enter_context(stoppable(pipe, self.cancel))
+            stack.enter_context(stoppable(pipe, self.cancel, boost.compile))
+            stack.enter_context(boost.switch_on(pipe))
             if cold:
                 self._warm_up(pipe, defaults, request, config)
             handle = stack.enter_context(accelerated(pipe, config)) if config else None
@@ -197,7 +236,7 @@ class _Recorder:
 
             result = generate(pipe, defaults, request, self.tell, on_step)
             report = handle.report().to_dict() if handle else None
-        return Run(self.name, self.side, result, report, ledger.cells if handle else None)
+        return Run(self.name, self.how, result, report, ledger.cells if handle else None)
 
     def _warm_up(self, pipe: Any, defaults: Defaults, request: Request, config: Any) -> None:
         self.tell("warm-up")
@@ -212,4 +251,4 @@ class _Recorder:
     ) -> None:
         check(self.cancel)
         self.total = total
-        self.put(News(self.name, phase, done, total, preview))
+        self.hear(News(self.name, phase, done, total, preview))

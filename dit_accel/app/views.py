@@ -12,30 +12,47 @@ from dit_accel.pages.render import render
 SIDES = ("left", "right")
 
 
-def results(data: dict[str, Any], base: str) -> str:
+def results(data: dict[str, Any], base: str) -> Markup:
     """Everything below the players; `base` is the URL of the folder with the files."""
     left, right = (data[side]["times"] for side in SIDES)
     near = data["quality"]
-    return render(
+    html = render(
         "app/results.html",
         prompt=data["prompt"],
-        headline=figures.headline(data["speedup"]["denoise"], near, _skipped(data)),
+        headline=headline(data),
         lead=_lead(data),
+        short=too_short(data),
         times=figures.time_rows(left, right, data["speedup"]),
         steps=charts.step_chart({"left": left["steps"], "right": right["steps"]}),
         closeness=figures.closeness_rows(near, "left"),
         frames=_frame_charts(near),
         ran=_ran(data),
         python=data["right"]["python"].strip(),
-        files=_files(data),
-        base=base,
+        files=_files(data, base),
         fine_print=_fine_print(data),
     )
+    return Markup(html)  # the template has escaped every value
 
 
-def _skipped(data: dict[str, Any]) -> bool:
-    reports = (data[side]["report"] for side in SIDES)
-    return any(report is not None and report["kept"] < 1 for report in reports)
+def headline(data: dict[str, Any]) -> str:
+    """Such as "1.30× faster, 31.2 dB"."""
+    return figures.headline(data["speedup"]["denoise"], data["quality"], skipped(data))
+
+
+def skipped(data: dict[str, Any]) -> bool:
+    """Did either side leave something out?"""
+    reports = [data[side]["report"] for side in SIDES if data[side]["report"]]
+    pruned = any(step["tokens"] < 1 for report in reports for step in report["steps"])
+    fewer = any(report["kept"] < 1 for report in reports)
+    return fewer or pruned or any(data[side].get("skips") for side in SIDES)
+
+
+def too_short(data: dict[str, Any]) -> str:
+    """Why nothing was skipped, where the clip was too short for it, and else ""."""
+    if skipped(data):
+        return ""
+    report = data["right"]["report"] or {"unplanned": {}}
+    return next((why for why in report["unplanned"] if "crossover" in why), "")
 
 
 def _lead(data: dict[str, Any]) -> str:
@@ -61,8 +78,11 @@ def _ran(data: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "name": side if len(shown) > 1 else "",
             "calls": figures.ran(data[side]["report"]),
+            "full": figures.full_steps(data[side]["cells"]),
             "pruned": _pruned(data[side]["report"]),
-            "map": heat_map(data[side]["cells"], data[side]["report"]["layers"]),
+            "map": charts.kept_map(
+                data[side]["cells"], [layer["name"] for layer in data[side]["report"]["layers"]]
+            ),
         }
         for side in shown
     ]
@@ -79,43 +99,22 @@ def _pruned(report: dict[str, Any]) -> str:
     )
 
 
-def heat_map(cells: list[list[float | None]], layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Kept share of attention work: a row per layer, a column per step, about ten steps named."""
-    stride = max(1, -(-len(cells) // 10))
-    rows = [
-        {
-            "name": layer["name"],
-            "cells": [_cell(step, layer["name"], row[number]) for step, row in enumerate(cells)],
-        }
-        for number, layer in enumerate(layers)
-    ]
-    return {
-        "rows": rows if cells else [],
-        "steps": [step + 1 if step % stride == 0 else "" for step in range(len(cells))],
-    }
-
-
-def _cell(step: int, layer: str, kept: float | None) -> dict[str, Any] | None:
-    if kept is None:
-        return None
-    what = "dense" if kept >= 1 else f"{kept:.0%} kept"
-    return {"kept": kept, "title": f"step {step + 1}, {layer}: {what}"}
-
-
-def _files(data: dict[str, Any]) -> dict[str, str]:
-    """What a link says → the file it gives."""
-    left, right = (data[side] for side in SIDES)
+def _files(data: dict[str, Any], base: str) -> list[tuple[str, str, str]]:
+    """(what a link says, its address, the file's name)."""
     kind = "clip" if data["size"][0] > 1 else "picture"
-    return {
-        f"right {kind}": right["clip"],
-        f"left {kind}": left["clip"],
-        "side by side": data["both"],
-        "right configuration (JSON)": right["config"],
-        "left configuration (JSON)": left["config"],
-        "right as Python": right["script"],
-        "left as Python": left["script"],
-        "everything measured (JSON)": "comparison.json",
-    }
+    found = [] if "both" not in data else [("report, in one file", base, "report.html")]
+    for side in reversed(SIDES):
+        part = data[side]
+        home = part.get("base", base)
+        found += [
+            (f"{side} {kind}", home, part["clip"]),
+            (f"{side} configuration (JSON)", home, part["config"]),
+            (f"{side} as Python", home, part["script"]),
+        ]
+    if "both" in data:
+        found += [("side by side", base, data["both"])]
+        found += [("everything measured (JSON)", base, "comparison.json")]
+    return [(words, f"{home}/{name}", name) for words, home, name in found]
 
 
 def _fine_print(data: dict[str, Any]) -> str:
@@ -124,12 +123,3 @@ def _fine_print(data: dict[str, Any]) -> str:
         f"{data['model']} in {data['dtype']} on {figures.device(data['machine'])}. Both sides "
         "start from the same noise; each was timed once, the time of the previews left out."
     )
-
-
-def alert(error: Exception) -> str:
-    """An error as a visitor reads it: only a ValueError is meant for visitors' eyes."""
-    text = str(error).strip()
-    if not isinstance(error, ValueError) or not text:
-        text = f"the run failed ({type(error).__name__}); the server's log says why"
-    sentence = f"{text[0].upper()}{text[1:].rstrip('.')}."
-    return Markup("<p role=alert>{}</p>").format(sentence)

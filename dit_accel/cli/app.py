@@ -36,6 +36,10 @@ class PageOptions:
         ),
     ] = False
     queue: Annotated[int | None, option("Visitors who may wait at a time. \\[8]", _PAGE)] = None
+    name: Annotated[
+        list[str] | None,
+        option("Host name that the page is called by, behind a proxy. Repeatable.", _PAGE),
+    ] = None
     open: Annotated[bool, option("Open the page in a browser.", _PAGE, "--open")] = False
 
     def limits(self) -> Limits:
@@ -79,10 +83,11 @@ def page(
 
                 examples.make(studio, names or [])
             else:
-                launch.serve(studio, limits, page.host, page.port, page.open)
+                called = tuple(page.name or ())
+                launch.serve(studio, limits, page.host, page.port, page.open, called)
     except OSError as error:
         raise BadInput(str(error)) from error
     except ModuleNotFoundError as error:
-        if error.name != "gradio":
+        if error.name not in ("starlette", "uvicorn"):
             raise
-        raise BadInput('the page needs Gradio: pip install "dit-accel[app]"') from None
+        raise BadInput('the page needs Starlette: pip install "dit-accel[app]"') from None

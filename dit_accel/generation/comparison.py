@@ -16,6 +16,7 @@ from dit_accel.api import accelerated, restore
 from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import STOCK, Boost
 from dit_accel.generation.facts import facts_of
+from dit_accel.generation.ledger import Ledger
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, Defaults, placement
 from dit_accel.generation.recipe import recipe
 from dit_accel.generation.request import Request, arguments
@@ -71,7 +72,10 @@ def compare(
         _warm_up(pipe, defaults, request, config, progress)
         dense = generate(pipe, defaults, request, _named("dense", progress))
         with boost.adapted(pipe), boost.cached(pipe), accelerated(pipe, config) as handle:
-            fast = generate(pipe, defaults, request, _named(config.method.name, progress))
+            ledger, named = Ledger(), _named(config.method.name, progress)
+            fast = generate(
+                pipe, defaults, request, named, lambda step, _: ledger.read(handle.report())
+            )
             ran = handle.report().to_dict()
     progress("writing", 0, None)
     values = {k: v for k, v in values.items() if k != "generator"}
@@ -89,6 +93,7 @@ def compare(
         "python": recipe(config, where, values, request.seed, boost, request.sampler),
         "command": command,
         **_findings(dense, fast, ran),
+        "cells": ledger.cells,
         "machine": describe(placement(pipe)["device"]),
     }
     facts: list[Facts | None] = [None, None]

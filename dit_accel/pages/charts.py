@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 420, 200
 LEFT, RIGHT, TOP, BOTTOM = 42, 4, 8, 20
@@ -59,7 +59,44 @@ def lines(
             parts += [f"<circle class={name} cx={a:.1f} cy={b:.1f} r=2.2 />" for a, b in dots]
     parts += [_hover(series, i, axis, unit, x(i), x(1) - x(0)) for i in range(count)]
     drawn = "".join(parts)
-    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{drawn}</svg>')
+    said = f'role=img aria-label="{unit} of each {axis}"'
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {said}>{drawn}</svg>')
+
+
+def kept_map(cells: Sequence[Sequence[float | None]], layers: Sequence[str]) -> Markup | None:
+    """Kept share of attention work as one SVG: a row per layer, a column per step, the fuller the
+    more was skipped; None without steps.
+
+    cells: [step][layer], None where a layer was not called. layers: their names, of our models.
+    """
+    if not cells or not layers:
+        return None
+    size, gap = (WIDTH - LEFT - RIGHT) / len(cells), 1.5
+    tall = min(max(size, 6.0), 16.0)
+    parts = []
+    for row, name in enumerate(layers):
+        y = TOP + row * tall
+        parts.append(f"<text class=end x={LEFT - 6} y={y + tall / 2 + 3.5:.1f}>{row}</text>")
+        for step, line in enumerate(cells):
+            kept = line[row]
+            if kept is None:
+                continue
+            said = "all blocks" if kept >= 1 else f"{kept:.0%} of the blocks"
+            place = f"x={LEFT + step * size:.1f} y={y:.1f} width={max(size - gap, 0.8):.1f}"
+            parts.append(
+                f"<rect class=cell {place} height={tall - gap:.1f} rx=1.5 "
+                f"fill-opacity={(1 - kept) ** 0.7:.3f}><title>step {step + 1}, {escape(name)}: "
+                f"{said}</title></rect>"
+            )
+    high = TOP + len(layers) * tall + 16
+    parts += [
+        f"<text class=mid x={LEFT + (i + 0.5) * size:.1f} y={high - 3:.1f}>{i + 1}</text>"
+        for i in _labelled(len(cells))
+    ]
+    return Markup(
+        f'<svg class=map viewBox="0 0 {WIDTH} {high:.0f}" role=img '
+        f'aria-label="Blocks kept in each layer and step">{"".join(parts)}</svg>'
+    )
 
 
 def _grid(y: float, label: str) -> str:

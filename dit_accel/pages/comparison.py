@@ -15,8 +15,13 @@ SIDES = ("dense", "accelerated")
 
 
 def page(data: dict[str, Any], folder: Path) -> str:
-    """The page for one comparison; `folder` holds the files that `data["files"]` names."""
+    """The page for one comparison; `folder` holds the files that `data["files"]` names.
+
+    data may hold `names` and `labels` of the sides, and `cells`, the share kept [step][layer].
+    """
     near, attention = data["quality"], data["attention"]
+    names, cells = data.get("names", SIDES), data.get("cells")
+    layers = attention["layers"] if attention else []
     count, height, width = data["size"]
     dense, fast = (data["times"][side]["steps"] for side in SIDES)
     return render(
@@ -26,7 +31,8 @@ def page(data: dict[str, Any], folder: Path) -> str:
         summary=_summary(data),
         dense=_source(folder / data["files"]["dense"]),
         accelerated=_source(folder / data["files"]["accelerated"]),
-        method=data["method"],
+        names=names,
+        labels=data.get("labels", ("", data["method"])),
         still=count == 1,
         ratio=f"{width} / {height}",
         fps=data["fps"],
@@ -34,13 +40,15 @@ def page(data: dict[str, Any], folder: Path) -> str:
         times=times(data),
         steps=charts.step_chart({"dense": dense, "fast": fast}),
         frames=charts.lines({"fast": near["psnr"]}, "frame", "dB") if count > 1 else None,
-        closeness=figures.closeness_rows(near, "dense"),
-        ran=figures.ran(attention),
-        layers=attention["layers"],
+        closeness=figures.closeness_rows(near, names[0]),
+        ran=figures.ran(attention) if attention else None,
+        full=figures.full_steps(cells) if cells else "",
+        map=charts.kept_map(cells, [layer["name"] for layer in layers]) if cells else None,
+        layers=layers,
         sheet=_source(folder / data["files"]["contact_sheet"]),
         python=data["python"],
         command=data["command"],
-        settings=_settings(data),
+        settings=_settings(data, names[1]),
     )
 
 
@@ -71,14 +79,14 @@ def _summary(data: dict[str, Any]) -> str:
     )
 
 
-def _settings(data: dict[str, Any]) -> dict[str, Any]:
-    machine = data["machine"]
-    config, boost = data["attention"]["config"], data.get("boost", {})
-    method, prune, cache = config["method"], config["prune"], boost.get("step_cache")
+def _settings(data: dict[str, Any], side: str) -> dict[str, Any]:
+    machine, boost = data["machine"], data.get("boost", {})
+    config = data["attention"]["config"] if data["attention"] else {"method": {"name": "dense"}}
+    method, prune, cache = config["method"], config.get("prune"), boost.get("step_cache")
     beside = [f"{prune['keep']:.0%} of the tokens in pruned steps"] if prune else []
     beside += ["compiled blocks, dense run too"] if boost.get("compile") else []
-    beside += [f"step cache at {cache:g}, accelerated run only"] if cache is not None else []
-    beside += [f"LoRA {boost['lora']}, accelerated run only"] if boost.get("lora") else []
+    beside += [f"step cache at {cache:g}, {side} run only"] if cache is not None else []
+    beside += [f"LoRA {boost['lora']}, {side} run only"] if boost.get("lora") else []
     return {
         "model": f"{data['model']} ({data['pipeline']}, {data['dtype']})",
         "clip": figures.clip(data["size"], data["fps"]),

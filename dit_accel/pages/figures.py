@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -108,3 +108,26 @@ def ran(report: Mapping[str, Any]) -> Ran:
         ", ".join(f"{name} × {count}" for name, count in report["implementations"].items()),
         [f"{count} × {why}{marks.get(why, '')}" for why, count in report["fallbacks"].items()],
     )
+
+
+def full_steps(cells: Sequence[Sequence[float | None]]) -> str:
+    """What the map of kept blocks shows, in a sentence; "" without one.
+
+    cells: [step][layer], None where a layer was not called.
+    """
+    known = [[kept for kept in row if kept is not None] for row in cells]
+    known = [row for row in known if row]
+    some = [row for row in known if min(row) < 1]
+    if not known:
+        return ""
+    full = len(known) - len(some)
+    if not some:
+        return f"All blocks were read in each of the {len(known)} steps."
+    mean = sum(map(sum, some)) / sum(map(len, some))
+    whole = f"All blocks were read in {full} of {len(known)} steps, " if full else ""
+    rest = (
+        f"{mean:.0%} of them in the other {len(some)}."
+        if full
+        else (f"{mean:.0%} of the blocks were read in each of the {len(known)} steps.")
+    )
+    return whole + rest

@@ -1,30 +1,29 @@
 """The page's pictures in this folder, from its first stored example.
 
-PYTHONPATH=benchmarks python docs/img/screenshots.py     needs chromium, chromedriver, selenium
+PYTHONPATH=benchmarks:tests python docs/img/screenshots.py   needs chromium, chromedriver, selenium
 """
 
-import base64
 import io
 import time
 from pathlib import Path
 
-from page_time import READY, served, wait
+from browser import Tab
+from page_time import PLAYING, opened
 from PIL import Image
 
 FOLDER = Path(__file__).parent
 
 
-def shoot(driver, address: str, width: int, height: int, dark: bool, do: str = "") -> Image.Image:
+def shoot(tab: Tab, width: int, height: int, dark: bool, do: str = "") -> Image.Image:
     """The page at this size; `do` is run on it before the picture is taken."""
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    driver.get(f"{address}?__theme={'dark' if dark else 'light'}")
-    wait(driver, READY, 60)
+    tab.resize((width, height))
+    tab.dark(dark)
+    tab.open()
+    tab.until(PLAYING)
     time.sleep(2)
-    driver.execute_script(do)
+    tab.js(do)
     time.sleep(1)
-    data = driver.execute_cdp_cmd("Page.captureScreenshot", {"format": "png"})["data"]
-    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
+    return Image.open(io.BytesIO(tab.picture())).convert("RGB")
 
 
 def beside(pictures: list[Image.Image], gap: int = 0) -> Image.Image:
@@ -36,15 +35,11 @@ def beside(pictures: list[Image.Image], gap: int = 0) -> Image.Image:
 
 
 def main() -> None:
-    with served() as (driver, address):
-        pages = [shoot(driver, address, 1280, 1790, dark) for dark in (False, True)]
-        results = "document.querySelector('#results').scrollIntoView(); window.scrollBy(0, -520)"
-        phones = [
-            shoot(driver, address, 400, 1500, dark, do)
-            for dark, do in ((False, ""), (True, results))
-        ]
-        wipe = "document.querySelector('.views [data-view=wipe]').click()"
-        wiped = shoot(driver, address, 1280, 900, False, wipe)
+    with opened(warm=False) as tab:
+        pages = [shoot(tab, 1280, 1790, dark) for dark in (False, True)]
+        results = "document.querySelector('.two').scrollIntoView()"
+        phones = [shoot(tab, 400, 1500, dark, do) for dark, do in ((False, ""), (True, results))]
+        wiped = shoot(tab, 1280, 900, False, "document.querySelector('[data-view=wipe]').click()")
     beside([p.resize((900, 1258)) for p in pages]).save(FOLDER / "page.jpg", quality=85)
     beside(phones, 20).save(FOLDER / "phone.jpg", quality=85)
     wiped.resize((1000, 703)).save(FOLDER / "wipe.jpg", quality=85)

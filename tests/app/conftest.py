@@ -1,10 +1,10 @@
 """A tiny pipeline, its studio, and a pair that it has made."""
 
 import pytest
-from asks import ASK, DEFAULTS, pair_of
+from asks import ASK, pair_of, small_studio
 from tiny import tiny_wan
 
-from dit_accel.app.studio import Pair, Studio
+from dit_accel.app.studio import Pair
 
 
 @pytest.fixture(scope="module")
@@ -14,9 +14,9 @@ def pipe():
 
 @pytest.fixture
 def studio(pipe):
-    return Studio(lambda name: (pipe, DEFAULTS))
+    return small_studio(pipe)
 
 
 @pytest.fixture(scope="module")
 def alone(pipe) -> Pair:
-    return pair_of(Studio(lambda name: (pipe, DEFAULTS)), ASK)
+    return pair_of(small_studio(pipe), ASK)

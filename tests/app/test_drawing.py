@@ -1,24 +1,28 @@
 """What the page shows: heat map, stage, previews."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from asks import ASK
 
-from dit_accel.app import preview, stage, views
+from dit_accel.app import preview, stage
 from dit_accel.app.studio import News
+from dit_accel.pages import charts, figures
 
 
 def test_the_heat_map_has_a_cell_per_layer_and_step():
-    layers = [{"name": "blocks.0"}, {"name": "blocks.1"}]
-    found = views.heat_map([[1.0, 0.25], [0.5, None]], layers)
-    titles = [[cell and cell["title"] for cell in row["cells"]] for row in found["rows"]]
-    assert titles == [
-        ["step 1, blocks.0: dense", "step 2, blocks.0: 50% kept"],
-        ["step 1, blocks.1: 25% kept", None],
+    found = charts.kept_map([[1.0, 0.25], [0.5, None]], ["blocks.0", "blocks.1"])
+    assert re.findall("<title>(.*?)</title>", found) == [
+        "step 1, blocks.0: all blocks",
+        "step 2, blocks.0: 50% of the blocks",
+        "step 1, blocks.1: 25% of the blocks",
     ]
-    assert found["steps"] == [1, 2]
+    assert charts.kept_map([], ["blocks.0"]) is None
+    assert figures.full_steps([[1.0, 1.0], [0.5, None]]) == (
+        "All blocks were read in 1 of 2 steps, 50% of them in the other 1."
+    )
 
 
 def test_the_stage_keeps_a_finished_side_when_the_other_is_cancelled(alone):

@@ -3,19 +3,21 @@
 import base64
 import io
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from asks import ASK, DEFAULTS, SPARSE, pair_of
+from asks import ASK, DEFAULTS, DENSE, SPARSE, other, pair_of, small_studio
 from PIL import Image
 from tiny import tiny_wan
 
 from dit_accel.app import outcome, views
-from dit_accel.app.ask import Ask, Side
-from dit_accel.app.stop import Cancelled
+from dit_accel.app.ask import Ask, config_of, label
+from dit_accel.app.stop import Cancelled, Leash, check, stoppable
 from dit_accel.app.studio import News, Studio
+from dit_accel.generation.options import How
 
 
 def hooks_of(pipe) -> int:
@@ -24,7 +26,7 @@ def hooks_of(pipe) -> int:
 
 
 def test_both_sides_start_from_the_same_noise(studio, alone):
-    same = pair_of(studio, replace(ASK, right=Side()))
+    same = pair_of(studio, replace(ASK, right=DENSE))
     assert np.array_equal(same.left.result.frames, same.right.result.frames)
     assert np.array_equal(same.left.result.frames, alone.left.result.frames)
     assert same.right.report is None and same.right.cells is None
@@ -40,24 +42,34 @@ def test_the_sparse_side_is_sparse_after_its_warm_up(alone):
 
 
 def test_short_sequences_run_dense_and_say_why(studio):
-    pair = pair_of(studio, replace(ASK, right=replace(SPARSE, small=False)))
+    pair = pair_of(studio, replace(ASK, right=replace(SPARSE, min_tokens=None)))
     assert pair.right.report["kept"] == 1
     assert any("crossover" in why for why in pair.right.report["unplanned"])
 
 
 def test_pruning_goes_with_dense_and_sparse_attention_and_is_told(tmp_path):
-    deep, left = tiny_wan(layers=3), Side(prune="fast")
-    studio = Studio(lambda name: (deep, DEFAULTS))
-    pair = pair_of(studio, replace(ASK, left=left, right=replace(SPARSE, prune="fast"), steps=8))
-    assert left.label == "dense, prune fast" and left.config().prune.keep == 0.35
+    studio, left = small_studio(tiny_wan(layers=3)), How("dense", prune="fast")
+    ask = replace(other(ASK, steps=8), left=left, right=replace(SPARSE, prune="fast"))
+    pair = pair_of(studio, ask)
+    assert label(left) == "dense, prune fast" and config_of(left).prune.keep == 0.35
     for run in (pair.left, pair.right):
         assert min(step["tokens"] for step in run.report["steps"]) < 1
     html = views.results(outcome.record(pair, tmp_path), "base")
     assert "part of the tokens through the middle of the model" in html
-    with pytest.raises(ValueError, match="cannot run on pruned ones"):
-        Side("shared", prune="fast")
-    with pytest.raises(ValueError, match="prune is the share of the tokens"):
-        Side(prune="brutal")
+
+
+def test_what_the_command_line_has_runs_here_too(studio, tmp_path):
+    """Negative prompt, guidance, sampler, fps and step cache, with what they are in the record."""
+    what = replace(ASK.what, negative="a dog", guidance=3.0, fps=5.0, sampler="flow:3", steps=None)
+    ask = Ask(what, right=How("topk", step_cache=0.5, min_tokens=0))
+    pair = pair_of(studio, ask)
+    data = outcome.record(pair, tmp_path)
+    assert data["fps"] == 5 and data["steps"] == 4
+    assert views.skipped(data) and "step cache 0.5" in data["right"]["label"]
+    script = (tmp_path / "right.py").read_text()
+    for word in ("a dog", "guidance_scale=3.0", "Boost(", 'install(pipe, "flow:3")'):
+        assert word in script
+    assert pair.right.facts["boost"]["step_cache"] == 0.5
 
 
 def test_a_run_leaves_the_pipeline_stock(pipe, alone):
@@ -65,8 +77,11 @@ def test_a_run_leaves_the_pipeline_stock(pipe, alone):
     assert hooks_of(pipe) == 0
 
 
-def test_progress_tells_side_phase_and_shows_pictures(studio):
-    news = [n for n in studio.run(ASK, threading.Event()) if isinstance(n, News)]
+def test_progress_tells_side_phase_and_shows_pictures(pipe):
+    studio = Studio(lambda name: (pipe, DEFAULTS), find=lambda name: None)
+    news = []
+    studio.run(ASK, threading.Event(), news.append)
+    news = [n for n in news if isinstance(n, News)]
     assert {n.side for n in news} == {"", "left", "right"}
     assert {"loading the model", "encode", "denoise", "decode"} <= {n.phase for n in news}
     assert [n.done for n in news if n.side == "right" and n.preview][0] == 1
@@ -77,36 +92,70 @@ def test_progress_tells_side_phase_and_shows_pictures(studio):
 
 def test_cancel_stops_within_a_step_and_leaves_no_trace(studio, pipe, alone):
     cancel, steps = threading.Event(), []
+
+    def hear(item):
+        if isinstance(item, News) and (item.side, item.phase) == ("right", "denoise"):
+            steps.append(item.done)
+            if item.done == 1:
+                cancel.set()
+
     with pytest.raises(Cancelled):
-        for news in studio.run(ASK, cancel):
-            if isinstance(news, News) and (news.side, news.phase) == ("right", "denoise"):
-                steps.append(news.done)
-                if news.done == 1:
-                    cancel.set()
+        studio.run(ASK, cancel, hear)
     assert max(steps) <= 2
     assert hooks_of(pipe) == 0
     after = pair_of(studio, ASK)
     assert np.array_equal(after.right.result.frames, alone.right.result.frames)
 
 
-def test_leaving_the_iterator_cancels(studio):
-    cancel = threading.Event()
-    job = studio.run(ASK, cancel)
-    next(job)
-    job.close()
-    assert cancel.is_set()
-    assert pair_of(studio, ASK).right.cells  # the lock is free again
+def test_cancel_acts_inside_a_layer(pipe):
+    """Before the second part of a block, not before the next block."""
+    cancel, block = threading.Event(), pipe.transformer.blocks[0]
+    parts = [m for m in block.modules() if not any(m.children())]
+    seen = []
+    hooks = [m.register_forward_pre_hook(lambda m, _: seen.append(m)) for m in parts]
+    first = parts[0].register_forward_hook(lambda *_: cancel.set())
+    with pytest.raises(Cancelled), stoppable(pipe, cancel):
+        pipe("a cat", height=64, width=64, num_frames=9, num_inference_steps=1)
+    for hook in (*hooks, first):
+        hook.remove()
+    assert 0 < len(seen) < len(parts)
+
+
+def test_a_leash_ends_when_nobody_holds_it():
+    leash = Leash(grace=0.05)
+    with leash.held():
+        time.sleep(0.1)
+        check(leash)
+    check(leash)
+    time.sleep(0.1)
+    with pytest.raises(Cancelled):
+        check(leash)
+
+
+def test_a_side_that_was_cancelled_while_it_warmed_up_is_still_cold(studio):
+    cancel, phases = threading.Event(), []
+
+    def hear(item):
+        if isinstance(item, News):
+            phases.append((item.side, item.phase))
+            if item.phase == "warm-up" and not cancel.is_set():
+                cancel.set()
+
+    with pytest.raises(Cancelled):
+        studio.run(ASK, cancel, hear)
+    studio.run(ASK, threading.Event(), hear)
+    assert phases.count(("left", "warm-up")) == 2
 
 
 def test_two_visitors_at_once_get_what_each_would_alone(studio, alone):
-    other = replace(ASK, seed=7, right=Side())
-    alone_too = pair_of(studio, other)
+    another = replace(other(ASK, seed=7), right=DENSE)
+    alone_too = pair_of(studio, another)
     found = {}
 
     def visit(name: str, ask: Ask) -> None:
         found[name] = pair_of(studio, ask)
 
-    visitors = [threading.Thread(target=visit, args=a) for a in (("a", ASK), ("b", other))]
+    visitors = [threading.Thread(target=visit, args=a) for a in (("a", ASK), ("b", another))]
     for visitor in visitors:
         visitor.start()
     for visitor in visitors:
@@ -115,19 +164,26 @@ def test_two_visitors_at_once_get_what_each_would_alone(studio, alone):
     assert np.array_equal(found["b"].right.result.frames, alone_too.right.result.frames)
 
 
-def test_one_model_is_kept_and_another_replaces_it(pipe):
+def test_one_model_is_kept_another_replaces_it_and_a_mistyped_one_does_not(pipe):
     loads = []
 
     def load(name):
         loads.append(name)
         return pipe, DEFAULTS
 
-    studio = Studio(load)
-    for model in (None, None, "name/other"):
-        pair_of(studio, replace(ASK, steps=1, right=Side(), model=model))
+    def find(name):
+        if name == "name/mistyped":
+            raise ValueError("there is no such model")
+
+    studio, quick = Studio(load, find=find), replace(other(ASK, steps=1), right=DENSE)
+    pair_of(studio, quick)
+    with pytest.raises(ValueError, match="no such model"):
+        pair_of(studio, replace(quick, model="name/mistyped"))
+    for model in (None, "name/other"):
+        pair_of(studio, replace(quick, model=model))
     assert loads == [None, "name/other"]
 
 
 def test_a_size_the_model_cannot_make_is_refused_in_a_sentence(studio):
     with pytest.raises(ValueError, match="width is a multiple of 16"):
-        pair_of(studio, replace(ASK, width=100))
+        pair_of(studio, other(ASK, size="100x128"))

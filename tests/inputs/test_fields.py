@@ -6,13 +6,13 @@ import math
 import pytest
 
 import dit_accel
-from dit_accel.app.ask import Side
 from dit_accel.batch import Job, Settings
 from dit_accel.config import resolve
 from dit_accel.evaluate.run import Budget
 from dit_accel.evaluate.tune import Goal
 from dit_accel.finetune.config import Settings as Training
 from dit_accel.generation import Boost, Defaults, Request
+from dit_accel.generation.options import How
 from dit_accel.inputs.fields import shown
 
 WRONG = [None, [], {}, "x", 1.5, -1, True, math.inf, [[1]], ["x"], {"a": 1}, 10**400, [None]]
@@ -90,7 +90,7 @@ def test_generation_defaults(tmp_path):
         lambda: Job("a", negative_prompt="\udcff"),
         lambda: Settings(timeout=math.nan),
         lambda: Settings(retries=0.5),
-        lambda: Side(warmup="soon"),
+        lambda: How(warmup="soon").config(),
         lambda: Budget(limit=-5),
         lambda: Budget(minutes=math.nan),
         lambda: Goal(psnr=math.nan),

@@ -294,7 +294,7 @@ def test_the_commands(tmp_path, capsys):
 def test_it_runs_without_what_only_the_command_line_needs():
     script = (
         "import sys\n"
-        "sys.modules |= dict.fromkeys(('rich', 'typer', 'imageio', 'starlette', 'skimage', 'ftfy'))\n"
+        "sys.modules |= dict.fromkeys(('rich', 'typer', 'imageio', 'uvicorn', 'skimage', 'ftfy'))\n"
         "import torch\n"
         "from dit_accel.bench.end_to_end import Benchmark\n"
         "from dit_accel.bench.models import find\n"

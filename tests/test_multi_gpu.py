@@ -12,6 +12,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import multi_gpu
 import multi_gpu_batch as batch
+import multi_gpu_cases as which
 import multi_gpu_ranks as ranks
 
 from dit_accel.batch.jobs import Job
@@ -33,7 +34,7 @@ def rehearse(out: Path, *more: str) -> dict:
 
 
 def test_a_process_that_fails_costs_its_row_and_the_rest_is_started_anew(monkeypatch, tmp_path):
-    names = [(case.name, row) for case in ranks.cases("joint", True) for row in case.rows]
+    names = [(case.name, row) for case in which.cases("joint", True) for row in case.rows]
     asked = []
 
     def launch(gpus, spec):
@@ -121,7 +122,7 @@ def test_rounding_moves_every_linear_layer_by_half_a_unit():
 
 
 def test_the_large_folder_is_a_pipeline(monkeypatch, tmp_path):
-    model = ranks.MODELS["wan1.3b-480p"]
+    model = which.MODELS["wan1.3b-480p"]
     thin = {"num_layers": 1, "num_attention_heads": 1, "ffn_dim": 64}
     monkeypatch.setattr(batch, "MODELS", {model.name: replace(model, config=thin)})
     monkeypatch.setattr(batch, "CLIP", {**batch.CLIP, "height": 64, "width": 64, "num_frames": 5})
@@ -133,26 +134,26 @@ def test_the_large_folder_is_a_pipeline(monkeypatch, tmp_path):
 def test_every_method_is_in_the_rows():
     from dit_accel import methods
 
-    names = {row.partition("@")[0] for case in ranks.cases("joint", False) for row in case.rows}
+    names = {row.partition("@")[0] for case in which.cases("joint", False) for row in case.rows}
     assert names == set(methods()) - {"dense"} | {"stock"}
 
 
 def test_ways_are_compared_by_the_same_rows():
-    found = {case.name: case for case in ranks.cases("ways", False)}
+    found = {case.name: case for case in which.cases("ways", False)}
     assert list(found)[:3] == [f"wan14b-720p, {way}" for way in ("ulysses", "gather", "ring")]
     assert len(found) == 6
     ulysses, gather = found["hunyuan-720p, ulysses"], found["hunyuan-720p, gather"]
     assert set(ulysses.rows) - set(gather.rows) == {"vsa@0.1", "ssta@0.1"}
     assert gather.rows == found["hunyuan-720p, ring"].rows
     for name in gather.rows:
-        ranks.course_of(name, 1)
+        which.course_of(name, 1)
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("", (0.05, 0.15)), (" unlevel", (0.05, 0.05))])
 def test_budgets_are_level_between_processes(name, keeps):
-    model = replace(ranks.MODELS["wan14b-720p"], tiny=ranks.cases("ways", True)[0].model.tiny)
+    model = replace(which.MODELS["wan14b-720p"], tiny=which.cases("ways", True)[0].model.tiny)
     pipe = build(model, torch.device("cpu"), torch.float32, tiny=True)
-    _, course = ranks.course_of("topk@0.1 budgets" + name, 1)
+    _, course = which.course_of("topk@0.1 budgets" + name, 1)
     method, options = course.options(pipe.transformer, 0)
     heads = dict(options["schedule"].head_keep)
     assert method.keep == 0.1 and len(heads) == len(pipe.transformer.blocks)

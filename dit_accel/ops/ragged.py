@@ -129,7 +129,7 @@ def _ragged(
 
 
 @_ragged.register_fake
-def _(q, *rest):
+def _(q: Tensor, *rest: object) -> tuple[Tensor, ...]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -157,7 +157,9 @@ def _ragged_backward(
 
 
 @_ragged_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, *rest):
+def _(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -180,7 +182,7 @@ def _tile_means(x: Tensor, bounds: Tensor) -> Tensor:
 
 
 @_tile_means.register_fake
-def _(x, bounds):
+def _(x: Tensor, bounds: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:2], len(bounds) - 1, x.shape[3]), dtype=torch.float32)
 
 

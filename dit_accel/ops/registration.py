@@ -52,7 +52,9 @@ def _gradient_op(name: str) -> torch.library.CustomOpDef:
         return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv)
 
     @op.register_fake
-    def _(grad_out, grad_lse, q, k, v, *rest):
+    def _(
+        grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object
+    ) -> tuple[Tensor, ...]:
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
     return op
@@ -81,7 +83,7 @@ def _attention_op(name: str) -> torch.library.CustomOpDef:
         return _laid_out_as(q, out), lse
 
     @op.register_fake
-    def _(q, *rest):
+    def _(q: Tensor, *rest: object) -> tuple[Tensor, ...]:
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     return op
@@ -137,7 +139,7 @@ def pooled_attention(
 
 
 @pooled_attention.register_fake
-def _(q, *rest):
+def _(q: Tensor, *rest: object) -> tuple[Tensor, ...]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -169,7 +171,7 @@ def rectified_attention(
 
 
 @rectified_attention.register_fake
-def _(q, *rest):
+def _(q: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(q)
 
 
@@ -194,7 +196,7 @@ def window_attention(
 
 
 @window_attention.register_fake
-def _(q, *rest):
+def _(q: Tensor, *rest: object) -> tuple[Tensor, ...]:
     outs = (torch.empty_like(q) for _ in range(2))
     return *outs, *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
 
@@ -223,16 +225,23 @@ def sparse_linear_attention(
 
 
 @sparse_linear_attention.register_fake
-def _(q, *rest):
+def _(q: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(q)
 
 
 _BRANCH = "sparse_linear_attention.linear_branch"
 
 
-def _excluded(q, k, indices, counts, block_q, block_k) -> BlockTable | None:
+def _excluded(
+    q: Tensor,
+    k: Tensor,
+    indices: Tensor | None,
+    counts: Tensor | None,
+    block_q: int,
+    block_k: int,
+) -> BlockTable | None:
     """The table of the blocks that the linear branch leaves out, if there is one."""
-    if indices is None:
+    if indices is None or counts is None:
         return None
     return BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
 

@@ -26,8 +26,10 @@ class Caller(NamedTuple):
     itself: bool = False
 
 
-# Code that called before → its name for the pipeline: looked at first.
-_KNOWN: dict[CodeType, str] = {}
+_NOTHING: dict[str, object] = {}
+# id of code that called before → (that code, its name for the pipeline): looked at first. To hash
+# code is to read all of it; what is held keeps its id.
+_KNOWN: dict[int, tuple[CodeType, str]] = {}
 
 
 def caller(transformer: nn.Module, first: object = None) -> Caller:
@@ -37,14 +39,15 @@ def caller(transformer: nn.Module, first: object = None) -> Caller:
     """
     here = sys._getframe(1)
     for frame in _above(here):
-        name = _KNOWN.get(frame.f_code, "")
-        value = frame.f_locals.get(name, frame.f_globals.get(name)) if name else None
-        if _holds(value, transformer, first):
-            return Caller(value, name == "self")
+        known = _KNOWN.get(id(frame.f_code))
+        if known is not None:
+            value = frame.f_locals.get(known[1], frame.f_globals.get(known[1]))
+            if _holds(value, transformer, first):
+                return Caller(value, known[1] == "self")
     for frame in _above(here):
         for name, value in _named(frame):
             if _holds(value, transformer, first):
-                _KNOWN[frame.f_code] = name
+                _KNOWN[id(frame.f_code)] = (frame.f_code, name)
                 return Caller(value, name == "self")
     return Caller()
 
@@ -63,15 +66,23 @@ def _named(frame: FrameType) -> list[tuple[str, object]]:
 
 def _holds(value: object, transformer: nn.Module, first: object) -> bool:
     """Is this object a pipeline of this transformer? Objects of other kinds are not asked."""
-    if value is None or (value is not first and not _schedules(value)):
+    own = _own(value)
+    if value is not first and not _schedules(value, own):
         return False
-    return any(module is transformer for module in transformers_of(value))
-
-
-def _schedules(value: object) -> bool:
-    if "scheduler" in type.__getattribute__(type(value), "__dict__"):
+    if any(part is transformer for part in own.values()):
         return True
+    return value is not None and any(part is transformer for part in transformers_of(value))
+
+
+def _schedules(value: object, own: dict[str, object]) -> bool:
+    return "scheduler" in own or "scheduler" in type.__getattribute__(type(value), "__dict__")
+
+
+def _own(value: object) -> dict[str, object]:
+    """The attributes of an object itself; nothing of it is called."""
+    if not type.__getattribute__(type(value), "__dictoffset__"):
+        return _NOTHING
     try:
-        return "scheduler" in object.__getattribute__(value, "__dict__")
+        return object.__getattribute__(value, "__dict__")
     except (AttributeError, TypeError):
-        return False
+        return _NOTHING

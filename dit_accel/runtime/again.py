@@ -11,7 +11,7 @@ from dit_accel.runtime.books import Books
 
 def check(config: AccelConfig) -> None:
     """RuntimeError where a second run of a call would not be the same as the first."""
-    if config.prune is None and not config.method.stateful:
+    if not _keeps_state(config):
         return
     pruned = config.prune is not None
     what = "token pruning" if pruned else config.method.name
@@ -30,10 +30,12 @@ def books(config: AccelConfig, real: Books) -> Books:
 
 def check_transformer(transformer: nn.Module, config: AccelConfig) -> None:
     """The same before a forward that diffusers is about to checkpoint."""
+    if not torch.is_grad_enabled() or not _keeps_state(config):
+        return  # to ask the transformer is to ask all its modules: milliseconds
     checkpointed = getattr(transformer, "is_gradient_checkpointing", False)
-    if (
-        checkpointed
-        and torch.is_grad_enabled()
-        and any(p.requires_grad for p in transformer.parameters())
-    ):
+    if checkpointed and any(p.requires_grad for p in transformer.parameters()):
         check(config)
+
+
+def _keeps_state(config: AccelConfig) -> bool:
+    return config.prune is not None or config.method.stateful

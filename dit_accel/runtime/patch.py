@@ -72,6 +72,7 @@ class Patch:
     name: what the pipeline calls the transformer.
     handles: of the hooks.
     unserved: layer → why its processor, exchanged since, cannot be served.
+    bound: (module, its processor) as they were bound last; empty where each must be looked at.
     """
 
     transformer: nn.Module
@@ -83,6 +84,7 @@ class Patch:
     name: str = "transformer"
     handles: list[RemovableHandle] = field(default_factory=list)
     unserved: dict[int, str] = field(default_factory=dict)
+    bound: list[tuple[nn.Module, object]] = field(default_factory=list)
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "adapter": None}  # of functions, which are not copied
@@ -110,6 +112,7 @@ class Patch:
     def remove(self) -> None:
         """Put everything back."""
         self.engine.close()
+        self.bound.clear()
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -133,11 +136,17 @@ class Patch:
 
     def bind(self) -> None:
         """Serve every attention module, also those whose processor was exchanged since."""
+        if self.bound and all(module.processor is old for module, old in self.bound):
+            return  # as at the last forward
         self.unserved.clear()
+        readers = self._readers()
         for index, module in enumerate(self.modules, self.first):
             self._bind(index, module, seam.Layer, self.adapter.processor)
-        for module in self._readers():
+        for module in readers:
             self._bind(self.first, module, seam.Reader)
+        bound: list[tuple[nn.Module, object]] = [(m, m.processor) for m in self.modules + readers]
+        inside = any(isinstance(processor, nn.Module) for _, processor in bound)
+        self.bound = [] if inside else bound  # a module is bound in place: it stays the same object
 
     def _bind(self, index: int, module: nn.Module, kind: type, own: type | None = None) -> None:
         layer = rebind.layer_of(module.processor)

@@ -242,7 +242,7 @@ def test_batches(pipe, lines, options, going):
         left = {path.name for path in out.iterdir()} - {"jobs.jsonl", "one.png"}
         ours = {"manifest.sqlite", "index.html", "results.jsonl"}
         assert code != 2 or not left, (said, left)
-        assert all(name in ours or name.endswith(".png") for name in left), left
+        assert all(name in ours or name.endswith((".png", ".mp4")) for name in left), left
         assert os.listdir(here) == ["out"]
 
 

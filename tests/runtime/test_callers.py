@@ -165,3 +165,17 @@ def test_a_pipeline_that_leaves_the_last_timestep_out():
     report = steps_of(name, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.01])
     assert [row["step"] for row in report.steps] == list(range(8))
     assert report.fallbacks == EXPECTED
+
+
+def test_what_costs_milliseconds_is_not_asked_at_each_forward(monkeypatch):
+    def walk(*_):
+        raise AssertionError("all modules are walked through")
+
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "topk", **QUARTER)
+    flux(pipe, steps=1)
+    monkeypatch.setattr("dit_accel.forward.caller.transformers_of", walk)
+    monkeypatch.setattr(type(pipe.transformer), "is_gradient_checkpointing", property(walk))
+    monkeypatch.setattr("dit_accel.runtime.patch.Patch._bind", walk)
+    flux(pipe, steps=8)
+    assert handle.report().fallbacks["warm-up step"] == 2 + 4

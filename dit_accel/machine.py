@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import psutil
 import torch
@@ -29,6 +29,23 @@ def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T
     """lru_cache for functions that return tensors: these are made outside of inference mode, for
     what a validation made is trained with later."""
     return lambda make: lru_cache(maxsize)(torch.inference_mode(False)(make))
+
+
+class Machine(TypedDict):
+    """What figures depend on. gpu: its name; the last three where there is one."""
+
+    cpu: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+    system: str
+    python: str
+    torch: str
+    diffusers: str | None
+    dit_accel: str | None
+    capability: NotRequired[str]
+    cuda: NotRequired[str | None]
+    triton: NotRequired[str | None]
 
 
 class Stopwatch:
@@ -62,10 +79,10 @@ class Stopwatch:
         return start.elapsed_time(end) / 1e3
 
 
-def describe(device: torch.device | str | None = None) -> dict[str, Any]:
+def describe(device: torch.device | str | None = None) -> Machine:
     """What figures taken on `device` (None: the GPU if there is one) depend on."""
     gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
-    found = {
+    found: Machine = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -79,7 +96,7 @@ def describe(device: torch.device | str | None = None) -> dict[str, Any]:
     if gpu:
         properties = torch.cuda.get_device_properties(device)
         found["capability"] = f"{properties.major}.{properties.minor}"
-        found |= {"cuda": torch.version.cuda, "triton": _version("triton")}
+        found["cuda"], found["triton"] = torch.version.cuda, _version("triton")
     return found
 
 

@@ -26,7 +26,7 @@ from dit_accel.bench.models import Model, TooLarge, build, inputs
 from dit_accel.bench.rows import Course, Row, set_skip, switched_on
 from dit_accel.bench.whole_run import books, complete, kinds_of, medians
 from dit_accel.inputs.data import read_object
-from dit_accel.machine import describe
+from dit_accel.machine import Machine, describe
 from dit_accel.pipelines.denoisers import call as call_pipeline
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Benchmark:
     echo: Callable[[str], None] = print
     rows: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
-    machine: dict[str, Any] = field(default_factory=describe)
+    machine: Machine = field(default_factory=describe)
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.steps < 1:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_accel.api import Report
 from dit_accel.bench.rows import Course, Row, whole_run
+
+if TYPE_CHECKING:
+    from dit_accel.runtime.report import StepCalls
 
 
 def kinds_of(course: Course, count: int, report: Report | None) -> list[str]:
@@ -21,7 +24,7 @@ def kinds_of(course: Course, count: int, report: Report | None) -> list[str]:
     ]
 
 
-def _kind(course: Course, forwards: list[dict[str, Any]], fewer: bool) -> str:
+def _kind(course: Course, forwards: list[StepCalls], fewer: bool) -> str:
     if fewer and "cache" in course.row.added:
         return "skipped"
     if any(f["tokens"] < 1 for f in forwards):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dit_accel.api import Report
+
+if TYPE_CHECKING:
+    from dit_accel.runtime.report import LayerCalls
 
 
 class Ledger:
@@ -26,6 +29,6 @@ class Ledger:
         self._before = totals
 
 
-def _total(layer: dict[str, Any]) -> tuple[int, float]:
+def _total(layer: LayerCalls) -> tuple[int, float]:
     calls = layer["sparse"] + layer["dense"]
     return calls, layer["kept"] * calls

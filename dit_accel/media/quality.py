@@ -6,7 +6,8 @@ Clips are NumPy arrays or tensors; a tensor is measured on the device it lies on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,6 +19,17 @@ _WINDOW = 7
 _LEVELS = 255.0
 _TOGETHER = 8
 Frames = np.ndarray | Tensor
+
+
+class Closeness(TypedDict):
+    """A Quality as JSON has it. latent_error: of the latents, where they are known."""
+
+    psnr: list[float]
+    ssim: list[float]
+    flicker: tuple[float, float]
+    psnr_mean: float
+    ssim_mean: float
+    latent_error: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,15 @@ class Quality:
     def ssim_mean(self) -> float:
         return float(np.mean(self.ssim))
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> Closeness:
         """JSON-able, the means included."""
-        return {**asdict(self), "psnr_mean": self.psnr_mean, "ssim_mean": self.ssim_mean}
+        return {
+            "psnr": self.psnr,
+            "ssim": self.ssim,
+            "flicker": self.flicker,
+            "psnr_mean": self.psnr_mean,
+            "ssim_mean": self.ssim_mean,
+        }
 
 
 def quality(reference: Frames, clip: Frames) -> Quality:

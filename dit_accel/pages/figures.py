@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from dit_accel.machine import Machine
+    from dit_accel.media.quality import Closeness
+
 
 IDENTICAL_DB = 100  # PSNR of equal frames, as media.quality gives it
 PHASES = {
@@ -16,7 +21,7 @@ PHASES = {
 }
 
 
-def headline(ratio: float, near: Mapping[str, Any], skipped: bool = True) -> str:
+def headline(ratio: float, near: Closeness, skipped: bool = True) -> str:
     """Such as "1.30× faster, 31.2 dB": ratio of the denoising loops, mean PSNR to the first clip.
 
     near: the quality of report.json. skipped: whether either run left something out; where
@@ -38,7 +43,7 @@ def seconds(value: float) -> str:
     return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f} s"
 
 
-def device(machine: Mapping[str, Any]) -> str:
+def device(machine: Machine) -> str:
     """The GPU, or the threads of the CPU, of a machine.describe()."""
     count = machine["threads"]
     return machine["gpu"] or f"{count} thread{'s' * (count != 1)} of {machine['cpu']}"
@@ -74,7 +79,7 @@ def time_rows(
     ]
 
 
-def closeness_rows(near: Mapping[str, Any], other: str) -> list[tuple[str, str, str]]:
+def closeness_rows(near: Closeness, other: str) -> list[tuple[str, str, str]]:
     """(measure, value, what stands beside it) as text; `other` names the clip compared with."""
     many = len(near["psnr"]) > 1
     worst = f"worst frame {min(near['psnr']):.1f} dB" if many else ""

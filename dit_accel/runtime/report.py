@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from dit_accel.runtime.books import LayerBook, StepBook
 from dit_accel.runtime.engine import Engine
+
+
+class Calls(TypedDict):
+    """Calls of attention, and the share of query-key block pairs that they computed."""
+
+    sparse: int
+    dense: int
+    kept: float
+
+
+class LayerCalls(Calls):
+    """Those of a layer."""
+
+    name: str
+
+
+class StepCalls(Calls):
+    """Those of a transformer forward. tokens: the share that ran the pruned span."""
+
+    step: int
+    passname: str
+    seconds: float | None
+    tokens: float
 
 
 @dataclass(frozen=True)
@@ -34,8 +57,8 @@ class Report:
     config: dict[str, Any]
     model: str
     kept: float
-    layers: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
+    layers: list[LayerCalls]
+    steps: list[StepCalls]
     fallbacks: dict[str, int]
     unplanned: dict[str, int]
     implementations: dict[str, int]
@@ -69,15 +92,15 @@ class Report:
 def build(engine: Engine, model: str, notes: list[str]) -> Report:
     """Read the engine's books; on CUDA this is where the device is waited for."""
     books = engine.books
-    layers = [_row(book, name=book.name) for book in books.layers]
-    steps = [
-        _row(
-            book,
-            step=book.step,
-            passname=book.passname,
-            seconds=book.watch.seconds,
-            tokens=book.tokens,
-        )
+    layers: list[LayerCalls] = [{"name": book.name, **_calls(book)} for book in books.layers]
+    steps: list[StepCalls] = [
+        {
+            "step": book.step,
+            "passname": book.passname,
+            "seconds": book.watch.seconds,
+            "tokens": book.tokens,
+            **_calls(book),
+        }
         for book in books.forwards
     ]
     calls = sum(row["sparse"] + row["dense"] for row in layers)
@@ -106,7 +129,7 @@ def _state_bytes(engine: Engine) -> int:
     return tensors + sum(span.nbytes() for span in engine.spans)
 
 
-def _row(book: LayerBook | StepBook, **head: Any) -> dict[str, Any]:
+def _calls(book: LayerBook | StepBook) -> Calls:
     calls = book.sparse + book.dense
     kept = (float(book.kept) + book.dense) / calls if calls else 1.0
-    return {**head, "sparse": book.sparse, "dense": book.dense, "kept": kept}
+    return {"sparse": book.sparse, "dense": book.dense, "kept": kept}

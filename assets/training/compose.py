@@ -31,30 +31,38 @@ class Composer:
             small.copy_(blocks.mean((2, 4)).round())
         object.__setattr__(self, "halves", halves)
 
-    def draw(self, scene: Scene, layout: Layout, side: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Video [3, T, side, side] in [-1, 1] and how much of it objects cover, [T, side, side]."""
+    def draw(
+        self, scene: Scene, layout: Layout, side: int, frames: int, start: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Video [3, T, side, side] in [-1, 1] and how much of it objects cover, [T, side, side].
+
+        start: time of the first frame, from the middle of the clip; default: these are all frames.
+        """
         device = self.clips.rgba.device
-        times = torch.arange(frames, device=device) - (frames - 1) / 2
+        start = -(frames - 1) / 2 if start is None else start
+        times = torch.arange(frames, device=device) + start
         scales = torch.exp(layout.growth * times)
         canvas = backdrop.draw(scene.backdrop, self.clips.colours, side, side, scales)
         covered = torch.zeros(frames, side, side, device=device)
         for number, thing in enumerate(scene.objects):
-            sprite = self._sprite(thing.name, layout, number, side, frames)
+            boxes = torch.tensor([layout.at(number, t + start) for t in range(frames)])
+            sprite = self._sprite(thing.name, boxes, side)
             alpha = sprite[:, 3]
             canvas = sprite[:, :3] + (1 - alpha[:, None]) * canvas
             covered = torch.maximum(covered, alpha)
         return canvas.clamp(0, 1).transpose(0, 1) * 2 - 1, covered
 
-    def _sprite(self, name: str, layout: Layout, number: int, side: int, frames: int) -> Tensor:
-        """One object alone on the canvas, [T, 4, side, side], colours multiplied by alpha."""
-        device = self.clips.rgba.device
-        small = layout.boxes[number][2] * side <= self.halves.shape[2]
+    def _sprite(self, name: str, boxes: Tensor, side: int) -> Tensor:
+        """One object alone on the canvas, [T, 4, side, side], colours multiplied by alpha.
+
+        boxes: [T, 3], centre and side, in shares of the canvas.
+        """
+        frames = len(boxes)
+        small = float(boxes[frames // 2, 2]) * side <= self.halves.shape[2]
         source = self.halves if small else self.clips.rgba
         rgba = source[self.clips.names.index(name), :frames].permute(0, 3, 1, 2).float() / 255
-        middle = (frames - 1) / 2
-        boxes = torch.tensor([layout.at(number, t - middle) for t in range(frames)], device=device)
-        x, y, width = boxes.unbind(1)
-        theta = torch.zeros(frames, 2, 3, device=device)
+        x, y, width = boxes.to(rgba.device).unbind(1)
+        theta = torch.zeros(frames, 2, 3, device=rgba.device)
         theta[:, 0, 0] = theta[:, 1, 1] = 1 / width
         theta[:, 0, 2], theta[:, 1, 2] = (1 - 2 * x) / width, (1 - 2 * y) / width
         grid = functional.affine_grid(theta, [frames, 4, side, side], align_corners=False)

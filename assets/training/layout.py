@@ -1,7 +1,8 @@
 """Where the objects of a scene stand, how large they are and how they move.
 
-Lengths are shares of the canvas, from its upper left corner. A size word is relative to what the
-number of objects leaves room for. An object is at most 320 pixels wide on any canvas.
+Lengths are shares of the canvas, from its upper left corner. The words say where an object stands;
+only JITTER is left to chance. A size word is relative to what the number of objects leaves room
+for. An object is at most 320 pixels wide on any canvas.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ LARGEST_PIXELS = 320
 TRAVEL = (0.16, 0.28)  # of the canvas, in 33 frames
 ZOOM = (0.25, 0.4)  # logarithm of the growth in 33 frames
 APART = 0.78  # distance of two objects, in sums of their half sides
+JITTER = 0.06  # of a place, on each axis
+PITCH = {0: 0.0, 1: 0.44, 2: 0.29}  # between neighbours, by the places on an axis less one
 TRIES = 60
+_STEPS = {"left of": (1, 0), "and": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}
 _AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 _PLACES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (1, -1),
            "at the bottom": (1, 1)}  # fmt: skip
+ASIDE = 0.2  # of the centre, for an object that the words put at a side
 _MOVES = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -52,7 +57,10 @@ def arrange(scene: Scene, canvas: int, frames: int, rng: random.Random) -> Layou
     while True:
         for _ in range(TRIES):
             sides = [shrink * _side(t.size, len(scene.objects), canvas, rng) for t in scene.objects]
-            boxes = [_box(side, velocity, frames, rng) for side in sides]
+            boxes = [
+                (_near(x, side, rng), _near(y, side, rng), side)
+                for (x, y), side in zip(_places(scene), sides, strict=True)
+            ]
             if _shows(scene, boxes):
                 return Layout(tuple(boxes), velocity, growth)
         shrink *= 0.9
@@ -75,15 +83,30 @@ def _side(size: str | None, count: int, canvas: int, rng: random.Random) -> floa
     return low + (high - low) * rng.uniform(*span)
 
 
-def _box(
-    side: float, velocity: tuple[float, float], frames: int, rng: random.Random
-) -> tuple[float, float, float]:
-    """A place from which the object does not leave the canvas, if there is one."""
-    centre = []
-    for speed in velocity:
-        margin = min(0.5, 0.47 * side + abs(speed) * (frames - 1) / 2)
-        centre.append(rng.uniform(margin, 1 - margin))
-    return centre[0], centre[1], side
+def _places(scene: Scene) -> list[tuple[float, float]]:
+    """The centre of each object: a chain of neighbours, in the middle of the canvas."""
+    cells = [(0.0, 0.0)]
+    for relation in scene.relations:
+        step = _STEPS[relation]
+        cells.append((cells[-1][0] + step[0], cells[-1][1] + step[1]))
+    if len(cells) == 3 and cells[0] == cells[2]:  # both on the same side of the second
+        across = (0.5 * (cells[1][1] != 0), 0.5 * (cells[1][0] != 0))
+        cells = [(-across[0], -across[1]), cells[1], across]
+    axes = []
+    for values in zip(*cells, strict=True):
+        low, high = min(values), max(values)
+        pitch = PITCH[round(high - low)]
+        axes.append([0.5 + pitch * (v - (low + high) / 2) for v in values])
+    if scene.place:
+        axis, way = _PLACES[scene.place]
+        axes[axis][0] += way * ASIDE
+    return list(zip(*axes, strict=True))
+
+
+def _near(centre: float, side: float, rng: random.Random) -> float:
+    """About there, and on the canvas as far as the object fits."""
+    margin = min(0.5, 0.45 * side)
+    return min(max(centre + rng.uniform(-JITTER, JITTER), margin), 1 - margin)
 
 
 def _shows(scene: Scene, boxes: list[tuple[float, float, float]]) -> bool:

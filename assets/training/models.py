@@ -101,6 +101,6 @@ def build_text_encoder(sizes: Sizes, vocabulary: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config)
 
 
-def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Euler steps of a rectified flow with time shift 3, as in training."""
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
+def build_scheduler(shift: float = 3.0) -> FlowMatchEulerDiscreteScheduler:
+    """Euler steps of a rectified flow; time shift 3, as in training."""
+    return FlowMatchEulerDiscreteScheduler(shift=shift)

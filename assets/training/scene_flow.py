@@ -58,6 +58,7 @@ class Flow:
         self.transformer, self.text_encoder = transformer, text_encoder
         self.bias = prompt_keys.install(transformer)
         self.parts = {"transformer": transformer, "text_encoder": text_encoder}
+        self.hidden = self.lengths = torch.empty(0)  # of the last prompts: [B, L, C] and [B]
 
     @classmethod
     def of(cls, folder: Path, vocabulary: Vocabulary) -> tuple[Flow, WanPipeline]:
@@ -82,6 +83,7 @@ class Flow:
         place = torch.arange(ids.shape[1], device=ids.device)
         mask = (place < lengths[:, None]).long()
         hidden = self.text_encoder(ids, mask).last_hidden_state
+        self.hidden, self.lengths = hidden, lengths
         packed, self.bias.value = prompt_keys.pack(hidden, lengths)
         return self.transformer(x, sigma * 1000, packed, return_dict=False)[0]
 
@@ -131,12 +133,14 @@ class Flow:
         lengths: Tensor,
         guidance: float,
         steps: int = 20,
+        shift: float = SHIFT,
     ) -> Tensor:
-        """Latents by Euler steps at the stock scheduler's noise levels."""
-        scheduler = build_scheduler()
+        """Latents by Euler steps at the stock scheduler's noise levels, guided below LAYOUT."""
+        scheduler = build_scheduler(shift)
         scheduler.set_timesteps(steps)
         sigmas, x = scheduler.sigmas.tolist(), noise
         for now, then in zip(sigmas, sigmas[1:], strict=False):
             level = torch.full((len(x),), now, device=x.device)
-            x = x + (then - now) * self.guided(x, level, ids, lengths, guidance)
+            scale = guidance if now < LAYOUT else 1.0
+            x = x + (then - now) * self.guided(x, level, ids, lengths, scale)
         return x

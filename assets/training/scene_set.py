@@ -17,7 +17,9 @@ from dit_accel.inputs.scene import MOTIONS, PATTERNS, PLACES, Backdrop, Object, 
 
 EMOJI = tuple((Path(__file__).parent / "scene_emoji.txt").read_text().splitlines())
 VOCABULARY = Vocabulary(EMOJI, tuple(COLOURS))
+Shares = tuple[float, float, float]  # of scenes with one, two and three emoji
 COUNTS = {256: (0.25, 0.75, 0.0), 384: (0.25, 0.55, 0.2), 512: (0.25, 0.5, 0.25)}  # to this side
+MANY = {256: (0.2, 0.8, 0.0), 512: (0.15, 0.45, 0.4)}  # the same while training
 BACKDROPS = (0.3, 0.3, 0.2, 0.2)  # as PATTERNS
 SIZED, PLACED, UNRELATED, STILL = 0.4, 0.5, 0.25, 0.4
 
@@ -35,16 +37,19 @@ def is_held_out(scene: Scene) -> bool:
     return pairs or any(held_out(name) in colours for name in names)
 
 
-def draw(rng: random.Random, side: int, held: bool = False) -> Scene:
+def draw(
+    rng: random.Random, side: int, held: bool = False, counts: dict[int, Shares] = COUNTS
+) -> Scene:
     """A random scene for a canvas of `side` pixels, all trained on or (`held`) all held out."""
+    shares = next(c for s, c in counts.items() if side <= s)
     while True:
-        scene = _any(rng, side)
+        scene = _any(rng, shares)
         if is_held_out(scene) == held:
             return scene
 
 
-def _any(rng: random.Random, side: int) -> Scene:
-    count = rng.choices((1, 2, 3), next(c for s, c in COUNTS.items() if side <= s))[0]
+def _any(rng: random.Random, shares: Shares) -> Scene:
+    count = rng.choices((1, 2, 3), shares)[0]
     objects = tuple(Object(name, _size(rng)) for name in rng.sample(EMOJI, count))
     between = ["left of", "right of", "above", "below"]
     relations = tuple(

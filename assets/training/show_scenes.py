@@ -11,9 +11,9 @@ import torch
 import whole_clip
 from diffusers import WanPipeline
 from PIL import Image
-from pool import tokenize
 from scene_flow import Flow
 from torch.nn.functional import adaptive_avg_pool2d
+from words import tokenize
 
 SIDE, FRAMES = 96, (0, 8, 16, 24, 32)  # what is kept of every clip
 PICTURED = 24
@@ -33,11 +33,12 @@ def show(
     side: int,
     frames: int,
     guidance: float,
+    shift: float,
     count: int,
     out: Path,
     device: torch.device,
 ) -> None:
-    """Write {side}x{frames}-g{guidance}.png and .npz (prompts and [P, 5, 96, 96, 3] uint8)."""
+    """Write SIDExFRAMES-gGUIDANCE-sSHIFT.jpg and .npz: prompts, frames [P, 5, 96, 96, 3] uint8."""
     asked = prompts(side, count)
     ids, lengths = (x.to(device) for x in tokenize(pipe.tokenizer, asked))
     mean, std = (
@@ -55,7 +56,7 @@ def show(
              for n in range(count)[rows]]
         ).to(device)  # fmt: skip
         with torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
-            latents = flow.sample(noise, ids[rows], lengths[rows], guidance)
+            latents = flow.sample(noise, ids[rows], lengths[rows], guidance, shift=shift)
             for one in latents.split(4):
                 video = whole_clip.decode(pipe.vae, one * std + mean).float().clamp(-1, 1)
                 video = ((video + 1) * 127.5).round()[:, :, [f for f in FRAMES if f < frames]]
@@ -63,7 +64,7 @@ def show(
                 small = small.unflatten(0, (len(one), -1)).permute(0, 1, 3, 4, 2)
                 kept.append(small.round().byte().cpu().numpy())
                 tiles += [v[:, [0, -1]] for v in video.byte().cpu()][: PICTURED - len(tiles)]
-    name = f"{side}x{frames}-g{guidance:g}"
+    name = f"{side}x{frames}-g{guidance:g}-s{shift:g}"
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / f"{name}.npz", prompts=np.array(asked), frames=np.concatenate(kept))
     sheet = Image.new("RGB", (6 * 324, -(-len(tiles) // 6) * 162), "white")

@@ -25,8 +25,11 @@ from pool import Canvas, Pool
 from run_state import Average, Log, Progress, load, restart, save
 from scene_flow import Flow
 from squeeze import restore
+from whereabouts import LEARNING_RATE, Whereabouts
+from words import ATTENTION, WordPlaces
 
-PLAIN = ("condition_embedder", "patch_embedding", "proj_out", "shared", "relative_attention")
+PLAIN = ("condition_embedder", "patch_embedding", "proj_out", "shared", "relative_attention",
+         *ATTENTION)  # fmt: skip
 SHORT = 3  # latent frames of a short step: nine frames
 SAVE_EVERY = 120.0
 WARMUP = 100
@@ -73,13 +76,21 @@ class Run:
             for n, c in enumerate(args.canvas)
         ]  # fmt: skip
         self.teacher = self.flow.frozen() if args.distil else None
+        self.taught = False
         self.optimizers = optimizers(
             self.flow.parameters(), args.matrix_rate, args.matrix_rate / 2, keep=PLAIN
         )
         self.base = [group["lr"] for o in self.optimizers for group in o.param_groups]
         if on_gpu:
             for flow in filter(None, (self.flow, self.teacher)):
+                flow.transformer.set_attention_backend(args.attention)
                 flow.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        self.whereabouts = Whereabouts(self.flow.transformer).to(self.device)
+        self.words = WordPlaces(self.flow.text_encoder.config.d_model).to(self.device)
+        heads = [*self.whereabouts.parameters(), *self.words.parameters()]
+        self.optimizers.append(torch.optim.AdamW(heads, LEARNING_RATE))
+        self.base.append(LEARNING_RATE)
+        self.lost = torch.zeros(1)  # of the heads, in the last step
 
     def say(self, text: str) -> None:
         """A line with the seconds since the start."""
@@ -99,16 +110,32 @@ class Run:
         for name, p in self.flow.parameters():
             p.requires_grad_(not frozen or re.search(self.args.only, name) is not None)
 
+    @torch.no_grad()
+    def teach(self) -> None:
+        """From here on the moving average, as it stands now, teaches guidance; clips only."""
+        for part, module in self.teacher.parts.items():
+            for name, p in module.named_parameters():
+                p.copy_(self.average.values[f"{part}.{name}"])
+        self.taught = True
+        self.say("the teacher begins")
+
     def step(self) -> tuple[Canvas, torch.Tensor]:
         """One step on a canvas drawn by its share."""
-        pool = random.choices(self.pools, [p.canvas.share for p in self.pools])[0]
+        shares = [p.canvas.share * (not self.taught or p.canvas.frames > 1) for p in self.pools]
+        pool = random.choices(self.pools, shares)[0]
         frames, count = pool.canvas.latent[0], pool.canvas.batch
-        if pool is self.pools[0] and random.random() < self.args.short and frames > SHORT:
+        short = 0.0 if self.taught else self.args.short
+        if pool is self.pools[0] and random.random() < short and frames > SHORT:
             frames, count = SHORT, count * frames // SHORT
-        batch = pool.draw(count, frames)
+        *batch, places = pool.draw(count, frames)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            loss = self.flow.loss(*batch, teacher=self.teacher, guidance=self.args.distil)
-        loss.backward()
+            teacher = self.teacher if self.taught else None
+            loss = self.flow.loss(*batch, teacher=teacher, guidance=self.args.distil)
+            where = self.whereabouts.loss(batch[0])
+            heard = (self.flow.lengths > 0)[:, None, None]
+            word = self.words.loss(self.flow.hidden, places * heard)
+        (loss + self.args.where * (where.sum() + word)).backward()
+        self.lost = torch.cat([where.detach().flatten(), word.detach()[None]])
         torch.nn.utils.clip_grad_norm_(
             [p for _, p in self.flow.parameters() if p.requires_grad], 1.0
         )
@@ -135,13 +162,18 @@ class Run:
                 group["lr"] = lr * now
             if self.progress.step - first in (0, self.args.only_steps):
                 self.thaw(self.progress.step - first)
+            if self.teacher and not self.taught and share >= self.args.distil_from:
+                self.teach()
             where, loss = self.step()
             self.progress.step += 1
             self.progress.seconds = before + time.monotonic() - start
             self.average.update(self.progress.step)
             counts[where] += 1
             at = Progress(counts[where], round(self.progress.seconds, 1))
-            logs[where].add(at, loss, lr=round(now, 3), canvas=f"{where.side}x{where.frames}")
+            told = {"lr": round(now, 3), "canvas": f"{where.side}x{where.frames}"}
+            if counts[where] % self.args.every == 0:
+                told["where"] = [round(x, 3) for x in self.lost.flatten().tolist()]
+            logs[where].add(at, loss, **told)
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
@@ -184,11 +216,18 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.0,
         help="guidance to fold in; 1: a teacher that has it; 0: no teacher",
     )
+    parser.add_argument(
+        "--distil-from", type=float, default=0.0, help="share of the time before the teacher"
+    )
+    parser.add_argument(
+        "--where", type=float, default=0.1, help="weight of whereabouts.py, words.py"
+    )
     parser.add_argument("--only", default="", help="expression for names of parameters")
     parser.add_argument("--only-steps", type=int, default=0, help="steps that train only these")
+    parser.add_argument("--attention", default="_native_cudnn", help="diffusers' backend, on a GPU")
     parser.add_argument("--cache", type=Path, help="compiled graphs of a run before, and of this")
     parser.add_argument("--every", type=int, default=50, help="steps between two lines")
-    parser.add_argument("--show", action="append", default=[], help="side:frames:guidance to draw")
+    parser.add_argument("--show", action="append", default=[], help="side:frames:guidance:shift")
     parser.add_argument("--show-count", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -208,9 +247,9 @@ def main(argv: list[str] | None = None) -> None:
         from show_scenes import show
 
         for text in run.args.show:
-            side, frames, guidance = text.split(":")
-            show(run.flow, run.pipe, int(side), int(frames), float(guidance), run.args.show_count,
-                 run.args.out, run.device)  # fmt: skip
+            side, frames, guidance, shift = text.split(":")
+            show(run.flow, run.pipe, int(side), int(frames), float(guidance), float(shift),
+                 run.args.show_count, run.args.out, run.device)  # fmt: skip
             run.say(f"shown {text}")
     if args.cache:
         found = torch.compiler.save_cache_artifacts()

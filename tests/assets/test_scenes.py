@@ -16,7 +16,7 @@ def _random(seed: int = 0) -> random.Random:
 
 def test_drawn_scenes_are_prompts_and_none_is_held_out() -> None:
     import scene_set
-    from pool import TEXT_POSITIONS
+    from words import TEXT_POSITIONS
 
     from dit_accel.inputs.scene import split
 
@@ -140,11 +140,11 @@ def test_scenes_are_trained_resumed_distilled_shown_and_exported(
     common += ["--out", str(out)]
     train_scenes.main([*common, "--steps", "30", "--short", "0.3"])
     more = ["--steps", "10", "--resume", str(out / "dit"), "--distil", "3", "--fall", "0"]
-    train_scenes.main([*common, *more, "--show", "32:9:1", "--show-count", "2"])
+    train_scenes.main([*common, *more, "--show", "32:9:1:3", "--show-count", "2"])
     lines = [json.loads(line) for line in (out / "scenes.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and lines[2]["loss"] < lines[0]["loss"]
     assert json.loads((out / "dit" / "state.json").read_text())["step"] == 40
-    assert (out / "32x9-g1.jpg").exists() and (out / "32x9-g1.npz").exists()
+    assert (out / "32x9-g1-s3.jpg").exists() and (out / "32x9-g1-s3.npz").exists()
     pipe = export_scenes.pipeline(out / "dit", begun)
     pipe.save_pretrained(tmp_path / "export")
     again = WanPipeline.from_pretrained(tmp_path / "export")
@@ -198,3 +198,31 @@ def test_a_squeezed_checkpoint_is_restored(tmp_path: Path) -> None:
     file.write_bytes(b"hello there, no file")
     with pytest.raises(ValueError, match="file of squeeze.py"):
         restore(file)
+
+
+def test_words_stand_for_places() -> None:
+    import words
+    from layout import Layout
+
+    scene = Scene(
+        (Object("christmas tree"), Object("rocket", "small")),
+        Backdrop("ramp", "red", "blue"), ("left of",),
+    )  # fmt: skip
+    prompt = scene.text(articles=True)
+    wanted = words.places(scene, Layout(((0.25, 0.5, 0.3), (0.75, 0.5, 0.3))), prompt)
+    known = [w for w, row in zip(prompt.split(), wanted, strict=False) if row[2]]
+    assert known == ["christmas", "tree", "rocket", "red", "blue"]
+    assert wanted[1].tolist() == [-0.5, 0.0, 1.0] and wanted[7].tolist() == [0.5, 0.0, 1.0]
+    assert wanted[wanted[:, 2] > 0][-2:, 1].tolist() == [-1.0, 1.0]  # the ramp from top to bottom
+
+
+def test_an_encoder_that_looks_at_neighbours_hears_the_order() -> None:
+    import words
+    from models import TINY, build_text_encoder
+
+    torch.manual_seed(0)
+    encoder = build_text_encoder(TINY, 20).eval()
+    words.look_at_neighbours(encoder)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8], [3, 6, 5, 4, 7, 8]])
+    one, other = encoder(ids, torch.ones_like(ids)).last_hidden_state
+    assert (one[2] - other[2]).norm() > 0.1 * one[2].norm()  # between the two that changed places

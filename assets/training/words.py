@@ -1,4 +1,4 @@
-"""Teach the text encoder word order: which place each word stands for. A few CPU minutes.
+"""Teach the text encoder word order: which place each word stands for. Half a minute on a GPU.
 
     python assets/training/words.py data/scenes/dit --out data/scenes/words
 
@@ -117,21 +117,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/scenes/words"))
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     flow, pipe = Flow.of(args.model, scene_set.VOCABULARY)
     found = restore(args.checkpoint) if args.checkpoint.is_file() else load(args.checkpoint)
     average = Average(flow.parts, decay=0.0)
     average.load(found[0])
-    encoder, before = flow.text_encoder, copy.deepcopy(flow.text_encoder)
+    device = torch.device(args.device)
+    encoder = flow.text_encoder.to(device)
+    before = copy.deepcopy(encoder)
     look_at_neighbours(encoder)
-    head, rng = WordPlaces(encoder.config.d_model), random.Random(0)
+    head, rng = WordPlaces(encoder.config.d_model).to(device), random.Random(0)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0.0)
     fall = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, args.steps)
     for step in range(1, args.steps + 1):
         prompts, wanted = batch(rng, args.batch)
         ids, lengths = tokenize(pipe.tokenizer, prompts)
-        mask = (torch.arange(TEXT_POSITIONS) < lengths[:, None]).long()
+        mask = (torch.arange(TEXT_POSITIONS) < lengths[:, None]).long().to(device)
+        ids, wanted = ids.to(device), wanted.to(device)
         with torch.no_grad():
             said = before(ids, mask).last_hidden_state
         says = encoder(ids, mask).last_hidden_state
@@ -146,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         fall.step()
         if step % 50 == 0:
             print(f"{step}: moved {moved.item():.4f}, places {lost.item():.4f}", flush=True)
+    encoder.cpu()
     average.update(0)
     save(args.out, average.values, *found[1:])
 

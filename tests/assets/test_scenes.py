@@ -123,12 +123,14 @@ def begun(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_scenes_are_trained_resumed_distilled_shown_and_exported(
-    archive: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    archive: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
     import export_scenes
     import scene_set
     import show_scenes
     import train_scenes
+    import words
     from diffusers import WanPipeline
 
     monkeypatch.setattr(scene_set, "EMOJI", ("red heart", "rocket", "t-rex"))
@@ -145,7 +147,12 @@ def test_scenes_are_trained_resumed_distilled_shown_and_exported(
     assert len(lines) == 4 and lines[2]["loss"] < lines[0]["loss"]
     assert json.loads((out / "dit" / "state.json").read_text())["step"] == 40
     assert (out / "32x9-g1-s3.jpg").exists() and (out / "32x9-g1-s3.npz").exists()
-    pipe = export_scenes.pipeline(out / "dit", begun)
+    learnt = ["--model", str(begun), "--out", str(out / "words"), "--device", "cpu"]
+    words.main([str(out / "dit"), *learnt, "--steps", "150", "--batch", "16"])
+    lost = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()
+            if ": moved" in line]  # fmt: skip
+    assert len(lost) == 3 and lost[-1] < 0.8 * lost[0]
+    pipe = export_scenes.pipeline(out / "words", begun)
     pipe.save_pretrained(tmp_path / "export")
     again = WanPipeline.from_pretrained(tmp_path / "export")
     again.set_progress_bar_config(disable=True)

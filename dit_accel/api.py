@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Unpack
@@ -23,6 +23,7 @@ from dit_accel.runtime import patch
 from dit_accel.runtime.assemble import Assembly, assemble
 from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
+from dit_accel.table import BlockTable
 
 
 class Handle:
@@ -52,6 +53,11 @@ class Handle:
         """What ran since `accelerate`: print it, or take `.to_dict()`."""
         names = dict.fromkeys(type(entry.transformer).__name__ for entry in self._patches)
         return build(self._engine, ", ".join(names), self._notes())
+
+    def watch(self, hear: Callable[[int, BlockTable], None] | None) -> None:
+        """Call `hear` with the number of the layer and the block table of every sparse call from
+        now on; None ends it. Layers are numbered as in the report; tables are not to be changed."""
+        self._engine.books.watcher = hear
 
     def restore(self) -> None:
         """Give the pipeline back exactly as it was. Doing it twice does nothing."""

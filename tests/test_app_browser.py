@@ -120,8 +120,14 @@ def test_generate_play_wipe_and_difference(page):
     page.until(VIDEOS + "return a.paused && b.paused && a.currentTime == b.currentTime")
     page.until("return document.querySelector('.where').textContent == '5 / 9'")
     page.fill(".gain input", "12")
-    gain = "return getComputedStyle(document.querySelector('.stage')).filter"
+    gain = "return document.querySelector('.apart-of canvas').style.filter"
     assert page.js(gain) == "brightness(12)"
+    dark = (
+        "const c = document.querySelector('.apart-of canvas');"
+        "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        "return Math.max(...d.filter((x, i) => i % 4 < 3))"
+    )
+    assert page.js(dark) < 128  # of equal frames of nearly equal clips
     assert page.js("return document.querySelectorAll('.map .cell').length") == 4 * 2
     links = "return [...document.querySelectorAll('.downloads a')].map(a => a.href)"
     for link in page.js(links):
@@ -363,6 +369,26 @@ def test_p11_wipe_and_difference_say_which_side_is_which(any_page):
     assert page.js(cut) > 50
     page.click("[data-view=apart]")
     assert all(width for width, _ in page.js(tags))
+
+
+def test_the_attention_view_draws_what_a_place_reads(any_page):
+    page = any_page
+    generate(page)
+    page.until(DONE)
+    page.click("#look")
+    page.until("return document.querySelector('.look') !== null")
+    words = page.text("#read")
+    assert "reads 1.0 of 3 key blocks in each head" in words
+    before = page.js("return document.querySelector('.look').toDataURL()")
+    page.keys(".look", *["\ue015"] * 4)  # down
+    assert before == page.js(
+        "return document.querySelector('.look').toDataURL()"
+    )  # 64 tokens a block
+    page.click(".play")
+    page.until("return Number(document.querySelector('.at').value) > 5")
+    page.click(".play")
+    page.click("#look")
+    assert page.js("return document.querySelector('.look') === null")
 
 
 def test_keys_play_step_zoom_and_generate(page):

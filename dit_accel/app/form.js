@@ -107,7 +107,7 @@ function update() {
   clearTimeout(timer);
   timer = setTimeout(estimate, 250);
 }
-async function estimate() {
+export async function estimate() {
   const mine = ++turn;
   try {
     const told = await post("estimate", values());

@@ -77,6 +77,15 @@ def _where(pair: Pair) -> dict[str, str]:
     return {"model": model, "pipeline": type(pair.pipe).__name__, **placement(pair.pipe)}
 
 
+def _sight(run: Run, folder: Path) -> str | None:
+    """Write which blocks were read; the name of the file."""
+    if run.sight is None:
+        return None
+    path = folder / f"{run.name}-attention.json"
+    path.write_text(json.dumps(run.sight), "utf-8")
+    return path.name
+
+
 def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str, Any]:
     config, what = config_of(run.how) or AccelConfig(Dense()), pair.ask.what
     values = {name: value for name, value in pair.values.items() if name != "generator"}
@@ -90,6 +99,7 @@ def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str
         "clip": clip(run, what.fps or pair.defaults.fps, folder),
         **names,
         "python": python,
+        "attention": _sight(run, folder),
         "times": asdict(run.result.times),
         "report": run.report,
         "cells": run.cells,

@@ -1,6 +1,7 @@
 // What is shown, and who says so: an example, a run that forms, a finished one.
 import { all, ask, facts, flash, one } from "./dom.js";
 import * as form from "./form.js";
+import * as look from "./look.js";
 import * as past from "./history.js";
 import * as job from "./job.js";
 import * as stage from "./stage.js";
@@ -11,6 +12,7 @@ let showing = { kind: "example", id: facts.example };
 function put(found, what) {
   showing = what;
   stage.render(found.value);
+  look.offer(found.value);
   results.innerHTML = found.html || "";
   past.mark(what.kind === "job" ? what.id : null);
   for (const chip of all("#chips button"))
@@ -48,6 +50,7 @@ job.start({
     if (news.state !== "done") return;
     const found = await ask(`jobs/${id}`);
     past.add(id, found);
+    form.estimate();
     if (mine(id)) put(found, { kind: "job", id });
   },
   found(id, news) {
@@ -78,6 +81,7 @@ addEventListener("keydown", (event) => {
 form.start(() => {});
 if (showing.kind === "example" && facts.shown) {
   stage.render(facts.shown.value);
+  look.offer(facts.shown.value);
   past.mark(null);
   one(`[data-example="${facts.example}"]`)?.setAttribute("aria-pressed", "true");
 }

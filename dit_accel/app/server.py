@@ -35,7 +35,7 @@ from dit_accel.app.guard import REPORT, Guard, body_of
 from dit_accel.pages.render import render
 
 TYPES = {".js": "text/javascript", ".css": "text/css"}
-SCRIPTS = ("dom", "form", "history", "job", "page", "stage")
+SCRIPTS = ("dom", "form", "history", "job", "look", "page", "stage")
 FORM, PICTURE = 64 * 2**10, 12 * 2**20  # bytes that a visitor may send
 BEAT = 0.15
 

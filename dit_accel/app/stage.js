@@ -11,16 +11,24 @@ const [lead, follower] = sides.map((side) => side.video);
 let value = null, fps = 16, last = 0, speed = 1, wanted = !matchMedia("(prefers-reduced-motion: reduce)").matches;
 let zoom = 1, pan = [0, 0];
 
+const apart = one(".apart-of"), canvas = one("canvas", apart), paint = canvas.getContext("2d");
+let rolling = false, turn = 0;
+
 const clips = () => sides.filter((side) => side.figure.classList.contains("clip"));
 const both = () => clips().length === 2;
-const playing = () => clips().some((side) => !side.video.paused);
+const differs = () => stage.classList.contains("apart");
+const playing = () => (differs() ? rolling : clips().some((side) => !side.video.paused));
 const listeners = [];
 export const onFrame = (listener) => listeners.push(listener);
+export const pause = () => stop();
 export const frame = () => Number(at.value);
 
 function show() {
   const source = clips()[0];
-  if (source) {
+  if (source && differs()) {
+    one(".where").textContent = `${Number(at.value) + 1} / ${last + 1}`;
+    play.textContent = rolling ? "Pause" : "Play";
+  } else if (source) {
     at.value = Math.min(last, Math.floor(source.video.currentTime * fps + 0.01));
     one(".where").textContent = `${Number(at.value) + 1} / ${last + 1}`;
     play.textContent = playing() ? "Pause" : "Play";
@@ -35,15 +43,19 @@ function follow() {
 }
 function start() {
   wanted = true;
+  if (differs()) { rolling = true; differ(); return; }
   for (const side of clips()) side.video.playbackRate = speed;
   Promise.all(clips().map((side) => side.video.play())).then(follow, show);
 }
 function stop() {
-  wanted = false;
+  wanted = rolling = false;
   for (const side of sides) side.video.pause();
   show();
 }
-function seek(seconds) { for (const side of clips()) side.video.currentTime = seconds; }
+function seek(seconds) {
+  if (differs()) { differ(); return; }
+  for (const side of clips()) side.video.currentTime = seconds;
+}
 function step(frames) {
   stop();
   const next = (Number(at.value) + frames + last + 1) % (last + 1);
@@ -51,15 +63,55 @@ function step(frames) {
   seek((next + 0.5) / fps);
 }
 
+// The difference is of equal frames: both players are set to one, and drawn once both are there.
+function set(video, time) {
+  if (Math.abs(video.currentTime - time) < 1e-3 && !video.seeking && video.readyState > 1) return null;
+  return new Promise((done) => {
+    video.addEventListener("seeked", done, { once: true });
+    video.currentTime = time;
+  });
+}
+async function differ() {
+  const mine = ++turn;
+  for (let due = performance.now(); mine === turn && differs() && both(); ) {
+    const time = (Number(at.value) + 0.5) / fps;
+    await Promise.all([set(lead, time), set(follower, time)]);
+    if (mine !== turn || !differs()) return;
+    draw(lead, follower);
+    show();
+    if (!rolling) return;
+    due = Math.max(due + 1000 / fps / speed, performance.now());
+    await new Promise((done) => setTimeout(done, due - performance.now()));
+    if (rolling) at.value = (Number(at.value) + 1) % (last + 1);
+  }
+}
+function draw(first, second) {
+  [canvas.width, canvas.height] = [value.width, value.height];
+  paint.globalCompositeOperation = "source-over";
+  paint.drawImage(first, 0, 0, canvas.width, canvas.height);
+  paint.globalCompositeOperation = "difference";
+  paint.drawImage(second, 0, 0, canvas.width, canvas.height);
+}
+
 function press(group, chosen) {
   for (const button of all(group + " button")) button.setAttribute("aria-pressed", String(button === chosen));
 }
 function view(name) {
   press(".view", one(`.view [data-view="${name}"]`));
+  const was = playing();
   stage.classList.remove("wipe", "apart");
   if (name) stage.classList.add(name);
   element.classList.toggle("differs", name === "apart");
+  apart.hidden = name !== "apart";
+  turn++;
+  if (name === "apart" && !clips().length) draw(sides[0].img, sides[1].img);
+  else if (name === "apart") {
+    for (const side of clips()) side.video.pause();
+    rolling = was;
+    differ();
+  } else if (rolling) { rolling = false; start(); }
 }
+canvas.style.filter = "brightness(4)";
 function look() {
   const most = (zoom - 1) / 2 * 100;
   pan = pan.map((x) => Math.min(most, Math.max(-most, x)));
@@ -113,7 +165,7 @@ export function render(found) {
   element.classList.toggle("still", last === 0 || !clips().length);
   const done = sides.every((side) => value[side.name].src);
   element.classList.toggle("single", !done);
-  if (!done) { view(""); zoomBy(0); }
+  if (!done) { view(""); zoomBy(0); } else if (differs()) differ();
   show();
 }
 export function stopped(words) {
@@ -150,7 +202,7 @@ for (const button of all(".speed button"))
   };
 const gain = one(".gain input");
 gain.oninput = () => {
-  stage.style.setProperty("--gain", gain.value);
+  canvas.style.filter = `brightness(${gain.value})`;
   one(".gain output").textContent = gain.value;
 };
 let held = null;
@@ -174,5 +226,5 @@ stage.addEventListener("wheel", (event) => {
 }, { passive: false });
 for (const { video } of sides) {
   video.onended = () => { seek(0); start(); };
-  video.onseeked = show;
+  video.onseeked = () => { if (!differs()) show(); };
 }

@@ -71,6 +71,10 @@ def recorded(data: dict[str, Any], base: str) -> dict[str, Any]:
         )
         for n in SIDES
     }
+    for name in SIDES:
+        if data[name].get("attention"):
+            home = data[name].get("base", base)
+            ends[name]["attention"] = f"{home}/{data[name]['attention']}"
     return {**ends, **_size(data["fps"], count, height, width)}
 
 

@@ -16,6 +16,7 @@ from dit_accel.app.ask import Ask, config_of
 from dit_accel.app.catalog import card
 from dit_accel.app.cost import Pace, Plan, Weight, check_work, tokens_of
 from dit_accel.app.preview import Preview, fit_colours
+from dit_accel.app.sight import Sight
 from dit_accel.app.stop import check, stoppable
 from dit_accel.generation.facts import facts_of
 from dit_accel.generation.ledger import Ledger
@@ -62,6 +63,7 @@ class Run:
     report: dict[str, Any] | None = None
     cells: list[list[float | None]] | None = None
     facts: Facts | None = None
+    sight: dict[str, Any] | None = None  # see sight.py
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,7 @@ class _Recorder:
             if cold:
                 self._warm_up(pipe, defaults, request, config)
             handle = stack.enter_context(accelerated(pipe, config)) if config else None
+            sight = Sight(handle, request.steps or 0) if handle else None
             ratio = (request.height or 1) / (request.width or 1)
             preview = Preview(pipe, ratio, self.colours)
 
@@ -236,7 +239,9 @@ class _Recorder:
 
             result = generate(pipe, defaults, request, self.tell, on_step)
             report = handle.report().to_dict() if handle else None
-        return Run(self.name, self.how, result, report, ledger.cells if handle else None)
+            seen = sight.to_dict() if sight else None
+        cells = ledger.cells if handle else None
+        return Run(self.name, self.how, result, report, cells, sight=seen)
 
     def _warm_up(self, pipe: Any, defaults: Defaults, request: Request, config: Any) -> None:
         self.tell("warm-up")

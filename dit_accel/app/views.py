@@ -63,7 +63,7 @@ def _lead(data: dict[str, Any]) -> str:
 
 
 def _frame_charts(near: dict[str, Any]) -> dict[str, Markup]:
-    if len(near["psnr"]) < 2:
+    if len(near["psnr"]) < 2 or min(near["psnr"]) >= figures.IDENTICAL_DB:
         return {}
     return {
         "PSNR of each frame": charts.lines({"right": near["psnr"]}, "frame", "dB"),
@@ -80,12 +80,17 @@ def _ran(data: dict[str, Any]) -> list[dict[str, Any]]:
             "calls": figures.ran(data[side]["report"]),
             "full": figures.full_steps(data[side]["cells"]),
             "pruned": _pruned(data[side]["report"]),
-            "map": charts.kept_map(
-                data[side]["cells"], [layer["name"] for layer in data[side]["report"]["layers"]]
-            ),
+            "map": _map(data[side]),
         }
         for side in shown
     ]
+
+
+def _map(side: dict[str, Any]) -> Markup | None:
+    """Kept blocks of each layer and step, where any were skipped."""
+    if side["report"]["kept"] >= 1:
+        return None
+    return charts.kept_map(side["cells"], [layer["name"] for layer in side["report"]["layers"]])
 
 
 def _pruned(report: dict[str, Any]) -> str:

@@ -82,9 +82,10 @@ def time_rows(
 def closeness_rows(near: Closeness, other: str) -> list[tuple[str, str, str]]:
     """(measure, value, what stands beside it) as text; `other` names the clip compared with."""
     many = len(near["psnr"]) > 1
-    worst = f"worst frame {min(near['psnr']):.1f} dB" if many else ""
+    least = min(near["psnr"])
+    worst = f"worst frame {least:.1f} dB" if many and least < IDENTICAL_DB else ""
     rows = [
-        ("PSNR", f"{near['psnr_mean']:.1f} dB", worst),
+        ("PSNR", decibels(near["psnr_mean"]), worst),
         ("SSIM", f"{near['ssim_mean']:.4f}", ""),
     ]
     if "latent_error" in near:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +49,7 @@ class Books:
     reasons: why calls ran dense → how many.
     unplanned: those of the reasons that no schedule asked for.
     implementations: operator and implementation that served → calls.
+    watcher: hears of each table that is read, with the number of its layer.
     """
 
     strict: bool = False
@@ -57,6 +58,7 @@ class Books:
     reasons: dict[str, int] = field(default_factory=dict)
     unplanned: set[str] = field(default_factory=set)
     implementations: dict[str, int] = field(default_factory=dict)
+    watcher: Callable[[int, BlockTable], None] | None = None
 
     def blank(self) -> Books:
         """Books of the same layers in which nothing is written yet."""
@@ -83,6 +85,8 @@ class Books:
     def sparse(self, layer: int, table: BlockTable | None) -> None:
         """A call of `layer` read the blocks of `table`, or all."""
         kept = 1.0 if table is None else table.density()
+        if self.watcher is not None and table is not None:
+            self.watcher(layer, table)
         for book in self._open(layer):
             book.sparse += 1
             book.kept = book.kept + kept

@@ -46,12 +46,14 @@ def test_the_desk_writes_only_in_its_folder(desk, tmp_path):
     assert names == {
         *(f"{side}.{kind}" for side in stage.SIDES for kind in ("mp4", "json", "py")),
         "side_by_side.mp4",
+        "right-attention.json",
         outcome.RECORD,
     }
     assert job.value["left"]["src"] == f"jobs/{job.id}/files/left.mp4"
     assert job.value["frames"] == 9 and job.value["fps"] == 8
     html = views.results(job.record, job.base)
-    assert all(name in html for name in names)
+    assert all(name in html for name in names - {"right-attention.json"})
+    assert job.value["right"]["attention"].endswith("right-attention.json")
     assert str(tmp_path) not in html + json.dumps(job.value)
 
 

@@ -187,3 +187,28 @@ def test_one_model_is_kept_another_replaces_it_and_a_mistyped_one_does_not(pipe)
 def test_a_size_the_model_cannot_make_is_refused_in_a_sentence(studio):
     with pytest.raises(ValueError, match="width is a multiple of 16"):
         pair_of(studio, other(ASK, size="100x128"))
+
+
+@pytest.mark.parametrize("order", ["raster", "hilbert"])
+def test_the_attention_view_holds_the_tables_that_were_read(studio, order):
+    run = pair_of(studio, replace(ASK, right=replace(SPARSE, order=order))).right
+    sight = run.sight
+    count = len(run.report["layers"])
+    assert sight["grid"] == [3, 8, 8] and [layer for layer, _ in sight["layers"]] == list(
+        range(count)
+    )
+    blocks = 3 * 8 * 8 // 64
+    for _, text in sight["layers"]:
+        rows = np.frombuffer(base64.b64decode(text), np.uint8).reshape(blocks, blocks)
+        assert np.allclose(rows.mean(1) / 255, 1 / 3, atol=0.01)  # one of three, in each head
+    if order == "raster":
+        assert sight["order"] is None
+    else:
+        places = np.frombuffer(base64.b64decode(sight["order"]), np.int32)
+        assert sorted(places) == list(range(192)) and list(places) != list(range(192))
+
+
+def test_what_was_pruned_has_no_attention_view(studio, pipe):
+    deep = small_studio(tiny_wan(layers=3))
+    pair = pair_of(deep, replace(other(ASK, steps=8), right=replace(SPARSE, prune="fast")))
+    assert pair.right.sight is None and pair.left.sight is None

@@ -548,8 +548,11 @@ def test_p12_targets_are_large_enough_and_progress_is_announced(any_page):
         ".map(x => x.outerHTML.slice(0, 80))"
     )
     assert small == []
-    live = page.js("return ['#status', '#note', '#cost'].map(q => document.querySelector(q).role)")
+    live = page.js("return ['#said', '#note', '#cost'].map(q => document.querySelector(q).role)")
     assert live == ["status", "alert", "status"]
+    generate(page)
+    page.until(DONE)
+    assert page.js("return document.querySelector('#said').textContent") == "Both clips are done."
     page.keys("#prompt", "\ue004")
     outline = page.js("return getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"

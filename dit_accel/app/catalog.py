@@ -10,7 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.generation.loading import EMBEDDED, GENERATION, Defaults
-from dit_accel.inputs.scene import Backdrop, Object, Scene, UnknownWords, Vocabulary, split
+from dit_accel.inputs.scene import (
+    MOST,
+    MOTIONS,
+    PATTERNS,
+    PLACES,
+    RELATIONS,
+    SIZES,
+    Backdrop,
+    Object,
+    Scene,
+    UnknownWords,
+    Vocabulary,
+    split,
+)
 
 PRESETS = {path.parent.name: path for path in sorted(EMBEDDED.parent.glob("*/preset.json"))}
 _JOINING = ("on", "a", "an", "background")
@@ -33,6 +46,19 @@ class Words:
         colour = self.colours[number % len(self.colours)]
         scene = Scene((Object(self.names[number]),), Backdrop("plain", colour))
         return scene.text(articles=self.scenes)
+
+    def grammar(self) -> list[str]:
+        """What else a prompt may say, a line each."""
+        lines = [f"Backgrounds: {', '.join(self.colours)}."]
+        if not self.scenes:
+            return lines
+        patterns = ", ".join(PATTERNS[2:])
+        return [
+            f"One to {MOST} of them, {' or '.join(SIZES)}, joined by {', '.join(RELATIONS)}.",
+            f"One alone may stand {', '.join(PLACES)}.",
+            f"{lines[0][:-1]}; also {patterns}, or one colour to another.",
+            f"At the end, if you like: {', '.join(MOTIONS)}.",
+        ]
 
     def examples(self, count: int = 3) -> list[str]:
         """Prompts to begin with, spread over what it can draw."""
@@ -66,7 +92,7 @@ class Words:
                 Vocabulary(self.names, self.colours).read(prompt)
             except UnknownWords as error:
                 text = str(error)
-                return f"This model reads sentences of one form: {text}."
+                return f"This model reads sentences of one form and {text}."
             return None
         known = {word for text in (*self.names, *self.colours, *_JOINING) for word in split(text)}
         strange = list(dict.fromkeys(word for word in split(prompt) if word not in known))
@@ -92,7 +118,7 @@ class Card:
         size = (self.defaults.width, self.defaults.height)
         return {
             "draws": draws,
-            "colours": words.colours if words else [],
+            "grammar": words.grammar() if words else [],
             "scenes": bool(words and words.scenes),
             "defaults": {
                 "size": f"{size[0]}x{size[1]}" if all(size) else "",

@@ -73,7 +73,7 @@ function hints() {
   one("#seed").placeholder = "0";
   one("#draws").hidden = !card.draws.length;
   one("#count").textContent = `in ${card.draws.length}`;
-  one("#colours").textContent = card.colours.length ? `Backgrounds: ${card.colours.join(", ")}.` : "";
+  one("#grammar").replaceChildren(...card.grammar.map((line) => Object.assign(document.createElement("li"), { textContent: line })));
   list();
 }
 function list() {

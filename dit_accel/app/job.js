@@ -27,6 +27,19 @@ function said(news) {
   return `${side[0].toUpperCase()}${side.slice(1)} side: ${news.value[side].state || "starting"}. About ${lasting(news.left)} left.`;
 }
 function words(text) { if (status.textContent !== text) status.textContent = text; }
+// A screen reader hears what changes, not every step; the tab's title tells how far it is.
+let heardLast = "";
+const title = document.title;
+function announce(news) {
+  const side = news.value.right.busy ? "right" : "left";
+  const phase = news.state === "running" ? `${side} side: ${(news.value[side].state || "").split(",")[0]}` : said(news);
+  if (news.state !== "waiting" && phase !== heardLast) one("#said").textContent = heardLast = phase;
+  else if (news.state === "waiting" && heardLast !== `${news.before}`) { heardLast = `${news.before}`; one("#said").textContent = said(news); }
+  const share = ["left", "right"].reduce((sum, name) => sum + (news.value[name].src ? 1 : news.value[name].share || 0), 0) / 2;
+  document.title = news.state === "running" ? `${Math.round(100 * share)} % · ${title}`
+    : news.state === "done" && document.hidden ? `Done · ${title}` : title;
+}
+addEventListener("visibilitychange", () => { if (!source) document.title = title; });
 
 export async function generate() {
   if (go.disabled) return;
@@ -50,6 +63,7 @@ function follow(id) {
 function heard(news) {
   retry = 0;
   words(said(news));
+  announce(news);
   tell.moved(job, news);
   if (!["done", "failed", "cancelled"].includes(news.state)) return;
   end();

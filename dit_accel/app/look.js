@@ -55,14 +55,28 @@ function draw() {
       const where = at(token(t, y, x)), read = row[Math.floor(where / sight.block_k)] / 255;
       ink.fillStyle = `rgb(0 0 0 / ${0.78 * (1 - Math.sqrt(read))})`;
       ink.fillRect(x * scale, y * scale, scale, scale);
-      if (Math.floor(where / sight.block_q) !== mine) continue;
-      ink.strokeStyle = "#ffd24a";
-      ink.lineWidth = Math.max(1, scale / 10);
-      ink.strokeRect(x * scale + 0.5, y * scale + 0.5, scale - 1, scale - 1);
     }
+  outline(ink, scale, (y, x) => y >= 0 && x >= 0 && y < high && x < wide && Math.floor(at(token(t, y, x)) / sight.block_q) === mine);
   const some = row.filter((x) => x).length, mean = row.reduce((a, b) => a + b, 0) / 255;
   words.textContent = `Step ${sight.step}: the outlined query block reads ${mean.toFixed(1)} of ${count} key blocks in each ` +
     `head, ${some} in some head; the darker a place of this frame, the fewer heads read it.`;
+}
+// The edges of the query block: white on black, seen on any picture.
+function outline(ink, scale, inside) {
+  const lines = new Path2D(), [, high, wide] = sight.grid;
+  for (let y = 0; y < high; y++)
+    for (let x = 0; x < wide; x++) {
+      if (!inside(y, x)) continue;
+      const [l, t, r, b] = [x * scale + 1.5, y * scale + 1.5, (x + 1) * scale - 1.5, (y + 1) * scale - 1.5];
+      if (!inside(y - 1, x)) { lines.moveTo(l, t); lines.lineTo(r, t); }
+      if (!inside(y + 1, x)) { lines.moveTo(l, b); lines.lineTo(r, b); }
+      if (!inside(y, x - 1)) { lines.moveTo(l, t); lines.lineTo(l, b); }
+      if (!inside(y, x + 1)) { lines.moveTo(r, t); lines.lineTo(r, b); }
+    }
+  for (const [colour, width] of [["#000", 5], ["#fff", 2.5]]) {
+    Object.assign(ink, { strokeStyle: colour, lineWidth: width, lineCap: "square" });
+    ink.stroke(lines);
+  }
 }
 function move(y, x) {
   place = [Math.min(sight.grid[1] - 1, Math.max(0, y)), Math.min(sight.grid[2] - 1, Math.max(0, x))];

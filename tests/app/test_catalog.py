@@ -32,6 +32,8 @@ def test_vocabulary_examples_and_sizes_come_from_the_models_folder(folder):
         assert found.words.trouble(prompt) is None
         if facts["scenes"]:
             Vocabulary.load(folder).read(prompt)
+    assert any("moving up" in line for line in facts["grammar"]) == facts["scenes"]
+    assert any("pink" in line for line in facts["grammar"])
     assert ("an owl on a" in dict(facts["draws"])["owl"]) == facts["scenes"]
 
 

@@ -9,12 +9,13 @@ from starlette.testclient import TestClient
 
 from dit_accel.app import examples, server
 from dit_accel.app.ask import Limits
+from dit_accel.app.catalog import card
 from dit_accel.app.desk import Desk
 from dit_accel.app.launch import warning
 from dit_accel.cli.app import PageOptions
 
 FORM = {
-    "prompt": "a red rocket",
+    "prompt": card(None).words.examples(1)[0],
     "steps": "2",
     "size": "128x128",
     "frames": "9",

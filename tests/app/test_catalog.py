@@ -44,6 +44,6 @@ def test_a_word_that_the_model_does_not_know_is_named(folder):
 
 def test_the_embedded_model_says_what_it_draws_and_its_presets_are_offered():
     facts = card(None).facts()
-    assert len(facts["draws"]) > 20 and facts["colours"]
+    assert len(facts["draws"]) > 20 and facts["grammar"]
     assert set(catalog.PRESETS) == {p.parent.name for p in EMBEDDED.parent.glob("*/preset.json")}
     assert card("no/such-model").words is None

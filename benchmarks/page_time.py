@@ -52,11 +52,20 @@ def first_sight(tab: Tab) -> None:
     playing = tab.js("return performance.now()")
     paint = tab.js("return performance.getEntriesByName('first-contentful-paint')[0].startTime")
     time.sleep(3)
-    done = [m["params"] for m in tab.network() if m["method"] == "Network.loadingFinished"]
-    weight = sum(p["encodedDataLength"] for p in done)
-    print(
-        f"first paint {paint:.0f} ms, an example plays after {playing:.0f} ms, {weight:,.0f} bytes"
-    )
+    print(f"first paint {paint:.0f} ms, an example plays after {playing:.0f} ms")
+    print(f"{weight(tab):,} bytes, clips included")
+
+
+def weight(tab: Tab) -> int:
+    """Bytes received from the page's own server since the browser began."""
+    own, total = set(), 0
+    for message in tab.network():
+        values = message["params"]
+        if message["method"] == "Network.requestWillBeSent":
+            own |= {values["requestId"]} if values["request"]["url"].startswith(tab.url) else set()
+        if message["method"] == "Network.loadingFinished" and values["requestId"] in own:
+            total += values["encodedDataLength"]
+    return total
 
 
 def main() -> None:

@@ -259,7 +259,7 @@ def test_p5_every_method_has_its_line_and_sla_says_what_it_needs(page):
 
 
 def test_p6_a_chip_during_a_run_shows_the_example_and_the_run_goes_on(page):
-    generate(page, steps="60")
+    generate(page, steps="200")
     page.until(DENOISING)
     page.click("#chips button")
     page.until(VIDEOS + "return a.src.includes('examples') && b.src.includes('examples')")
@@ -267,6 +267,10 @@ def test_p6_a_chip_during_a_run_shows_the_example_and_the_run_goes_on(page):
     assert page.js(VIDEOS + "return a.src.includes('examples') && b.src.includes('examples')")
     assert page.js("return document.querySelectorAll('figure.busy').length") == 0
     page.until("return document.querySelector('#status').textContent.includes('left.')")
+    page.click("#back")
+    assert page.js("return document.querySelectorAll('video[src]').length") < 2
+    page.click("#chips button")
+    page.until(VIDEOS + "return a.src.includes('examples') && b.src.includes('examples')")
     page.until("return document.querySelector('#history ol button')")
     assert page.js(VIDEOS + "return a.src.includes('examples')")
     page.click("#history ol button")

@@ -8,6 +8,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation.limits import LIMITS
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.options import How, What, parse_size
+from dit_accel.generation.request import Request
 from dit_accel.inputs import fields
 from dit_accel.samplers.grids import Sampler
 
@@ -138,6 +139,13 @@ class Ask:
             return parse_size(self.what.size)
         except ValueError as error:
             raise BadField("size", f"{str(error).capitalize()}.") from None
+
+    def request(self) -> Request:
+        """What `generate` takes; its picture tells nothing of the server's folders."""
+        request = self.what.request()
+        if request.image is not None:
+            request.image.filename = "picture.png"
+        return request
 
     def filled(self, defaults: Defaults) -> Ask:
         """With the model's defaults where nothing is asked; BadField where these are more than the

@@ -180,7 +180,9 @@ class Desk:
         try:
             raw.write_bytes(data)
             if kind == "picture":
-                read_picture(raw).save(path)
+                picture = read_picture(raw)
+                picture.thumbnail((2 * self.limits.side,) * 2)
+                picture.save(path)
             else:
                 self._check_preset(raw)
                 raw.replace(path)

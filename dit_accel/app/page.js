@@ -27,13 +27,14 @@ async function example(name) {
   } catch (wrong) { form.mark(wrong); }
 }
 async function restore(id) {
-  if (id === job.current() && job.running()) { showing = { kind: "job", id }; return; }
   try {
     const found = await ask(`jobs/${id}`);
     put(found, { kind: "job", id });
     form.fill(found.asked);
   } catch (wrong) { if (wrong.status === 404) past.forget(id); form.mark(wrong); }
 }
+let latest = null;
+one("#back").onclick = () => put({ value: latest, html: "" }, { kind: "job", id: job.current() });
 const mine = (id) => showing.kind === "job" && showing.id === id;
 
 job.start({
@@ -45,8 +46,13 @@ job.start({
       one("#player").scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
     }
   },
-  moved(id, news) { if (mine(id)) stage.render(news.value); },
+  moved(id, news) {
+    latest = news.value;
+    one("#back").hidden = mine(id);
+    if (mine(id)) stage.render(news.value);
+  },
   async ended(id, news) {
+    one("#back").hidden = true;
     if (news.state !== "done") return;
     const found = await ask(`jobs/${id}`);
     past.add(id, found);
@@ -75,7 +81,7 @@ results.addEventListener("click", (event) => {
 });
 addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); job.generate(); return; }
-  if (event.target.closest("input, textarea, select, button, summary, a") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!event.target.closest("#player") || event.target.closest("input, select, button") || event.ctrlKey || event.metaKey || event.altKey) return;
   if (stage.key(event.key)) event.preventDefault();
 });
 form.start(() => {});

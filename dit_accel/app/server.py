@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -93,11 +94,12 @@ class _Page:
         name = request.path_params["name"]
         if name not in _static_names():
             return PlainTextResponse("There is no such file.", 404)
-        return Response(
-            _asset(name),
-            media_type=TYPES[Path(name).suffix],
-            headers={"cache-control": "max-age=300"},
-        )
+        text = _asset(name)
+        mark = f'"{hashlib.sha256(text.encode()).hexdigest()[:16]}"'
+        head = {"cache-control": "no-cache", "etag": mark}
+        if mark in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=head)
+        return Response(text, media_type=TYPES[Path(name).suffix], headers=head)
 
     async def example(self, request: Request) -> Response:
         name = request.path_params["name"]

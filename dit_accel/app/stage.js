@@ -218,6 +218,9 @@ stage.addEventListener("pointermove", (event) => {
   look();
 });
 for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, () => { held = null; });
+stage.addEventListener("click", (event) => {
+  if (zoom === 1 && event.target.closest(".screen") && !event.target.closest(".look") && clips().length) key(" ");
+});
 stage.addEventListener("dblclick", () => zoomBy(zoom > 1 ? 0 : 1));
 stage.addEventListener("wheel", (event) => {
   if (!event.ctrlKey) return;

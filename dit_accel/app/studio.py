@@ -151,7 +151,7 @@ class Studio:
         pipe, defaults = self._model(ask.model, tell)
         self.pace.prime(self.where)
         ask = self.filled(ask)
-        request = ask.what.request()
+        request = ask.request()
         values = arguments(pipe, defaults, request)
         runs = {}
         for name, how in (("left", ask.left), ("right", ask.right)):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from asks import ASK, DEFAULTS, SPARSE, other
+from PIL import Image
 
 from dit_accel.app import form
 from dit_accel.app.ask import Ask, BadField, Limits, config_of, label
@@ -101,6 +102,12 @@ def test_a_public_page_runs_only_the_operators_models_and_reads_none_of_its_file
         with pytest.raises(BadField):
             form.read({"prompt": "a cat", "right": side}, limits, opened)
     assert not any(k.value.startswith("preset:") for k in form.kinds(limits))
+
+
+def test_a_first_picture_tells_nothing_of_the_servers_folders(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "sent.png")
+    request = other(ASK, image=tmp_path / "sent.png").request()
+    assert request.image.size == (16, 16) and request.image.filename == "picture.png"
 
 
 def test_the_product_of_tokens_and_steps_is_bounded():

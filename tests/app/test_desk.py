@@ -15,6 +15,7 @@ from dit_accel.app.ask import BadField, Limits, config_of
 from dit_accel.app.cost import Pace
 from dit_accel.app.desk import KEPT, Desk, Full, sentence
 from dit_accel.app.stop import Cancelled
+from dit_accel.media import metadata
 
 
 @pytest.fixture
@@ -51,6 +52,8 @@ def test_the_desk_writes_only_in_its_folder(desk, tmp_path):
     }
     assert job.value["left"]["src"] == f"jobs/{job.id}/files/left.mp4"
     assert job.value["frames"] == 9 and job.value["fps"] == 8
+    made = metadata.read(job.folder / "right.mp4")
+    assert made["prompt"] == ASK.what.prompt and made["config"]["method"]["keep"] == 0.3
     html = views.results(job.record, job.base)
     assert all(name in html for name in names - {"right-attention.json"})
     assert job.value["right"]["attention"].endswith("right-attention.json")

@@ -152,6 +152,12 @@ def test_the_page_calls_nobody_else_and_shows_no_paths(client):
     assert "style=" not in answer.text  # the policy would drop it
 
 
+def test_scripts_are_fetched_again_only_where_they_changed(client):
+    first = client.get("/static/page.js")
+    same = client.get("/static/page.js", headers={"if-none-match": first.headers["etag"]})
+    assert (first.status_code, same.status_code, same.text) == (200, 304, "")
+
+
 def test_names_that_the_page_is_called_by(pipe, tmp_path):
     desk = Desk(small_studio(pipe), tmp_path)
     with TestClient(server.build(desk, hosts=("demo.example",))) as client:

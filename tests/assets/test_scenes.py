@@ -233,3 +233,16 @@ def test_an_encoder_that_looks_at_neighbours_hears_the_order() -> None:
     ids = torch.tensor([[3, 4, 5, 6, 7, 8], [3, 6, 5, 4, 7, 8]])
     one, other = encoder(ids, torch.ones_like(ids)).last_hidden_state
     assert (one[2] - other[2]).norm() > 0.1 * one[2].norm()  # between the two that changed places
+
+
+def test_listed_prompts_are_scenes_half_of_them_held_out(tmp_path: Path) -> None:
+    import listed_prompts
+    import scene_set
+
+    listed_prompts.main(["--out", str(tmp_path)])
+    lines = {f.name: f.read_text().splitlines() for f in tmp_path.iterdir()}
+    assert {name: len(found) for name, found in lines.items()} == listed_prompts.FILES
+    assert len({p for found in lines.values() for p in found}) == sum(map(len, lines.values()))
+    for found in lines.values():
+        held = [scene_set.is_held_out(scene_set.VOCABULARY.read(p)) for p in found]
+        assert held == [False] * (len(held) // 2) + [True] * (len(held) // 2)

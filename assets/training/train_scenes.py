@@ -33,6 +33,7 @@ PLAIN = ("condition_embedder", "patch_embedding", "proj_out", "shared", "relativ
 SHORT = 3  # latent frames of a short step: nine frames
 SAVE_EVERY = 120.0
 WARMUP = 100
+PROFILED = 300  # steps before --profile: every graph is compiled by then
 
 
 def canvas(text: str) -> Canvas:
@@ -145,6 +146,19 @@ class Run:
         pool.owe(pool.canvas.batch / self.args.uses)
         return pool.canvas, loss
 
+    def profile(self) -> None:
+        """Twenty steps, and the kernels and operators that took most of their time."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU]
+        kinds += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+        with profile(activities=kinds) as found:
+            for _ in range(20):
+                self.step()
+                self.progress.step += 1
+        order = f"self_{self.device.type}_time_total"
+        self.say(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
+
     def train(self) -> None:
         """Until the time is up; checkpoints on the way and at the end."""
         self.fill()
@@ -160,6 +174,8 @@ class Run:
                 self.base, (g for o in self.optimizers for g in o.param_groups), strict=True
             ):
                 group["lr"] = lr * now
+            if self.args.profile and self.progress.step - first == PROFILED:
+                self.profile()
             if self.progress.step - first in (0, self.args.only_steps):
                 self.thaw(self.progress.step - first)
             if self.teacher and not self.taught and share >= self.args.distil_from:
@@ -219,6 +235,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--distil-from", type=float, default=0.0, help="share of the time before the teacher"
     )
+    parser.add_argument("--profile", action="store_true", help="where 20 steps spend their time")
     parser.add_argument(
         "--where", type=float, default=0.1, help="weight of whereabouts.py, words.py"
     )

@@ -140,6 +140,9 @@ def test_scenes_are_trained_resumed_distilled_shown_and_exported(
     common += ["--canvas", "32:9:4:1", "--first", "8", "--pool", "8", "--seconds", "100"]
     out = tmp_path / "run"
     common += ["--out", str(out)]
+    monkeypatch.setattr(train_scenes, "PROFILED", 2)
+    train_scenes.main([*common, "--steps", "3", "--profile", "--out", str(tmp_path / "profiled")])
+    assert "aten::addmm" in capsys.readouterr().out
     train_scenes.main([*common, "--steps", "30", "--short", "0.3"])
     more = ["--steps", "10", "--resume", str(out / "dit"), "--distil", "3", "--fall", "0"]
     train_scenes.main([*common, *more, "--show", "32:9:1:3", "--show-count", "2"])

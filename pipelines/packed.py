@@ -12,10 +12,12 @@ from dit_accel.pipelines.grids import grid_of_ids, grid_of_images, image_ids, on
 _BLOCKS = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 
 _CONTROL = ("controlnet_block_samples", "controlnet_single_block_samples")
-# image_rotary_emb: cosines and sines [text + N, D]; text and image in one row after the two
+# image_rotary_emb: cosines and sines [text + N, D]; text and image in one row after the two. A mask
+# [B, 1, 1 or text + N, text + N] comes through the user's, or the pipeline's, keywords
+_MASK = "joint_attention_kwargs.attention_mask"
 _SPAN = SpanSite(
     ("transformer_blocks", "single_transformer_blocks"),
-    rows=(("image_rotary_emb", 0, 2),),
+    rows=(("image_rotary_emb", 0, 2), (_MASK, 2, 4), (_MASK, 3, 4)),
     probes=("attn", "ff"),
     text="encoder_hidden_states",
     visual=1,

@@ -10,6 +10,8 @@ def _geometry(transformer, args) -> Geometry:
     grid = grid_of(transformer, args["hidden_states"])
     if getattr(args.get("timestep"), "ndim", 1) == 2:
         return Geometry(grid, fixed_order="timesteps are per token")
+    if getattr(transformer.config, "num_frame_per_block", 1) > 1:  # SkyReels V2
+        return Geometry(grid, fixed_order="its block-causal mask has the tokens in raster order")
     control = args.get("control_hidden_states")
     if control is not None and grid_of(transformer, control) != grid:
         return Geometry(grid, fixed_order="the control video has another size")

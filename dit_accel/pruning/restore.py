@@ -64,6 +64,10 @@ class Memory:
         self.seen[index] = step
         self.text = text
 
+    def fits(self, residual: Tensor, probe: Tensor) -> bool:
+        """Is what is kept of tokens like these? A batch may grow: of text, or after a step."""
+        return self.residual.shape == residual.shape and self.reference.shape == probe.shape
+
     def tensors(self) -> list[Tensor]:
         """Those that are kept."""
         found = (self.residual, self.seen, self.reference, self.rate, self.text)

@@ -28,7 +28,7 @@ class Rows:
     order: Tensor | None = None
     n: int = 0
     index: Tensor | None = None
-    _taken: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    _taken: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
 
     def begin(self, geometry: Geometry, order: Tensor | None) -> None:
         """A forward starts."""
@@ -139,15 +139,16 @@ class Rows:
 
         Rows of text beside the visual ones stay; a single row, for all tokens, stays too.
         """
-        if id(value) not in self._taken:
+        which = (id(value), dim)
+        if which not in self._taken:
             if isinstance(value, (tuple, list)):
                 taken = type(value)(self._take(x, dim, rank, n_text, index) for x in value)
             elif value.ndim != rank or value.shape[dim] == 1:
                 taken = value
             else:
                 taken = value.index_select(dim, self._at(value.shape[dim], n_text, index))
-            self._taken[id(value)] = (value, taken)  # the value is held, so its id stays its own
-        return self._taken[id(value)][1]
+            self._taken[which] = (value, taken)  # the value is held, so its id stays its own
+        return self._taken[which][1]
 
     def _at(self, rows: int, n_text: int, index: Tensor) -> Tensor:
         """int64: which of an argument's rows are those of the tokens `index` and of the text."""

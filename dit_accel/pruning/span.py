@@ -156,7 +156,7 @@ class Span:
         seen, clock = self.observer, self.clock
         self._entered = Entry(tokens, text, seen.enter(tokens))
         known = self.memory.get(clock.passname)
-        if known is None or known.residual.shape != tokens.shape:
+        if known is None or not known.fits(tokens, tokens):
             return
         facts = seen.facts(tokens, self._entered.probe, known)
         due = self.prune.prunes(clock.step, clock.steps, known.full)
@@ -214,7 +214,7 @@ class Span:
         step, name, probe = self.clock.step, self.clock.passname, entry.probe
         known = self.memory.get(name)
         text = None if text is None or entry.text is None else text - entry.text
-        if known is None or (index is None and known.residual.shape != fresh.shape):
+        if known is None or (index is None and not known.fits(fresh, probe)):
             self.memory[name] = Memory.of_all(step, fresh, probe, text)
         else:
             known.update(step, index, fresh, probe, text, self.prune.restore == "taylor")

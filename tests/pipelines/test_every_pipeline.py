@@ -10,7 +10,7 @@ from drive import build, pipelines, run
 from support import left_on
 
 import dit_accel
-from dit_accel import Schedule, TopK
+from dit_accel import Schedule, TokenPruning, TopK
 from dit_accel.pipelines.denoisers import denoisers
 
 QUICK = (
@@ -98,6 +98,34 @@ def test_a_call_gives_what_stock_gives_when_all_is_kept(name):
     generations, steps = RUNS.get(name, (1, 2))
     assert report.generations == generations
     assert {row["step"] for row in report.steps} == set(range(steps))
+
+
+HALF = TokenPruning(keep=0.5, start=1, end=0, first=0, last=None)
+# pruned: a mask among the keywords; a batch that grows behind the first step
+PRUNED = ("AnyFlowPipeline", "BriaFiboEditPipeline")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in PRUNED else [pytest.mark.slow])
+        for name in sorted(pipelines())
+    ],
+)
+def test_orders_change_nothing_and_pruned_steps_are_finite_or_refused(name):
+    pipe = build(name)
+    stock = run(pipe, name)
+    with dit_accel.accelerated(pipe, TopK(keep=0.999), order="hilbert", **NOW):
+        ordered = run(pipe, name)
+    scale = float(stock.abs().max())
+    torch.testing.assert_close(ordered, stock, rtol=1e-3, atol=1e-3 * scale)
+    try:
+        with dit_accel.accelerated(pipe, TopK(keep=0.999), prune=HALF, **NOW):
+            assert run(pipe, name).isfinite().all()
+    except (ValueError, RuntimeError) as refused:
+        assert "cannot run token pruning: " in str(refused)
+    assert torch.equal(run(pipe, name), stock)
 
 
 def test_all_pipelines_of_the_page_are_driven():

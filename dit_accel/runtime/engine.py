@@ -156,6 +156,7 @@ class Engine:
         if self.span is not None:
             self.span.observer.watch_attention(q, k, mask)
             k, v, mask = self.span.keys((layer, number), k, v, mask)
+            n = k.shape[1] if shard.ring is None else n  # with those of pruned tokens
         action = self.action(layer, shard.rank, shard.ranks)
         obstacle = why_dense(self, tokens, q.shape[1], n, q.device)
         if self.config.method.stateful and not obstacle:

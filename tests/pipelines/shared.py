@@ -21,7 +21,7 @@ from zoo import Case, Pipe, zoo
 
 import dit_accel
 from dit_accel import Schedule, TopK
-from dit_accel.parallel import ulysses
+from dit_accel.parallel import sharing
 
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
 
@@ -70,7 +70,7 @@ def _one(name: str) -> str:
         whose = "" if sparse else "stock diffusers fails there, too: "
         try:
             if not sparse:
-                ulysses._share_on_cpu(model, config, 2)
+                sharing._share_on_cpu(model, config)
             together, reasons = _run(model, case, sparse)
         except RuntimeError as error:  # the same in both processes
             return f"no: {whose}{type(error).__name__}"

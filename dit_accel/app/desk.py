@@ -222,7 +222,10 @@ class Desk:
                 if not self._queue:
                     return
                 job = self._queue[0]
-            self._serve(job)
+            # in a thread of its own, with which its libraries' caches go
+            run = Thread(target=self._serve, args=(job,), daemon=True)
+            run.start()
+            run.join()
             with self._bell:
                 if job in self._queue:
                     self._queue.remove(job)

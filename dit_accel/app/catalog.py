@@ -34,12 +34,13 @@ class Words:
     """The words that a model was trained on, and how they make a prompt.
 
     names: what it can draw. colours: of backgrounds. scenes: it reads a grammar and refuses the
-    rest (dit_accel.inputs.scene).
+    rest (dit_accel.inputs.scene). given: prompts to begin with, where the model names some.
     """
 
     names: tuple[str, ...]
     colours: tuple[str, ...]
     scenes: bool
+    given: tuple[str, ...] = ()
 
     def prompt(self, number: int) -> str:
         """The plain prompt of the name with this number."""
@@ -61,7 +62,9 @@ class Words:
         ]
 
     def examples(self, count: int = 3) -> list[str]:
-        """Prompts to begin with, spread over what it can draw."""
+        """Prompts to begin with: the model's own, else some spread over what it can draw."""
+        if len(self.given) >= count:
+            return list(self.given[:count])
         if not self.scenes:
             stride = max(1, len(self.names) // count)
             return [self.prompt(i) for i in range(0, len(self.names), stride)][:count]
@@ -157,7 +160,9 @@ def _words(folder: Path) -> Words | None:
     names, colours = facts.get("held_out"), facts.get("colours")
     if not isinstance(names, dict) or not isinstance(colours, dict) or not names or not colours:
         return None
-    return Words(tuple(names), tuple(colours), bool(facts.get("scenes")))
+    given = facts.get("examples")
+    given = tuple(map(str, given)) if isinstance(given, list) else ()
+    return Words(tuple(names), tuple(colours), bool(facts.get("scenes")), given)
 
 
 def _granularity(folder: Path) -> tuple[int, int]:

@@ -37,6 +37,13 @@ def test_vocabulary_examples_and_sizes_come_from_the_models_folder(folder):
     assert ("an owl on a" in dict(facts["draws"])["owl"]) == facts["scenes"]
 
 
+def test_a_model_may_name_its_examples(folder):
+    file = folder / "training.json"
+    prompts = ["a ghost on a pink background", "a cat on a red background", "an owl on a red one"]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "examples": prompts}))
+    assert card(str(folder)).words.examples(2) == prompts[:2]
+
+
 def test_a_word_that_the_model_does_not_know_is_named(folder):
     trouble = card(str(folder)).words.trouble("a spaceship on a blue background")
     assert "spaceship" in trouble

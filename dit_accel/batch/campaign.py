@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from dit_accel.batch.folder import Hold, clashes, opened, sweep
 from dit_accel.batch.gallery import publish
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import DiskFull, Manifest
+from dit_accel.batch.model import BESIDE, absolute
+from dit_accel.batch.model import listed as listed_files
 from dit_accel.batch.places import Place, launched
 from dit_accel.batch.reading import Parsed, Problem, gather, listed
 from dit_accel.batch.summary import Summary, summarize
@@ -65,8 +67,9 @@ def run(
     """
     asked = Asked(settings or Settings(), check_every, retry_failed, command)
     where = Place(pipe, workers, gpus, device, ulysses, ray, show)
-    parsed = gather(jobs, defaults)
+    parsed = gather(jobs, _with_checkpoint(defaults, asked.settings.checkpoint))
     asked.judge(parsed)
+    asked = asked.of_one_checkpoint(parsed, pipe is not None)
     model = (
         _name(where.pipe) if where.pipe is not None else loading.find_model(asked.settings.model)
     )
@@ -99,6 +102,25 @@ class Asked:
             )
         if not parsed.jobs:
             raise ValueError("there is no job to do" + listed(parsed.problems))
+
+    def of_one_checkpoint(self, parsed: Parsed, loaded: bool) -> Asked:
+        """With the checkpoint that the jobs name; ValueError where they differ, or where a pipeline
+        is given that has its own weights."""
+        named = {job.checkpoint: line for line, job in parsed.jobs}
+        if len(named) > 1:
+            (first, a), (second, b), *_ = named.items()
+            raise ValueError(
+                f"line {a} has the checkpoint {first} and line {b} {second}: a batch runs one, "
+                "make two of them"
+            )
+        text = next(iter(named))
+        if text is not None and loaded:
+            raise ValueError(
+                "the pipeline is loaded already: load_checkpoint(pipe, …) before, and leave the "
+                "checkpoint out"
+            )
+        files = None if text is None else listed_files(text)
+        return replace(self, settings=replace(self.settings, checkpoint=files))
 
     def digest(self, parsed: Parsed, model: str) -> str:
         """The same for runs that may work side by side in one folder."""
@@ -133,6 +155,15 @@ class Asked:
         manifest.plan(
             parsed.jobs, problems, check_every=self.check_every, retry_failed=self.retry_failed
         )
+
+
+def _with_checkpoint(
+    defaults: Mapping[str, object] | None, files: Sequence[str] | None
+) -> Mapping[str, object] | None:
+    """The keys of jobs that do not have them, the run's checkpoint among them."""
+    if not files:
+        return defaults
+    return {**(defaults or {}), "checkpoint": BESIDE.join(map(absolute, files))}
 
 
 def _without(parsed: Parsed, refused: Mapping[int, str]) -> Parsed:

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from dit_accel.batch.manifest import Manifest
+from dit_accel.batch.model import load
 from dit_accel.batch.worker import (
     DEVICE_LOST,
     DISK_FULL,
@@ -16,7 +17,6 @@ from dit_accel.batch.worker import (
     Worker,
 )
 from dit_accel.batch.writer import FULL
-from dit_accel.generation.loading import load_pipeline
 
 
 def serve(folder: str, device: str, threads: int) -> int:
@@ -29,14 +29,12 @@ def serve(folder: str, device: str, threads: int) -> int:
     manifest = Manifest(folder)
     settings = Settings(**manifest.get("settings"))
     try:
-        pipe, defaults = load_pipeline(
-            settings.model, None if device == "auto" else device, settings.dtype, settings.offload
-        )
+        opened = load(settings, None if device == "auto" else device)
     except ValueError as error:
         manifest.give_up(str(error))
         return NO_MODEL
     try:
-        stopped = Worker(manifest, pipe, defaults, settings, child=True).run()
+        stopped = Worker(manifest, *opened, settings, child=True).run()
     except DeviceLost:
         return DEVICE_LOST
     return DISK_FULL if stopped == FULL else 0

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from dit_accel.batch.model import config_of, listed
 from dit_accel.config import DEFAULT, AccelConfig, resolve
 from dit_accel.generation.request import Request
 from dit_accel.inputs.fields import check, shown
@@ -19,7 +20,7 @@ from dit_accel.media import names
 from dit_accel.media.pictures import read_picture
 from dit_accel.pruning.config import resolve as pruning
 
-DENSE = "dense"
+DENSE, TRAINED = "dense", "trained"
 INTEGERS = ("seed", "steps", "height", "width", "frames")
 _REQUEST = ("prompt", "negative_prompt", "guidance", "sampler", *INTEGERS)
 
@@ -32,7 +33,10 @@ class Job:
         prompt, negative_prompt, seed, steps, height, width, frames, guidance: as in Request.
         sampler: a grid of few steps ("dmd", "flow:5"), see `samplers.Sampler`; None is the model's.
         image: path of the picture that image-to-video starts from.
-        method: "dense", a method, "method:preset" or a preset file (.json).
+        method: "dense", a method, "method:preset" or a preset file (.json); with a checkpoint also
+            "trained", which is then the default.
+        checkpoint: trained weights over the model's, the same in all jobs of a batch; " + " stands
+            between the files of two experts.
         prune: share of the tokens that run in most steps, or a preset of token pruning.
         name: of the file to write, without folder and suffix; None makes one from the content.
 
@@ -50,16 +54,20 @@ class Job:
     guidance: float | None = None
     sampler: str | None = None
     image: str | None = None
-    method: str = DEFAULT
+    method: str | None = None
+    checkpoint: str | None = None
     prune: float | str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
         check(self)
+        if self.method is None:
+            usual = DEFAULT if self.checkpoint is None else TRAINED
+            object.__setattr__(self, "method", usual)
         if self.name is not None:
             object.__setattr__(self, "name", names.check_name(self.name))
         self.request(load=False)
-        _configuration(self.method, self.prune)
+        _ = self.config
         if self.image is not None:
             _digest(self.image)
 
@@ -78,12 +86,13 @@ class Job:
     @property
     def config(self) -> AccelConfig | None:
         """The method's configuration; None leaves the pipeline as it is."""
-        return _configuration(self.method, self.prune)
+        return _configuration(self.method or DEFAULT, self.prune, self.checkpoint)
 
     @cached_property
     def id(self) -> str:
         """16 hex digits over everything that decides the pixels, the picture's bytes included."""
-        apart = ("name", "prune", *(["sampler"] if self.sampler is None else []))
+        newer = [key for key in ("sampler", "checkpoint") if getattr(self, key) is None]
+        apart = ("name", "prune", *newer)
         content = {k: v for k, v in asdict(self).items() if k not in apart}
         content["method"] = self.config.to_dict() if self.config else DENSE
         content["guidance"] = None if self.guidance is None else float(self.guidance)
@@ -96,7 +105,8 @@ class Job:
         """File name without suffix (which is known once there is a clip or a picture)."""
         if self.name is not None:
             return self.name
-        method = Path(self.method).stem if _is_file(self.method) else self.method
+        method = self.method or DEFAULT
+        method = Path(method).stem if _is_file(method) else method
         method += "" if self.prune is None else f" prune {self.prune}"
         words = [names.from_text(self.prompt, 40) or "clip", names.from_text(method, 60)]
         return "-".join([*words, f"s{self.seed}", self.id[:8]])
@@ -130,11 +140,24 @@ def _is_file(method: str) -> bool:
     return method.endswith(".json")
 
 
-def _configuration(method: str, prune: float | str | None) -> AccelConfig | None:
+def _configuration(
+    method: str, prune: float | str | None, checkpoint: str | None
+) -> AccelConfig | None:
+    if method == TRAINED:
+        return _trained(checkpoint, prune)
     if method == DENSE and prune is None:
         return None
     stamp = os.stat(method).st_mtime_ns if _is_file(method) and os.path.isfile(method) else 0
     return _resolved(method, prune, stamp)
+
+
+def _trained(checkpoint: str | None, prune: float | str | None) -> AccelConfig | None:
+    if checkpoint is None:
+        raise ValueError(f"method {TRAINED!r} is a checkpoint's, and there is none: name one")
+    config = config_of(tuple(listed(checkpoint)))
+    if config is None:
+        return _configuration(DENSE, prune, None)
+    return config if prune is None else resolve(config, prune=pruning(prune))
 
 
 @lru_cache(maxsize=256)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dit_accel.batch import model
 from dit_accel.batch.display import Display
 from dit_accel.batch.fleet import Fleet
 from dit_accel.batch.gallery import publish
@@ -19,6 +20,7 @@ from dit_accel.batch.together import Together
 from dit_accel.batch.worker import Settings, Worker
 from dit_accel.batch.writer import FULL
 from dit_accel.generation import loading
+from dit_accel.generation.trained import Trained
 from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
@@ -144,10 +146,10 @@ def _work(
         if display is not None:
             stack.enter_context(_refreshing(display))
         if pipe is None:
-            pipe, known = _load_for_rank(settings)
+            opened = _load_for_rank(settings)
         else:
-            known = loading.Defaults.from_pipeline(pipe)
-        stopped = Worker(manifest, pipe, known, settings, child=False).run()
+            opened = pipe, loading.Defaults.from_pipeline(pipe), None
+        stopped = Worker(manifest, *opened, settings, child=False).run()
     return stopped or manifest.get("stop") or ""
 
 
@@ -161,11 +163,9 @@ def _work_together(
 ) -> str:
     """Every clip by all processes: the first has the worker, the others follow."""
     if pipe is None:
-        pipe, known = loading.load_pipeline(
-            settings.model, launcher.device(device), settings.dtype, settings.offload
-        )
+        pipe, known, trained = model.load(settings, launcher.device(device))
     else:
-        known = loading.Defaults.from_pipeline(pipe)
+        known, trained = loading.Defaults.from_pipeline(pipe), None
     together = Together(pipe, count)
     if not together.leads:
         together.follow(pipe, known)
@@ -174,7 +174,7 @@ def _work_together(
         if show != "none":
             display = stack.enter_context(Display(manifest, json_events=show == "json"))
             stack.enter_context(_refreshing(display))
-        stopped = Worker(manifest, pipe, known, settings, False, together).run()
+        stopped = Worker(manifest, pipe, known, trained, settings, False, together).run()
     together.dismiss()
     return stopped or manifest.get("stop") or ""
 
@@ -190,12 +190,14 @@ def _attend(manifest: Manifest, fleet: RayFleet, show: str) -> str:
             return FULL
 
 
-def _load_for_rank(settings: Settings) -> tuple[DiffusionPipeline, loading.Defaults]:
+def _load_for_rank(
+    settings: Settings,
+) -> tuple[DiffusionPipeline, loading.Defaults, Trained | None]:
     import torch
 
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local}" if torch.cuda.is_available() else None
-    return loading.load_pipeline(settings.model, device, settings.dtype, settings.offload)
+    return model.load(settings, device)
 
 
 def _threads(devices: list[str]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_accel.batch.jobs import INTEGERS, Job, check_keys
+from dit_accel.batch.model import beside
 from dit_accel.inputs.data import parse
 from dit_accel.inputs.fields import shown
 from dit_accel.inputs.prompts import prompt_lines
@@ -117,6 +118,8 @@ def expand(values: Mapping[str, object], base: Path = Path()) -> Iterator[Job]:
             text = job.get(key)
             if isinstance(text, str) and (key == "image" or text.endswith(".json")):
                 job[key] = str((base / text).absolute())
+        if isinstance(job.get("checkpoint"), str):
+            job["checkpoint"] = beside(job["checkpoint"], base)
         yield Job.from_dict(job)
 
 

@@ -22,6 +22,7 @@ from dit_accel.generation.boost import Boost
 from dit_accel.generation.facts import facts_of
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
+from dit_accel.generation.trained import Trained
 from dit_accel.inputs.fields import check
 from dit_accel.machine import is_device_lost, is_out_of_memory
 from dit_accel.media import owner as owners
@@ -42,6 +43,7 @@ class Settings:
 
     Args:
         model, dtype, offload: as in `load_pipeline`.
+        checkpoint: files, folders or ids for `load_checkpoint`.
         compile: torch.compile of the transformer's blocks.
         batch: clips in one call of the pipeline, at most.
         retries: further tries of a job that failed for no fault of its own.
@@ -52,6 +54,7 @@ class Settings:
     """
 
     model: str | None = None
+    checkpoint: list[str] | None = None
     dtype: str | None = None
     offload: bool = False
     compile: bool = False
@@ -86,12 +89,13 @@ class Worker:
         manifest: Manifest,
         pipe: DiffusionPipeline,
         defaults: Defaults,
+        trained: Trained | None,
         settings: Settings,
         child: bool,
         together: Together | None = None,
     ) -> None:
         self.manifest, self.pipe, self.defaults = manifest, pipe, defaults
-        self.settings, self.owner = settings, owners.me()
+        self.trained, self.settings, self.owner = trained, settings, owners.me()
         self.renders = render.render if together is None else together.render
         self.device = pipe._execution_device
         self._taken: list[AccelConfig] = []
@@ -236,6 +240,7 @@ class Worker:
             model=self.manifest.get("model"),
             fps=self.defaults.fps,
             sampler=job.sampler,
+            trained=self.trained,
             command=self.manifest.get("command", ""),
         )
 

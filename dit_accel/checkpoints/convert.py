@@ -50,8 +50,6 @@ def convert(
     parts = read(*paths)
     for part in parts:
         part.slot = part.slot or SLOTS[0]
-    if len({part.slot for part in parts}) < len(parts):
-        raise ValueError("two files are for the same transformer: their names tell high from low")
     method = together(parts)
     folder = final.with_name(f".{final.name}.part")
     shutil.rmtree(folder, ignore_errors=True)

@@ -93,6 +93,7 @@ def load_checkpoint(
     into: str | None = None,
     keep: float | None = None,
     sampler: str | bool = True,
+    attention: bool = True,
     **options: Unpack[Options],
 ) -> Loaded:
     """Load a sparse or few-step checkpoint into a stock pipeline, and run it as it was trained.
@@ -108,6 +109,7 @@ def load_checkpoint(
         into: "transformer" or "transformer_2", where neither file's name nor pipeline tells.
         keep: share of key blocks, instead of the one it was trained with.
         sampler: True: the one it was distilled for; False: the pipeline's own; or one in words.
+        attention: False leaves attention as it is; `config` of the result says how it was trained.
         options: of `accelerate`, such as min_tokens or schedule.
 
     Raises ValueError, before anything is changed, for a file that cannot be read, tensors that do
@@ -134,7 +136,7 @@ def load_checkpoint(
         notes=[note for part in parts for note in part.notes],
     )
     try:
-        _set_up(pipe, loaded, parts[0], options)
+        _set_up(pipe, loaded, parts[0], options if attention else None)
         place.write(jobs)
     except BaseException:
         loaded.restore()
@@ -142,12 +144,14 @@ def load_checkpoint(
     return loaded
 
 
-def _set_up(pipe: DiffusionPipeline, loaded: Loaded, part: Checkpoint, options: Options) -> None:
-    """Sampler, attention and boundary; each with the way back."""
+def _set_up(
+    pipe: DiffusionPipeline, loaded: Loaded, part: Checkpoint, options: Options | None
+) -> None:
+    """Sampler, attention (None: as it is) and boundary; each with the way back."""
     undo = loaded._undo
     if loaded.sampler:
         undo.append(_sample(pipe, loaded.sampler, part.shifts))
-    if loaded.config is not None:
+    if loaded.config is not None and options is not None:
         loaded.handle = api.accelerate(pipe, loaded.config, **options)
         loaded.config = loaded.handle.config
         undo.append(loaded.handle.restore)
@@ -161,6 +165,8 @@ def together(parts: list[Checkpoint], keep: float | None = None) -> Method | Non
     if any((part.family, part.method) != (first.family, first.method) for part in parts):
         kinds = ", ".join(sorted({part.family for part in parts}))
         raise ValueError(f"the files are of several kinds ({kinds}): load one after another")
+    if len({part.slot for part in parts}) < len(parts):
+        raise ValueError("two files are for the same transformer: their names tell high from low")
     method = first.method
     if method is None:
         return None

@@ -52,6 +52,8 @@ def _target(pipe: DiffusionPipeline, part: Checkpoint, told: bool) -> nn.Module:
         raise ValueError(f"{type(pipe).__name__} has no transformer to load a checkpoint into")
     if len(slots) == 1 and not told:
         part.slot = slots[0]
+    if part.slot is None and len(slots) == 1:
+        raise ValueError(f"{type(pipe).__name__} has one transformer: give one file, not several")
     if part.slot is None:
         raise ValueError(
             f"{type(pipe).__name__} has two transformers, and the file's name has neither high nor "

@@ -95,6 +95,7 @@ class WorkOptions:
 
         return Settings(
             model=where.model,
+            checkpoint=where.checkpoint,
             dtype=where.dtype,
             offload=where.offload,
             compile=self.compile,

@@ -43,14 +43,15 @@ def compare(
     from dit_accel.generation.loading import find_model
 
     with checked():
-        request, config, boost = what.request(), how.config(), how.boost()
+        request, _, boost = what.request(), how.config(), how.boost()
         folder = output or free_name(f"compare-{slug(request)}", "", _is_of(request))
         check_output(folder)
         launcher.check(ulysses)
     with Progress() as progress, ExitStack() as stack:
         if not launcher.first(ulysses):  # it takes part, and what it makes is thrown away
             folder = Path(stack.enter_context(TemporaryDirectory()))
-        pipe, defaults = load(where, request, config, progress, what.fps, ulysses)
+        opened = load(where, request, how, progress, what.fps, ulysses)
+        pipe, defaults, config, trained = opened
         with checked():
             boost.check(pipe)
             api.accelerate(pipe, config).restore()
@@ -62,6 +63,7 @@ def compare(
                 config,
                 folder,
                 boost=boost,
+                trained=trained,
                 model=find_model(where.model),
                 command=typed(),
                 metadata=metadata,

@@ -68,6 +68,8 @@ def _sample(
     from dit_accel.generation.request import arguments
 
     request = what.request()
+    if config_only and where.checkpoint:
+        raise ValueError("--config-only takes random weights: leave --checkpoint out")
     if config_only:
         config = read_config(where.model or find_model(None))
         device = pick_device(where.device)
@@ -77,7 +79,7 @@ def _sample(
         asked = (what.frames or usual[0], height, width)
         progress("building a layer", 0, None)
         return sample.from_config(config, asked, device, kind), what.steps or STEPS
-    pipe, defaults = load(where, request, how.config(), progress)
+    pipe, defaults, *_ = load(where, request, how, progress)
     progress("reading the model", 0, None)
     count = arguments(pipe, defaults, request).get("num_inference_steps") or STEPS
     return sample.from_pipeline(pipe, defaults, request), count

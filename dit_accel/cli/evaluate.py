@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, seeds, words
 from dit_accel.generation import options as say
 from dit_accel.generation.options import WHERE, Clips, Where
+
+if TYPE_CHECKING:
+    from dit_accel.config import AccelConfig
+    from dit_accel.evaluate import Study
+    from dit_accel.evaluate.rows import Row
 
 _WHAT = "What to measure"
 
@@ -76,14 +82,15 @@ def _run(
     names = words(table.rows) if table.rows else DEFAULT
     keeps, starts = numbers(table.keeps, float, "keeps"), seeds(table.seeds)
     learned = [str(path) for path in table.sla_weights or ()]
-    budget, config = Budget(table.limit, table.minutes, began), clips.how(warmup).config()
+    budget, how = Budget(table.limit, table.minutes, began), clips.how(warmup)
+    config = how.config()
     texts = read_prompts(table.prompts or EMBEDDED.parent / "prompts.txt")
     rows(names, keeps, 2, config, learned)  # refused before the model is loaded
-    asked = clips.of(texts[0]), config, where, output
+    asked = clips.of(texts[0]), how, where, output
     with Progress() as progress, open_study(*asked, progress, FILES, table.batch) as study:
         return evaluate(
             study,
-            rows(names, keeps, study.steps, config, learned),
+            _rows(study, names, keeps, config, learned, warmup),
             texts,
             starts,
             budget=budget,
@@ -92,6 +99,27 @@ def _run(
             progress=progress,
             note=noted(progress),
         )
+
+
+def _rows(
+    study: Study,
+    names: Sequence[str],
+    keeps: list[float],
+    config: AccelConfig,
+    learned: list[str],
+    warmup: str | None,
+) -> list[Row]:
+    """With a checkpoint, first as it was trained; the others under its schedule."""
+    from dit_accel.evaluate.rows import Row, rows
+
+    known = study.trained
+    if known is None:
+        return rows(names, keeps, study.steps, config, learned)
+    config = config if warmup is not None else replace(config, schedule=known.schedule)
+    found = rows(names, keeps, study.steps, config, learned)
+    if known.method.name == "dense":
+        return found
+    return [Row("checkpoint", "checkpoint", known), *found]
 
 
 def _print(data: dict[str, Any], output: Path) -> None:

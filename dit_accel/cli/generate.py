@@ -46,12 +46,13 @@ def generate(
     from dit_accel.media.files import check_target
 
     with checked():
-        request, config, boost = what.request(), how.config(), how.boost()
+        request, _, boost = what.request(), how.config(), how.boost()
         if output is not None:
             check_target(output, None if request.frames is None else request.frames > 1)
         launcher.check(ulysses)
     with Progress() as progress:
-        pipe, defaults = load(where, request, config, progress, what.fps, ulysses)
+        opened = load(where, request, how, progress, what.fps, ulysses)
+        pipe, defaults, config, trained = opened
         with checked():
             values = arguments(pipe, defaults, request)
             target = _target(output, request, values)
@@ -63,7 +64,7 @@ def generate(
             return
         progress("writing", 0, None)
         told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": typed()}
-        told |= {"model": find_model(where.model), "fps": defaults.fps}
+        told |= {"model": find_model(where.model), "fps": defaults.fps, "trained": trained}
         facts = facts_of(pipe, values, request.seed, config, **told) if metadata else None
         video.save_or_rescue(target, result.frames, defaults.fps, facts)
     _print(result, target, str(handle.report()))

@@ -35,11 +35,12 @@ def profile(what: What, how: How, where: Where, output: Output = Path("profile.j
     from dit_accel.evaluate.profile import measure
 
     with checked():
-        request, config = what.request(), how.config()
+        request, _ = what.request(), how.config()
         if output.is_dir() or not output.absolute().parent.is_dir():
             raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
     with Progress() as progress:
-        pipe, defaults = load(where, request, config, progress, what.fps)
+        opened = load(where, request, how, progress, what.fps)
+        pipe, defaults, config, _ = opened
         with notices(progress), checked():
             found = measure(pipe, defaults, request, config, progress=progress)
     found.save(output)

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 
+from dit_accel.checkpoints import load_checkpoint
+from dit_accel.checkpoints.files import find
 from dit_accel.cli.options import checked
 from dit_accel.cli.progress import Progress
 from dit_accel.config import AccelConfig
@@ -25,13 +27,16 @@ from dit_accel.generation.loading import (
     pick_device,
     pick_dtype,
 )
-from dit_accel.generation.options import What, Where
+from dit_accel.generation.options import How, What, Where
 from dit_accel.generation.request import Request, arguments, unknown_words
+from dit_accel.generation.trained import Trained
 from dit_accel.media.files import check_folder, check_own
 from dit_accel.media.lock import held
 from dit_accel.media.names import from_text
+from dit_accel.methods.dense import Dense
 from dit_accel.parallel import launcher
 from dit_accel.parallel.sharing import share
+from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -86,14 +91,23 @@ def typed() -> str:
     return shlex.join(["dit-accel", *sys.argv[1:]])
 
 
+class Opened(NamedTuple):
+    """A pipeline, what it is called with, what it runs, and the checkpoint in it."""
+
+    pipe: DiffusionPipeline
+    defaults: Defaults
+    config: AccelConfig
+    trained: Trained | None
+
+
 def load(
     where: Where,
     request: Request,
-    config: AccelConfig,
+    how: How,
     progress: Progress,
     fps: float | None = None,
     ulysses: int = 1,
-) -> tuple[DiffusionPipeline, Defaults]:
+) -> Opened:
     """The pipeline, once everything that can be refused without it has been."""
     import diffusers
     import transformers
@@ -103,9 +117,14 @@ def load(
     with checked():
         pick_dtype(where.dtype, pick_device(where.device))
         find_model(where.model)
+        config, trained = how.config(), None
+        for path in where.checkpoint or ():
+            find(path)
         progress("loading", 0, None)
         device = launcher.device(where.device) if ulysses > 1 else where.device
         pipe, defaults = load_pipeline(where.model, device, where.dtype, where.offload)
+        if where.checkpoint:
+            defaults, config, trained = _into(pipe, defaults, where, request, how, progress)
         if ulysses > 1:
             share(pipe, ulysses, anything=True)
         defaults = replace(defaults, fps=fps or defaults.fps)
@@ -115,13 +134,36 @@ def load(
     if unknown:
         words = ", ".join(repr(word) for word in unknown)
         progress.console.print(f"note: this model was never shown the words {words}")
-    return pipe, defaults
+    return Opened(pipe, defaults, config, trained)
+
+
+def _into(
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    where: Where,
+    request: Request,
+    how: How,
+    progress: Progress,
+) -> tuple[Defaults, AccelConfig, Trained]:
+    """The checkpoint's weights, sampler and arguments; attention is the command's to set."""
+    files = where.checkpoint or ()
+    own = request.sampler is None
+    loaded = load_checkpoint(pipe, *files, sampler=own, attention=False)
+    for line in str(loaded).splitlines():
+        progress.console.print(line, markup=False)
+    trained = Trained(tuple(files), loaded.family, loaded.sampler, loaded.config)
+    as_trained = loaded.config or AccelConfig(Dense(), Schedule(warmup=0))
+    config = how.config(as_trained)
+    for name, asked in (("method", how.method), ("keep", how.keep), ("sampler", request.sampler)):
+        if asked is not None:
+            progress.console.print(f"note: --{name} {asked} in place of what was trained")
+    return defaults.taking(loaded.arguments), config, trained
 
 
 @contextmanager
 def open_study(
     what: What,
-    config: AccelConfig,
+    how: How,
     where: Where,
     output: Path,
     progress: Progress,
@@ -141,16 +183,18 @@ def open_study(
         raise ValueError(f"batch is a number of clips ≥ 1, not {batch}")
     check_own(check_folder(output), "cells.jsonl", files)
     request = what.request()
-    pipe, defaults = load(where, request, config, progress)
+    opened = load(where, request, how, progress)
+    pipe, name = opened.pipe, where.model or EMBEDDED_NAME
     with held(output):
         yield Study(
             pipe,
-            defaults,
+            opened.defaults,
             request,
             output,
-            where.model or EMBEDDED_NAME,
+            name if opened.trained is None else f"{name} with {opened.trained}",
             batch=batch,
             recogniser=recogniser(where.model, pipe._execution_device),
+            trained=None if opened.trained is None else opened.config,
         )
 
 

@@ -81,9 +81,10 @@ def _run(
     from dit_accel.evaluate.tune import FILES, check_search, tune
 
     known, unseen = _prompts(aim.prompts, aim.held_out)
-    starts, tried, config = seeds(aim.seeds), search.values(), clips.how().config()
+    starts, tried, how = seeds(aim.seeds), search.values(), clips.how()
+    config = how.config()
     check_search(known, unseen, **tried)  # refused before the model is loaded
-    asked = clips.of(known[0]), config, where, output
+    asked = clips.of(known[0]), how, where, output
     with Progress() as progress, open_study(*asked, progress, FILES) as study:
         return tune(
             study,

@@ -33,7 +33,7 @@ class Look:
     """What a probe shows, tried at each keep with each selector in the first guidance pass."""
 
     def __init__(self, method: Method, keeps: Sequence[float], selectors: Sequence[str]) -> None:
-        self.tried = {name: replace(method, select=name) for name in selectors}
+        self.tried = {name: method.replaced(select=name) for name in selectors}
         self.keeps = tuple(keeps)
         self.heads: dict[tuple[str, int, float], list[list[float]]] = {}
         self.steps: dict[tuple[str, int, float], list[float]] = {}

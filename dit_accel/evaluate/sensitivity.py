@@ -87,7 +87,7 @@ def measure(
         ladder = books.setdefault(call.layer, {keep: [] for keep in keeps})
         for keep in keeps:
             tried = replace(call, keep=keep, refresh=False)
-            method = replace(config.method, keep=keep)
+            method = config.method.replaced(keep=keep)
             ladder[keep].append(error_of(method, f"try {keep}", q, k, v, out, tried))
 
     watched = replace(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_accel.api import Handle, accelerated, restore
+from dit_accel.config import AccelConfig
 from dit_accel.evaluate import clips, look, perception
 from dit_accel.evaluate.clips import Clip, Pair
 from dit_accel.evaluate.dense import DenseClips
@@ -32,6 +33,7 @@ class Study:
     base: size, steps and guidance of every clip; its prompt and seed are replaced.
     batch: clips in one call of the pipeline.
     recogniser: what tells emoji, or why there is none.
+    trained: what the checkpoint in the pipeline was trained for; None: there is none.
 
     Raises ValueError when the request does not suit the pipeline, or the folder holds another
     setting.
@@ -47,11 +49,12 @@ class Study:
         *,
         batch: int = 1,
         recogniser: Recogniser | str = "the training clips of this model are not at hand",
+        trained: AccelConfig | None = None,
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch is a number of clips ≥ 1, not {batch}")
         self.pipe, self.defaults, self.base, self.folder = pipe, defaults, base, folder
-        self.batch, self.recogniser = batch, recogniser
+        self.batch, self.recogniser, self.trained = batch, recogniser, trained
         values = arguments(pipe, defaults, base)
         self.steps: int = values.get("num_inference_steps") or 0
         if not self.steps:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,6 +21,8 @@ from dit_accel.evaluate.study import Study
 from dit_accel.generation.run import ProgressFn
 from dit_accel.inputs import fields
 from dit_accel.media.files import atomic
+from dit_accel.methods import Method
+from dit_accel.methods.learned import Learned
 from dit_accel.pages.scatter import Point, scatter
 from dit_accel.schedule import FEW_STEPS, Schedule, count_steps
 
@@ -155,9 +158,9 @@ def tune(
     search = Search(study, goal, prompts, seeds, trials, progress, note)
     felt: dict[str, Sensitivity] = {}
     tried = warmups_of(warmups, study.steps)
-    for name in methods:
+    for name, method in _candidates(study, methods).items():
         start = Schedule(warmup=tried[0])
-        config = replace(template, method=named(name), schedule=start)
+        config = replace(template, method=method, schedule=start)
         felt[name] = _sensitivity(study, config, prompts[0], seeds[0], keeps, progress)
         for warmup in tried:
             search.bisect(replace(config, schedule=Schedule(warmup=warmup)), felt[name])
@@ -178,6 +181,27 @@ def tune(
     return data
 
 
+def _candidates(study: Study, methods: Sequence[str]) -> dict[str, Method]:
+    """By name; that of the pipeline's checkpoint before others, if it chooses blocks by a share and
+    can be tried in the middle of a dense run, which tiles and gates cannot."""
+    found = {name: named(name) for name in methods}
+    own = study.trained.method if study.trained is not None else None
+    if own is None or own.keep == 1 or own.gated or own.layout is not None:
+        return found
+    return {"checkpoint": own} | found
+
+
+def _save(config: AccelConfig, folder: Path) -> None:
+    """preset.json, and beside it what a checkpoint's method has learned."""
+    data, method = config.to_dict(), config.method
+    if isinstance(method, Learned) and method.weights is None and method.tensors():
+        data["method"]["weights"] = f"{method.name}.safetensors"
+        with atomic(folder / data["method"]["weights"]) as temporary:
+            method.save(temporary)
+    with atomic(folder / "preset.json") as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
+
+
 def warmups_of(warmups: Sequence[float], steps: int) -> list[float]:
     """Those of different numbers of steps, the smallest first; of the usual ones in a run of few
     steps none at all, too."""
@@ -195,8 +219,7 @@ def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, object]:
         return {"chosen": None, "on_held_out": None}
     search.progress("prompts it did not see", 0, None)
     unseen = score(study, best.row, held_out, search.seeds)
-    with atomic(study.folder / "preset.json") as temporary:
-        best.row.config.save(temporary)
+    _save(best.row.config, study.folder)
     return {"chosen": best.to_dict(), "on_held_out": unseen.to_dict()}
 
 

@@ -21,6 +21,7 @@ from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, Defaults, plac
 from dit_accel.generation.recipe import recipe
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import ProgressFn, Result, generate, warm_up
+from dit_accel.generation.trained import Trained
 from dit_accel.machine import describe
 from dit_accel.media import quality, video
 from dit_accel.media.files import check_folder, check_own, elsewhere, write_text
@@ -51,6 +52,7 @@ def compare(
     out: str | Path,
     *,
     boost: Boost = STOCK,
+    trained: Trained | None = None,
     model: str = "",
     command: str = "",
     metadata: bool = True,
@@ -59,7 +61,8 @@ def compare(
     """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
-    boost: compilation is for both, step cache and LoRA are for the accelerated run. metadata: the
+    boost: compilation is for both, step cache and LoRA are for the accelerated run. trained: the
+    checkpoint that is in the pipeline, for both. metadata: the
     clips carry what they were made from. The pipeline is left stock. Raises ValueError before
     anything runs when the request does not suit the pipeline or `out` cannot be written or holds
     files of that name; NotWritten, which says where they are kept, when they cannot be at the end.
@@ -90,7 +93,8 @@ def compare(
         "arguments": values,
         "boost": asdict(boost),
         "sampler": request.sampler,
-        "python": recipe(config, where, values, request.seed, boost, request.sampler),
+        "checkpoint": None if trained is None else trained.to_dict(),
+        "python": recipe(config, where, values, request.seed, boost, request.sampler, trained),
         "command": command,
         **_findings(dense, fast, ran),
         "cells": ledger.cells,
@@ -100,6 +104,7 @@ def compare(
     if metadata:
         tell = partial(facts_of, pipe, values, request.seed, model=model, fps=defaults.fps)
         told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": command}
+        told["trained"] = trained
         facts = [tell(x, **told) for x in (None, config)]
     clips = {"dense": (dense.frames, facts[0]), "accelerated": (fast.frames, facts[1])}
     return Comparison(data, _write_or_rescue(folder, data, clips))

@@ -12,6 +12,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import STOCK, Boost
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, placement
 from dit_accel.generation.recipe import recipe
+from dit_accel.generation.trained import Trained
 from dit_accel.inputs.fields import build, expect
 from dit_accel.media.metadata import KEY
 from dit_accel.methods.dense import Dense
@@ -31,10 +32,12 @@ def facts_of(
     boost: Boost = STOCK,
     sampler: str | None = None,
     command: str = "",
+    trained: Trained | None = None,
 ) -> dict[str, object]:
     """JSON-able facts of a clip that `pipe(**values)` makes from a seed.
 
     config: what accelerates it; None is the stock pipeline. command: the line that was typed.
+    trained: the checkpoint in the pipeline.
     """
     plain = {k: _plain(v) for k, v in values.items() if k not in ("prompt", "generator")}
     return {
@@ -49,6 +52,7 @@ def facts_of(
         "config": None if config is None else config.to_dict(),
         "boost": None if boost == STOCK else asdict(boost),
         "sampler": sampler,
+        "checkpoint": None if trained is None else trained.to_dict(),
         "arguments": plain,
         "fps": fps,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
@@ -69,6 +73,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seed", str(facts.get("seed"))
     where = ", ".join(str(facts.get(key)) for key in ("pipeline", "dtype", "device"))
     yield "model", f"{facts.get('model')} ({where})"
+    if facts.get("checkpoint"):
+        yield "checkpoint", str(Trained.from_dict(facts["checkpoint"]))
     yield "method", _method(facts)
     if facts.get("sampler"):
         yield "sampler", str(facts["sampler"])
@@ -107,4 +113,5 @@ def python(facts: Mapping[str, Any]) -> str:
         facts["seed"],
         STOCK if boost is None else build(Boost, boost, "boost"),
         facts.get("sampler"),
+        Trained.from_dict(facts.get("checkpoint")),
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,6 +52,10 @@ class Defaults:
         except ValueError as error:
             raise ValueError(f"{what} {path}: {error}") from None
         return found
+
+    def taking(self, arguments: Mapping[str, Any]) -> Defaults:
+        """With these arguments of the pipeline's call in place of its own."""
+        return replace(self, **arguments)
 
     @classmethod
     def from_pipeline(cls, pipe: DiffusionPipeline) -> Defaults:

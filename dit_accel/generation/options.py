@@ -48,6 +48,7 @@ IMAGE = "First picture, for models that need one."
 SAMPLER = "Grid of few steps, for models distilled to it: rcm, dmd, flow:5, renoise:5."
 METHOD = "Such as shared, topk:fast, pooled/sub@0.1, or a preset file; see `methods`."
 PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
+CHECKPOINT = "Trained weights over the model's: a file, a folder or an id; twice for two experts."
 MIN_TOKENS = "Attend densely below this many tokens."
 
 Prompt = Annotated[str, Option("What to show.", WHAT, given_first=True)]
@@ -93,6 +94,7 @@ MinTokens = Annotated[int | None, Option(MIN_TOKENS, HOW)]
 Model = Annotated[
     str | None, Option("Folder or Hugging Face id. [the embedded emoji model]", WHERE)
 ]
+Checkpoint = Annotated[list[str] | None, Option(CHECKPOINT, WHERE)]
 Device = Annotated[str | None, Option("cpu, cuda, cuda:1, mps. [a GPU if any]", WHERE)]
 Dtype = Annotated[str | None, Option("bf16, fp16, fp32. [bf16 on CUDA, else fp32]", WHERE)]
 Offload = Annotated[bool, Option("Keep only the running part on the GPU.", WHERE)]
@@ -155,22 +157,41 @@ class How:
     order: Order = None
     min_tokens: MinTokens = None
 
-    def config(self) -> AccelConfig:
-        """The acceleration asked for; ValueError for an unknown method or a bad option."""
+    def config(self, trained: AccelConfig | None = None) -> AccelConfig:
+        """The acceleration asked for; ValueError for an unknown method or a bad option.
+
+        trained: what a checkpoint was trained for, taken where no other method is asked for.
+        """
         from dit_accel.config import DEFAULT, resolve
         from dit_accel.pruning.config import resolve as pruning
 
         # pruned tokens and a state of all tokens exclude each other
         default = DEFAULT if self.prune is None else "pooled"
-        name = self.method if self.method is not None else default
         config = resolve(
-            name, order=self.order, min_tokens=self.min_tokens, prune=pruning(self.prune)
+            self._base(trained) or self.method or default,
+            order=self.order,
+            min_tokens=self.min_tokens,
+            prune=pruning(self.prune),
         )
         asked = {"keep": self.keep, "select": self.select, "reuse": self.reuse}
         own: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         if own:
-            config = replace(config, method=replace(config.method, **own))
+            config = replace(config, method=config.method.replaced(**own))
         return self._scheduled(config)
+
+    def _base(self, trained: AccelConfig | None) -> AccelConfig | None:
+        """The trained configuration, where it is not replaced: its method by name means it, too,
+        for the name alone would run it without what it has learned."""
+        if trained is None or self.method is None or self.method.endswith(".json"):
+            return trained if self.method is None else None
+        from dit_accel.config import named
+
+        asked = named(self.method)
+        if type(asked) is not type(trained.method):
+            return None
+        told: dict[str, Any] = {"keep": asked.keep} if {":", "@"} & set(self.method) else {}
+        told |= {"select": asked.select} if "/" in self.method else {}
+        return replace(trained, method=trained.method.replaced(**told))
 
     def _scheduled(self, config: AccelConfig) -> AccelConfig:
         """With what the options say of steps and heads."""
@@ -183,7 +204,7 @@ class How:
             from dit_accel.methods.budget import head_keep
 
             keep, changed["head_keep"] = head_keep(self.heads, config.method)
-            config = replace(config, method=replace(config.method, keep=keep))
+            config = replace(config, method=config.method.replaced(keep=keep))
         return replace(config, schedule=replace(config.schedule, **changed)) if changed else config
 
     def boost(self) -> Boost:
@@ -198,6 +219,7 @@ class Where:
     """Where to run."""
 
     model: Model = None
+    checkpoint: Checkpoint = None
     device: Device = None
     dtype: Dtype = None
     offload: Offload = False

@@ -12,6 +12,8 @@ from PIL import Image
 from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import STOCK, Boost
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME
+from dit_accel.generation.trained import Trained
+from dit_accel.methods import Method
 from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors import Selector
 
@@ -23,14 +25,17 @@ def recipe(
     seed: int,
     boost: Boost = STOCK,
     sampler: str | None = None,
+    trained: Trained | None = None,
 ) -> str:
     """The Python lines that make the accelerated clip again."""
     kind = where["pipeline"]
     embedded = where["model"] in (EMBEDDED_NAME, str(EMBEDDED))
     arguments = [f"    {name}={_literal(value)}," for name, value in values.items()]
     name = "EMBEDDED" if embedded else _literal(where["model"])
+    run = _shortest(config) if trained is None else _from_trained(config, trained.config)
     load = f"pipe = {kind}.from_pretrained({name}, torch_dtype=torch.{where['dtype']})"
     lines = [
+        *(["from dataclasses import replace", ""] if "replace(" in run else []),
         "import torch",
         f"from diffusers import {kind}",
         "",
@@ -41,9 +46,10 @@ def recipe(
         *(["from dit_accel.samplers import install"] if sampler is not None else []),
         "",
         load if where["device"] == "cpu" else f"{load}.to({_literal(where['device'])})",
+        *([_loading(trained)] if trained is not None else []),
         *([f"{boost}.switch_on(pipe)"] if boost != STOCK else []),
         *([f"install(pipe, {_literal(sampler)})"] if sampler is not None else []),
-        f"handle = dit_accel.accelerate(pipe, {_shortest(config)})",
+        f"handle = dit_accel.accelerate(pipe, {run})",
         "output = pipe(",
         *arguments,
         f'    generator=torch.Generator("cpu").manual_seed({seed}),',
@@ -51,6 +57,36 @@ def recipe(
         "print(handle.report())",
     ]
     return "\n".join(lines)
+
+
+def _loading(trained: Trained) -> str:
+    files = ", ".join(map(_literal, trained.files))
+    grid = "" if trained.sampler else ", sampler=False"
+    return f"loaded = dit_accel.load_checkpoint(pipe, {files}{grid}, attention=False)"
+
+
+def _from_trained(config: AccelConfig, trained: AccelConfig | None) -> str:
+    """The configuration as changes of what came with a checkpoint, if it is of that method."""
+    mine = config.method
+    if trained is None or type(mine) is not type(trained.method) or getattr(mine, "weights", None):
+        return _shortest(config)
+    method = _replaced("loaded.config.method", mine, trained.method)
+    changes = [f"{name}={text}" for name, text in _differing(config, trained) if name != "method"]
+    if method != "loaded.config.method":
+        changes.insert(0, f"method={method}")
+    return f"replace(loaded.config, {', '.join(changes)})" if changes else "loaded.config"
+
+
+def _replaced(name: str, mine: Method, other: Method) -> str:
+    changes = ", ".join(f"{field}={text}" for field, text in _differing(mine, other))
+    return f"{name}.replaced({changes})" if changes else name
+
+
+def _differing(mine: Any, other: Any) -> Iterable[tuple[str, str]]:
+    for item in fields(mine):
+        value = getattr(mine, item.name)
+        if value != getattr(other, item.name):
+            yield item.name, _spelled(value)
 
 
 def _literal(value: object) -> str:

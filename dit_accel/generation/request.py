@@ -97,7 +97,11 @@ def arguments(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> 
     values = {n: v for n, v in vars(defaults).items() if v is not None and n in known}
     values |= _of_sampler(request, known)
     generator = torch.Generator("cpu").manual_seed(request.seed)
-    return {"prompt": request.prompt, **values, **asked, "generator": generator}
+    values = {"prompt": request.prompt, **values, **asked, "generator": generator}
+    installed = getattr(pipe, "scheduler", None)
+    if request.sampler is None and type(installed).__name__ == "GridScheduler":
+        installed.sampler.sigmas(values.get("num_inference_steps") or installed.sampler.steps)
+    return values
 
 
 def _of_sampler(request: Request, known: Any) -> dict[str, Any]:

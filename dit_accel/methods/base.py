@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -132,6 +132,10 @@ class Method:
             object.__setattr__(self, "reuse", Reuse.read(self.reuse))
         if not self.chooses and (self.select != Means() or self.reuse != Reuse()):
             raise ValueError(f"{self.name} has its own choice of blocks: no select and no reuse")
+
+    def replaced(self, **changes: Any) -> Self:
+        """A copy with other options."""
+        return replace(self, **changes)
 
     @property
     def label(self) -> str:

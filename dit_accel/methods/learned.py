@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +79,11 @@ class Learned(Method):
         new = copy.copy(self)
         object.__setattr__(new, "_tensors", learned)
         return new
+
+    def replaced(self, **changes: Any) -> Self:
+        """As Method's; what was learned stays, unless other weights are named."""
+        new = super().replaced(**changes)
+        return new if "weights" in changes else new.with_weights(self.tensors())
 
     def tensors(self) -> dict[str, Tensor]:
         """The learned tensors by the names that `with_weights` takes."""

@@ -12,8 +12,6 @@ from dit_accel.samplers.grids import Sampler
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-    from dit_accel.samplers.schedulers import GridScheduler
-
 
 def install(pipe: DiffusionPipeline, sampler: Sampler | str) -> Callable[[], None]:
     """Sample with this from the next call on; returns the function that undoes it.
@@ -27,8 +25,9 @@ def install(pipe: DiffusionPipeline, sampler: Sampler | str) -> Callable[[], Non
 
     sampler = Sampler.named(sampler) if isinstance(sampler, str) else sampler
     before = getattr(pipe, "scheduler", None)
+    known = "FlowMatch" in type(before).__name__ or isinstance(before, GridScheduler)
     predicts = getattr(before, "config", {}).get("prediction_type")
-    if "FlowMatch" not in type(before).__name__ and predicts != "flow_prediction":
+    if not known and predicts != "flow_prediction":
         raise ValueError(
             f"a sampler of few steps takes a flow-matching pipeline, and {type(pipe).__name__} has "
             f"{type(before).__name__}: leave the sampler out"
@@ -38,7 +37,7 @@ def install(pipe: DiffusionPipeline, sampler: Sampler | str) -> Callable[[], Non
     original = getattr(pipe, "prepare_latents", None)
     wrapped = "prepare_latents" not in vars(pipe)
     if original is not None and wrapped:
-        pipe.prepare_latents = _following(original, scheduler)
+        pipe.prepare_latents = _following(original, pipe)
 
     def undo() -> None:
         if pipe.scheduler is scheduler:
@@ -59,12 +58,17 @@ def sampling(pipe: DiffusionPipeline, sampler: Sampler | str | None) -> Iterator
         undo()
 
 
-def _following(prepare: Callable[..., Any], scheduler: GridScheduler) -> Callable[..., Any]:
+def _following(prepare: Callable[..., Any], pipe: DiffusionPipeline) -> Callable[..., Any]:
+    from dit_accel.samplers.schedulers import GridScheduler
+
     signature = inspect.signature(prepare)
     code = getattr(getattr(prepare, "__func__", prepare), "__code__", None)
     scales = "init_noise_sigma" in getattr(code, "co_names", ())
 
     def prepare_latents(*args: object, **kwargs: object) -> object:
+        scheduler = pipe.scheduler  # the sampler that was installed last
+        if not isinstance(scheduler, GridScheduler):
+            return prepare(*args, **kwargs)
         scheduler.generator = signature.bind(*args, **kwargs).arguments.get("generator")
         found = prepare(*args, **kwargs)
         if scales or scheduler.init_noise_sigma == 1:

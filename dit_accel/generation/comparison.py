@@ -62,9 +62,8 @@ def compare(
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
     boost: compilation is for both, step cache and LoRA are for the accelerated run. trained: the
-    checkpoint that is in the pipeline, for both. metadata: the
-    clips carry what they were made from. The pipeline is left stock. Raises ValueError before
-    anything runs when the request does not suit the pipeline or `out` cannot be written or holds
+    checkpoint that is in the pipeline. metadata: the clips carry what they were made from. The
+    pipeline is left stock. Raises ValueError before anything runs when the request does not suit the pipeline or `out` cannot be written or holds
     files of that name; NotWritten, which says where they are kept, when they cannot be at the end.
     """
     values = arguments(pipe, defaults, request)
@@ -100,13 +99,11 @@ def compare(
         "cells": ledger.cells,
         "machine": describe(placement(pipe)["device"]),
     }
-    facts: list[Facts | None] = [None, None]
-    if metadata:
-        tell = partial(facts_of, pipe, values, request.seed, model=model, fps=defaults.fps)
-        told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": command}
-        told["trained"] = trained
-        facts = [tell(x, **told) for x in (None, config)]
-    clips = {"dense": (dense.frames, facts[0]), "accelerated": (fast.frames, facts[1])}
+    told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": command}
+    told |= {"trained": trained, "model": model, "fps": defaults.fps}
+    tell = partial(facts_of, pipe, values, request.seed, **told)
+    about = [tell(x) if metadata else None for x in (None, config)]
+    clips: Clips = {"dense": (dense.frames, about[0]), "accelerated": (fast.frames, about[1])}
     return Comparison(data, _write_or_rescue(folder, data, clips))
 
 

@@ -98,7 +98,7 @@ def arguments(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> 
     values |= _of_sampler(request, known)
     generator = torch.Generator("cpu").manual_seed(request.seed)
     values = {"prompt": request.prompt, **values, **asked, "generator": generator}
-    installed = getattr(pipe, "scheduler", None)
+    installed: Any = getattr(pipe, "scheduler", None)
     if request.sampler is None and type(installed).__name__ == "GridScheduler":
         installed.sampler.sigmas(values.get("num_inference_steps") or installed.sampler.steps)
     return values

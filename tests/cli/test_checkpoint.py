@@ -98,10 +98,7 @@ def test_the_lines_that_show_prints_make_the_clip_again(here, base, turbo):
             assert "sampler=False" in lines and "install(pipe" in lines
         else:
             assert np.abs(again - expected(base, turbo, **options)).max() < 1e-5
-        assert (
-            np.abs(again - made(here, ["--model", base, "--checkpoint", turbo, *words])).max()
-            < 0.01
-        )
+        assert np.abs(again - first).max() < 0.01
 
 
 @pytest.mark.parametrize(
@@ -167,7 +164,7 @@ def test_studies_and_diagnosis(here, base, turbo, capsys):
         (["generate", "a", "--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
         (
             ["generate", "a", "--checkpoint", "T", "--checkpoint", "T"],
-            "has one transformer: give one file",
+            "give one file, not",
         ),
         (["generate", "a", "--checkpoint", "T", "--method", "magic"], "unknown method"),
         (["generate", "a", "--checkpoint", "T", "--steps", "9"], "makes 1 to 4 steps, not 9"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -63,8 +63,8 @@ def compare(
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
     boost: compilation is for both, step cache and LoRA are for the accelerated run. trained: the
     checkpoint that is in the pipeline. metadata: the clips carry what they were made from. The
-    pipeline is left stock. Raises ValueError before anything runs when the request does not suit the pipeline or `out` cannot be written or holds
-    files of that name; NotWritten, which says where they are kept, when they cannot be at the end.
+    pipeline is left stock. Raises ValueError before anything runs when the request does not suit it
+    or `out` cannot be written or holds such files; NotWritten, with where they are kept, at the end.
     """
     values = arguments(pipe, defaults, request)
     folder = check_output(out)
@@ -101,10 +101,13 @@ def compare(
     }
     told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": command}
     told |= {"trained": trained, "model": model, "fps": defaults.fps}
-    tell = partial(facts_of, pipe, values, request.seed, **told)
-    about = [tell(x) if metadata else None for x in (None, config)]
-    clips: Clips = {"dense": (dense.frames, about[0]), "accelerated": (fast.frames, about[1])}
+    about = [facts_of(pipe, values, request.seed, x, **told) for x in (None, config)]
+    clips = _clips(dense, fast, about if metadata else [None, None])
     return Comparison(data, _write_or_rescue(folder, data, clips))
+
+
+def _clips(dense: Result, fast: Result, facts: Sequence[Facts | None]) -> Clips:
+    return {"dense": (dense.frames, facts[0]), "accelerated": (fast.frames, facts[1])}
 
 
 def check_output(out: str | Path) -> Path:

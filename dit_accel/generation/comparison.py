@@ -64,7 +64,7 @@ def compare(
     boost: compilation is for both, step cache and LoRA are for the accelerated run. trained: the
     checkpoint that is in the pipeline. metadata: the clips carry what they were made from. The
     pipeline is left stock. Raises ValueError before anything runs when the request does not suit it
-    or `out` cannot be written or holds such files; NotWritten, with where they are kept, at the end.
+    or `out` cannot be written or holds such files; NotWritten, with where they are kept, after it.
     """
     values = arguments(pipe, defaults, request)
     folder = check_output(out)

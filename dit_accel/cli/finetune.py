@@ -63,6 +63,10 @@ class TrainingOptions:
     objective: Annotated[
         Text, option("Velocity to match: teacher or diffusion. \\[teacher]", _TRAIN)
     ] = None
+    few_steps: Annotated[Whole, option("Distil it to so many denoising steps.", _TRAIN)] = None
+    substeps: Annotated[Whole, option("Dense steps that one of them learns. \\[8]", _TRAIN)] = None
+    shift: Annotated[Real, option("Of their noise levels, as in flow:3. \\[3]", _TRAIN)] = None
+    guidance: Annotated[Real, option("Dense model's, learned too. \\[the model's]", _TRAIN)] = None
     steps: Annotated[Whole, option("Optimizer steps. \\[2000]", _TRAIN)] = None
     batch: Annotated[Whole, option("Clips at a time on each device. \\[1]", _TRAIN)] = None
     accumulate: Annotated[Whole, option("Batches in a step. \\[1]", _TRAIN)] = None
@@ -186,3 +190,7 @@ def _run(asked: Settings, prepare: str | None, train: bool, resume: bool) -> Non
         )
         for path in done.files:
             out.print(str(path))
+        if asked.sampler is not None:
+            words = f"--steps {asked.few_steps} --sampler {asked.sampler} --guidance 1"
+            lora = f" --lora {asked.out}/lora" if asked.train == "lora" else ""
+            out.print(f"dit-accel generate PROMPT --method {asked.out}/preset.json{lora} {words}")

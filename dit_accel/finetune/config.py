@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from dit_accel.forward.order import ORDERS
+from dit_accel.generation.limits import check_limits
 from dit_accel.inputs import fields
 from dit_accel.methods.learned import Learned
 from dit_accel.methods.sla import SLA
+from dit_accel.samplers.grids import Sampler
 
 TRAIN = ("projection", "lora", "full")
 OBJECTIVES = ("teacher", "diffusion")
@@ -51,6 +53,12 @@ class Settings:
         clips: validation clips, of the first prompts; 0 makes none.
         validation: text file of their prompts; None takes those of `prompts`.
         save_every, validate_every, log_every: steps between checkpoints, validations, log lines.
+        few_steps: steps of a run of the student: each learns to arrive where `substeps` guided
+            steps of the dense model do (arXiv 2202.00512, 2210.03142), so that it runs without
+            guidance; None: the student has as many steps as the model.
+        substeps: of the dense model in one of the student's; None: 8.
+        shift: of the student's noise levels, as in the sampler "flow:3"; None: 3.
+        guidance: of the dense model; None: the model's own.
 
     Raises ValueError for a value outside its range.
     """
@@ -88,6 +96,10 @@ class Settings:
     validate_every: int = 500
     log_every: int = 10
     device: str | None = None
+    few_steps: int | None = None
+    substeps: int | None = None
+    shift: float | None = None
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Learned):
@@ -120,6 +132,7 @@ class Settings:
             raise ValueError(
                 f"device is cpu or left out, not {self.device!r}: CUDA_VISIBLE_DEVICES picks a GPU"
             )
+        self._check_few()
         if self.method.keep >= 1:
             raise ValueError("keep = 1 is dense attention: there is nothing to train")
         bare = isinstance(self.method, SLA) and self.method.linear is None
@@ -131,6 +144,37 @@ class Settings:
         object.__setattr__(self, "lr", rate)
         if self.train != "projection" and not rate > 0:
             raise ValueError(f"lr is a number > 0, not {rate}")
+
+    def _check_few(self) -> None:
+        """What goes with few steps, and its defaults; ValueError for what does not."""
+        if self.few_steps is None:
+            for name in ("substeps", "shift", "guidance"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is of a student of few steps: give few_steps, too")
+            return
+        if self.train == "projection" or self.objective != "teacher":
+            raise ValueError(
+                "a student of few steps learns the dense model's way in its weights: "
+                "train='lora' or 'full', objective='teacher'"
+            )
+        for name, usual in (("few_steps", 4), ("substeps", 8), ("shift", 3.0)):
+            value = usual if getattr(self, name) is None else getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} is a number > 0, not {value}")
+            object.__setattr__(self, name, value)
+        check_limits({"guidance": self.guidance})
+        object.__setattr__(self, "drop_prompt", 0.0)  # it runs without guidance
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The grid of a student of few steps."""
+        return None if self.few_steps is None else Sampler("flow", shift=self.shift or 3.0)
+
+    @property
+    def grid(self) -> tuple[float, ...] | None:
+        """Its noise levels, falling to 0."""
+        sampler = self.sampler
+        return None if sampler is None else (*sampler.sigmas(self.few_steps or 4), 0.0)
 
     def to_dict(self) -> dict[str, object]:
         """JSON-able form."""

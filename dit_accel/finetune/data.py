@@ -8,6 +8,7 @@ negative.safetensors  "cond.<argument>" of the negative prompt
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,19 @@ INDEX, NEGATIVE = "index.json", "negative.safetensors"
 
 @dataclass(frozen=True)
 class Batch:
-    """latents [B, …] fp32, noise like them, sigma [B] fp32, and the transformer's arguments."""
+    """latents [B, …] fp32, noise like them, sigma [B] fp32, and the transformer's arguments.
+
+    until [B]: the noise level that one step of a student of few steps goes to; None: the velocity
+    at sigma is wanted. negative: `conditions` of the negative prompt, for guidance.
+    """
 
     latents: Tensor
     noise: Tensor
     sigma: Tensor
     time: Tensor
     conditions: dict[str, Any]
+    until: Tensor | None = None
+    negative: dict[str, Any] | None = None
 
     @property
     def noisy(self) -> Tensor:
@@ -55,12 +62,17 @@ class Batch:
             cast = x.is_floating_point() and x.shape[:1] == self.latents.shape[:1]
             return x.to(device, dtype if cast else x.dtype)
 
+        def moved(known: dict[str, Any]) -> dict[str, Any]:
+            return {name: move(x) for name, x in known.items()}
+
         return Batch(
             self.latents.to(device),
             self.noise.to(device),
             self.sigma.to(device),
             self.time.to(device),
-            {name: move(x) for name, x in self.conditions.items()},
+            moved(self.conditions),
+            None if self.until is None else self.until.to(device),
+            None if self.negative is None else moved(self.negative),
         )
 
 
@@ -89,20 +101,35 @@ class LatentData:
     def __len__(self) -> int:
         return len(self.index["samples"])
 
-    def draw(self, size: int, seed: int, drop_prompt: float) -> Batch:
-        """`size` clips of one shape at noise levels between those of the pipeline's own steps."""
+    def draw(
+        self, size: int, seed: int, drop_prompt: float, grid: Sequence[float] | None = None
+    ) -> Batch:
+        """`size` clips of one shape at noise levels between those of the pipeline's own steps.
+
+        grid: levels of few steps, falling to 0: each clip stands at the beginning of one of them.
+        """
         generator = torch.Generator().manual_seed(seed)
         weights = torch.tensor([float(len(group)) for group in self._groups])
         group = self._groups[int(torch.multinomial(weights, 1, generator=generator))]
         picked = [group[i] for i in torch.randint(len(group), (size,), generator=generator)]
         dropped = bool(torch.rand((), generator=generator) < drop_prompt)
-        sigma = self._levels(torch.rand(size, generator=generator))
+        share = torch.rand(size, generator=generator)
+        sigma, until = self._levels(share), None
+        if grid is not None:
+            levels = torch.tensor(grid)
+            place = (share * (len(grid) - 1)).long().clamp(max=len(grid) - 2)
+            sigma, until = levels[place], levels[place + 1]
         latents = torch.cat([self._tensor(n, "latents").float() for n in picked])
         noise = torch.randn(latents.shape, generator=generator)
         rows = [self._conditions(n, dropped) for n in picked]
         static = (self.index["negative"] if dropped else self.index["samples"][picked[0]])["static"]
         time = sigma * self.index["time_scale"]
-        return Batch(latents, noise, sigma, time, {**_stack(rows), **static})
+        negative = None
+        if grid is not None:
+            negative = {**_stack([self._conditions(0, True)] * size)}
+            negative |= self.index["negative"]["static"]
+        known = {**_stack(rows), **static}
+        return Batch(latents, noise, sigma, time, known, until, negative)
 
     def _levels(self, share: Tensor) -> Tensor:
         """Noise levels at these shares of the run, piecewise linear in the pipeline's own ones."""

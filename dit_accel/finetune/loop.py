@@ -112,7 +112,7 @@ class Trainer:
     def batch(self, *place: int) -> Batch:
         """The draw of a place in the run, on the device."""
         s = self.settings
-        batch = self.data.draw(s.batch, draw_seed(s, *place), s.drop_prompt)
+        batch = self.data.draw(s.batch, draw_seed(s, *place), s.drop_prompt, s.grid)
         return batch.to(self.accelerator.device, self.student.transformer.dtype)
 
     def validation_batches(self, number: int) -> list[Batch]:

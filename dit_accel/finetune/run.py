@@ -80,7 +80,8 @@ def _train(
     out, first = Path(settings.out), accelerator.is_main_process
     folder = _data(settings, accelerator, pipe, defaults, prompts, show)
     data = LatentData(folder, type(pipe.transformer).__name__)
-    trainer = _trainer(settings, accelerator, pipe, data)
+    guidance = settings.guidance or defaults.guidance_scale or 1.0
+    trainer = _trainer(settings, accelerator, pipe, data, guidance)
     clips = None
     if first and settings.clips:
         with accelerator.autocast(), trainer.teacher.dense():
@@ -190,12 +191,17 @@ def _data(
 
 
 def _trainer(
-    settings: Settings, accelerator: Accelerator, pipe: DiffusionPipeline, data: LatentData
+    settings: Settings,
+    accelerator: Accelerator,
+    pipe: DiffusionPipeline,
+    data: LatentData,
+    guidance: float,
 ) -> Trainer:
     """Student, teacher, optimizer and books; what the model refuses is refused here."""
     sample = data.draw(1, draw_seed(settings, 0), 0.0)
     sample = sample.to(accelerator.device, pipe.transformer.dtype)
-    teacher = Teacher(pipe.transformer, settings.train)
+    substeps = settings.substeps or 1
+    teacher = Teacher(pipe.transformer, settings.train, substeps, guidance)
     with accelerator.autocast():
         student = build(pipe.transformer, settings, sample)
     teacher.model.eval()

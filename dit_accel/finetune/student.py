@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,9 @@ def build(transformer: ModelMixin, settings: Settings, batch: Batch) -> Student:
     if settings.train == "full":
         transformer.float().requires_grad_(True)
     elif settings.train == "lora":
-        add_lora(transformer, settings.rank)
+        with torch.random.fork_rng():  # where training starts is a matter of the seed, too
+            torch.manual_seed(settings.seed)
+            add_lora(transformer, settings.rank)
     if settings.checkpointing:
         transformer.enable_gradient_checkpointing()
     return Student(transformer, tensors)
@@ -152,21 +154,46 @@ def add_lora(transformer: ModelMixin, rank: int) -> None:
 
 
 class Teacher:
-    """The dense model: the student's own weights where these stay frozen, otherwise a copy."""
+    """The dense model: the student's own weights where these stay frozen, otherwise a copy.
 
-    def __init__(self, transformer: ModelMixin, train: str) -> None:
+    substeps, guidance: of a batch that says until which noise level it goes.
+    """
+
+    def __init__(
+        self, transformer: ModelMixin, train: str, substeps: int = 1, guidance: float = 1.0
+    ) -> None:
         copied = train == "full"
         self.model = copy.deepcopy(transformer).requires_grad_(False) if copied else transformer
         self.adapted = train == "lora"
+        self.substeps, self.guidance = substeps, guidance
 
     @torch.no_grad()
     def velocity(self, batch: Batch) -> Tensor:
-        """fp32, like batch.latents."""
+        """What the student is to give: fp32, like batch.latents."""
         with self.dense():
-            noisy = batch.noisy.to(self.model.dtype)
-            return self.model(
-                hidden_states=noisy, timestep=batch.time, **batch.conditions, return_dict=False
-            )[0].float()
+            if batch.until is not None:
+                return self._until(batch, batch.until)
+            return self._at(batch.noisy, batch.time, batch.conditions)
+
+    def _until(self, batch: Batch, until: Tensor) -> Tensor:
+        """The mean velocity from sigma to `until` on this model's own trajectory, guided: one Euler
+        step with it arrives where `substeps` of this model do (progressive distillation, arXiv
+        2202.00512; the guidance goes into the student as in arXiv 2210.03142)."""
+        begin = x = batch.noisy
+        scale = batch.time / batch.sigma
+        for i in range(self.substeps):
+            now, then = (batch.sigma.lerp(until, n / self.substeps) for n in (i, i + 1))
+            v = self._at(x, now * scale, batch.conditions)
+            if self.guidance != 1 and batch.negative is not None:
+                other = self._at(x, now * scale, batch.negative)
+                v = other + self.guidance * (v - other)
+            x = x + _like(then - now, x) * v
+        return (x - begin) / _like(until - batch.sigma, x)
+
+    def _at(self, x: Tensor, time: Tensor, conditions: dict[str, Any]) -> Tensor:
+        return self.model(
+            hidden_states=x.to(self.model.dtype), timestep=time, **conditions, return_dict=False
+        )[0].float()
 
     @contextlib.contextmanager
     def dense(self) -> Iterator[None]:
@@ -178,6 +205,11 @@ class Teacher:
         finally:
             if self.adapted:
                 self.model.enable_adapters()
+
+
+def _like(level: Tensor, x: Tensor) -> Tensor:
+    """[B] as a factor of x."""
+    return level.view(-1, *[1] * (x.ndim - 1))
 
 
 def training_config(student: Student, settings: Settings) -> AccelConfig:

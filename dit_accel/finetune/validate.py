@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -59,6 +60,12 @@ class Clips:
     folder: Path
     dense: list[np.ndarray]
 
+    @property
+    def unguided(self) -> float | None:
+        """The guidance scale that is none; None where the pipeline takes none."""
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        return 1.0 if "guidance_scale" in known else None
+
     @classmethod
     def make(
         cls,
@@ -84,16 +91,23 @@ class Clips:
         config = inference_config(method, settings)
         with api.accelerated(self.pipe, config):
             for number, reference in enumerate(self.dense):
-                near = quality(reference, self._generate(number, f"step-{step:06d}", config))
+                clip = self._generate(number, f"step-{step:06d}", config, settings)
+                near = quality(reference, clip)
                 found.append({"psnr": near.psnr_mean, "ssim": near.ssim_mean})
         return found
 
-    def _generate(self, number: int, label: str, config: AccelConfig | None) -> np.ndarray:
+    def _generate(
+        self, number: int, label: str, config: AccelConfig | None, settings: Settings | None = None
+    ) -> np.ndarray:
         request = Request(self.prompts[number], seed=number)
+        if settings is not None and settings.sampler is not None:  # a student of few steps
+            few: dict[str, Any] = {"steps": settings.few_steps, "sampler": str(settings.sampler)}
+            request = replace(request, **few, guidance=self.unguided)
         values = arguments(self.pipe, self.defaults, request)
         model = self.pipe.config.get("_name_or_path") or type(self.pipe).__name__
         fps = self.defaults.fps
-        facts = facts_of(self.pipe, values, number, config, model=model, fps=fps)
+        told: dict[str, Any] = {"model": model, "fps": fps, "sampler": request.sampler}
+        facts = facts_of(self.pipe, values, number, config, **told)
         facts["shows"] = label
         frames = generate(self.pipe, self.defaults, request).frames
         suffix = "mp4" if len(frames) > 1 else "png"

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,11 @@ def main() -> None:
     asked = parser.parse_args()
     pipe, defaults = load_pipeline(None, asked.device, "fp32" if asked.device == "cpu" else "bf16")
     judge = Recogniser.of(None, asked.device)
-    data: dict[str, Any] = {"machine": describe(asked.device), "clips": []}
+    data: dict[str, Any] = {
+        "command": shlex.join(sys.argv),
+        "machine": describe(asked.device),
+        "clips": [],
+    }
     if asked.output.is_file():
         data = json.loads(asked.output.read_text())
     known = {(c["prompt"], c["steps"], c["row"]) for c in data["clips"]}

@@ -12,7 +12,7 @@ from dit_accel.cli import main as cli
 from dit_accel.config import named
 from dit_accel.doctor import diagnosis, sample
 from dit_accel.doctor import run as doctor
-from dit_accel.doctor.diagnosis import dense_steps, recommend, state_bytes
+from dit_accel.doctor.diagnosis import Outlook, dense_steps, recommend, state_bytes
 from dit_accel.doctor.from_config import family_of, read_config, skeleton
 from dit_accel.generation.loading import Defaults, load_pipeline
 from dit_accel.generation.request import Request
@@ -112,6 +112,15 @@ def test_few_steps(loaded, given_times):
     slow = replace(found, bound=1.05)
     assert "fewer steps" not in recommend(slow)
     assert "fewer steps" in recommend(replace(slow, steps=20))
+    usual = doctor.examine(who, steps=20)
+    ceiling = {n: {o.method: o.ceiling for o in d.outlook} for n, d in ((4, found), (20, usual))}
+    share = found.attention_share
+    assert ceiling[4]["topk"] == pytest.approx(1 / (1 - share + share * 0.25))  # none is dense
+    share = usual.attention_share
+    assert ceiling[20]["topk"] == pytest.approx(1 / (1 - share + share * (0.15 + 0.85 * 0.25)))
+    worth = replace(found, bound=9.0, outlook=[Outlook("topk", 0.25, 3.0, 2.0)])
+    assert "Take topk at keep 0.25 and --warmup 0" in recommend(worth)
+    assert "warmup" not in recommend(replace(worth, steps=20))
 
 
 def test_more_tokens_than_were_timed(loaded, given_times):

@@ -168,6 +168,11 @@ def _few(steps: int) -> list[str]:
     ]
 
 
+def _schedule(steps: int) -> Schedule:
+    """What a run of so many steps is advised to take."""
+    return Schedule(warmup=0) if steps <= FEW_STEPS else USUAL
+
+
 def _outlook(
     name: str,
     found: dict[str, float] | str,
@@ -175,9 +180,10 @@ def _outlook(
     share: float,
     steps: int,
 ) -> Outlook:
-    """Ceiling and prediction of a whole run under the method's usual schedule."""
+    """Ceiling and prediction of a whole run under the method's usual schedule; of few steps, with
+    none that is dense."""
     method = named(name)
-    dense = dense_steps(method, steps) / steps
+    dense = dense_steps(method, steps, _schedule(steps)) / steps
     kept = dense + (1 - dense) * method.keep
     ceiling = 1 / (1 - share + share * kept)
     if isinstance(found, str):
@@ -254,9 +260,10 @@ def recommend(found: Diagnosis) -> str:
         )
     pick = "pooled" if gains.get("pooled", 0.0) > 0.9 * gains[best] else best
     keep = next(o.keep for o in found.outlook if o.method == pick)
+    bare = " and --warmup 0" if few else ""
     low = f", with --min-tokens {found.tokens}" if found.tokens < (found.crossover or 0) else ""
     return (
-        f"Take {pick} at keep {keep:g}{low}: {share}, and a whole run should be "
+        f"Take {pick} at keep {keep:g}{bare}{low}: {share}, and a whole run should be "
         f"{gains[pick]:.2f}× as fast; let dit-accel tune find the keep that is close enough."
     )
 

@@ -101,3 +101,13 @@ def test_switched_off_and_on_while_attention_is_sparse(expected):
     assert torch.dist(few(pipe), without) / without.norm() < 1e-6
     pipe.enable_lora()
     assert torch.dist(few(pipe), expected) / expected.norm() < 1e-4
+
+
+def test_fused_and_unfused_while_attention_is_sparse(expected):
+    pipe = tiny_wan(heads=3)
+    load(pipe), attend(pipe), sample(pipe)
+    for fused in (True, False, True):
+        pipe.fuse_lora() if fused else pipe.unfuse_lora()
+        assert torch.dist(few(pipe), expected) / expected.norm() < 1e-4
+    pipe.unload_lora_weights()  # fused weights stay
+    assert torch.dist(few(pipe), expected) / expected.norm() < 1e-4

@@ -87,8 +87,11 @@ def _settings(data: dict[str, Any], side: str) -> dict[str, Any]:
     beside += ["compiled blocks, dense run too"] if boost.get("compile") else []
     beside += [f"step cache at {cache:g}, {side} run only"] if cache is not None else []
     beside += [f"LoRA {boost['lora']}, {side} run only"] if boost.get("lora") else []
+    found = data.get("checkpoint")
+    trained = f"{', '.join(found['files'])} ({found['family']})" if found else None
     return {
         "model": f"{data['model']} ({data['pipeline']}, {data['dtype']})",
+        **({"checkpoint": trained} if trained else {}),
         "clip": figures.clip(data["size"], data["fps"]),
         "steps": len(data["times"]["dense"]["steps"]) or "not reported by this pipeline",
         **({"sampler": data["sampler"]} if data.get("sampler") else {}),

@@ -35,13 +35,13 @@ def turbo(tmp_path_factory):
     return str(layouts.turbowan(path, pipe, layouts.projections(pipe)))
 
 
-def expected(base, turbo, **options):
+def expected(base, *files, **options):
     """The clip by Python, as floats from 0 to 1."""
     from diffusers import WanPipeline
 
     pipe = WanPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
-    loaded = dit_accel.load_checkpoint(pipe, turbo, min_tokens=0, **options)
+    loaded = dit_accel.load_checkpoint(pipe, *files, min_tokens=0, **options)
     values = {"num_inference_steps": 6, "guidance_scale": 3.0} | loaded.arguments
     keys = ("height", "width", "num_frames", "max_sequence_length")
     values |= {name: GENERATION[name] for name in keys}
@@ -134,6 +134,26 @@ def test_compare_holds_dense_and_sparse_of_the_same_weights(here, base, turbo, c
     assert data["method"] == "sla" and data["kept"] < 1
     assert data["checkpoint"]["family"] == "TurboWan" and "load_checkpoint" in data["python"]
     assert data["arguments"]["num_inference_steps"] == 4
+    assert f"{turbo} (TurboWan)" in (here / "both" / "report.html").read_text()
+
+
+def test_two_experts(here, tmp_path_factory, capsys):
+    pair = {"transformer_2": True, "boundary_ratio": 0.5}
+    folder = tmp_path_factory.mktemp("experts")
+    layouts.base(**pair).save_pretrained(folder / "wan")
+    (folder / "wan" / "generation.json").write_text(json.dumps(GENERATION))
+    pipe, files = layouts.trained(**pair), []
+    for name in ("high", "low"):
+        path = folder / f"TurboWan2.2-{name}.pth"
+        files.append(str(layouts.turbowan(path, pipe, layouts.projections(pipe))))
+        pipe.transformer, pipe.transformer_2 = pipe.transformer_2, pipe.transformer
+    base = str(folder / "wan")
+    words = ["--model", base, "--checkpoint", files[0], "--checkpoint", files[1]]
+    out = made(here, words)
+    assert np.abs(out - expected(base, *files)).max() < 0.01
+    facts = metadata.read(here / "x.mp4")
+    assert facts["checkpoint"]["files"] == files
+    assert "load_checkpoint(pipe, " + json.dumps(files[0]) in about.python(facts)
 
 
 def test_studies_and_diagnosis(here, base, turbo, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -85,8 +86,10 @@ def test_two_runs_on_one_folder_lose_nothing(model, tmp_path):
     until = time.monotonic() + 120
     while not list((tmp_path / "two").glob("*.mp4")):
         assert time.monotonic() < until
-        time.sleep(0.05)
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # so that it is still there however slow the second starts
     second = subprocess.run(commands[1], capture_output=True, text=True)
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "in use by another batch" in second.stderr
     assert b"12 of 12 jobs done" in first.communicate()[0] and first.returncode == 0
     again = subprocess.run(commands[1], capture_output=True, text=True)

@@ -39,15 +39,19 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+LOOSE = {name: value for name, value in HEADERS.items() if name != "content-security-policy"}
 
 
 @dataclass
 class Guard:
     """Around the app. hosts: names it is called by, beside localhost and plain addresses, which no
-    foreign page can rebind."""
+    foreign page can rebind. gradio: where a Gradio app is, which runs scripts of its own making;
+    closed: beginnings of paths that are not answered."""
 
     app: App
     hosts: tuple[str, ...] = ()
+    gradio: str = ""
+    closed: tuple[str, ...] = ()
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
         if scope["type"] != "http":
@@ -59,7 +63,11 @@ class Guard:
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
             return await _refuse(send, 403, "This request comes from another page.")
-        return await self.app(scope, receive, _with_headers(send))
+        path = scope["path"]
+        if path.startswith(self.closed):
+            return await _refuse(send, 404, "There is no such page.")
+        loose = bool(self.gradio) and f"{path}/".startswith(f"{self.gradio}/")
+        return await self.app(scope, receive, _with_headers(send, LOOSE if loose else HEADERS))
 
     def knows(self, host: str) -> bool:
         """Is this Host header one of ours?"""
@@ -76,7 +84,7 @@ class Guard:
         return True
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(send: Send, headers: dict[str, str] = HEADERS) -> Send:
     async def answer(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             given = {name for name, _ in message["headers"]}
@@ -84,7 +92,7 @@ def _with_headers(send: Send) -> Send:
                 *message["headers"],
                 *(
                     (name.encode(), value.encode())
-                    for name, value in HEADERS.items()
+                    for name, value in headers.items()
                     if name.encode() not in given
                 ),
             ]

@@ -62,7 +62,7 @@ def serve(
 ) -> None:
     """Serve the page until Ctrl-C; `browser` opens it. names: host names that it is called by.
 
-    OSError where the port is taken, ModuleNotFoundError without Starlette or uvicorn.
+    OSError where the port is taken, ModuleNotFoundError without Gradio, Starlette or uvicorn.
     """
     within("port", port, 1, 65535)
     import uvicorn

@@ -28,7 +28,7 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from dit_accel.app import catalog, examples, form, pairs, stage, views
+from dit_accel.app import blocks, catalog, examples, form, pairs, stage, views
 from dit_accel.app.ask import Ask, BadField
 from dit_accel.app.cost import told
 from dit_accel.app.desk import Desk, Full, Job, sentence
@@ -67,7 +67,9 @@ def build(desk: Desk, hosts: tuple[str, ...] = (), warm: bool = False) -> Guard:
         Route("/sent/{kind}", page.send, methods=["POST"]),
     ]
     squeeze = Middleware(GZipMiddleware, minimum_size=1000)
-    return Guard(Starlette(routes=routes, lifespan=life, middleware=[squeeze]), hosts)
+    app = Starlette(routes=routes, lifespan=life, middleware=[squeeze])
+    blocks.mount(app, desk)
+    return Guard(app, hosts, blocks.PATH, blocks.CLOSED)
 
 
 def _wrong(error: Exception, status: int = 400) -> JSONResponse:

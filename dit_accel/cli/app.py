@@ -88,6 +88,6 @@ def page(
     except OSError as error:
         raise BadInput(str(error)) from error
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn"):
+        if error.name not in ("gradio", "starlette", "uvicorn"):
             raise
-        raise BadInput('the page needs Starlette: pip install "dit-accel[app]"') from None
+        raise BadInput('the page needs Gradio: pip install "dit-accel[app]"') from None

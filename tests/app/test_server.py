@@ -2,18 +2,20 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from asks import small_studio
 from starlette.testclient import TestClient
 
-from dit_accel.app import examples, server
+from dit_accel.app import blocks, examples, server
 from dit_accel.app.ask import Limits
 from dit_accel.app.catalog import card
 from dit_accel.app.desk import Desk
 from dit_accel.app.launch import warning
 from dit_accel.cli.app import PageOptions
 
+NONE_SKIPPED = "**no attention skipped, identical**"  # of a clip this short
 FORM = {
     "prompt": card(None).words.examples(1)[0],
     "steps": "2",
@@ -183,3 +185,34 @@ def test_a_page_that_others_reach_is_warned_of_without_public():
         ("0.0.0.0", Limits.for_public()),
     ):
         assert warning(host, limits) == ""
+
+
+def test_gradio_asks_the_same_desk(client):
+    """Its form is served, its queue makes both clips, and what it offers beside is closed."""
+    page = client.get("/gradio/")
+    assert page.status_code == 200 and "gradio" in page.text
+    assert "content-security-policy" not in page.headers and page.headers["x-frame-options"]
+    for path in ("gradio_api/upload", "login", "monitoring", "gradio_api/vibe-code"):
+        assert client.post(f"/gradio/{path}").status_code == 404
+    found = blocks.compare(client.desk, FORM["prompt"], "topk", 0)
+    assert [Path(name).name for name in found[:2]] == ["left.mp4", "right.mp4"]
+    assert all(Path(name).is_file() for name in found[:2]) and found[2] == NONE_SKIPPED
+
+
+def test_gradio_refuses_in_the_page_s_sentences(client):
+    import gradio
+
+    with pytest.raises(gradio.Error, match="[Pp]rompt"):
+        blocks.compare(client.desk, "", "topk", 0)
+
+
+def test_a_script_asks_through_gradio_client(pipe, tmp_path):
+    from browser import served
+    from gradio_client import Client
+
+    desk = Desk(small_studio(pipe), tmp_path / "jobs")
+    with served(server.build(desk)) as address:
+        client = Client(f"{address}gradio", verbose=False, download_files=str(tmp_path / "got"))
+        left, right, said = client.predict(FORM["prompt"], "topk", 3, api_name="/compare")
+    clips = [Path(x["video"] if isinstance(x, dict) else x) for x in (left, right)]
+    assert all(clip.stat().st_size > 0 for clip in clips) and said == NONE_SKIPPED

@@ -17,7 +17,7 @@ from typing import Any
 
 from dit_accel.app import outcome, stage
 from dit_accel.app.ask import Ask, BadField, Limits
-from dit_accel.app.cost import Plan
+from dit_accel.app.cost import Plan, told
 from dit_accel.app.stop import Cancelled, Leash
 from dit_accel.app.studio import News, Run, Studio
 from dit_accel.config import AccelConfig
@@ -120,6 +120,12 @@ class Desk:
             self._bell.notify_all()
         if self._worker is not None:
             self._worker.join()
+
+    def take(self, ask: Ask, asked: dict[str, Any], client: str) -> Job:
+        """`submit`, if the model can make the prompt; BadField where it cannot."""
+        if trouble := told(self.studio, ask)["refused"]:
+            raise BadField("prompt", trouble)
+        return self.submit(ask, asked, client)
 
     def submit(self, ask: Ask, asked: dict[str, Any], client: str) -> Job:
         """A place in the queue. Raises BadField for more work than is allowed, Full."""

@@ -136,10 +136,7 @@ class _Page:
         client = request.client.host if request.client else ""
         try:
             values, ask = await self._read(request)
-            trouble = told(self.desk.studio, ask)["refused"]
-            if trouble:
-                raise BadField("prompt", trouble)
-            job = await run_in_threadpool(self.desk.submit, ask, values, client)
+            job = await run_in_threadpool(self.desk.take, ask, values, client)
         except Full as error:
             return _wrong(error, 429)
         except ValueError as error:

@@ -8,7 +8,7 @@ import pytest
 from asks import small_studio
 from starlette.testclient import TestClient
 
-from dit_accel.app import blocks, examples, server
+from dit_accel.app import blocks, desk, examples, server
 from dit_accel.app.ask import Limits
 from dit_accel.app.catalog import card
 from dit_accel.app.desk import Desk
@@ -199,11 +199,15 @@ def test_gradio_asks_the_same_desk(client):
     assert all(Path(name).is_file() for name in found[:2]) and found[2] == NONE_SKIPPED
 
 
-def test_gradio_refuses_in_the_page_s_sentences(client):
+def test_gradio_refuses_in_the_page_s_sentences(client, monkeypatch):
     import gradio
 
     with pytest.raises(gradio.Error, match="[Pp]rompt"):
         blocks.compare(client.desk, "", "topk", 0)
+    monkeypatch.setattr(desk, "told", lambda studio, ask: {"refused": f"no {ask.what.prompt}"})
+    with pytest.raises(gradio.Error, match="No quokka."):
+        blocks.compare(client.desk, "quokka", "topk", None)
+    assert client.post("/jobs", json={**FORM, "prompt": "quokka"}).json()["error"] == "No quokka."
 
 
 def test_a_script_asks_through_gradio_client(pipe, tmp_path):

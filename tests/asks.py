@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from dit_accel.app.ask import Ask
+from dit_accel.app.catalog import card
 from dit_accel.app.studio import Pair, Studio
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.options import How, What
@@ -20,6 +21,15 @@ DEFAULTS = Defaults(
 )
 DENSE = How("dense")
 SPARSE = How("topk", keep=0.3, warmup="0.25", min_tokens=0)
+# What the page's form sends for such a clip, of a prompt that the embedded model's words allow.
+FORM = {
+    "prompt": card(None).words.examples(1)[0],
+    "steps": "2",
+    "size": "128x128",
+    "frames": "9",
+    "left": {"method": "dense"},
+    "right": {"method": "topk", "min_tokens": "0"},
+}
 ASK = Ask(What("a red rocket", steps=4), right=SPARSE)
 
 

@@ -1,76 +1,166 @@
-"""The comparison as a Gradio app, under /gradio: a plain form, and a queue for gradio_client.
+"""The comparison as a Gradio app: a plain form at /gradio, and a queue for scripts.
 
-The page beside it shows more; both ask the same desk.
+It serves from the root, behind the page's own routes, so that gradio_client is given the page's own
+address. Page and form ask the same desk, with the same places for each address.
 """
 
 from __future__ import annotations
 
-import time
-from functools import partial
-from typing import TYPE_CHECKING
+import asyncio
+import warnings
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 
 from dit_accel.app import catalog, form
-from dit_accel.app.desk import sentence
+from dit_accel.app.desk import Job, sentence
 from dit_accel.app.views import SIDES, headline
+from dit_accel.pages import figures
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
     from dit_accel.app.desk import Desk
 
 PATH = "/gradio"
-# What Gradio offers beside its form and its queue, and this page doesn't.
-CLOSED = tuple(
-    f"{PATH}/{name}"
-    for name in ("gradio_api/upload", "gradio_api/vibe", "gradio_api/undo", "login", "monitoring")
+# What Gradio answers here: its form, and the way through its queue. All else of it is closed:
+# uploads, log-ins, monitoring, its editor. An entry that ends in / or = is a beginning.
+OPEN = (
+    PATH,
+    *("/config", "/theme.css", "/manifest.json", "/favicon.ico", "/robots.txt"),
+    *("/assets/", "/static/fonts/", "/static/img/", "/static/js/"),
+    *(
+        f"/gradio_api/{name}"
+        for name in (
+            *("info", "app_id", "startup-events", "login_check"),
+            *("queue/", "call/", "file=", "cancel", "reset", "heartbeat/"),
+        )
+    ),
 )
 INTRO = "Two clips of the same prompt and the same noise, the right one with accelerated attention."
 BEAT = 0.15
+HOUR = 3600
 
 
-def mount(app: Starlette, desk: Desk) -> None:
-    """Add the Gradio app of this desk to the server."""
-    words = catalog.card(None).words
-    methods = [name for name in form.infos() if name != "dense"]
-    with gr.Blocks(title="dit_accel", analytics_enabled=False) as blocks:
-        gr.Markdown(f"# dit_accel\n{INTRO} [The whole page](/) shows more.")
-        with gr.Row():
-            prompt = gr.Textbox(words.examples(1)[0] if words else "", label="Prompt", scale=3)
-            method = gr.Dropdown(methods, value=form.DEFAULT, label="Method")
-            seed = gr.Number(0, label="Seed", precision=0)
-        start = gr.Button("Generate both", variant="primary")
-        with gr.Row():
-            clips = [gr.Video(label=label, autoplay=True, loop=True, interactive=False)
-                     for label in ("Dense", "Accelerated")]  # fmt: skip
-        said = gr.Markdown()
-        start.click(
-            partial(compare, desk), [prompt, method, seed], [*clips, said], api_name="compare"
+def serving(desk: Desk) -> Starlette:
+    """The Gradio app of this desk, as an ASGI app with a lifespan of its own."""
+    app = Starlette()
+    with warnings.catch_warnings():  # it has two pages, and says that these have no SSR
+        warnings.simplefilter("ignore", UserWarning)
+        gr.mount_gradio_app(
+            app,  # type: ignore[arg-type]  # a FastAPI is one, and no more of it is used
+            _drawn(_Caller(desk)),
+            "/",
+            allowed_paths=[str(desk.folder)],
+            footer_links=["api"],
+            run_history=False,
+            theme=_theme(),
         )
-    gr.mount_gradio_app(
-        app,  # type: ignore[arg-type]  # a FastAPI is one, and no more of it is used
-        blocks,
-        PATH,
-        allowed_paths=[str(desk.folder)],
-        footer_links=["api"],
-        ssr_mode=False,
-        run_history=False,
-    )
+    return app
 
 
-def compare(desk: Desk, prompt: str, method: str, seed: float | None) -> tuple[str, str, str]:
-    """Files of both clips and "1.30× faster, 31.2 dB"; gr.Error, a sentence, for a refusal."""
-    start = "" if seed is None else str(int(seed))
-    asked = {"prompt": prompt, "seed": start, "right": {"method": method}}
-    try:
-        job = desk.take(form.read(asked, desk.limits, desk.opened), asked, "gradio")
-    except ValueError as error:
-        raise gr.Error(sentence(error), print_exception=False) from error
-    with job.leash.held():
-        while not job.over:
-            time.sleep(BEAT)
-    if job.record is None:
-        raise gr.Error(job.note or "The run was cancelled.", print_exception=False)
-    dense, accelerated = (str(job.folder / job.record[side]["clip"]) for side in SIDES)
-    return dense, accelerated, f"**{headline(job.record)}**"
+def _theme() -> gr.Theme:
+    """Gradio's own, with the page's colour on a button dark enough for white words."""
+    colours = {f"button_primary_background_fill{x}": "*primary_700" for x in ("", "_dark")}
+    return gr.themes.Default(primary_hue="teal").set(**colours)
+
+
+def _drawn(caller: _Caller) -> gr.Blocks:
+    """The form. Its first page is ours and never asked for; the form is its second."""
+    words, usual = catalog.card(None).words, catalog.card(None).facts()["defaults"]
+    kinds = [(kind.label, kind.value) for kind in form.kinds(caller.desk.limits)]
+    prompts = words.examples(3) if words else [""]
+    blocks = gr.Blocks(title="dit_accel", analytics_enabled=False, delete_cache=(HOUR, HOUR))
+    with blocks.route("Gradio", PATH):
+        gr.Navbar(main_page_name="The whole page")
+        gr.Markdown(f"# dit_accel\n{INTRO}")
+        prompt = gr.Textbox(prompts[0], label="Prompt", lines=2)
+        with gr.Row():
+            method = gr.Dropdown(kinds, value=form.DEFAULT, label="Method on the right")
+            keep = gr.Textbox("", label="Keep", placeholder="the method's own")
+            seed = gr.Number(0, label="Seed", precision=0)
+            size = gr.Textbox("", label="Size", placeholder=str(usual["size"]))
+            steps = gr.Textbox("", label="Steps", placeholder=str(usual["steps"]))
+            left = gr.Dropdown(kinds, value="dense", label="Method on the left")
+        gr.Examples([[text] for text in prompts], [prompt], label="Prompts that the model knows")
+        with gr.Row():
+            start = gr.Button("Generate both", variant="primary", scale=3)
+            stop = gr.Button("Cancel")
+        said = gr.Markdown()
+        with gr.Row():
+            clips = [
+                gr.Video(label=side.capitalize(), height=384, autoplay=True, loop=True)
+                for side in SIDES
+            ]
+        table = gr.Dataframe(headers=["", *SIDES, "right to left"], interactive=False, wrap=True)
+        asked = [prompt, method, seed, keep, size, steps, left]
+        shown = [*clips, said, table]
+        # the desk has one run at a time and bounds who waits: Gradio's queue lets all through to it
+        run = start.click(caller.compare, asked, shown, api_name="compare", concurrency_limit=None)
+        stop.click(lambda: "Cancelled.", None, said, cancels=[run], api_visibility="private")
+    return blocks
+
+
+class _Caller:
+    """Asks the desk for whoever calls: each address has its own places there."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def compare(
+        self,
+        prompt: str,
+        method: str,
+        seed: float | None,
+        keep: str,
+        size: str,
+        steps: str,
+        left: str,
+        request: gr.Request,
+    ) -> AsyncIterator[tuple[Any, ...]]:
+        """Make both clips: their files, "1.30× faster, 31.2 dB", a table of times and closeness.
+
+        prompt: what to show. method: of the right side. keep, size (WIDTHxHEIGHT), steps: empty is
+        the method's or the model's own. left: method of the left side.
+
+        Says on the way where the run stands; gr.Error, a sentence, for a refusal. A caller who goes
+        away ends the run.
+        """
+        asked: dict[str, Any] = {"prompt": prompt, "seed": seed, "size": size, "steps": steps}
+        asked |= {"left": {"method": left}, "right": {"method": method, "keep": keep}}
+        client = request.client.host if request.client else ""
+        job = await run_in_threadpool(self._taken, asked, client)
+        seen = ""
+        try:
+            with job.leash.held():
+                while not job.over:
+                    if (now := self.desk.news(job)["said"]) != seen:
+                        seen = now
+                        yield gr.skip(), gr.skip(), now, gr.skip()
+                    await asyncio.sleep(BEAT)
+        finally:
+            self.desk.cancel(job)  # nothing, where it is over
+        if job.record is None:
+            raise gr.Error(job.note or "The run was cancelled.", print_exception=False)
+        files = [str(job.folder / job.record[side]["clip"]) for side in SIDES]
+        yield (*files, f"## {headline(job.record)}", _table(job.record))
+
+    def _taken(self, asked: dict[str, Any], client: str) -> Job:
+        try:
+            ask = form.read(asked, self.desk.limits, self.desk.opened)
+            return self.desk.take(ask, asked, client)
+        except ValueError as error:
+            raise gr.Error(sentence(error), print_exception=False) from error
+
+
+def _table(record: dict[str, Any]) -> list[list[str]]:
+    """What was measured, from the record that the page shows: what, left, right, right to left."""
+    left, right = (record[side] for side in SIDES)
+    times = figures.time_rows(left["times"], right["times"], record["speedup"])
+    near = figures.closeness_rows(record["quality"], "left")
+    return [
+        ["runs", left["label"], right["label"], ""],
+        *(list(row) for row in times),
+        *([name, "", "", f"{value} {beside}".strip()] for name, value, beside in near),
+    ]

@@ -73,7 +73,7 @@ class Job:
             setattr(self, name, value)
         self.version += 1
 
-    def left(self) -> float | None:
+    def left(self) -> float:
         """Seconds until it is done, from its plan and what was seen of its steps."""
         if self.state != "running":
             return self.plan.total if self.state == "waiting" else 0.0
@@ -165,7 +165,19 @@ class Desk:
         """(how many are before it, seconds until its turn)."""
         with self._bell:
             before = self._queue[: self._queue.index(job)] if job in self._queue else []
-        return len(before), sum(other.left() or 0.0 for other in before)
+        return len(before), sum(other.left() for other in before)
+
+    def news(self, job: Job) -> dict[str, Any]:
+        """What whoever follows a job sees now."""
+        before, until = self.place(job)
+        said = stage.said(job.state, job.value, before, until, job.left())
+        return {
+            "state": job.state,
+            "note": job.note,
+            "value": job.value,
+            "before": before,
+            "said": said,
+        }
 
     def cancel(self, job: Job) -> None:
         """Stop a job, or take it out of the queue."""

@@ -39,19 +39,27 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
 }
+# For the document of Gradio's form, whose scripts are of its own making.
 LOOSE = {name: value for name, value in HEADERS.items() if name != "content-security-policy"}
+
+
+FORM = 64 * 2**10  # bytes of a form
 
 
 @dataclass
 class Guard:
-    """Around the app. hosts: names it is called by, beside localhost and plain addresses, which no
-    foreign page can rebind. gradio: where a Gradio app is, which runs scripts of its own making;
-    closed: beginnings of paths that are not answered."""
+    """Around the app.
+
+    hosts: names it is called by, beside localhost and plain addresses, which no foreign page can
+    rebind. gradio: the app behind `doors`, paths or, where they end in / or =, beginnings of paths;
+    it answers nothing else. loose: paths of documents that run scripts of their own.
+    """
 
     app: App
     hosts: tuple[str, ...] = ()
-    gradio: str = ""
-    closed: tuple[str, ...] = ()
+    gradio: App | None = None
+    doors: tuple[str, ...] = ()
+    loose: tuple[str, ...] = ()
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,13 +69,24 @@ class Guard:
         if not self.knows(host):
             return await _refuse(send, 400, "This page is not called by that name.")
         origin = headers.get("origin")
-        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+        reads = scope["method"] in ("GET", "HEAD")
+        if not reads and origin and urlsplit(origin).netloc != host:
             return await _refuse(send, 403, "This request comes from another page.")
         path = scope["path"]
-        if path.startswith(self.closed):
-            return await _refuse(send, 404, "There is no such page.")
-        loose = bool(self.gradio) and f"{path}/".startswith(f"{self.gradio}/")
-        return await self.app(scope, receive, _with_headers(send, LOOSE if loose else HEADERS))
+        send = _with_headers(send, LOOSE if path in self.loose else HEADERS)
+        if self.gradio is None or not self._door(path):
+            return await self.app(scope, receive, send)
+        length = headers.get("content-length", "")
+        if not reads and not (length.isdecimal() and int(length) <= FORM):
+            return await _refuse(send, 413, f"A form has at most {FORM // 1024} KiB.")
+        return await self.gradio(scope, receive, send)
+
+    def _door(self, path: str) -> bool:
+        """Does it lead to Gradio's app?"""
+        return any(
+            path.startswith(door) if door.endswith(("/", "=")) else path == door
+            for door in self.doors
+        )
 
     def knows(self, host: str) -> bool:
         """Is this Host header one of ours?"""

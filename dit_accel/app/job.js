@@ -9,32 +9,15 @@ export const current = () => job;
 export const running = () => Boolean(source);
 
 function buttons(busy) { go.disabled = busy; stop.disabled = !busy; }
-export function lasting(seconds) {
-  if (seconds < 60) return `${Math.max(1, Math.round(seconds))} s`;
-  const whole = Math.round(seconds / 10) * 10;
-  return `${Math.floor(whole / 60)} min${whole % 60 ? ` ${whole % 60} s` : ""}`;
-}
-function said(news) {
-  if (news.state === "waiting") {
-    if (!news.before) return "Waiting for the machine.";
-    const who = news.before === 1 ? "1 run is before yours" : `${news.before} runs are before yours`;
-    return `${who}: your turn in about ${lasting(news.until)}. One runs at a time.`;
-  }
-  if (news.state === "cancelled") return "Cancelled.";
-  if (news.state === "failed") return "";
-  if (news.state === "done") return "Both clips are done.";
-  const side = news.value.right.busy ? "right" : "left";
-  return `${side[0].toUpperCase()}${side.slice(1)} side: ${news.value[side].state || "starting"}. About ${lasting(news.left)} left.`;
-}
 function words(text) { if (status.textContent !== text) status.textContent = text; }
 // A screen reader hears what changes, not every step; the tab's title tells how far it is.
 let heardLast = "";
 const title = document.title;
 function announce(news) {
   const side = news.value.right.busy ? "right" : "left";
-  const phase = news.state === "running" ? `${side} side: ${(news.value[side].state || "").split(",")[0]}` : said(news);
+  const phase = news.state === "running" ? `${side} side: ${(news.value[side].state || "").split(",")[0]}` : news.said;
   if (news.state !== "waiting" && phase !== heardLast) one("#said").textContent = heardLast = phase;
-  else if (news.state === "waiting" && heardLast !== `${news.before}`) { heardLast = `${news.before}`; one("#said").textContent = said(news); }
+  else if (news.state === "waiting" && heardLast !== `${news.before}`) { heardLast = `${news.before}`; one("#said").textContent = news.said; }
   const share = ["left", "right"].reduce((sum, name) => sum + (news.value[name].src ? 1 : news.value[name].share || 0), 0) / 2;
   document.title = news.state === "running" ? `${Math.round(100 * share)} % · ${title}`
     : news.state === "done" && document.hidden ? `Done · ${title}` : title;
@@ -62,7 +45,7 @@ function follow(id) {
 }
 function heard(news) {
   retry = 0;
-  words(said(news));
+  words(news.said);
   announce(news);
   tell.moved(job, news);
   if (!["done", "failed", "cancelled"].includes(news.state)) return;

@@ -32,25 +32,26 @@ from dit_accel.app import blocks, catalog, examples, form, pairs, stage, views
 from dit_accel.app.ask import Ask, BadField
 from dit_accel.app.cost import told
 from dit_accel.app.desk import Desk, Full, Job, sentence
-from dit_accel.app.guard import REPORT, Guard, body_of
+from dit_accel.app.guard import FORM, REPORT, Guard, body_of
 from dit_accel.pages.render import render
 
 TYPES = {".js": "text/javascript", ".css": "text/css"}
 SCRIPTS = ("dom", "form", "history", "job", "look", "page", "stage")
-FORM, PICTURE = 64 * 2**10, 12 * 2**20  # bytes that a visitor may send
+PICTURE = 12 * 2**20  # bytes of a picture that a visitor may send
 BEAT = 0.15
 
 
 def build(desk: Desk, hosts: tuple[str, ...] = (), warm: bool = False) -> Guard:
     """The ASGI app; `desk` serves its jobs. hosts: names that it is called by. warm: load the
     embedded model at once."""
-    page = _Page(desk)
+    page, gradio = _Page(desk), blocks.serving(desk)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
-        desk.start(warm)
-        yield
-        await run_in_threadpool(desk.stop)
+        async with gradio.router.lifespan_context(gradio):
+            desk.start(warm)
+            yield
+            await run_in_threadpool(desk.stop)
 
     routes = [
         Route("/", page.home),
@@ -68,8 +69,7 @@ def build(desk: Desk, hosts: tuple[str, ...] = (), warm: bool = False) -> Guard:
     ]
     squeeze = Middleware(GZipMiddleware, minimum_size=1000)
     app = Starlette(routes=routes, lifespan=life, middleware=[squeeze])
-    blocks.mount(app, desk)
-    return Guard(app, hosts, blocks.PATH, blocks.CLOSED)
+    return Guard(app, hosts, gradio, blocks.OPEN, loose=(blocks.PATH,))
 
 
 def _wrong(error: Exception, status: int = 400) -> JSONResponse:
@@ -141,7 +141,7 @@ class _Page:
             return _wrong(error, 429)
         except ValueError as error:
             return _wrong(error)
-        return JSONResponse({"job": job.id, **self._news(job)})
+        return JSONResponse({"job": job.id, **self.desk.news(job)})
 
     async def _read(self, request: Request) -> tuple[dict[str, Any], Ask]:
         data = await body_of(request, FORM)
@@ -160,8 +160,8 @@ class _Page:
             return _gone()
         if request.method == "DELETE":
             self.desk.cancel(job)
-            return JSONResponse(self._news(job))
-        found = self._news(job)
+            return JSONResponse(self.desk.news(job))
+        found = self.desk.news(job)
         if job.record is not None:
             found |= await run_in_threadpool(_shown, job.record, job.base)
         return JSONResponse({**found, "asked": job.asked})
@@ -183,22 +183,10 @@ class _Page:
                 waiting = job.state == "waiting" or beat % 7 == 0
                 if job.version != seen or waiting:
                     seen = job.version
-                    yield f"data: {json.dumps(self._news(job))}\n\n"
+                    yield f"data: {json.dumps(self.desk.news(job))}\n\n"
                 if job.over or await request.is_disconnected():
                     return
                 await asyncio.sleep(BEAT)
-
-    def _news(self, job: Job) -> dict[str, Any]:
-        """What a follower of the job sees now."""
-        before, until = self.desk.place(job)
-        return {
-            "state": job.state,
-            "note": job.note,
-            "value": job.value,
-            "before": before,
-            "until": until,
-            "left": job.left(),
-        }
 
     async def job_file(self, request: Request) -> Response:
         job, file = self.desk.job(request.path_params["id"]), request.path_params["file"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dit_accel.app.ask import Ask, label
+from dit_accel.app.cost import duration
 from dit_accel.app.studio import News, Run
 from dit_accel.app.views import SIDES
 from dit_accel.pages.figures import seconds
@@ -25,6 +26,23 @@ def waiting(ask: Ask, words: str = WAITING) -> dict[str, Any]:
     for name, how in zip(SIDES, (ask.left, ask.right), strict=True):
         value[name] = {"label": label(how), "state": words if name == "left" else "next"}
     return value
+
+
+def said(state: str, value: dict[str, Any], before: int, until: float, left: float) -> str:
+    """Where a job stands, in a sentence; "" where its note says it.
+
+    before: how many run before it. until: seconds to its turn. left: seconds of the run itself.
+    """
+    if state == "waiting":
+        if not before:
+            return "Waiting for the machine."
+        who = "1 run is before yours" if before == 1 else f"{before} runs are before yours"
+        return f"{who}: your turn in about {duration(until)}. One runs at a time."
+    if state == "running":
+        side = "right" if value["right"].get("busy") else "left"
+        now = value[side].get("state") or "starting"
+        return f"{side.capitalize()} side: {now}. About {duration(left)} left."
+    return {"done": "Both clips are done.", "cancelled": "Cancelled."}.get(state, "")
 
 
 def moved(value: dict[str, Any], progress: News) -> dict[str, Any]:

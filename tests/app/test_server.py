@@ -2,36 +2,16 @@
 
 import json
 import time
-from pathlib import Path
 
 import pytest
-from asks import small_studio
+from asks import FORM, small_studio
 from starlette.testclient import TestClient
 
-from dit_accel.app import blocks, desk, examples, server
+from dit_accel.app import examples, server
 from dit_accel.app.ask import Limits
-from dit_accel.app.catalog import card
 from dit_accel.app.desk import Desk
 from dit_accel.app.launch import warning
 from dit_accel.cli.app import PageOptions
-
-NONE_SKIPPED = "**no attention skipped, identical**"  # of a clip this short
-FORM = {
-    "prompt": card(None).words.examples(1)[0],
-    "steps": "2",
-    "size": "128x128",
-    "frames": "9",
-    "left": {"method": "dense"},
-    "right": {"method": "topk", "min_tokens": "0"},
-}
-
-
-@pytest.fixture(scope="module")
-def client(pipe, tmp_path_factory):
-    desk = Desk(small_studio(pipe), tmp_path_factory.mktemp("jobs"), Limits(models=("a/b",)))
-    with TestClient(server.build(desk), base_url="http://127.0.0.1:7860") as found:
-        found.desk = desk
-        yield found
 
 
 def finished(client, form=FORM) -> dict:
@@ -125,6 +105,8 @@ BAD_REQUESTS = [
     ("PUT", "/jobs", {"content": b"{}"}, (405,)),
     ("POST", "/", {"content": b"{}"}, (405,)),
     ("GET", "/gradio_api/upload", {}, (404,)),
+    ("POST", "/gradio_api/queue/join", {"content": b"x" * 100_000}, (413,)),
+    ("GET", "/gradio_api/file=/etc/passwd", {}, (403, 404)),
     ("GET", "/", {"headers": {"host": "evil.example"}}, (400,)),
     ("GET", "/", {"headers": {"host": "127.0.0.1.evil.example:7860"}}, (400,)),
     ("POST", "/jobs", {"json": FORM, "headers": {"origin": "http://evil.example"}}, (403,)),
@@ -185,38 +167,3 @@ def test_a_page_that_others_reach_is_warned_of_without_public():
         ("0.0.0.0", Limits.for_public()),
     ):
         assert warning(host, limits) == ""
-
-
-def test_gradio_asks_the_same_desk(client):
-    """Its form is served, its queue makes both clips, and what it offers beside is closed."""
-    page = client.get("/gradio/")
-    assert page.status_code == 200 and "gradio" in page.text
-    assert "content-security-policy" not in page.headers and page.headers["x-frame-options"]
-    for path in ("gradio_api/upload", "login", "monitoring", "gradio_api/vibe-code"):
-        assert client.post(f"/gradio/{path}").status_code == 404
-    found = blocks.compare(client.desk, FORM["prompt"], "topk", 0)
-    assert [Path(name).name for name in found[:2]] == ["left.mp4", "right.mp4"]
-    assert all(Path(name).is_file() for name in found[:2]) and found[2] == NONE_SKIPPED
-
-
-def test_gradio_refuses_in_the_page_s_sentences(client, monkeypatch):
-    import gradio
-
-    with pytest.raises(gradio.Error, match="[Pp]rompt"):
-        blocks.compare(client.desk, "", "topk", 0)
-    monkeypatch.setattr(desk, "told", lambda studio, ask: {"refused": f"no {ask.what.prompt}"})
-    with pytest.raises(gradio.Error, match="No quokka."):
-        blocks.compare(client.desk, "quokka", "topk", None)
-    assert client.post("/jobs", json={**FORM, "prompt": "quokka"}).json()["error"] == "No quokka."
-
-
-def test_a_script_asks_through_gradio_client(pipe, tmp_path):
-    from browser import served
-    from gradio_client import Client
-
-    desk = Desk(small_studio(pipe), tmp_path / "jobs")
-    with served(server.build(desk)) as address:
-        client = Client(f"{address}gradio", verbose=False, download_files=str(tmp_path / "got"))
-        left, right, said = client.predict(FORM["prompt"], "topk", 3, api_name="/compare")
-    clips = [Path(x["video"] if isinstance(x, dict) else x) for x in (left, right)]
-    assert all(clip.stat().st_size > 0 for clip in clips) and said == NONE_SKIPPED

@@ -54,12 +54,9 @@ class AccelConfig:
                 "take another method or prune=None"
             )
         check(self)
+        self._check_choice()
         if self.method.layout is not None:
             self._lay_out(self.method.layout)
-        if self.schedule.head_keep and not self.method.chooses:
-            raise ValueError(
-                f"{self.method.name} reads the same blocks for all heads: no head_keep"
-            )
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}: choose one of {', '.join(ORDERS)}")
         object.__setattr__(self, "tile", tuple(self.tile))
@@ -67,6 +64,18 @@ class AccelConfig:
             raise ValueError(f"tile is three sizes (t, h, w) ≥ 1, not {self.tile}")
         if self.min_tokens is not None and self.min_tokens < 0:
             raise ValueError(f"min_tokens is ≥ 0 or None, not {self.min_tokens}")
+
+    def _check_choice(self) -> None:
+        """ValueError where blocks cannot be chosen so."""
+        selector = self.method.selector
+        if self.prune is not None and selector.placed:
+            raise ValueError(
+                f"the selector {selector} looks where tokens lie in the picture, so it cannot run "
+                "on pruned ones; take another selector or prune=None"
+            )
+        if self.schedule.head_keep and not (self.method.chooses and selector.counted):
+            name = self.method.name if not self.method.chooses else f"the selector {selector}"
+            raise ValueError(f"{name} reads the same blocks for all heads: no head_keep")
 
     def _lay_out(self, tile: Grid) -> None:
         """The order of a method that says how its tokens are laid out."""

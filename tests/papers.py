@@ -30,6 +30,8 @@ class Paper(NamedTuple):
 _SUB = "kernels/block_table/sub.py"
 _PARTS = "tests/kernels/test_part_scores.py::"
 _REUSE = "tests/methods/test_reuse.py::"
+_WINDOWS = "tests/methods/test_windows.py::"
+_STATIC, _STATICS = "dit_accel/methods/selectors/static.py", "tests/methods/test_static.py::"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
@@ -64,11 +66,11 @@ PAPERS = (
     Paper("EasySpec", "none", "speculation needs a draft and a lossless check"),
     Paper("RCMHA", "open", "a depth-wise convolution beside attention, trained"),
     Paper("2D-TPE", "part", "orders in which a grid is read: time, tiles, Hilbert, for a whole model; not for each head", "dit_accel/forward/order.py", ("tests/test_order.py::test_time_follows_a_place_through_all_frames",)),
-    Paper("FIT", "none", "learned latents; its pattern would be pooled over a window"),
+    Paper("FIT", "part", "its pattern: exact in a window, one summary for each block outside: pooled over a window; its latents are learned", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_pooled_over_a_window_is_near_tokens_and_the_means_of_the_others",)),
     Paper("MoA", "works", "a budget for each head under a total, from one profile", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force", _PROFILE + "test_a_budget_of_heads_runs_and_keeps_its_total", "tests/kernels/test_part_scores.py::test_a_share_for_each_head")),
     Paper("TCA", "part", "budgets of heads, by error instead of captured mass", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force",)),
     Paper("DeltaLLM", "part", "what changes little is remembered: a residual over steps, and an order in which neighbours in time share a block", "dit_accel/methods/shared.py", ("tests/methods/test_shared.py::test_at_the_caching_step_the_partial_formula_is_the_dense_output", "tests/test_order.py::test_time_follows_a_place_through_all_frames")),
-    Paper("S2-Attention", "open", "a strided shard for each head: a static control"),
+    Paper("S2-Attention", "works", "a strided shard for each head, which together are everything: a static control", _STATIC, (_STATICS + "test_the_shards_of_all_heads_are_everything",)),
     Paper("RALA", "open", "weights for keys in the linear state, and a gate"),
     Paper("Rectified SpaAttn", "works", "sparse attention rescaled to its mass, plus pooled values", "dit_accel/methods/rectified.py", (_POOLED + "test_rectified_is_its_equation", "tests/methods/test_selectors.py::test_the_critical_set_is_the_equations")),
     Paper("Routing Transformer", "open", "k-means of queries and keys as an order of tokens"),
@@ -81,19 +83,19 @@ PAPERS = (
     Paper("Re-ttention", "works", "a window, rescaled and completed by an earlier full step", "dit_accel/methods/rettention.py", ("tests/methods/test_rettention.py::test_at_the_caching_step_the_sparse_formula_is_the_dense_output",)),
     Paper("NOSA", "none", "offloads a KV cache of decoding; how many blocks are chosen again is a column of `profile`"),
     Paper("FlashAttention-2", "works", "the dense control of every table", "dit_accel/bench/baselines.py", ("tests/test_bench.py::test_a_row_has_times_ratio_and_error",)),
-    Paper("AllMem", "open", "a window and a learned memory: SLA over a window"),
+    Paper("AllMem", "part", "a window and a memory: SLA over a window, whose memory is the linear state; a memory that trains while it runs has no form", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_stands_beside_the_scores_of_every_method",)),
     Paper("FcaFormer", "none", "more keys from earlier blocks, trained from scratch"),
-    Paper("Faster Neighborhood Attention", "part", "windows of whole tiles in space, in every frame, for rettention", "dit_accel/methods/selectors/window.py", ("tests/methods/test_selectors.py::test_a_tile_sees_itself_in_every_frame",)),
+    Paper("Faster Neighborhood Attention", "works", "windows by axis with dilation, for every method, in whole blocks of the fused kernel; with the order tile these are tiles of the picture", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_is_the_blocks_that_its_tokens_touch", _WINDOWS + "test_every_token_has_as_many_neighbours")),
     Paper("SALE", "open", "an estimate of all pairs in four bits; sub(64) is the exact form, at its cost"),
     Paper("AnchorAttention", "open", "a threshold relative to the blocks that are read anyway"),
     Paper("MASA", "none", "fewer parameters, the same time"),
     Paper("SLAB", "part", "ReLU features of the linear branch; no convolution", "kernels/sparse_linear_attention/features.py", (_LINEAR + "test_feature_maps",)),
-    Paper("MaxViT", "open", "own window and a dilated grid: a static control"),
+    Paper("MaxViT", "works", "own window and a dilated grid, which reach everything in two layers: a static control", _STATIC, (_STATICS + "test_a_window_and_a_grid_reach_everything_in_two_layers",)),
     Paper("TAPPA", "part", "a table serves several steps; not by the similarity of queries", "dit_accel/methods/reuse.py", _TABLES),
     Paper("HyLRA", "part", "sensitive layers dense, tables reused; over steps instead of layers", "dit_accel/methods/reuse.py", (*_TABLES, "tests/test_tune.py::test_sensitivity_is_the_error_of_each_layer")),
     Paper("Unified View of long-sequence models", "works", "one template, heads over devices", "dit_accel/parallel/ulysses.py", (_ULYSSES,)),
-    Paper("PowerAttention", "open", "blocks at distances of powers of two: a static control"),
-    Paper("MVAR", "none", "next-scale autoregression; its window is a tile's"),
+    Paper("PowerAttention", "works", "blocks at distances of powers of two, which reach everything in log₂ M layers: a static control", _STATIC, (_STATICS + "test_powers_of_two_reach_everything_in_log_layers",)),
+    Paper("MVAR", "part", "its rule of space is a window of one frame, `window(t=1,h=8,w=8)`; next-scale autoregression has no form", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_is_the_blocks_that_its_tokens_touch",)),
     Paper("Token Reduction Should Go Beyond Efficiency", "part", "a position: what pruning does to quality is measured beside its speed", "dit_accel/pruning/config.py", ("tests/test_prune.py::test_every_criterion_runs_close_to_dense",)),
 )  # fmt: skip
 

@@ -33,6 +33,7 @@ CASES = {
     "wan-pooled": {**WAN, "method": "pooled"},
     "wan-sla": {**WAN, "method": "sla"},
     "wan-heads": {**WAN, "options": {"schedule": HEADS}},
+    "wan-shards": {**WAN, "select": "shards"},
     "wan-anything": {**WAN, "anything": True},
     "wan-vsa": {**WAN, "method": "vsa", "gated": True},
     "wan-vsa-anything": {**WAN, "method": "vsa", "gated": True, "anything": True},
@@ -83,6 +84,7 @@ def generate(
     prune=None,
     compiled=False,
     gated=False,
+    select="means",
     **kwargs,
 ):
     """Latents of three steps, and the report; stock for "dense"."""
@@ -111,7 +113,8 @@ def generate(
             stack.enter_context(compiled_blocks(pipe.transformer, "eager"))
         settings = {"schedule": NOW, "min_tokens": 0, **dict(options)}
         small = {"tile": (1, 8, 8), "window": (1, 1, 1)} if method == "ssta" else {}
-        made = kind(keep=0.3, **small)
+        chosen = {"select": select} if select != "means" else {}
+        made = kind(keep=0.3, **small, **chosen)
         if gated:
             torch.manual_seed(0)
             names = (f"layers.{i}.weight" for i in range(len(pipe.transformer.blocks)))

@@ -6,6 +6,7 @@ Where`, see command.py); what only it has it describes itself, with `option`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -45,8 +46,9 @@ Metadata = Annotated[
 
 
 def words(text: str) -> list[str]:
-    """The parts of "steps, pooled"."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """The parts of "steps, pooled/window(t=3,h=8)": commas in brackets part nothing."""
+    parts = re.split(r",(?![^(]*\))", text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def seeds(text: str) -> list[int]:

@@ -55,7 +55,7 @@ class Look:
                 error = float(lost.sum().sqrt())
                 self.steps.setdefault((name, call.step, keep), []).append(error)
         middle = replace(call, keep=self.keeps[len(self.keeps) // 2], state={}, together={})
-        mask = next(reversed(self.tried.values())).chosen(q, k, middle)[0].to_mask()
+        mask = next(reversed(self.tried.values())).chosen(q, k, middle, v)[0].to_mask()
         known = self.masks.get(call.layer)
         if known is not None and known.shape == mask.shape:
             same = float((known & mask).sum() / mask.sum())

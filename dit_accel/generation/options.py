@@ -68,7 +68,7 @@ Warmup = Annotated[
     str | None, Option("Dense steps at the start: a share (0.15) or a number (3).", HOW)
 ]
 Select = Annotated[
-    str | None, Option("How blocks are chosen: means, sub or sub(8); see `selectors`.", HOW)
+    str | None, Option("How blocks are chosen: sub, sub(8) or another of `selectors`.", HOW)
 ]
 Reuse = Annotated[
     str | None, Option("Tables that serve more: so many steps (4), passes, or 4+passes.", HOW)

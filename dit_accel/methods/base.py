@@ -53,6 +53,8 @@ class Call:
         sections: lengths of the parts (text, references, sound) of the tokens beside the grid's;
             empty when unknown.
         first, queries: the visual queries given begin at `first` of `queries`; None: they are all.
+        heads: numbers of the heads given among the model's; None: they are all.
+        values: v, where the selector looks at it.
         ring: by which the keys of other processes come, where k and v are a part of them.
     """
 
@@ -79,6 +81,8 @@ class Call:
     sections: tuple[int, ...] = ()
     first: int = 0
     queries: int | None = None
+    heads: tuple[int, ...] | None = None
+    values: torch.Tensor | None = None
     ring: Ring | None = None
 
 
@@ -189,21 +193,33 @@ class Method:
         """
         return None
 
-    def table(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> BlockTable:
-        """The block table of this call, noted for the report."""
-        table, _ = self.chosen(q, k, call)
+    def table(
+        self, q: torch.Tensor, k: torch.Tensor, call: Call, v: torch.Tensor | None = None
+    ) -> BlockTable:
+        """The block table of this call, noted for the report; v: see `chosen`."""
+        table, _ = self.chosen(q, k, call, v)
         call.note(table)
         return table
 
-    def chosen(self, q: torch.Tensor, k: torch.Tensor, call: Call, **rules: object) -> Chosen:
+    def chosen(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        call: Call,
+        v: torch.Tensor | None = None,
+        **rules: object,
+    ) -> Chosen:
         """Forced blocks and the `keep` best by the selector, or a table that serves this call too;
-        the means only where they were made. rules: see Selector.choose."""
+        the means only where they were made. v: for a selector that reads values. rules: see
+        Selector.choose."""
         sizes = self.sizes(q, call)
         kept = self.sharing.find(call, q, k, sizes)
         if kept is not None:
             return kept, None
         keep = self.share(call.keep, block_count(k.shape[2], self.block_k))
         mine = call if keep == call.keep else replace(call, keep=keep)
+        if self.selector.reads_values:
+            mine = replace(mine, values=v)
         table, means = self.selector.choose(q, k, mine, sizes, **rules)
         self.sharing.keep(table, call, q, k, sizes)
         return table, means

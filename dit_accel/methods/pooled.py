@@ -33,7 +33,7 @@ class Pooled(Method):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
-        table, means = self.chosen(q, k, call, return_means=True)
+        table, means = self.chosen(q, k, call, v, return_means=True)
         call.note(table)
         return ops.pooled_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len, means=means

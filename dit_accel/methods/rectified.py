@@ -48,7 +48,9 @@ class Rectified(Method):
         if self.neighbours is not None and self.neighbours < 0:
             raise ValueError(f"neighbours is a number of blocks ≥ 0 or None, not {self.neighbours}")
 
-    def choose(self, q: torch.Tensor, k: torch.Tensor, call: Call) -> Chosen:
+    def choose(
+        self, q: torch.Tensor, k: torch.Tensor, call: Call, v: torch.Tensor | None = None
+    ) -> Chosen:
         """max(K, as many as hold `mass`) best blocks, the neighbours and the text; block means."""
         near: tuple[torch.Tensor | None, int] = (None, 0)
         if self.neighbours is not None:
@@ -57,12 +59,12 @@ class Rectified(Method):
             first, sizes = text + call.first, self.sizes(q, call)
             near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
         critical = {"mass": self.mass, "near": near[0], "max_near": near[1]}
-        return self.chosen(q, k, call, **critical, return_means=True, spreads=self.gapr)
+        return self.chosen(q, k, call, v, **critical, return_means=True, spreads=self.gapr)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
-        table, means = self.choose(q, k, call)
+        table, means = self.choose(q, k, call, v)
         call.note(table)
         return ops.rectified_attention(
             q, k, v, table, call.scale, self.gapr, kv_len=call.kv_len, means=means

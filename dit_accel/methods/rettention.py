@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.methods.base import Call
-from dit_accel.methods.selectors.window import WINDOWS, window_rows, window_table
+from dit_accel.methods.selectors.base import expanded
+from dit_accel.methods.selectors.window import WINDOWS, window_rows
 from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
 
@@ -61,7 +62,7 @@ class Rettention(Remembering):
         ratio = shape[0] * shape[1] * shape[2] * 4 if self.rescale else 0
         return super().state_bytes(shape, dtype) + ratio
 
-    def table(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
+    def table(self, q: Tensor, k: Tensor, call: Call, v: Tensor | None = None) -> BlockTable:
         """The static window; ValueError when the tokens form no grid."""
         grid = call.grid
         n = call.queries or q.shape[2]
@@ -75,7 +76,7 @@ class Rettention(Remembering):
         if window is None or window[0] != wanted:
             rows = window_rows(*wanted, call.index, call.text_first, q.device)
             window = call.state["window"] = wanted, rows.rows(call.first, q.shape[2])
-        return window_table(window[1], *q.shape[:2])
+        return expanded(window[1], *q.shape[:2])
 
     def full(
         self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call

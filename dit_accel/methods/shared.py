@@ -55,8 +55,8 @@ class SharedResidual(Remembering):
         """O_pooled."""
         return ops.pooled_attention(q, k, v, table, scale=call.scale, kv_len=call.kv_len)
 
-    def table(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
+    def table(self, q: Tensor, k: Tensor, call: Call, v: Tensor | None = None) -> BlockTable:
         """The best blocks of the last full step: R is what these missed."""
         if "table" not in call.state:
-            call.state["table"], _ = self.chosen(q, k, call)
+            call.state["table"], _ = self.chosen(q, k, call, v)
         return call.state["table"]

@@ -116,7 +116,7 @@ class SLA(Learned):
         return self.rounding == "down"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        table = self.table(q, k, call)
+        table = self.table(q, k, call, v)
         options: dict[str, Any] = {"scale": call.scale, "kv_len": call.kv_len}
         learned = self.of(call, q.device) if self.linear else None
         if learned is None:

@@ -86,12 +86,12 @@ class Remembering(Method):
             call.note(None)
             for name in ("residual", "scale", "table"):  # the old go before the new come
                 state.pop(name, None)
-            table = self.table(q, k, call)
+            table = self.table(q, k, call, v)
             state.update(step=call.step, shape=(q.shape, q.dtype))
             full, part = self.full(q, k, v, table, call)
             self._keep(full.float() - part, q.dtype, state, self.sizes(q, call)[0])
             return full
-        table = self.table(q, k, call)
+        table = self.table(q, k, call, v)
         call.note(table)
         out = self.partial(q, k, v, table, call)
         missing = self._missing(state, q.shape[2], self.sizes(q, call)[0])

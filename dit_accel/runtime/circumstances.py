@@ -25,15 +25,16 @@ def circumstances(
     number: int,
     action: Action,
     tokens: Tokens,
-    given: tuple[int, torch.device],
+    given: tuple[int, int, torch.device],
     keys: Keys,
     scale: float | None,
     shard: Shard,
 ) -> Call:
-    """Of call `number` of a layer in this forward. given: how many keys it has, and where."""
+    """Of call `number` of a layer in this forward. given: how many keys and heads it has, and
+    where."""
     assert action.keep is not None, "a planned dense call does not come here"
     here, book, size = engine.here, engine.books.layers[layer], engine.config.method.block_k
-    blocks = (given[0], tokens.geometry.n_visual, size, keys.text_first, given[1])
+    blocks = (given[0], tokens.geometry.n_visual, size, keys.text_first, given[2])
     forced, n_forced = text_blocks(*blocks)
     stateless = engine.stateless_from
     return Call(
@@ -59,8 +60,14 @@ def circumstances(
         sections=here.geometry.sections,
         first=shard.first,
         queries=shard.queries,
+        heads=_heads(given[1], shard),
         ring=shard.ring,
     )
+
+
+def _heads(n: int, shard: Shard) -> tuple[int, ...] | None:
+    """The numbers of n heads, where they are some of the model's."""
+    return None if shard.ranks == 1 else tuple(range(shard.rank * n, (shard.rank + 1) * n))
 
 
 def why_dense(engine: Engine, tokens: Tokens, queries: int, n: int, device: torch.device) -> str:

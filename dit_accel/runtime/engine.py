@@ -170,7 +170,8 @@ class Engine:
             books.dense(layer, keys, planned=action.keep is None)
             return dense(q, k, v, mask)
         order = None if shard.rows is not None else order  # its queries came in that order
-        call = circumstances(self, layer, number, action, tokens, (n, k.device), keys, scale, shard)
+        given = (n, q.shape[2], k.device)
+        call = circumstances(self, layer, number, action, tokens, given, keys, scale, shard)
         with dispatch.recording() as used:
             out = joint.attend(
                 self.config.method, q, k, v, mask, tokens, keys, order, call, dense, gate

@@ -127,7 +127,7 @@ def test_texts_and_their_objects():
     config = dit_accel.AccelConfig(Pooled(0.1, select=Sub(8), reuse=Reuse(4, True)))
     again = dit_accel.AccelConfig.from_dict(config.to_dict())
     assert again == config and config.to_dict()["method"]["select"] == "sub(8)"
-    assert set(selectors.infos()) == {"means", "sub"}
+    assert {"means", "sub"} < set(selectors.infos())
 
 
 def test_a_recipe_spells_the_choice():

@@ -7,8 +7,9 @@ from dit_accel import ops
 from dit_accel.forward.order import token_order
 from dit_accel.methods import Call
 from dit_accel.methods.rectified import Rectified
+from dit_accel.methods.selectors.base import expanded
 from dit_accel.methods.selectors.near import neighbours
-from dit_accel.methods.selectors.window import window_rows, window_table
+from dit_accel.methods.selectors.window import window_rows
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def test_raster_and_tile_windows_agree_on_whole_rows():
 
 def test_ragged_grid_and_full_window():
     assert window(grid=(2, 9, 7), keep=1.0).to_mask().all()
-    table = window_table(window(grid=(2, 9, 7)), 2, 3)
+    table = expanded(window(grid=(2, 9, 7)), 2, 3)
     assert table.counts.shape == (2, 3, 2) and (table.counts == 1).all()
 
 

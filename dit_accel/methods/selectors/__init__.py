@@ -1,18 +1,27 @@
 """The selectors, one file each: which key blocks a query block reads.
 
-A text names one: "means", "sub", or "sub(8)" with its arguments. `dit_accel.selectors()` lists
-them.
+A text names one, with what it is told in brackets: "sub", "sub(8)", "window(t=3,h=8,w=8)"; "sub &
+window(t=1)" reads what either of the two chooses. `dit_accel.selectors()` lists them.
 """
 
 from __future__ import annotations
 
 import re
+from functools import reduce
 from importlib import import_module
 from typing import NamedTuple
 
 from dit_accel.methods.selectors.base import Scored, Selector
 
-_HOME = {"means": "Means", "sub": "Sub"}
+_HOME = {
+    "means": "means:Means",
+    "sub": "sub:Sub",
+    "window": "window:Window",
+    "nearest": "window:Nearest",
+    "power": "static:Power",
+    "shards": "static:Shards",
+    "axes": "static:Axes",
+}
 
 __all__ = ["Scored", "Selector", "SelectorInfo", "find", "infos"]
 
@@ -24,21 +33,48 @@ class SelectorInfo(NamedTuple):
 
 def find(text: str) -> Selector:
     """The selector of a text; ValueError for one that is none, with the known names."""
-    match = re.fullmatch(r"\s*([a-z]+)\s*(?:\(([^()]*)\))?\s*", text)
-    name = match[1] if match else text
-    if name not in _HOME:
+    found = [_one(part, text) for part in text.split("&")]
+    if len(found) == 1:
+        return found[0]
+    from dit_accel.methods.selectors.both import Both
+
+    return reduce(Both, found)
+
+
+def _one(part: str, text: str) -> Selector:
+    match = re.fullmatch(r"\s*([a-z]+(?:-[a-z]+)*)\s*(?:\(([^()]*)\))?\s*", part)
+    name = match[1] if match else part
+    if match is None or name not in _HOME:
         known = ", ".join(_HOME)
         raise ValueError(f"unknown selector {text!r}: choose one of {known}, such as sub or sub(8)")
-    given = match[2] if match and match[2] else ""
-    arguments = [x.strip() for x in given.split(",") if x.strip()]
-    kind = getattr(import_module(f"dit_accel.methods.selectors.{name}"), _HOME[name])
+    given = [x.strip() for x in (match[2] or "").split(",") if x.strip()]
+    named = dict(x.split("=", 1) for x in given if "=" in x)
+    bare = [_value(x) for x in given if "=" not in x]
     try:
-        return kind(*(int(x) if x.isdecimal() else x for x in arguments))
+        return _kind(name)(*bare, **{key.strip(): _value(x) for key, x in named.items()})
     except TypeError:
-        raise ValueError(f"selector {name} does not take {', '.join(arguments)}") from None
+        raise ValueError(f"selector {name} does not take {', '.join(given) or 'nothing'}") from None
+
+
+def _value(text: str) -> object:
+    """ "8" as 8, "0.5" as 0.5, "1x2x2" as (1, 2, 2); any other text as it is."""
+    text = text.strip()
+    if re.fullmatch(r"\d+(x\d+)+", text):
+        return tuple(map(int, text.split("x")))
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _kind(name: str) -> type[Selector]:
+    module, _, kind = _HOME[name].partition(":")
+    return getattr(import_module(f"dit_accel.methods.selectors.{module}"), kind)
 
 
 def infos() -> dict[str, SelectorInfo]:
     """Name → what it does, and the paper."""
-    kinds = {name: type(find(name)) for name in _HOME}
+    kinds = {name: _kind(name) for name in _HOME}
     return {name: SelectorInfo(kind.description, kind.paper) for name, kind in kinds.items()}

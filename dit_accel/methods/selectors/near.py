@@ -1,4 +1,5 @@
-"""The neighbours of a query block, which Rectified SpaAttn always reads (arXiv 2511.19835)."""
+"""Where query blocks stand among the key blocks, and their neighbours, which Rectified SpaAttn
+always reads (arXiv 2511.19835)."""
 
 from __future__ import annotations
 
@@ -12,22 +13,30 @@ from dit_accel.table import block_count
 
 
 class Near(NamedTuple):
-    """bool [Mq, Mk] of the blocks near a query block, and the most of them in a row."""
+    """bool [Mq, Mk] of blocks that a query block reads in any case, and the most of them in a row
+    (or a bound of it)."""
 
     mask: Tensor
     width: int
+
+
+def own_blocks(n_q: int, block_q: int, block_k: int, first: int) -> tuple[Tensor, Tensor]:
+    """int64 [Mq, 1] on the CPU: the first and the last key block that hold a query block's tokens.
+
+    first: where among the keys the first query stands.
+    """
+    start = torch.arange(0, n_q, block_q, device="cpu")[:, None] + first
+    last = (start + block_q).clamp(max=first + n_q) - 1
+    return start // block_k, last // block_k
 
 
 @cached_tensors(8)
 def neighbours(
     n_q: int, n_k: int, block_q: int, block_k: int, reach: int, first: int, device: torch.device
 ) -> Near:
-    """The key blocks that hold a query block's own tokens, and `reach` more on either side.
-
-    first: where among the keys the first query stands.
-    """
-    start = torch.arange(0, n_q, block_q, device="cpu")[:, None] + first
-    last = (start + block_q).clamp(max=first + n_q) - 1
+    """The key blocks that hold a query block's own tokens, and `reach` more on either side; first:
+    see own_blocks."""
+    low, high = own_blocks(n_q, block_q, block_k, first)
     block = torch.arange(block_count(n_k, block_k), device="cpu")
-    mask = (block >= start // block_k - reach) & (block <= last // block_k + reach)
+    mask = (block >= low - reach) & (block <= high + reach)
     return Near(mask.to(device), int(mask.sum(-1).max()))

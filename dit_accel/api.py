@@ -87,6 +87,7 @@ def accelerate(
     order: str | None = None,
     min_tokens: int | None = None,
     strict: bool | None = None,
+    dense: str | None = None,
 ) -> Handle:
     """Make `pipe`'s transformer attend sparsely from its next call on.
 
@@ -94,13 +95,13 @@ def accelerate(
         pipe: a diffusers pipeline with one or more diffusion transformers, or such a transformer.
         method: name ("topk"), preset ("topk:fast"), preset file (.json), method object or config.
         prune: token pruning, an object or a preset's name ("balanced").
-        schedule, order, min_tokens, strict: replace the configuration's, see AccelConfig.
+        schedule, order, min_tokens, strict, dense: replace the configuration's, see AccelConfig.
 
     An accelerated pipeline is re-configured. Raises TypeError for an object that is no such
     pipeline, ValueError for a bad option or an unknown model; the pipeline is then as before.
     """
     options = {"schedule": schedule, "order": order, "min_tokens": min_tokens, "strict": strict}
-    config = resolve(method, prune=pruning(prune), **options)
+    config = resolve(method, prune=pruning(prune), dense=dense, **options)
     found = assemble(pipe, config, _denoisers(pipe))
     transformers = [entry.transformer for entry in found.patches]
     before = [old for t in transformers if (old := patch.of(t)) is not None]

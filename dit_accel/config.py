@@ -31,6 +31,8 @@ class AccelConfig:
             crossover (see dit_accel.config.CROSSOVER).
         strict: raise RuntimeError where a layer would fall back to dense unplanned.
         prune: which tokens run through the middle of the model; None: all of them, always.
+        dense: backend of dense attention (ops/backends.py): a name, or "auto" for the fastest exact
+            one at hand; None: the one that the pipeline has.
     """
 
     method: Method
@@ -40,6 +42,7 @@ class AccelConfig:
     min_tokens: int | None = None
     strict: bool = False
     prune: TokenPruning | None = None
+    dense: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
@@ -128,6 +131,7 @@ class Options(TypedDict, total=False):
     order: str | None
     min_tokens: int | None
     strict: bool | None
+    dense: str | None
 
 
 def resolve(method: str | Path | Method | AccelConfig, **overrides: object) -> AccelConfig:

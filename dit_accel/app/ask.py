@@ -15,7 +15,7 @@ from dit_accel.samplers.grids import Sampler
 # Token-steps that a visitor may ask for on each kind of device: minutes of work.
 WORK = {"cpu": 500_000, "mps": 2_000_000, "cuda": 8_000_000}
 # Options that read files of the server, or keep it busy before the first step.
-PRIVATE = ("heads", "lora", "compile")
+PRIVATE = ("heads", "lora", "compile", "dense")
 STOCK = How("dense")
 
 

@@ -18,12 +18,14 @@ from dit_accel.methods import find, infos, selectors
 from dit_accel.pruning.config import TokenPruning
 
 SIDES = ("left", "right")
+BESIDE = ("prune", "step_cache", "compile", "dense")  # what goes with no sparse method, too
 LEVELS = ("safe", "balanced", "fast")
 Opened = Callable[[str, str], Path]  # (kind, token) → a file that the visitor sent
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS,
     "prune": tuple(TokenPruning.presets),
+    "dense": ("auto", "native", "_native_cudnn", "kernel"),
     "select": tuple(selectors.infos()),
     "sampler": ("rcm", "dmd", "flow:5", "renoise:5"),
 }
@@ -152,7 +154,7 @@ def _side(values: Any, side: str, limits: Limits, opened: Opened) -> How:
             f"{side}.method", f"There is no method {method[:40]!r}: choose from the list."
         )
     if method == "dense":
-        typed = {name: typed[name] for name in typed if name in ("prune", "step_cache", "compile")}
+        typed = {name: typed[name] for name in typed if name in BESIDE}
     return How(f"{method}:{level}" if level in find(method).presets else method, **typed)
 
 

@@ -88,6 +88,10 @@ StepCache = Annotated[
     float | None, Option("Skip steps that change less than this, such as 0.05.", HOW)
 ]
 Lora = Annotated[str | None, Option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
+Dense = Annotated[
+    str | None,
+    Option("Dense attention by auto, the fastest exact backend, or by name. [the model's]", HOW),
+]
 Order = Annotated[str | None, Option("Token order: raster, tile, hilbert or time.", HOW)]
 MinTokens = Annotated[int | None, Option(MIN_TOKENS, HOW)]
 
@@ -156,6 +160,7 @@ class How:
     lora: Lora = None
     order: Order = None
     min_tokens: MinTokens = None
+    dense: Dense = None
 
     def config(self, trained: AccelConfig | None = None) -> AccelConfig:
         """The acceleration asked for; ValueError for an unknown method or a bad option.
@@ -172,6 +177,7 @@ class How:
             order=self.order,
             min_tokens=self.min_tokens,
             prune=pruning(self.prune),
+            dense=self.dense,
         )
         asked = {"keep": self.keep, "select": self.select, "reuse": self.reuse}
         own: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}

@@ -56,6 +56,7 @@ class Call:
         heads: numbers of the heads given among the model's; None: they are all.
         values: v, where the selector looks at it.
         ring: by which the keys of other processes come, where k and v are a part of them.
+        dense: what computes dense attention of q, k, v [B, N, H, D] and a mask; None: PyTorch's.
     """
 
     keep: Keep
@@ -84,6 +85,7 @@ class Call:
     heads: tuple[int, ...] | None = None
     values: torch.Tensor | None = None
     ring: Ring | None = None
+    dense: Callable[..., torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

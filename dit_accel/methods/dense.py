@@ -34,4 +34,6 @@ class Dense(Method):
         if call.kv_len is not None:
             valid = torch.as_tensor(call.kv_len, device=k.device).reshape(-1, 1)
             mask = (torch.arange(k.shape[2], device=k.device) < valid)[:, None, None]
+        if call.dense is not None:
+            return call.dense(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=call.scale)

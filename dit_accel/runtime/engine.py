@@ -20,6 +20,7 @@ from dit_accel.forward.order import Order
 from dit_accel.forward.place import Place, differentiable, in_backward
 from dit_accel.machine import Stopwatch
 from dit_accel.ops import dispatch
+from dit_accel.ops.backends import Backends
 from dit_accel.parallel.sharded import ALL, Shard
 from dit_accel.pipelines.base import Geometry
 from dit_accel.pruning.span import Span
@@ -32,9 +33,8 @@ from dit_accel.schedule import Action, Plan
 
 @dataclass(eq=False)
 class Engine:
-    """The state of an accelerated pipeline; dies with it.
-
-    `begin` opens a transformer forward, `attend` serves each attention call in it, `end` closes it.
+    """The state of an accelerated pipeline; dies with it. `begin` opens a transformer forward,
+    `attend` serves each attention call in it, `end` closes it.
 
     config, plans, clock: how, when (of each transformer), and where the generation stands.
     books: what is counted.
@@ -60,6 +60,7 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.order = Order(self.config.order, self.config.tile)
+        self.backends = Backends(named) if (named := self.config.dense) else None
         self._announce = Announcer(self.config.method, self.clock, self.books, self.plans)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -143,8 +144,7 @@ class Engine:
     ) -> Tensor:
         """Attention of one layer. q, k, v, result [B, N, H, D] as diffusers has them.
 
-        gate: see `gate`. shard: what of the call this process has; where keys go round, only what
-        `rounds` has allowed.
+        gate: see `gate`. shard: what this process has; of keys that go round what `rounds` allows.
         """
         if not self.running():
             return dense(q, k, v, mask)
@@ -172,6 +172,7 @@ class Engine:
         order = None if shard.rows is not None else order  # its queries came in that order
         given = (n, q.shape[2], k.device)
         call = circumstances(self, layer, number, action, tokens, given, keys, scale, shard)
+        call.dense = dense if self.backends else None
         with dispatch.recording() as used:
             out = joint.attend(
                 self.config.method, q, k, v, mask, tokens, keys, order, call, dense, gate

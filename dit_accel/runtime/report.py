@@ -51,6 +51,8 @@ class Report:
     stateless_from: the first layer whose state found no room, or None.
     generations: how many.
     notes: what of the pipeline does not run this way.
+    backends: of dense attention, for each kind of call: the one that served, how many calls, and
+        the milliseconds of those that were timed; empty where the pipeline's own served them all.
     """
 
     method: str
@@ -66,6 +68,7 @@ class Report:
     stateless_from: int | None
     generations: int
     notes: list[str] = field(default_factory=list)
+    backends: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -82,6 +85,7 @@ class Report:
         lines += [f"  dense: {count} × {why}" for why, count in sorted(self.fallbacks.items())]
         served = ", ".join(f"{name} × {n}" for name, n in sorted(self.implementations.items()))
         lines += [f"  kernels: {served}"] if served else []
+        lines += [f"  backend: {_chosen(found)}" for found in self.backends]
         lines += [f"  state: {self.state_bytes / 2**20:.1f} MiB"] if self.state_bytes else []
         if self.stateless_from is not None:
             lines.append(f"  no room for the state of the layers from {self.stateless_from} on")
@@ -119,6 +123,9 @@ def build(engine: Engine, model: str, notes: list[str]) -> Report:
         stateless_from=engine.stateless_from,
         generations=engine.clock.generation,
         notes=notes if calls else [*notes, "no attention call came yet"],
+        backends=[asdict(choice) for choice in engine.backends.choices.values()]
+        if engine.backends is not None
+        else [],
     )
 
 
@@ -127,6 +134,16 @@ def _state_bytes(engine: Engine) -> int:
     kept = (x for entry in engine.state.values() for x in entry.values())
     tensors = sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
     return tensors + sum(span.nbytes() for span in engine.spans)
+
+
+def _chosen(found: dict[str, Any]) -> str:
+    """A choice of backends, in a line."""
+    name = found["backend"] or "the pipeline's own"
+    others = [f"{other} {ms:.3g} ms" for other, ms in found["ms"].items()]
+    others += [f"{other}: {why}" for other, why in found["refused"].items()]
+    return f"{name} × {found['calls']} for {found['kind']}" + (
+        f" ({'; '.join(others)})" if others else ""
+    )
 
 
 def _calls(book: LayerBook | StepBook) -> Calls:

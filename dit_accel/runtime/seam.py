@@ -132,8 +132,23 @@ class Layer:
         scale: float | None,
         shared: ParallelConfig | None,
     ) -> Tensor:
-        """The attention this module had before: the user's own backend. `shared`: its
+        """Dense attention, by the backend of the configuration or by the user's own. `shared`: its
         ParallelConfig where q, k, v are this rank's part of the tokens, None where they are all."""
+        backends = self.engine.backends
+        if backends is not None and shared is None:
+            return backends(q, k, v, mask, scale, partial(self._own, shared=None))
+        return self._own(q, k, v, mask, scale, shared)
+
+    def _own(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        shared: ParallelConfig | None,
+    ) -> Tensor:
+        """The attention that this module had before."""
         if self.dispatch is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)

@@ -32,6 +32,9 @@ _PARTS = "tests/kernels/test_part_scores.py::"
 _REUSE = "tests/methods/test_reuse.py::"
 _WINDOWS = "tests/methods/test_windows.py::"
 _STATIC, _STATICS = "dit_accel/methods/selectors/static.py", "tests/methods/test_static.py::"
+_SCORED = "tests/methods/test_scored.py::"
+_REGIONS = "dit_accel/methods/selectors/regions.py"
+_RELATIVE = "dit_accel/methods/selectors/relative.py"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
@@ -49,7 +52,7 @@ PAPERS = (
     Paper("TFLA", "part", "two levels of tiles: programs over spans of keys whose states are summed", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_parts_of_the_heads_give_the_same_bits",)),
     Paper("Long-Context Attention Benchmark", "part", "kernels × shapes × keep in one table, no ratio without a check; no axis of patterns or ranks", "dit_accel/bench/operators.py", ("tests/test_bench.py::test_no_ratio_for_a_wrong_result",)),
     Paper("Gated Linear Attention", "open", "a gate for each key in the linear branch; its decay over time has no form"),
-    Paper("Superlinear Attention", "open", "spans first, blocks inside of them: a selector of two levels"),
+    Paper("Superlinear Attention", "part", "spans first, blocks inside of them: regions; its router is learned", _REGIONS, (_SCORED + "test_blocks_come_from_the_best_regions",)),
     Paper("LeanAttention", "none", "unequal work split evenly: rows taken longest first were built and measured, gained nothing on an H200, and are out (kernels/block_table/README.md)"),
     Paper("Sequence Parallelism (ring)", "works", "keys and values go round in parts, whose outputs are merged by their log-sum-exp: `share(pipe, kv=\"ring\")`", "dit_accel/parallel/sharded.py", (_RING, "tests/test_ring.py::test_parts_are_merged_by_their_log_sum_exp")),
     Paper("LASP-2", "works", "one all-reduce of linear states, one gather of keys and values, where heads do not divide: `share(pipe, kv=\"gather\")`", "dit_accel/parallel/sharded.py", (_RING,)),
@@ -58,11 +61,11 @@ PAPERS = (
     Paper("X-EcoMLA", "none", "distils attention into a latent KV cache"),
     Paper("SEA", "open", "a learned estimate of the attention map: a selector with trained tensors"),
     Paper("FlashAttention-4", "open", "rescale only where the maximum grew much; its kernel is for Blackwell"),
-    Paper("Trainable Dynamic Mask", "open", "importance of keys by their values: a selector; trained, one with tensors"),
+    Paper("Trainable Dynamic Mask", "part", "importance of keys by their values: valued, without training", "dit_accel/methods/selectors/valued.py", (_SCORED + "test_values_of_one_size_leave_the_choice_to_the_means",)),
     Paper("TransPrune", "works", "prunes tokens by how they change and by attention on text", "dit_accel/pruning/criteria.py", ("tests/test_prune.py::test_ttv_is_its_formula_and_finite_in_half_precision", "tests/test_prune_parts.py::test_share_of_attention_on_text_is_exact_for_blocks_of_one")),
     Paper("Sparsifiner", "open", "a learned connectivity map: a selector with trained tensors"),
     Paper("Combiner", "works", "summaries and keys in one softmax: pooled", "dit_accel/methods/pooled.py", (_POOLED + "test_pooled_is_its_equation", _POOLED + "test_pooled_backward")),
-    Paper("HiP", "open", "tree search of the best blocks; scoring all of them costs a 16,384th of dense at 256k tokens"),
+    Paper("HiP", "works", "tree search of the best blocks: a control, for scoring all of them costs a 16,384th of dense at 256k tokens", _REGIONS, (_SCORED + "test_a_tree_finds_the_best_where_scores_have_one_peak", _SCORED + "test_a_tree_misses_what_hides_beside_a_bad_middle")),
     Paper("EasySpec", "none", "speculation needs a draft and a lossless check"),
     Paper("RCMHA", "open", "a depth-wise convolution beside attention, trained"),
     Paper("2D-TPE", "part", "orders in which a grid is read: time, tiles, Hilbert, for a whole model; not for each head", "dit_accel/forward/order.py", ("tests/test_order.py::test_time_follows_a_place_through_all_frames",)),
@@ -74,7 +77,7 @@ PAPERS = (
     Paper("RALA", "open", "weights for keys in the linear state, and a gate"),
     Paper("Rectified SpaAttn", "works", "sparse attention rescaled to its mass, plus pooled values", "dit_accel/methods/rectified.py", (_POOLED + "test_rectified_is_its_equation", "tests/methods/test_selectors.py::test_the_critical_set_is_the_equations")),
     Paper("Routing Transformer", "open", "k-means of queries and keys as an order of tokens"),
-    Paper("DHSA", "part", "blocks of unequal length count by their true number of tokens; no chunks by content", "kernels/block_table/torch.py", ("tests/kernels/test_block_table.py::test_short_block_counts_its_own_tokens",)),
+    Paper("DHSA", "works", "chunks by content, whose means times √length score the blocks; borders where tokens are least alike instead of learned ones", "dit_accel/methods/selectors/chunks.py", (_SCORED + "test_chunks_that_are_blocks_are_the_means", _SCORED + "test_chunks_end_where_tokens_change")),
     Paper("Kronecker attention", "none", "correlations of three: another function, cubic work"),
     Paper("DCAL", "none", "distractor pairs in the training of recognition"),
     Paper("MInference", "open", "a pattern for each head, chosen offline: a selector of columns and diagonals"),
@@ -86,8 +89,8 @@ PAPERS = (
     Paper("AllMem", "part", "a window and a memory: SLA over a window, whose memory is the linear state; a memory that trains while it runs has no form", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_stands_beside_the_scores_of_every_method",)),
     Paper("FcaFormer", "none", "more keys from earlier blocks, trained from scratch"),
     Paper("Faster Neighborhood Attention", "works", "windows by axis with dilation, for every method, in whole blocks of the fused kernel; with the order tile these are tiles of the picture", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_is_the_blocks_that_its_tokens_touch", _WINDOWS + "test_every_token_has_as_many_neighbours")),
-    Paper("SALE", "open", "an estimate of all pairs in four bits; sub(64) is the exact form, at its cost"),
-    Paper("AnchorAttention", "open", "a threshold relative to the blocks that are read anyway"),
+    Paper("SALE", "works", "an estimate of all pairs in four bits against a threshold relative to what is near: `relative(4.8,parts=64,bits=4)`; shows what it finds, no kernel makes it fast", _RELATIVE, (_SCORED + "test_an_estimate_in_few_bits", _SCORED + "test_what_is_above_the_threshold_is_kept_up_to_the_cap")),
+    Paper("AnchorAttention", "works", "a threshold relative to the blocks that are read anyway, with a cap; blocks instead of stripes of tokens", _RELATIVE, (_SCORED + "test_a_threshold_of_nothing_or_everything", _SCORED + "test_what_is_above_the_threshold_is_kept_up_to_the_cap")),
     Paper("MASA", "none", "fewer parameters, the same time"),
     Paper("SLAB", "part", "ReLU features of the linear branch; no convolution", "kernels/sparse_linear_attention/features.py", (_LINEAR + "test_feature_maps",)),
     Paper("MaxViT", "works", "own window and a dilated grid, which reach everything in two layers: a static control", _STATIC, (_STATICS + "test_a_window_and_a_grid_reach_everything_in_two_layers",)),

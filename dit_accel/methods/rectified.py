@@ -10,7 +10,7 @@ import torch
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
 from dit_accel.methods.selectors.base import Chosen
-from dit_accel.methods.selectors.near import neighbours
+from dit_accel.methods.selectors.near import around
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class Rectified(Method):
         """max(K, as many as hold `mass`) best blocks, the neighbours and the text; block means."""
         near: tuple[torch.Tensor | None, int] = (None, 0)
         if self.neighbours is not None:
-            n_q, n_k = q.shape[2], k.shape[2]
-            text = n_k - (call.queries or n_q) if call.text_first else 0
-            first, sizes = text + call.first, self.sizes(q, call)
-            near = neighbours(n_q, n_k, *sizes, self.neighbours, first, q.device)
+            near = around(q, k, call, self.sizes(q, call), self.neighbours)
         critical = {"mass": self.mass, "near": near[0], "max_near": near[1]}
         return self.chosen(q, k, call, v, **critical, return_means=True, spreads=self.gapr)
 

@@ -1,6 +1,6 @@
 """The operators: q, k, v and a block table → O."""
 
-from dit_accel.kernels.block_table.torch import block_means
+from dit_accel.kernels.block_table.torch import block_means, part_scores
 from dit_accel.kernels.sparse_linear_attention.features import EPS, features
 from dit_accel.ops.operators import (
     block_sparse_attention,
@@ -21,6 +21,7 @@ __all__ = [
     "choose_blocks",
     "features",
     "of_tiles",
+    "part_scores",
     "pooled_attention",
     "ragged_attention",
     "rectified_attention",

@@ -21,6 +21,12 @@ _HOME = {
     "power": "static:Power",
     "shards": "static:Shards",
     "axes": "static:Axes",
+    "relative": "relative:Relative",
+    "valued": "valued:Valued",
+    "regions": "regions:Regions",
+    "tree": "regions:Tree",
+    "slash": "slash:Slash",
+    "chunks": "chunks:Chunks",
 }
 
 __all__ = ["Scored", "Selector", "SelectorInfo", "find", "infos"]

@@ -3,13 +3,16 @@ always reads (arXiv 2511.19835)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_accel.machine import cached_tensors
 from dit_accel.table import block_count
+
+if TYPE_CHECKING:
+    from dit_accel.methods.base import Call
 
 
 class Near(NamedTuple):
@@ -18,6 +21,18 @@ class Near(NamedTuple):
 
     mask: Tensor
     width: int
+
+
+def first_key(q: Tensor, k: Tensor, call: Call) -> int:
+    """Where among the keys the first of the queries given stands."""
+    text = k.shape[2] - (call.queries or q.shape[2]) if call.text_first else 0
+    return text + call.first
+
+
+def around(q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], reach: int) -> Near:
+    """`neighbours` of this call."""
+    first = first_key(q, k, call)
+    return neighbours(q.shape[2], k.shape[2], *sizes, reach, first, q.device)
 
 
 def own_blocks(n_q: int, block_q: int, block_k: int, first: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_accel.machine import cached_tensors
 from dit_accel.methods.selectors.base import Scored
-from dit_accel.methods.selectors.near import own_blocks
+from dit_accel.methods.selectors.near import first_key, own_blocks
 from dit_accel.table import Keep, block_count, kept_blocks
 
 if TYPE_CHECKING:
@@ -34,11 +34,10 @@ class Static(Scored):
 
     def scores(self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int]) -> Tensor:
         """[B, H, Mq, Mk]."""
-        n_q, n_k, block_k = q.shape[2], k.shape[2], sizes[1]
-        first = call.first + (n_k - (call.queries or n_q) if call.text_first else 0)
-        live = block_count(call.kv_len if isinstance(call.kv_len, int) else n_k, block_k)
+        n_k = call.kv_len if isinstance(call.kv_len, int) else k.shape[2]
+        live = block_count(n_k, sizes[1])
         heads = call.heads or tuple(range(q.shape[1]))
-        place = (n_q, n_k, *sizes, first)
+        place = (q.shape[2], k.shape[2], *sizes, first_key(q, k, call))
         found = _scores(self, place, call.keep, live, heads, q.device)
         return found.expand(*q.shape[:2], -1, -1)
 

@@ -80,7 +80,7 @@ PAPERS = (
     Paper("DHSA", "works", "chunks by content, whose means times √length score the blocks; borders where tokens are least alike instead of learned ones", "dit_accel/methods/selectors/chunks.py", (_SCORED + "test_chunks_that_are_blocks_are_the_means", _SCORED + "test_chunks_end_where_tokens_change")),
     Paper("Kronecker attention", "none", "correlations of three: another function, cubic work"),
     Paper("DCAL", "none", "distractor pairs in the training of recognition"),
-    Paper("MInference", "open", "a pattern for each head, chosen offline: a selector of columns and diagonals"),
+    Paper("MInference", "works", "columns and diagonals of a sample of the attention, and a pattern for each head, chosen offline: slash and per-head", "dit_accel/methods/selectors/slash.py", (_SCORED + "test_a_key_that_all_queries_like_is_a_column", _SCORED + "test_scores_of_a_distance_are_a_diagonal", "tests/methods/test_per_head.py::test_each_head_has_its_selectors_rows")),
     Paper("EchoAtt", "part", "tables that serve again, over steps instead of layers", "dit_accel/methods/reuse.py", _TABLES),
     Paper("BiFormer", "works", "coarse scores of regions, finer ones inside: block means, and means of their parts", _SUB, (_PARTS + "test_the_same_choice", _PARTS + "test_parts_of_one_token_give_the_attention_of_blocks", "tests/test_choice.py::test_more_parts_come_nearer_to_the_exact_shares")),
     Paper("Re-ttention", "works", "a window, rescaled and completed by an earlier full step", "dit_accel/methods/rettention.py", ("tests/methods/test_rettention.py::test_at_the_caching_step_the_sparse_formula_is_the_dense_output",)),

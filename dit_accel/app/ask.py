@@ -10,6 +10,7 @@ from dit_accel.generation.loading import Defaults
 from dit_accel.generation.options import How, What, parse_size
 from dit_accel.generation.request import Request
 from dit_accel.inputs import fields
+from dit_accel.methods.selectors import opens_a_file
 from dit_accel.samplers.grids import Sampler
 
 # Token-steps that a visitor may ask for on each kind of device: minutes of work.
@@ -120,15 +121,17 @@ class Ask:
         )
 
     def _check_side(self, side: str, how: How) -> None:
+        for name in PRIVATE if self.limits.public else ():
+            if getattr(how, name):
+                raise BadField(f"{side}.{name}", f"This page is public: leave {name} out.")
+        if self.limits.public and isinstance(how.select, str) and opens_a_file(how.select):
+            raise BadField(f"{side}.select", "This page is public: name no file.")
         try:
             fields.check(how)
             config_of(how)
             how.boost()
         except ValueError as error:
             raise BadField(f"{side}.method", f"On the {side}: {error}") from None
-        for name in PRIVATE if self.limits.public else ():
-            if getattr(how, name):
-                raise BadField(f"{side}.{name}", f"This page is public: leave {name} out.")
 
     @property
     def size(self) -> tuple[int | None, int | None]:

@@ -26,7 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS,
     "prune": tuple(TokenPruning.presets),
     "dense": ("auto", "native", "_native_cudnn", "kernel"),
-    "select": tuple(selectors.infos()),
+    "select": tuple(name for name, info in selectors.infos().items() if not info.needs),
     "sampler": ("rcm", "dmd", "flow:5", "renoise:5"),
 }
 _HINTS = {"number": "decimal", "whole": "numeric"}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from dit_accel.cli.options import checked, option
-from dit_accel.generation.options import WHAT, How, What, Where
+from dit_accel.generation.options import HOW, WHAT, How, What, Where
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,32 +22,50 @@ SHOWN = 0.12  # the keep whose errors the map shows, one of those measured
 Output = Annotated[Path, option("File to write. \\[profile.json]", WHAT, "--output", "-o")]
 
 
-def profile(what: What, how: How, where: Where, output: Output = Path("profile.json")) -> None:
+Try = Annotated[
+    list[str] | None, option("A selector to try, once for each. \\[means, sub]", HOW, "--try")
+]
+
+
+def profile(
+    what: What,
+    how: How,
+    where: Where,
+    tried: Try = None,
+    output: Output = Path("profile.json"),
+) -> None:
     """Show where sparse attention errs, by layer, head and step, in one dense generation.
 
     dit-accel profile "rocket on a blue background" -o profile.json
 
     dit-accel generate "a cat" --method shared --select sub --heads profile.json@0.1
+
+    dit-accel profile "rocket on a blue background" --try sub --try slash --try nearest
+
+    dit-accel generate "a cat" --method pooled --select "per-head(profile.json)"
     """
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.screen import screen
     from dit_accel.cli.session import load, notices
     from dit_accel.config import DEFAULT
-    from dit_accel.evaluate.profile import measure
+    from dit_accel.evaluate.profile import SELECTORS, check_tried, measure
 
     with checked():
         request, _ = what.request(), how.config()
+        names = check_tried(tried or SELECTORS)
         if output.is_dir() or not output.absolute().parent.is_dir():
             raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
     with Progress() as progress:
         opened = load(where, request, how, progress, what.fps)
         pipe, defaults, config, _ = opened
         with notices(progress), checked():
-            found = measure(pipe, defaults, request, config, progress=progress)
+            found = measure(pipe, defaults, request, config, selectors=names, progress=progress)
     found.save(output)
     show(found, screen())
-    words = f"--method {how.method or DEFAULT} --select {best(found)} --heads {output}@{SHOWN:g}"
-    screen().print(f"\ndit-accel generate PROMPT {words}")
+    choices = [best(found), f"per-head({output})"][: len(found.heads)]
+    for choice in map(shlex.quote, choices):
+        words = f"--method {how.method or DEFAULT} --select {choice} --heads {output}@{SHOWN:g}"
+        screen().print(f"\ndit-accel generate PROMPT {words}", soft_wrap=True)
 
 
 def best(found: Profile) -> str:
@@ -67,7 +86,7 @@ def show(found: Profile, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim", title="error of a layer")
     for column in ("selector", "keep", "one keep", "a keep for each head"):
         table.add_column(column, justify="left" if column == "selector" else "right")
-    for selector in found.heads:
+    for selector in [*found.heads, *["per-head"] * (len(found.heads) > 1)]:
         for keep in (0.06, 0.12, 0.25):
             same, own = found.gain(keep, selector)
             table.add_row(selector, f"{keep:.0%}", f"{same:.3f}", f"{own:.3f}")

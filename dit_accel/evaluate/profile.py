@@ -18,6 +18,8 @@ from dit_accel.generation.run import ProgressFn, generate
 from dit_accel.methods import Call, Method
 from dit_accel.methods.budget import Profile
 from dit_accel.methods.pooled import Pooled
+from dit_accel.methods.selectors import find
+from dit_accel.methods.selectors.both import Both
 from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -27,6 +29,19 @@ if TYPE_CHECKING:
 KEEPS = (0.03, 0.06, 0.12, 0.25, 0.5)
 SELECTORS = ("means", "sub")
 EVERY = 4  # steps between two looks
+
+
+def check_tried(names: Sequence[str]) -> list[str]:
+    """The selectors as their texts; ValueError for one that does not read what `keep` says, so that
+    it cannot be held against others."""
+    found = [find(name) for name in names]
+    for selector in found:
+        if isinstance(selector, Both) or not selector.counted:
+            raise ValueError(
+                f"{selector} reads more than keep says: a profile holds selectors against each "
+                "other at the same keep"
+            )
+    return list(dict.fromkeys(map(str, found)))
 
 
 class Look:
@@ -98,7 +113,7 @@ def measure(
         )
     if method.stateful:
         method = Pooled(method.keep, method.block_q, method.block_k)
-    look = Look(method, keeps, selectors)
+    look = Look(method, keeps, check_tried(selectors))
     watched = replace(
         config, method=Probe(see=look), schedule=Schedule(warmup=0), prune=None, min_tokens=0
     )

@@ -82,7 +82,8 @@ class Row:
         facts: list[Any] = [self.config.to_dict(), self.steps, *beside]
         text = json.dumps(facts, sort_keys=True).encode()
         weights = getattr(self.config.method, "weights", None)
-        learned = Path(weights).read_bytes() if weights else b""
+        read = (*([weights] if weights else []), *self.config.method.selector.files)
+        learned = b"".join(Path(path).read_bytes() for path in read)
         parts = sorted(Path(self.transformer).iterdir()) if self.transformer else []
         known = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
         learned += repr(known).encode() if known else b""

@@ -46,7 +46,14 @@ class Profile:
         return build(cls, read_object(Path(path), "profile"), f"profile {path}")
 
     def curves(self, selector: str) -> dict[tuple[int, int], Curve]:
-        """(layer, head) → keep → squared error; ValueError for a selector that was not tried."""
+        """(layer, head) → keep → squared error; ValueError for a selector that was not tried.
+        "per-head(…)": of the best of those tried, for each head and keep."""
+        if selector.startswith("per-head"):
+            tried = [self.curves(name) for name in self.heads]
+            return {
+                place: {keep: min(curves[place][keep] for curves in tried) for keep in curve}
+                for place, curve in tried[0].items()
+            }
         if selector not in self.heads:
             raise ValueError(
                 f"this profile has the selectors {', '.join(self.heads)}, not {selector}"

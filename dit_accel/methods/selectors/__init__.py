@@ -27,14 +27,18 @@ _HOME = {
     "tree": "regions:Tree",
     "slash": "slash:Slash",
     "chunks": "chunks:Chunks",
+    "per-head": "per_head:PerHead",
 }
 
-__all__ = ["Scored", "Selector", "SelectorInfo", "find", "infos"]
+__all__ = ["Scored", "Selector", "SelectorInfo", "find", "infos", "opens_a_file"]
 
 
 class SelectorInfo(NamedTuple):
+    """needs: what must stand in its brackets, or ""."""
+
     description: str
     paper: str
+    needs: str
 
 
 def find(text: str) -> Selector:
@@ -56,8 +60,11 @@ def _one(part: str, text: str) -> Selector:
     given = [x.strip() for x in (match[2] or "").split(",") if x.strip()]
     named = dict(x.split("=", 1) for x in given if "=" in x)
     bare = [_value(x) for x in given if "=" not in x]
+    kind = _kind(name)
+    if kind.needs and not given:
+        raise ValueError(f"selector {name} needs {kind.needs}: {name}({kind.needs})")
     try:
-        return _kind(name)(*bare, **{key.strip(): _value(x) for key, x in named.items()})
+        return kind(*bare, **{key.strip(): _value(x) for key, x in named.items()})
     except TypeError:
         raise ValueError(f"selector {name} does not take {', '.join(given) or 'nothing'}") from None
 
@@ -83,4 +90,11 @@ def _kind(name: str) -> type[Selector]:
 def infos() -> dict[str, SelectorInfo]:
     """Name → what it does, and the paper."""
     kinds = {name: _kind(name) for name in _HOME}
-    return {name: SelectorInfo(kind.description, kind.paper) for name, kind in kinds.items()}
+    return {
+        name: SelectorInfo(kind.description, kind.paper, kind.needs) for name, kind in kinds.items()
+    }
+
+
+def opens_a_file(text: str) -> bool:
+    """Would `find` open a file that this text names?"""
+    return any(info.needs and name in text for name, info in infos().items())

@@ -30,6 +30,7 @@ class Selector:
     name: ClassVar[str]
     description: ClassVar[str]
     paper: ClassVar[str] = ""
+    needs: ClassVar[str] = ""  # what must stand in its brackets, such as the name of a file
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,5 +1,6 @@
 """Files as the public's checkpoints are laid out, with random tensors at small width."""
 
+import json
 import re
 from pathlib import Path
 
@@ -88,8 +89,6 @@ def in_folder(folder: Path, tensors: dict, files: int = 1, index: bool = True) -
         part = {n: tensors[n].clone().contiguous() for n in tensors if places[n] == file}
         save_file(part, folder / file)
     if index:
-        import json
-
         text = json.dumps({"weight_map": places})
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(text)
     return folder
@@ -111,6 +110,22 @@ def base(seed: int = 5, **options):
         for x in transformer.parameters() if transformer is not None else ():
             x.data = torch.randn_like(x) / 8
     return pipe
+
+
+GENERATION = {
+    "height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6, "guidance_scale": 3.0,
+    "max_sequence_length": 16, "fps": 8,
+}  # fmt: skip
+
+
+def saved(folder: Path) -> tuple[Path, Path]:
+    """The stock pipeline in a folder, and beside it a checkpoint for it, of TurboWan's layout."""
+    torch.manual_seed(0)
+    base().save_pretrained(folder / "wan")
+    (folder / "wan" / "generation.json").write_text(json.dumps(GENERATION))
+    pipe = trained()
+    file = folder / "TurboWan2.1-T2V-1.3B-480P.pth"
+    return folder / "wan", turbowan(file, pipe, projections(pipe))
 
 
 TEXT, SOUND = 20, 6

@@ -1,5 +1,7 @@
 """Seed, device and marker for every test; kernel tests run in memory poisoned with NaN."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from interpreter import interpreted
@@ -17,6 +19,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def turbowan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny stock model's folder, and a checkpoint that was trained from it."""
+    from checkpoint_layouts import saved
+
+    return saved(tmp_path_factory.mktemp("turbowan"))
 
 
 @pytest.fixture

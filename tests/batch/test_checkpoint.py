@@ -2,7 +2,6 @@
 
 import json
 
-import checkpoint_layouts as layouts
 import pytest
 from small_batches import go
 
@@ -11,34 +10,19 @@ from dit_accel.batch.manifest import Manifest
 from dit_accel.cli import main as cli
 from dit_accel.media import metadata
 
-GENERATION = {
-    "height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6, "guidance_scale": 3.0,
-    "max_sequence_length": 16, "fps": 8,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a stock model, and in it a checkpoint of TurboWan's layout."""
-    folder = tmp_path_factory.mktemp("world")
-    layouts.base().save_pretrained(folder / "wan")
-    (folder / "wan" / "generation.json").write_text(json.dumps(GENERATION))
-    pipe = layouts.trained()
-    layouts.turbowan(folder / "TurboWan.pth", pipe, layouts.projections(pipe))
-    return folder
-
 
 @pytest.mark.parametrize("told", ["option", "defaults"])
-def test_jobs_run_as_it_was_trained(world, tmp_path, monkeypatch, told):
+def test_jobs_run_as_it_was_trained(turbowan, tmp_path, told):
+    model, path = map(str, turbowan)
     lines = [{"prompt": "a cat", "name": "trained"}]
     lines.append({"prompt": "a cat", "method": "dense", "name": "dense"})
     lines.append({"prompt": "a cat", "sampler": "flow:5", "name": "flow"})
-    option = ["--checkpoint", str(world / "TurboWan.pth")] if told == "option" else []
+    option = ["--checkpoint", path] if told == "option" else []
     if not option:
-        lines.insert(0, {"defaults": {"checkpoint": "TurboWan.pth"}})
-    jobs = world / f"{told}.jsonl"
+        lines.insert(0, {"defaults": {"checkpoint": turbowan[1].name}})
+    jobs = turbowan[1].with_name(f"{told}.jsonl")
     jobs.write_text("\n".join(map(json.dumps, lines)))
-    run = ["batch", str(jobs), "-o", str(tmp_path), "--model", str(world / "wan"), "--json"]
+    run = ["batch", str(jobs), "-o", str(tmp_path), "--model", model, "--json"]
     assert cli.run([*run, *option]) == 0
     facts = {name: metadata.read(tmp_path / f"{name}.mp4") for name in ("trained", "dense", "flow")}
     assert [f["method"] for f in facts.values()] == ["sla", "dense", "sla"]
@@ -46,15 +30,15 @@ def test_jobs_run_as_it_was_trained(world, tmp_path, monkeypatch, told):
     assert {f["arguments"]["num_inference_steps"] for f in facts.values()} == {4}
     assert facts["flow"]["sampler"] == "flow:5" and facts["trained"]["sampler"] is None
     manifest = Manifest(tmp_path)
-    assert manifest.get("settings")["checkpoint"] == [str(world / "TurboWan.pth")]
+    assert manifest.get("settings")["checkpoint"] == [path]
     stored = [json.loads(row["job"]) for row in manifest.ask("SELECT job FROM jobs")]
-    assert {job["checkpoint"] for job in stored} == {str(world / "TurboWan.pth")}
+    assert {job["checkpoint"] for job in stored} == {path}
     manifest.close()
 
 
-def test_what_cannot_be(world, tmp_path, pipe, capsys):
-    path = str(world / "TurboWan.pth")
-    run = ["batch", "-o", str(tmp_path / "out"), "--model", str(world / "wan")]
+def test_what_cannot_be(turbowan, tmp_path, pipe, capsys):
+    model, path = map(str, turbowan)
+    run = ["batch", "-o", str(tmp_path / "out"), "--model", model]
     jobs = tmp_path / "jobs.jsonl"
     for lines, says in (
         ([{"prompt": "a", "checkpoint": path}, {"prompt": "b"}], "a batch runs one"),

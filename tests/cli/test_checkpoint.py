@@ -12,27 +12,17 @@ from dit_accel.cli import main as cli
 from dit_accel.generation import facts as about
 from dit_accel.media import metadata
 
-GENERATION = {
-    "height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6, "guidance_scale": 3.0,
-    "max_sequence_length": 16, "fps": 8,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(turbowan):
     """The stock model's folder."""
-    folder = tmp_path_factory.mktemp("base") / "wan"
-    layouts.base().save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps(GENERATION))
-    return str(folder)
+    return str(turbowan[0])
 
 
 @pytest.fixture(scope="module")
-def turbo(tmp_path_factory):
+def turbo(turbowan):
     """A checkpoint of TurboWan's layout."""
-    pipe = layouts.trained()
-    path = tmp_path_factory.mktemp("turbo") / "TurboWan2.1-T2V-1.3B-480P.pth"
-    return str(layouts.turbowan(path, pipe, layouts.projections(pipe)))
+    return str(turbowan[1])
 
 
 def expected(base, *files, **options):
@@ -44,7 +34,7 @@ def expected(base, *files, **options):
     loaded = dit_accel.load_checkpoint(pipe, *files, min_tokens=0, **options)
     values = {"num_inference_steps": 6, "guidance_scale": 3.0} | loaded.arguments
     keys = ("height", "width", "num_frames", "max_sequence_length")
-    values |= {name: GENERATION[name] for name in keys}
+    values |= {name: layouts.GENERATION[name] for name in keys}
     generator = torch.Generator().manual_seed(0)
     return pipe("a rocket", **values, generator=generator, output_type="np").frames[0]
 
@@ -141,7 +131,7 @@ def test_two_experts(here, tmp_path_factory, capsys):
     pair = {"transformer_2": True, "boundary_ratio": 0.5}
     folder = tmp_path_factory.mktemp("experts")
     layouts.base(**pair).save_pretrained(folder / "wan")
-    (folder / "wan" / "generation.json").write_text(json.dumps(GENERATION))
+    (folder / "wan" / "generation.json").write_text(json.dumps(layouts.GENERATION))
     pipe, files = layouts.trained(**pair), []
     for name in ("high", "low"):
         path = folder / f"TurboWan2.2-{name}.pth"

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import tiny_wan
 
+from dit_accel import SLA
+from dit_accel.finetune import Settings
 from dit_accel.finetune.data import Batch
 from dit_accel.generation.loading import GENERATION
 
@@ -40,6 +42,29 @@ def prompts(tmp_path_factory):
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     file.write_text("# a comment\na rocket on red\n\na cat on blue\n")
     return str(file)
+
+
+@pytest.fixture(scope="module")
+def settings_of(model, prompts, tmp_path_factory):
+    """Settings of a short run by its number of steps, saved half-way and validated at its ends."""
+
+    def settings(steps, **options):
+        return Settings(
+            out=str(tmp_path_factory.mktemp("run") / "out"),
+            model=model,
+            prompts=prompts,
+            samples=2,
+            method=SLA(keep=0.3),
+            steps=steps,
+            lr_projection=1e-2,
+            save_every=steps // 2,
+            validate_every=steps,
+            clips=1,
+            device="cpu",
+            **options,
+        )
+
+    return settings
 
 
 @pytest.fixture

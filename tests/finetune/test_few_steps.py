@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 import dit_accel
-from dit_accel import SLA
 from dit_accel.cli import main as cli
 from dit_accel.finetune import Settings, finetune
 from dit_accel.finetune.data import Batch, LatentData
@@ -20,26 +19,9 @@ STEPS, FEW = 24, 2
 
 
 @pytest.fixture(scope="module")
-def settings(model, prompts, tmp_path_factory):
-    return Settings(
-        out=str(tmp_path_factory.mktemp("few") / "out"),
-        model=model,
-        prompts=prompts,
-        samples=2,
-        method=SLA(keep=0.3),
-        train="lora",
-        few_steps=FEW,
-        substeps=3,
-        lr=1e-2,
-        lr_projection=1e-2,
-        lr_warmup=1,
-        steps=STEPS,
-        ema=0.5,
-        save_every=STEPS // 2,
-        validate_every=STEPS,
-        clips=1,
-        device="cpu",
-    )
+def settings(settings_of):
+    few = {"few_steps": FEW, "substeps": 3}
+    return settings_of(STEPS, train="lora", lr=1e-2, lr_warmup=1, ema=0.5, **few)
 
 
 @pytest.fixture(scope="module")

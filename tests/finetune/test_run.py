@@ -12,7 +12,7 @@ import dit_accel
 from dit_accel import SLA, VSA
 from dit_accel.cli import main as cli
 from dit_accel.evaluate.weights import with_weights
-from dit_accel.finetune import Settings, finetune
+from dit_accel.finetune import finetune
 from dit_accel.finetune.checkpoint import checkpoints
 from dit_accel.finetune.data import LatentData
 from dit_accel.finetune.loop import learning_rate
@@ -23,24 +23,8 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def settings(model, prompts, tmp_path_factory):
-    return Settings(
-        out=str(tmp_path_factory.mktemp("run") / "out"),
-        model=model,
-        prompts=prompts,
-        samples=2,
-        method=SLA(keep=0.3),
-        steps=STEPS,
-        lr_projection=1e-2,
-        lr_warmup=4,
-        ema=0.8,
-        save_every=STEPS // 2,
-        validate_every=STEPS,
-        log_every=4,
-        clips=1,
-        validation=prompts,
-        device="cpu",
-    )
+def settings(settings_of, prompts):
+    return settings_of(STEPS, lr_warmup=4, ema=0.8, log_every=4, validation=prompts)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ WORK = {"cpu": 500_000, "mps": 2_000_000, "cuda": 8_000_000}
 # Options that read files of the server, or keep it busy before the first step.
 PRIVATE = ("heads", "lora", "compile", "dense")
 STOCK = How("dense")
+Weights = tuple[str | None, tuple[str, ...]]  # a model, None for the embedded one; files over it
 
 
 class BadField(ValueError):
@@ -65,7 +66,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Ask:
-    """A whole request: a clip, made in two ways. model None is the embedded one.
+    """A whole request: a clip, made in two ways.
+
+    model: a folder or an id; None is the embedded one. checkpoint: files over its weights, two for
+    two experts. trained: what these were trained for, once they are loaded; a side that names no
+    method runs it.
 
     Raises ValueError, in a sentence a visitor understands, for anything outside `limits`.
     """
@@ -74,7 +79,9 @@ class Ask:
     left: How = STOCK
     right: How = field(default_factory=How)
     model: str | None = None
+    checkpoint: tuple[str, ...] = ()
     limits: Limits = field(default=Limits(), repr=False)
+    trained: AccelConfig | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self._check_text()
@@ -103,6 +110,8 @@ class Ask:
                 )
         if limits.public and self.model not in (None, *limits.models):
             raise BadField("model", "This page is public and runs only the models in its list.")
+        if limits.public and self.checkpoint:
+            raise BadField("checkpoint", "This page is public: leave checkpoint out.")
 
     def _check_sampler(self) -> None:
         try:
@@ -128,10 +137,25 @@ class Ask:
             raise BadField(f"{side}.select", "This page is public: name no file.")
         try:
             fields.check(how)
-            config_of(how)
+            self.config(how)
             how.boost()
         except ValueError as error:
             raise BadField(f"{side}.method", f"On the {side}: {error}") from None
+
+    @property
+    def weights(self) -> Weights:
+        """Which weights it runs: those of a model, and those over them."""
+        return self.model, self.checkpoint
+
+    def config(self, how: How) -> AccelConfig | None:
+        """What `accelerate` takes for a side; None for the stock pipeline."""
+        return config_of(how, self.trained)
+
+    def label(self, how: How) -> str:
+        """What a side runs, in a few words."""
+        if how.method is None and self.checkpoint and self.trained is None:
+            return "as trained"
+        return label(how, self.trained)
 
     @property
     def size(self) -> tuple[int | None, int | None]:
@@ -164,15 +188,15 @@ class Ask:
         return replace(self, what=replace(what, size=size, steps=steps, frames=frames))
 
 
-def config_of(how: How) -> AccelConfig | None:
+def config_of(how: How, trained: AccelConfig | None = None) -> AccelConfig | None:
     """What `accelerate` takes; None for the stock pipeline."""
-    config = how.config()
+    config = how.config(trained)
     return None if config.method.name == "dense" and config.prune is None else config
 
 
-def label(how: How) -> str:
+def label(how: How, trained: AccelConfig | None = None) -> str:
     """What a side runs, in a few words."""
-    config = how.config()
+    config = how.config(trained)
     name = config.method.label
     words = [name if name == "dense" else f"{name}, keep {config.method.keep:g}"]
     words += [f"prune {how.prune}"] if how.prune is not None else []

@@ -69,7 +69,8 @@ def _theme() -> gr.Theme:
 def _drawn(caller: _Caller) -> gr.Blocks:
     """The form. Its first page is ours and never asked for; the form is its second."""
     words, usual = catalog.card(None).words, catalog.card(None).facts()["defaults"]
-    kinds = [(kind.label, kind.value) for kind in form.kinds(caller.desk.limits)]
+    offered = [k for k in form.kinds(caller.desk.limits) if k.value != form.TRAINED]
+    kinds = [(kind.label, kind.value) for kind in offered]
     prompts = words.examples(3) if words else [""]
     blocks = gr.Blocks(title="dit_accel", analytics_enabled=False, delete_cache=(HOUR, HOUR))
     with blocks.route("Gradio", PATH):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dit_accel.app.ask import Ask, BadField, config_of
+from dit_accel.app.ask import Ask, BadField, Weights
 from dit_accel.app.catalog import card
-from dit_accel.config import CROSSOVER
+from dit_accel.config import CROSSOVER, AccelConfig
 from dit_accel.generation.options import How
 from dit_accel.pipelines.denoisers import transformers_of
 
@@ -75,8 +75,8 @@ class Pace:
     """
 
     rate: float = 0.0
-    _ratios: dict[tuple[str | None, bool], list[float]] = field(default_factory=dict)
-    _beside: dict[str | None, float] = field(default_factory=dict)  # seconds a token
+    _ratios: dict[tuple[Weights, bool], list[float]] = field(default_factory=dict)
+    _beside: dict[Weights, float] = field(default_factory=dict)  # seconds a token
 
     def prime(self, device: torch.device) -> None:
         """Time a matrix product, once."""
@@ -94,12 +94,11 @@ class Pace:
         """What a request, its sizes filled in, is expected to take."""
         tokens, sides = tokens_of(ask, step), (ask.left, ask.right)
         left, right = (
-            self._calculated(ask, how, tokens, weight) * self._ratio(ask.model, how)
-            for how in sides
+            self._calculated(ask, how, tokens, weight) * self._ratio(ask, how) for how in sides
         )
-        beside = self._beside.get(ask.model)
+        beside = self._beside.get(ask.weights)
         rest = 0.5 * left if beside is None else 2 * beside * tokens
-        known = all((ask.model, config_of(how) is None) in self._ratios for how in sides)
+        known = all(self._key(ask, how) in self._ratios for how in sides)
         return Plan(tokens, left, right, rest, known)
 
     def learn(
@@ -107,20 +106,25 @@ class Pace:
     ) -> None:
         """A side took so many seconds in its loop, and beside it."""
         tokens = tokens_of(ask, step)
-        key = (ask.model, config_of(how) is None)
-        found = self._ratios.setdefault(key, [])
+        found = self._ratios.setdefault(self._key(ask, how), [])
         found.append(took[0] / max(self._calculated(ask, how, tokens, weight), 1e-9))
         del found[:-5]
-        self._beside[ask.model] = took[1] / max(tokens, 1)
+        self._beside[ask.weights] = took[1] / max(tokens, 1)
 
     def _calculated(self, ask: Ask, how: How, tokens: int, weight: Weight) -> float:
         passes = 2 if (ask.what.guidance or 0) > 1 else 1
-        operations = (ask.what.steps or 50) * passes * weight.forward(tokens, kept_share(how))
+        operations = (
+            (ask.what.steps or 50) * passes * weight.forward(tokens, kept_share(ask.config(how)))
+        )
         return operations / (self.rate or 1e11)
 
-    def _ratio(self, model: str | None, how: How) -> float:
+    @staticmethod
+    def _key(ask: Ask, how: How) -> tuple[Weights, bool]:
+        return ask.weights, ask.config(how) is None
+
+    def _ratio(self, ask: Ask, how: How) -> float:
         """Measured seconds over calculated ones: twice as many, before anything was measured."""
-        known = self._ratios.get((model, config_of(how) is None))
+        known = self._ratios.get(self._key(ask, how))
         return median(known) if known else 2.0
 
 
@@ -146,9 +150,8 @@ def check_work(ask: Ask, tokens: int) -> None:
         )
 
 
-def kept_share(how: How) -> float:
-    """Share of the attention work that a side is expected to do."""
-    config = config_of(how)
+def kept_share(config: AccelConfig | None) -> float:
+    """Share of the attention work that a configuration is expected to do."""
     if config is None:
         return 1.0
     warm = config.schedule.warmup
@@ -172,7 +175,9 @@ def told(studio: Studio, ask: Ask) -> dict[str, Any]:
     size = f"{plan.tokens:,} tokens × {full.what.steps or '?'} steps"
     guess = "" if plan.measured else ", a first guess"
     text = f"{size}: about {duration(plan.total)} {where}{guess}"
-    if not plan.tokens:
+    if ask.checkpoint and full.trained is None:
+        text = "How long it takes shows once the checkpoint is loaded"
+    elif not plan.tokens:
         text = "How long it takes shows once the model is loaded"
     notes = [] if scenes or not trouble else [trouble]
     return {
@@ -186,7 +191,7 @@ def told(studio: Studio, ask: Ask) -> dict[str, Any]:
 
 def too_short(ask: Ask, tokens: int, device: str) -> str:
     """Why the right side will skip nothing, or ""."""
-    config = config_of(ask.right)
+    config = ask.config(ask.right)
     if config is None or config.method.name == "dense" or not tokens:
         return ""
     least = CROSSOVER.get(device, 0) if config.min_tokens is None else config.min_tokens

@@ -57,7 +57,7 @@ function sides() {
     one(".about", set).textContent = kind ? kind.about : "A preset that you opened.";
     one(".more", set).hidden = dense;
     one(".levels", set).hidden = !kind || !Object.keys(kind.keeps).length;
-    one("[name$='.keep']", set).placeholder = kind ? String(kind.keeps[level] ?? kind.keep) : "the preset's";
+    one("[name$='.keep']", set).placeholder = kind ? String(kind.keeps[level] ?? kind.keep ?? "as trained") : "the preset's";
     for (const field of all(".grid .field", set)) {
       const name = one("[name]", field).name.split(".")[1];
       const beside = ["prune", "step_cache", "compile", "dense"].includes(name);
@@ -151,6 +151,13 @@ export function clear() {
   for (const field of all("[aria-invalid]", form)) field.removeAttribute("aria-invalid");
 }
 
+// A checkpoint is run as it was trained, unless a method was chosen for it.
+function checkpointChanged() {
+  const method = one("#right-method"), [usual, trained] = [plain["right.method"], "trained"];
+  const [from, to] = one("#checkpoint").value.trim() ? [usual, trained] : [trained, usual];
+  if (method.value === from) method.value = to;
+  update();
+}
 async function modelChanged() {
   const name = one("#model").value.trim();
   try { card = await ask("models?name=" + encodeURIComponent(name)); hints(); update(); }
@@ -208,6 +215,7 @@ export function start(onChange) {
   form.addEventListener("input", (event) => { if (event.target.name) update(); });
   one("#find").oninput = list;
   one("#model").onchange = modelChanged;
+  if (one("#checkpoint")) one("#checkpoint").onchange = checkpointChanged;
   one("#dice").onclick = () => { one("#seed").value = Math.floor(Math.random() * 2 ** 31); update(); };
   one("#link").onclick = () => {
     history.replaceState(null, "", link());

@@ -4,7 +4,7 @@ that their values make."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
@@ -13,12 +13,13 @@ from dit_accel.app.ask import PRIVATE, STOCK, Ask, BadField, Limits
 from dit_accel.app.catalog import PRESETS
 from dit_accel.config import DEFAULT
 from dit_accel.forward.order import ORDERS
-from dit_accel.generation.options import How, What, described
+from dit_accel.generation.options import How, What, Where, described
 from dit_accel.methods import find, infos, selectors
 from dit_accel.pruning.config import TokenPruning
 
 SIDES = ("left", "right")
 BESIDE = ("prune", "step_cache", "compile", "dense")  # what goes with no sparse method, too
+TRAINED = "trained"  # the method of a side that runs its checkpoint as it was trained
 LEVELS = ("safe", "balanced", "fast")
 Opened = Callable[[str, str], Path]  # (kind, token) → a file that the visitor sent
 
@@ -50,13 +51,14 @@ class Control:
 
 @dataclass(frozen=True)
 class Kind:
-    """A method as the page offers it: `keeps` are the shares of its levels."""
+    """A method as the page offers it: `keeps` are the shares of its levels; keep is None where its
+    share is not known before a checkpoint is loaded."""
 
     value: str
     label: str
     about: str
     keeps: Mapping[str, float]
-    keep: float
+    keep: float | None
     prunes: bool
 
 
@@ -69,6 +71,15 @@ def side_controls(limits: Limits) -> list[Control]:
     """What a side runs, but its method."""
     hidden = ("method", *(PRIVATE if limits.public else ()))
     return [c for c in _controls(How) if c.name not in hidden]
+
+
+def weights_controls(limits: Limits) -> list[Control]:
+    """What is loaded over the model's weights: files of the server, and so not of a public page."""
+    return [
+        replace(control, help=f"{control.help.rstrip('.')}, with a comma between.", kind="text")
+        for control in _controls(Where)
+        if control.name == "checkpoint" and not limits.public
+    ]
 
 
 def _controls(group: type) -> Iterator[Control]:
@@ -90,7 +101,8 @@ def _plain(hint: Any) -> Any:
 
 
 def kinds(limits: Limits) -> list[Kind]:
-    """The methods, and the presets that come with the package where the page is not public."""
+    """The methods and, where the page is not public, the presets that come with the package and
+    what a checkpoint was trained for."""
     found = []
     for name, info in infos().items():
         method = find(name)
@@ -106,6 +118,9 @@ def kinds(limits: Limits) -> list[Kind]:
     for name, path in {} if limits.public else PRESETS.items():
         about = f"The preset {name} that comes with the package, with the weights it needs."
         found.append(Kind(f"preset:{name}", f"preset {name}", about, {}, _keep(path), False))
+    if not limits.public:
+        about = "What the checkpoint under Model was trained for: a method, a share of blocks."
+        found.append(Kind(TRAINED, "as trained", about, {}, None, True))
     return found
 
 
@@ -120,15 +135,28 @@ def read(values: Any, limits: Limits, opened: Opened) -> Ask:
     """
     if not isinstance(values, Mapping):
         raise ValueError("A request is an object of fields and values.")
-    given = {name: value for name, value in values.items() if name not in ("model", *SIDES)}
+    apart = ("model", "checkpoint", *SIDES)
+    given = {name: value for name, value in values.items() if name not in apart}
     if isinstance(given.get("image"), str) and given["image"]:
         given["image"] = str(opened("picture", given["image"]))
     what = What(**{"prompt": "", **_typed(What, given, "")})
-    sides = {side: _side(values.get(side), side, limits, opened) for side in SIDES}
+    left, right = (_side(values.get(side), side, limits, opened) for side in SIDES)
     model = values.get("model") or None
     if model is not None and not isinstance(model, str):
         raise BadField("model", "The model is a folder or a Hugging Face id.")
-    return Ask(what, model=model, limits=limits, **sides)
+    files = _files(values.get("checkpoint") or "")
+    for side in SIDES if not files else ():
+        if isinstance(values.get(side), Mapping) and values[side].get("method") == TRAINED:
+            words = f"As trained, on the {side}, is a checkpoint's matter: name one under Model."
+            raise BadField(f"{side}.method", words)
+    return Ask(what, left, right, model, files, limits)
+
+
+def _files(text: Any) -> tuple[str, ...]:
+    """The files of a checkpoint: one, or two with a comma between."""
+    if not isinstance(text, str) or len(text) > 1000:
+        raise BadField("checkpoint", "The checkpoint is a file, a folder or an id.")
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _side(values: Any, side: str, limits: Limits, opened: Opened) -> How:
@@ -142,6 +170,8 @@ def _side(values: Any, side: str, limits: Limits, opened: Opened) -> How:
         raise BadField(f"{side}.method", f"The method on the {side} is a name.")
     kind, _, token = method.partition(":")
     typed = _typed(How, given, f"{side}.")
+    if kind == TRAINED:
+        return How(None, **typed)
     if kind == "opened":
         return How(str(opened("preset", token)), **typed)
     if kind == "preset" and token in PRESETS and not limits.public:

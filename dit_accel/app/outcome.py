@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dit_accel.app.ask import config_of, label
 from dit_accel.app.studio import Pair, Run
 from dit_accel.config import AccelConfig
 from dit_accel.generation.loading import EMBEDDED_NAME, placement
@@ -17,6 +16,7 @@ from dit_accel.machine import describe
 from dit_accel.media import quality, video
 from dit_accel.media.files import atomic
 from dit_accel.methods.dense import Dense
+from dit_accel.methods.learned import Learned
 
 RECORD = "comparison.json"
 
@@ -50,6 +50,7 @@ def record(pair: Pair, folder: Path, asked: dict[str, Any] | None = None) -> dic
         "size": list(left.result.frames.shape[:3]),
         "steps": len(left.result.times.steps),
         **where,
+        "checkpoint": None if pair.trained is None else pair.trained.to_dict(),
         "machine": describe(placement(pair.pipe)["device"]),
         "quality": near,
         "left": _side(left, where, pair, folder),
@@ -59,17 +60,13 @@ def record(pair: Pair, folder: Path, asked: dict[str, Any] | None = None) -> dic
             for part in ("denoise", "total")
         },
     }
-    both = video.side_by_side(left.result.frames, right.result.frames, _labels(pair))
+    both = video.side_by_side(left.result.frames, right.result.frames, (left.label, right.label))
     name = "side_by_side." + ("mp4" if moving else "png")
     facts = right.facts and {**right.facts, "shows": "left beside right"}
     data["both"] = video.save(folder / name, both, fps, facts).name
     with atomic(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(data, indent=1, default=str) + "\n", "utf-8")
     return data
-
-
-def _labels(pair: Pair) -> tuple[str, str]:
-    return label(pair.left.how), label(pair.right.how)
 
 
 def _where(pair: Pair) -> dict[str, str]:
@@ -87,20 +84,28 @@ def _sight(run: Run, folder: Path) -> str | None:
 
 
 def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str, Any]:
-    config, what = config_of(run.how) or AccelConfig(Dense()), pair.ask.what
+    config, what = pair.ask.config(run.how) or AccelConfig(Dense()), pair.ask.what
     values = {name: value for name, value in pair.values.items() if name != "generator"}
-    python = recipe(config, where, values, what.seed, run.how.boost(), what.sampler) + "\n"
-    names = {"config": f"{run.name}.json", "script": f"{run.name}.py"}
-    config.save(folder / names["config"])
-    (folder / names["script"]).write_text(python, encoding="utf-8")
+    python = recipe(config, where, values, what.seed, run.how.boost(), what.sampler, pair.trained)
+    preset, script = f"{run.name}.json", f"{run.name}.py"
+    if not _in_memory(config):
+        config.save(folder / preset)
+    (folder / script).write_text(f"{python}\n", encoding="utf-8")
     return {
-        "label": label(run.how),
+        "label": run.label,
         "skips": run.how.step_cache is not None,
         "clip": clip(run, what.fps or pair.defaults.fps, folder),
-        **names,
-        "python": python,
+        "config": None if _in_memory(config) else preset,
+        "script": script,
+        "python": f"{python}\n",
         "attention": _sight(run, folder),
         "times": asdict(run.result.times),
         "report": run.report,
         "cells": run.cells,
     }
+
+
+def _in_memory(config: AccelConfig) -> bool:
+    """Whether a method's learned tensors came with a checkpoint: its JSON alone would lose them."""
+    method = config.method
+    return isinstance(method, Learned) and not method.weights and bool(method.tensors())

@@ -273,6 +273,7 @@ def _home(desk: Desk) -> str:
         kinds=form.kinds(limits),
         clip=form.clip_controls(),
         side=form.side_controls(limits),
+        weights=form.weights_controls(limits),
         models=limits.models,
         limits=limits,
         device=desk.studio.where.type,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dit_accel.app.ask import Ask, label
+from dit_accel.app.ask import Ask
 from dit_accel.app.cost import duration
 from dit_accel.app.studio import News, Run
 from dit_accel.app.views import SIDES
@@ -24,7 +24,7 @@ def waiting(ask: Ask, words: str = WAITING) -> dict[str, Any]:
     width, height = ask.size
     value: dict[str, Any] = {"width": width or 1, "height": height or 1, "frames": 1}
     for name, how in zip(SIDES, (ask.left, ask.right), strict=True):
-        value[name] = {"label": label(how), "state": words if name == "left" else "next"}
+        value[name] = {"label": ask.label(how), "state": words if name == "left" else "next"}
     return value
 
 
@@ -64,7 +64,7 @@ def finished(value: dict[str, Any], run: Run, url: str, fps: float) -> dict[str,
     """`value` once one side has its clip at `url`."""
     count, height, width = run.result.frames.shape[:3]
     times = run.result.times
-    side = _done(label(run.how), url, times.denoise, count == 1)
+    side = _done(run.label, url, times.denoise, count == 1)
     return {**value, run.name: side, **_size(fps, count, height, width)}
 
 

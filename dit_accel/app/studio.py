@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from dit_accel.api import accelerated, restore
-from dit_accel.app.ask import Ask, config_of
+from dit_accel.app.ask import Ask, Weights
 from dit_accel.app.catalog import card
 from dit_accel.app.cost import Pace, Plan, Weight, check_work, tokens_of
+from dit_accel.app.loaded import Loaded
 from dit_accel.app.preview import Preview, fit_colours
 from dit_accel.app.sight import Sight
 from dit_accel.app.stop import check, stoppable
+from dit_accel.checkpoints.files import find as find_checkpoint
 from dit_accel.generation.facts import facts_of
 from dit_accel.generation.ledger import Ledger
 from dit_accel.generation.loading import (
@@ -30,6 +32,7 @@ from dit_accel.generation.loading import (
 from dit_accel.generation.options import How
 from dit_accel.generation.request import Request, arguments, granularity
 from dit_accel.generation.run import Result, generate, warm_up
+from dit_accel.generation.trained import Trained
 from dit_accel.media.metadata import Facts
 
 Loader = Callable[[str | None], tuple[Any, Defaults]]
@@ -54,11 +57,12 @@ class News:
 
 @dataclass(frozen=True)
 class Run:
-    """One side when it is done. report and cells are None for the stock pipeline, facts where files
-    carry none."""
+    """One side when it is done. label: what it ran, in words. report and cells are None for the
+    stock pipeline, facts where files carry none."""
 
     name: str
     how: How
+    label: str
     result: Result
     report: dict[str, Any] | None = None
     cells: list[list[float | None]] | None = None
@@ -68,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both sides, and what they ran on."""
+    """Both sides, and what they ran on. trained: the checkpoint in the pipeline."""
 
     ask: Ask
     pipe: Any
@@ -76,6 +80,7 @@ class Pair:
     values: dict[str, Any]
     left: Run
     right: Run
+    trained: Trained | None = None
 
 
 Tell = Callable[[News | Run], None]
@@ -94,8 +99,7 @@ class Studio:
     device: str | None = None
     find: Callable[[str | None], Any] = find_model
     pace: Pace = field(default_factory=Pace)
-    _name: str | None = field(default=None, init=False)
-    _loaded: tuple[Any, Defaults] | None = field(default=None, init=False)
+    _loaded: Loaded | None = field(default=None, init=False)
     _colours: torch.Tensor | None = field(default=None, init=False)
     _warm: set[tuple] = field(default_factory=set, init=False)
     _lock: Any = field(default_factory=Lock, init=False)
@@ -108,30 +112,36 @@ class Studio:
     def filled(self, ask: Ask) -> Ask:
         """The request with the sizes that the model takes where none are asked for; BadField where
         it is more work than the page allows."""
-        loaded = self._loaded if ask.model == self._name else None
-        known = ask.filled(loaded[1] if loaded else card(ask.model).defaults)
-        check_work(known, tokens_of(known, self._step(ask.model)))
+        loaded = self._held(ask)
+        if loaded is not None:
+            ask = replace(ask, trained=loaded.config)
+        known = ask.filled(loaded.defaults if loaded else card(ask.model).defaults)
+        check_work(known, tokens_of(known, self._step(ask)))
         return known
 
     def plan(self, ask: Ask) -> Plan:
         """What a filled request is expected to take."""
-        return self.pace.plan(ask, self._step(ask.model), self._weight(ask.model))
+        return self.pace.plan(ask, self._step(ask), self._weight(ask))
 
-    def _step(self, model: str | None) -> tuple[int, int]:
-        if self._loaded is not None and model == self._name:
-            return granularity(self._loaded[0])
-        return card(model).step
+    def _held(self, ask: Ask) -> Loaded | None:
+        """What this request runs on, if it is in memory."""
+        held = self._loaded
+        return held if held is not None and held.weights == ask.weights else None
 
-    def _weight(self, model: str | None) -> Weight:
-        known = self._loaded is not None and model == self._name
-        return Weight.of(self._loaded[0]) if known and self._loaded else Weight()
+    def _step(self, ask: Ask) -> tuple[int, int]:
+        held = self._held(ask)
+        return granularity(held.pipe) if held else card(ask.model).step
+
+    def _weight(self, ask: Ask) -> Weight:
+        held = self._held(ask)
+        return Weight.of(held.pipe) if held else Weight()
 
     def warm(self) -> None:
         """Load the embedded model and time the machine, so that the first visitor need not wait."""
         with self._lock:
             self.pace.prime(self.where)
             if self._loaded is None:
-                self._model(None, lambda item: None)
+                self._model((None, ()), lambda item: None)
 
     def run(self, ask: Ask, cancel: Event, tell: Tell = lambda item: None) -> Pair:
         """Both sides of a request; `tell` hears of progress, and of each side once it is done.
@@ -148,53 +158,55 @@ class Studio:
             self._lock.release()
 
     def _pair(self, ask: Ask, cancel: Event, tell: Tell) -> Pair:
-        pipe, defaults = self._model(ask.model, tell)
+        loaded = self._model(ask.weights, tell)
+        pipe, defaults = loaded.pipe, loaded.defaults
         self.pace.prime(self.where)
         ask = self.filled(ask)
         request = ask.request()
         values = arguments(pipe, defaults, request)
         runs = {}
         for name, how in (("left", ask.left), ("right", ask.right)):
-            recorder = _Recorder(name, how, tell, cancel, self._colours)
+            recorder = _Recorder(name, ask, how, tell, cancel, self._colours)
             run = recorder.run(pipe, defaults, request, self._cold(ask, how))
             self._warm.add(self._key(ask, how))
-            runs[name] = replace(run, facts=self._facts(ask, pipe, values, how))
+            runs[name] = replace(run, facts=self._facts(ask, loaded, values, how))
             tell(runs[name])
             self._learn(ask, how, runs[name].result)
-        return Pair(ask, pipe, defaults, values, **runs)
+        return Pair(ask, pipe, defaults, values, **runs, trained=loaded.trained)
 
-    def _facts(self, ask: Ask, pipe: Any, values: dict[str, Any], how: How) -> Facts | None:
+    def _facts(self, ask: Ask, loaded: Loaded, values: dict[str, Any], how: How) -> Facts | None:
         """What a side's clip is made from; None where files are to carry nothing."""
         if not self.metadata:
             return None
         model = EMBEDDED_NAME if ask.model is None else ask.model
-        fps = self._loaded[1].fps if self._loaded else Defaults.fps
         told: dict[str, Any] = {"boost": how.boost(), "sampler": ask.what.sampler}
-        seed = ask.what.seed
-        return facts_of(
-            pipe, values, seed, config_of(how), model=model, fps=ask.what.fps or fps, **told
-        )
+        told |= {"fps": ask.what.fps or loaded.defaults.fps, "trained": loaded.trained}
+        config = ask.config(how)
+        return facts_of(loaded.pipe, values, ask.what.seed, config, model=model, **told)
 
     def _learn(self, ask: Ask, how: How, result: Result) -> None:
         """Keep what this run tells: its times, and the colours of the model's latents."""
         times = result.times
         took = (times.denoise, times.total - times.denoise)
-        self.pace.learn(ask, how, self._step(ask.model), self._weight(ask.model), took)
+        self.pace.learn(ask, how, self._step(ask), self._weight(ask), took)
         if result.latents is not None and self._colours is None:
             height, width = result.frames.shape[1:3]
             self._colours = fit_colours(result.latents, result.frames[0], height / width)
 
-    def _model(self, name: str | None, tell: Tell) -> tuple[Any, Defaults]:
-        if self._loaded is None or name != self._name:
+    def _model(self, weights: Weights, tell: Tell) -> Loaded:
+        if self._loaded is None or self._loaded.weights != weights:
+            name, files = weights
             tell(News("", "loading the model"))
             self.find(name)
+            for file in files:
+                find_checkpoint(file)
             self._loaded = None  # before the next one is read, so that two never share the memory
             self._warm.clear()
             self._colours = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self._loaded, self._name = self.load(name), name
+            self._loaded = Loaded.of(weights, *self.load(name))
         return self._loaded
 
     @staticmethod
@@ -213,6 +225,7 @@ class _Recorder:
     """Runs one side and tells of it."""
 
     name: str
+    ask: Ask
     how: How
     hear: Tell
     cancel: Event
@@ -221,7 +234,7 @@ class _Recorder:
 
     def run(self, pipe: Any, defaults: Defaults, request: Request, cold: bool) -> Run:
         restore(pipe)
-        config, ledger, boost = config_of(self.how), Ledger(), self.how.boost()
+        config, ledger, boost = self.ask.config(self.how), Ledger(), self.how.boost()
         with ExitStack() as stack:
             stack.enter_context(stoppable(pipe, self.cancel, boost.compile))
             stack.enter_context(boost.switch_on(pipe))
@@ -241,7 +254,8 @@ class _Recorder:
             report = handle.report().to_dict() if handle else None
             seen = sight.to_dict() if sight else None
         cells = ledger.cells if handle else None
-        return Run(self.name, self.how, result, report, cells, sight=seen)
+        words = self.ask.label(self.how)
+        return Run(self.name, self.how, words, result, report, cells, sight=seen)
 
     def _warm_up(self, pipe: Any, defaults: Defaults, request: Request, config: Any) -> None:
         self.tell("warm-up")

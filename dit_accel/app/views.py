@@ -6,6 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dit_accel.generation.trained import Trained
 from dit_accel.pages import charts, figures
 from dit_accel.pages.render import render
 
@@ -113,7 +114,7 @@ def _files(data: dict[str, Any], base: str) -> list[tuple[str, str, str]]:
         home = part.get("base", base)
         found += [
             (f"{side} {kind}", home, part["clip"]),
-            (f"{side} configuration (JSON)", home, part["config"]),
+            *([(f"{side} configuration (JSON)", home, part["config"])] if part["config"] else []),
             (f"{side} as Python", home, part["script"]),
         ]
     if "both" in data:
@@ -123,8 +124,10 @@ def _files(data: dict[str, Any], base: str) -> list[tuple[str, str, str]]:
 
 
 def _fine_print(data: dict[str, Any]) -> str:
+    trained = Trained.from_dict(data.get("checkpoint"))
+    weights = data["model"] if trained is None else f"{data['model']} with {trained}"
     return (
         f"{figures.clip(data['size'], data['fps'])}, {data['steps']} steps, seed {data['seed']}, "
-        f"{data['model']} in {data['dtype']} on {figures.device(data['machine'])}. Both sides "
+        f"{weights} in {data['dtype']} on {figures.device(data['machine'])}. Both sides "
         "start from the same noise; each was timed once, the time of the previews left out."
     )

@@ -254,7 +254,7 @@ def test_the_time_told_is_learnt_from_what_ran(pipe, tmp_path):
     assert plan.measured and plan.left == pytest.approx(took, rel=0.01)
     twice = studio.plan(studio.filled(other(ASK, steps=8)))
     assert twice.left == pytest.approx(2 * plan.left, rel=0.01)
-    assert Pace().plan(full, (16, 4), studio._weight(None)).left > 0
+    assert Pace().plan(full, (16, 4), studio._weight(ASK)).left > 0
 
 
 def test_cancel_stops_a_wait_for_the_machine(studio):

@@ -1,4 +1,4 @@
-"""What the benchmark compares with on a GPU: PyTorch's own attention backends."""
+"""What the benchmark compares with on a GPU: PyTorch's attention backends, and rivals."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from dit_accel.bench import rivals
 from dit_accel.table import BlockTable
 
+DENSE = ("dense", "cudnn", "flash", "flash4")  # the fastest of them is what ratios refer to
+SPARSE = ("flex", "flash4_sparse", "bsa", "bsa_fp8")  # at the same table
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 
 def gpu(
     q: Tensor, k: Tensor, v: Tensor, table: BlockTable
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """Dense cuDNN and FlashAttention, and FlexAttention at the same table: those that run here,
-    and for the others the reason why not."""
+    """Dense cuDNN and FlashAttention, FlexAttention at the same table, and the packages of others
+    (rivals.py): those that run here, and for the others the reason why not."""
     mask = flex_mask(table)
     flex = torch.compile(flex_attention)
 
@@ -31,12 +34,13 @@ def gpu(
     runs: dict[str, Callable[[], Tensor]]
     runs = {name: partial(dense, backend) for name, backend in _BACKENDS.items()}
     runs["flex"] = lambda: flex(q, k, v, block_mask=mask)
-    served, reasons = {}, {}
-    for name, run in runs.items():
+    others, reasons = rivals.runs(q, k, v, table)
+    served = {}
+    for name, run in (runs | others).items():
         try:
             run()
-        except RuntimeError as error:
-            reasons[name] = str(error).splitlines()[0]
+        except Exception as error:  # each package has its own
+            reasons[name] = (str(error).splitlines() or [type(error).__name__])[0]
         else:
             served[name] = run
     return served, reasons

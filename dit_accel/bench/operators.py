@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel import ops
-from dit_accel.bench import baselines
+from dit_accel.bench import baselines, rivals
 from dit_accel.bench.results import line, store
 from dit_accel.bench.shapes import DEFAULT_SHAPES, SHAPES, Shape
 from dit_accel.ops import dispatch
@@ -42,6 +43,7 @@ def run_bench(
     block: int = 64,
     rounds: int = 5,
     clock: str = "wall",
+    backward: bool = False,
     echo: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
     """One row for each operator, shape and keep; stored as JSON with the machine if `out` is given.
@@ -53,6 +55,7 @@ def run_bench(
         device: "cpu" or "cuda" (None: cuda if there is one).
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
         clock: "wall", or "cpu" for processor time on the CPU (use one thread).
+        backward: forward and backward of block_sparse_attention are timed, too.
         echo: takes each row as a line of text when it is ready.
 
     Raises ValueError for an unknown name.
@@ -67,7 +70,7 @@ def run_bench(
     for shape in (SHAPES[name] for name in shapes):
         for keep in keeps:
             for op in op_names:
-                rows.append(_row(op, shape, keep, device, dtype, block, rounds, clock))
+                rows.append(_row(op, shape, keep, device, dtype, block, rounds, clock, backward))
                 echo(line(rows[-1]))
     if out:
         store(rows, out)
@@ -109,6 +112,7 @@ def _row(
     block: int,
     rounds: int,
     clock: str,
+    backward: bool = False,
 ) -> dict:
     # Strides are those that diffusers gives: [B, N, H, D] transposed.
     size = (shape.batch, shape.n, shape.heads, shape.head_dim)
@@ -119,17 +123,22 @@ def _row(
     )
     fn = getattr(ops, op)
     table = ops.block_table(q, k, keep, block, block)
-    runs = {
+    runs: dict[str, Callable[[], Any]] = {
         "dense": lambda: F.scaled_dot_product_attention(q, k, v),
         "map": lambda: ops.block_table(q, k, keep, block, block),
         "attention": lambda: fn(q, k, v, table),
         "ours": lambda: _whole(op, q, k, v, keep, block),
     }
     reasons: dict[str, str] = {}
-    if device == "cuda":
+    if extras(device):
         extra, reasons = baselines.gpu(q, k, v, table)
         runs |= extra
+    errors = _errors(runs, ops.block_sparse_attention(q, k, v, table))
+    if backward and op == "block_sparse_attention":
+        both, more = _backward(q, k, v, table)
+        runs, reasons = runs | both, reasons | more
     times = _times(runs, rounds, device, clock)
+    best = min((n for n in baselines.DENSE if n in times), key=times.__getitem__)
     density = table.density().item()
     work = 4 * density * shape.batch * shape.heads * shape.n**2 * shape.head_dim
     error, failure = _check(op, q, k, v, table, fn(q, k, v, table))
@@ -146,11 +155,44 @@ def _row(
         "density": round(density, 4),
         **{f"{name}_ms": ms and round(ms, 3) for name, ms in times.items()},
         **{f"{name}_absent": reason for name, reason in reasons.items()},
-        "ratio": None if failure else round(times["dense"] / times["ours"], 2),
+        **{f"{name}_error": error for name, error in errors.items()},
+        "dense_best": best,
+        "ratio": None if failure else round(times[best] / times["ours"], 2),
         "kept_tflops": round(work / times["attention"] / 1e9, 3),
         "relative_error": error,
         "check": failure or "passed",
     }
+
+
+def extras(device: str) -> bool:
+    """Has the device attention of others?"""
+    return device == "cuda"
+
+
+def _errors(runs: dict[str, Callable[[], Any]], ours: Tensor) -> dict[str, float]:
+    """Relative RMS difference of what others give at the table from what we give."""
+    far = {name: runs[name]().float() - ours.float() for name in baselines.SPARSE if name in runs}
+    norm = ours.float().norm()
+    return {name: float(f"{(x.norm() / norm).item():.2e}") for name, x in far.items()}
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Forward and backward at the table, ours and FlashAttention-4's."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+
+    def ours() -> object:
+        out = ops.block_sparse_attention(q, k, v, table)
+        return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    runs: dict[str, Callable[[], object]] = {"ours_both": ours}
+    try:
+        theirs = rivals.flash4_backward(q, k, v, table)
+        theirs()
+    except Exception as error:  # the package has its own
+        return runs, {"flash4_both": (str(error).splitlines() or [type(error).__name__])[0]}
+    return {**runs, "flash4_both": theirs}, {}
 
 
 def _whole(op: str, q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) -> Tensor:

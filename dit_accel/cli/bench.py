@@ -53,6 +53,9 @@ class OperatorOptions:
         Literal["wall", "cpu"] | None,
         option("wall, or cpu: processor time of one thread. \\[wall]", _OPS),
     ] = None
+    backward: Annotated[
+        bool, option("Forward and backward of block_sparse_attention, too.", _OPS, "--backward")
+    ] = False
     crossover: Annotated[bool, option("Only the crossover lengths.", _OPS, "--crossover")] = False
     sweep: Annotated[bool, option("Launches for this GPU, the fastest.", _OPS, "--sweep")] = False
 
@@ -154,6 +157,7 @@ def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Pat
         block=64 if asked.block is None else asked.block,
         rounds=rounds,
         clock=clock,
+        backward=asked.backward,
         echo=print,
     )
     return all(row["check"] == "passed" for row in rows)

@@ -22,6 +22,10 @@ _FP8 = torch.float8_e4m3fn
 class Remembering(Method):
     """A full step runs dense and keeps R; the partial steps after it add R to what they compute.
 
+    Guidance multiplies what its passes differ by: errors that they make alike cancel, and those of
+    one alone grow. A step cache lets one pass run where it skips the other; where their last full
+    steps are no longer the same, the next step is full, too.
+
     Args:
         period: a full step comes at the latest this long after the last one: a share of the run
             (float in (0, 1]) or a number of steps (int). A schedule's `refresh` can ask for more.
@@ -81,13 +85,14 @@ class Remembering(Method):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         state = call.state
-        known = state.get("shape") == (q.shape, q.dtype)
+        known = state.get("shape") == (q.shape, q.dtype) and not self._apart(call)
         if not known or call.refresh or call.step - state["step"] >= self.every(call.steps):
             call.note(None)
             for name in ("residual", "scale", "table"):  # the old go before the new come
                 state.pop(name, None)
             table = self.table(q, k, call, v)
             state.update(step=call.step, shape=(q.shape, q.dtype))
+            call.together.setdefault("full", {})[call.passname] = call.step
             full, part = self.full(q, k, v, table, call)
             self._keep(full.float() - part, q.dtype, state, self.sizes(q, call)[0])
             return full
@@ -96,6 +101,12 @@ class Remembering(Method):
         out = self.partial(q, k, v, table, call)
         missing = self._missing(state, q.shape[2], self.sizes(q, call)[0])
         return (out if missing is None else out + missing).to(q.dtype)
+
+    def _apart(self, call: Call) -> bool:
+        """Had another guidance pass, of those that still run, its last full step elsewhere?"""
+        mine, every = call.state.get("step"), self.every(call.steps)
+        others = call.together.get("full", {}).values()
+        return any(step != mine and call.step - step < every for step in others)
 
     def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any], block: int) -> None:
         missing = missing.detach()  # the graph of a step ends with it

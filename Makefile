@@ -28,7 +28,7 @@ test-slow: $(BIN)/.installed
 test-browser: $(BIN)/.installed
 	$(BIN)/pip install -q "selenium>=4"
 	npm install --silent --no-save --prefix . axe-core || echo "no axe-core: its test is skipped"
-	$(BIN)/python -m pytest -m browser tests/test_app_browser.py
+	$(BIN)/python -m pytest -m browser tests/page
 
 coverage: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-report=html:out/coverage

@@ -6,13 +6,11 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from peft import get_peft_model_state_dict
-from tiny import saved_tiny_wan, tiny_flux, tiny_wan
+from tiny import saved_lora, saved_tiny_wan, tiny_flux, tiny_wan
 
 from dit_accel import Pooled, Schedule, TokenPruning, batch
 from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig
-from dit_accel.finetune.student import add_lora
 from dit_accel.generation import boost
 from dit_accel.generation.boost import Boost, compiled_blocks
 from dit_accel.generation.comparison import compare
@@ -91,13 +89,8 @@ def test_the_step_cache_skips_and_is_gone():
 def test_the_lora_is_the_accelerated_runs_alone(tmp_path):
     pipe = tiny_wan()
     expected = latents(pipe)
-    add_lora(pipe.transformer, 2)
-    for name, p in pipe.transformer.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p)
+    pipe.load_lora_weights(saved_lora(tmp_path / "lora"))
     assert not torch.equal(latents(pipe), expected)
-    layers = get_peft_model_state_dict(pipe.transformer)
-    pipe.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
     with pytest.raises(ValueError, match="has a LoRA already"):
         Boost(lora=str(tmp_path / "lora")).check(pipe)
     adapted = latents(pipe)

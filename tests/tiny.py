@@ -177,3 +177,18 @@ def saved_tiny_wan(folder: Path, generation: dict | None = None, **options: int)
     if generation is not None:
         Path(folder, "generation.json").write_text(json.dumps(generation))
     return Path(folder)
+
+
+def saved_lora(folder: Path) -> Path:
+    """A LoRA of rank 2 for tiny_wan() that changes what it makes, as diffusers writes it."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipe = tiny_wan()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    for name, weight in pipe.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    layers = get_peft_model_state_dict(pipe.transformer)
+    pipe.save_lora_weights(folder, transformer_lora_layers=layers)
+    return folder

@@ -20,8 +20,15 @@ export const shelf = (store) => ({
   set(key, value) { try { store().setItem("dit_accel." + key, JSON.stringify(value)); } catch { /* private */ } },
 });
 export const local = shelf(() => localStorage), session = shelf(() => sessionStorage);
+// Into the clipboard; where a browser gives none, as on a plain http address, `otherwise` says so.
+export async function copy(button, text, otherwise) {
+  try {
+    await navigator.clipboard.writeText(text);
+    flash(button, "Copied");
+  } catch { flash(button, otherwise()); }
+}
 export function flash(button, words) {
-  const before = button.textContent;
+  const before = button.dataset.words ||= button.textContent;
   button.textContent = words;
   setTimeout(() => { button.textContent = before; }, 1500);
 }

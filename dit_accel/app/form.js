@@ -1,5 +1,5 @@
 // The settings: their values, what they cost, what is wrong with them; kept, linked, opened.
-import { all, ask, facts, flash, local, one, post } from "./dom.js";
+import { all, ask, copy, facts, local, one, post } from "./dom.js";
 
 const form = one("#columns"), note = one("#note");
 const named = () => all("#ask [name], #options [name]");
@@ -219,8 +219,7 @@ export function start(onChange) {
   one("#dice").onclick = () => { one("#seed").value = Math.floor(Math.random() * 2 ** 31); update(); };
   one("#link").onclick = () => {
     history.replaceState(null, "", link());
-    navigator.clipboard?.writeText(link());
-    flash(one("#link"), "Copied");
+    copy(one("#link"), link(), () => "It is the address");
   };
   one("#reset").onclick = () => { history.replaceState(null, "", location.pathname); fill({ prompt: plain.prompt }); };
   one("#open").onchange = (event) => open(event.target);

@@ -1,5 +1,5 @@
 // What is shown, and who says so: an example, a run that forms, a finished one.
-import { all, ask, facts, flash, one } from "./dom.js";
+import { all, ask, copy, facts, one } from "./dom.js";
 import * as form from "./form.js";
 import * as look from "./look.js";
 import * as past from "./history.js";
@@ -74,8 +74,8 @@ for (const chip of all("#chips button")) chip.onclick = () => example(chip.datas
 results.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (button?.classList.contains("copy")) {
-    navigator.clipboard?.writeText(one(".code pre", results).textContent);
-    flash(button, "Copied");
+    const code = one(".code pre", results);
+    copy(button, code.textContent, () => { getSelection().selectAllChildren(code); return "Selected"; });
   }
   if (button?.dataset.fix) { form.fix(button.dataset.fix, button.dataset.value); job.generate(); }
 });

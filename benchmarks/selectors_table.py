@@ -5,9 +5,10 @@
 One dense generation runs; topk and pooled are computed by every selector on the q, k, v that its
 layers were given, and compared: ‖O − O_dense‖ / ‖O_dense‖, mean over layers and over every
 `every`th step. `kept` is what was read: a window is sized to come near to `keep`, what stands
-beside scores (&) reads more, a threshold what lies above it. "each head its best" is chosen by the
-errors it is judged by, from the selectors that read exactly `keep`. Written after the run, rows in
-the order of pooled's error.
+beside scores (&) reads more, a threshold what lies above it. Orders of each head's tokens are tried
+with `sub`. "each head its best" and "its best order" are chosen by the errors they are judged by,
+from what reads exactly `keep` at any call. Written after the run, rows in the order of pooled's
+error.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +35,7 @@ from dit_accel.machine import describe
 from dit_accel.methods import Call
 from dit_accel.methods.selectors import find
 from dit_accel.methods.selectors.window import Window
+from dit_accel.methods.sorts import Sort
 
 BASE = "sub"  # what the others have to beat
 ORACLE = "sub(64)"  # the exact shares of blocks of 64
@@ -42,16 +45,20 @@ SELECTORS = (
     "relative(theta=4.8,parts=64,bits=4)", "nearest", "power", "shards", "axes", SIZED,
     "sub & window(t=1,h=3,w=3)",
 )  # fmt: skip
+SORTS = ("time", "tile", "hilbert", "clusters")
 METHODS = {"topk": TopK, "pooled": Pooled}
-BEST = "each head its best"
+BEST, BEST_ORDER = "each head its best", "each head its best order"
 
 
 class Table:
-    """Runs every selector on what a layer was given; `entries` are (selector, method, keep) → the
-    errors, the shares read, and the squared errors of heads."""
+    """Runs every selector, and `BASE` in every order, on what a layer was given; `entries` are
+    (name, method, keep) → the errors, the shares read, and the squared errors of heads."""
 
-    def __init__(self, selectors: list[str], keeps: list[float], every: int) -> None:
-        self.selectors, self.keeps, self.every = selectors, keeps, every
+    def __init__(
+        self, selectors: list[str], keeps: list[float], every: int, sorts: Sequence[str] = ()
+    ) -> None:
+        self.selectors, self.sorts = selectors, [f"{BASE}, sort {sort}" for sort in sorts]
+        self.keeps, self.every = keeps, every
         self.entries: dict[tuple[str, str, float], list[tuple[float, float, Tensor]]] = defaultdict(
             list
         )
@@ -62,13 +69,13 @@ class Table:
         if call.step % self.every or not call.step:
             return
         norm = dense.float().square().sum()
-        for name in self.selectors:
+        for name in [*self.selectors, *self.sorts]:
             for keep in self.keeps:
-                text = self.text(name, keep, q, k, call)
+                text, _, sort = self.text(name, keep, q, k, call).partition(", sort ")
                 for label, method in METHODS.items():
                     seen: list[Any] = []
                     mine = replace(call, keep=keep, state={}, together={}, note=seen.append)
-                    out = method(keep, 64, select=text)(q, k, v, mine)
+                    out = method(keep, 64, select=text, sort=sort or "none")(q, k, v, mine)
                     lost = (out.float() - dense.float()).square().sum((0, 2, 3)) / norm
                     share = float(seen[-1].density())
                     row = (float(lost.sum().sqrt()), share, lost.cpu())
@@ -87,14 +94,15 @@ class Table:
             facts = {"selector": name, "text": self.texts.get((name, keep), name)}
             facts |= {"method": method, "keep": keep, "kept": fmean(x[1] for x in found)}
             rows.append({**facts, "error": fmean(x[0] for x in found)})
-        return rows + self._best()
-
-    def _best(self) -> list[dict[str, Any]]:
-        """Of each head the selector that errs least in all looks; the oracle is none of them."""
         exact = [
             x for x in self.selectors
             if x not in (ORACLE, SIZED) and "&" not in x and not x.startswith("relative")
         ]  # fmt: skip
+        orders = [BASE] * (BASE in exact) + [x for x in self.sorts if "clusters" not in x]
+        return rows + self._best(BEST, exact) + self._best(BEST_ORDER, orders * bool(self.sorts))
+
+    def _best(self, title: str, exact: list[str]) -> list[dict[str, Any]]:
+        """Of each head that of `exact` which errs least in all looks."""
         rows = []
         for method in METHODS:
             for keep in self.keeps:
@@ -106,7 +114,7 @@ class Table:
                 lost = lost.unflatten(1, (self.steps, layers))
                 pick = lost.mean(1, keepdim=True).argmin(0, keepdim=True)
                 error = lost.take_along_dim(pick.expand(1, *lost.shape[1:]), 0)[0].sum(-1).sqrt()
-                facts = {"selector": BEST, "text": BEST, "method": method, "keep": keep}
+                facts = {"selector": title, "text": title, "method": method, "keep": keep}
                 kept = fmean(x[1] for found in looks for x in found)
                 rows.append({**facts, "kept": kept, "error": float(error.mean())})
         return rows
@@ -183,15 +191,18 @@ def main() -> None:
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.1, 0.2])
     parser.add_argument("--every", type=int, default=8, help="steps between two looks")
     parser.add_argument("--selectors", nargs="+", default=list(SELECTORS))
+    parser.add_argument("--sorts", nargs="*", default=list(SORTS))
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     for name in options.selectors:
         find(name)
+    for name in options.sorts:
+        Sort.read(name)
     pipe, defaults = load_pipeline(options.model, options.device)
     pipe.set_progress_bar_config(disable=True)
     size = {name: getattr(options, name) for name in ("steps", "height", "width", "frames")}
     asked = Request(options.prompt, seed=11, guidance=options.guidance, **size)
-    table = Table(options.selectors, options.keeps, options.every)
+    table = Table(options.selectors, options.keeps, options.every, options.sorts)
     rows = measure(pipe, arguments(pipe, defaults, asked), table, options.order).rows()
     data = {
         "command": shlex.join(["python", *sys.argv]),

@@ -71,6 +71,11 @@ class AccelConfig:
     def _check_choice(self) -> None:
         """ValueError where blocks cannot be chosen so."""
         selector = self.method.selector
+        if self.prune is not None and self.method.sorting.placed:
+            raise ValueError(
+                f"sort={self.method.sort} looks where tokens lie in the picture, so it cannot run "
+                "on pruned ones; take clusters, none, or prune=None"
+            )
         if self.prune is not None and selector.placed:
             raise ValueError(
                 f"the selector {selector} looks where tokens lie in the picture, so it cannot run "
@@ -95,7 +100,7 @@ class AccelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal object."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        choice = {"select": str(self.method.select), "reuse": str(self.method.reuse)}
+        choice = {name: str(getattr(self.method, name)) for name in ("select", "reuse", "sort")}
         out["method"] = {"name": self.method.name, **asdict(self.method), **choice}
         out["schedule"] = asdict(self.schedule)
         out["prune"] = None if self.prune is None else asdict(self.prune)

@@ -35,6 +35,7 @@ _STATIC, _STATICS = "dit_accel/methods/selectors/static.py", "tests/methods/test
 _SCORED = "tests/methods/test_scored.py::"
 _REGIONS = "dit_accel/methods/selectors/regions.py"
 _RELATIVE = "dit_accel/methods/selectors/relative.py"
+_SORTS = "tests/methods/test_sorts.py::"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
@@ -68,7 +69,7 @@ PAPERS = (
     Paper("HiP", "works", "tree search of the best blocks: a control, for scoring all of them costs a 16,384th of dense at 256k tokens", _REGIONS, (_SCORED + "test_a_tree_finds_the_best_where_scores_have_one_peak", _SCORED + "test_a_tree_misses_what_hides_beside_a_bad_middle")),
     Paper("EasySpec", "none", "speculation needs a draft and a lossless check"),
     Paper("RCMHA", "open", "a depth-wise convolution beside attention, trained"),
-    Paper("2D-TPE", "part", "orders in which a grid is read: time, tiles, Hilbert, for a whole model; not for each head", "dit_accel/forward/order.py", ("tests/test_order.py::test_time_follows_a_place_through_all_frames",)),
+    Paper("2D-TPE", "works", "each head reads the grid in its own order, time, tiles or Hilbert, chosen by a profile instead of learned", "dit_accel/methods/sorts.py", (_SORTS + "test_each_head_is_as_if_all_had_its_order", _SORTS + "test_one_order_for_all_heads_is_that_of_the_model")),
     Paper("FIT", "part", "its pattern: exact in a window, one summary for each block outside: pooled over a window; its latents are learned", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_pooled_over_a_window_is_near_tokens_and_the_means_of_the_others",)),
     Paper("MoA", "works", "a budget for each head under a total, from one profile", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force", _PROFILE + "test_a_budget_of_heads_runs_and_keeps_its_total", "tests/kernels/test_part_scores.py::test_a_share_for_each_head")),
     Paper("TCA", "part", "budgets of heads, by error instead of captured mass", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force",)),
@@ -76,7 +77,7 @@ PAPERS = (
     Paper("S2-Attention", "works", "a strided shard for each head, which together are everything: a static control", _STATIC, (_STATICS + "test_the_shards_of_all_heads_are_everything",)),
     Paper("RALA", "open", "weights for keys in the linear state, and a gate"),
     Paper("Rectified SpaAttn", "works", "sparse attention rescaled to its mass, plus pooled values", "dit_accel/methods/rectified.py", (_POOLED + "test_rectified_is_its_equation", "tests/methods/test_selectors.py::test_the_critical_set_is_the_equations")),
-    Paper("Routing Transformer", "open", "k-means of queries and keys as an order of tokens"),
+    Paper("Routing Transformer", "works", "k-means of each head's queries and keys as the order of its tokens, which blocks of one size cut", "dit_accel/methods/sorts.py", (_SORTS + "test_tokens_of_a_cluster_lie_together", _SORTS + "test_clusters_find_what_is_scattered")),
     Paper("DHSA", "works", "chunks by content, whose means times √length score the blocks; borders where tokens are least alike instead of learned ones", "dit_accel/methods/selectors/chunks.py", (_SCORED + "test_chunks_that_are_blocks_are_the_means", _SCORED + "test_chunks_end_where_tokens_change")),
     Paper("Kronecker attention", "none", "correlations of three: another function, cubic work"),
     Paper("DCAL", "none", "distractor pairs in the training of recognition"),

@@ -143,13 +143,16 @@ def test_one_grammar():
 def test_the_command(model, tmp_path, capsys):
     path = tmp_path / "profile.json"
     common = ["--model", str(model), "--device", "cpu", "--min-tokens", "0"]
-    tried = ["--try", "sub", "--try", "nearest"]
+    tried = ["--try", "sub", "--try", "tree", "--sorts", "none,time"]
     assert cli.run(["profile", "a cat", "-o", str(path), *tried, *common]) == 0
     seen = capsys.readouterr().out
     assert "pooled/" in seen and re.search(r"--heads \S+@0.12", seen)
-    assert set(Profile.load(path).heads) == {"sub", "nearest"} and "'per-head(" in seen
+    assert set(Profile.load(path).heads) == {"sub", "tree"} and "'per-head(" in seen
+    sorts = Profile.load(path).sorts
+    assert set(sorts) == {"none", "time"} and sorts["none"] != sorts["time"] and "--sort" in seen
     assert cli.run(["profile", "a cat", "-o", str(path), "--try", "window", *common]) == 2
     options = ["--select", f"per-head({path})", "--heads", f"{path}@0.2", "--reuse", "2+passes"]
+    options += ["--sort", f"per-head({path})"]
     options += ["--step-keep", "0.5:0.1", "--refresh", "0.5,0.75", "-o", str(tmp_path / "c.mp4")]
     assert cli.run(["generate", "a cat", "--method", "shared", *options, *common]) == 0
     assert cli.run(["selectors"]) == 0 and "sub" in capsys.readouterr().out

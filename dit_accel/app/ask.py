@@ -133,8 +133,9 @@ class Ask:
         for name in PRIVATE if self.limits.public else ():
             if getattr(how, name):
                 raise BadField(f"{side}.{name}", f"This page is public: leave {name} out.")
-        if self.limits.public and isinstance(how.select, str) and opens_a_file(how.select):
-            raise BadField(f"{side}.select", "This page is public: name no file.")
+        for name in ("select", "sort") if self.limits.public else ():
+            if opens_a_file(str(getattr(how, name))):
+                raise BadField(f"{side}.{name}", "This page is public: name no file.")
         try:
             fields.check(how)
             self.config(how)

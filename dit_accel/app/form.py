@@ -15,6 +15,7 @@ from dit_accel.config import DEFAULT
 from dit_accel.forward.order import ORDERS
 from dit_accel.generation.options import How, What, Where, described
 from dit_accel.methods import find, infos, selectors
+from dit_accel.methods.sorts import KINDS
 from dit_accel.pruning.config import TokenPruning
 
 SIDES = ("left", "right")
@@ -27,6 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS,
     "prune": tuple(TokenPruning.presets),
     "dense": ("auto", "native", "_native_cudnn", "kernel"),
+    "sort": KINDS,
     "select": tuple(name for name, info in selectors.infos().items() if not info.needs),
     "sampler": ("rcm", "dmd", "flow:5", "renoise:5"),
 }

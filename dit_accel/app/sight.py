@@ -18,7 +18,7 @@ class Sight:
     """Listens to one accelerated run and keeps a table of each layer, from its second half.
 
     Only of models whose attention sees the visual tokens alone, all of them, in an order that is
-    one permutation.
+    one permutation for all heads.
     """
 
     def __init__(self, handle: Handle, steps: int) -> None:
@@ -26,7 +26,7 @@ class Sight:
         self.rows: dict[int, torch.Tensor] = {}
         self.step, self.sizes = 0, (0, 0)
         config = handle.config
-        if config.prune is None and config.method.layout is None:
+        if config.prune is None and config.method.layout is None and not config.method.sort:
             handle.watch(self._hear)
 
     def _hear(self, layer: int, table: BlockTable) -> None:

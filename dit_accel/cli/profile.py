@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from dit_accel.cli.options import checked, option
+from dit_accel.cli.options import checked, option, words
 from dit_accel.generation.options import HOW, WHAT, How, What, Where
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ Output = Annotated[Path, option("File to write. \\[profile.json]", WHAT, "--outp
 Try = Annotated[
     list[str] | None, option("A selector to try, once for each. \\[means, sub]", HOW, "--try")
 ]
+Sorts = Annotated[
+    str | None, option("Orders of each head to try, such as none,time,tile.", HOW, "--sorts")
+]
 
 
 def profile(
@@ -32,6 +36,7 @@ def profile(
     how: How,
     where: Where,
     tried: Try = None,
+    sorts: Sorts = None,
     output: Output = Path("profile.json"),
 ) -> None:
     """Show where sparse attention errs, by layer, head and step, in one dense generation.
@@ -43,29 +48,34 @@ def profile(
     dit-accel profile "rocket on a blue background" --try sub --try slash --try nearest
 
     dit-accel generate "a cat" --method pooled --select "per-head(profile.json)"
+
+    dit-accel profile "rocket on a blue background" --sorts none,time,tile,hilbert
     """
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.screen import screen
     from dit_accel.cli.session import load, notices
     from dit_accel.config import DEFAULT
-    from dit_accel.evaluate.profile import SELECTORS, check_tried, measure
+    from dit_accel.evaluate.profile import KEEPS, SELECTORS, check_sorts, check_tried, measure
 
     with checked():
         request, _ = what.request(), how.config()
-        names = check_tried(tried or SELECTORS)
+        selectors, orders = check_tried(tried or SELECTORS), check_sorts(words(sorts or ""))
         if output.is_dir() or not output.absolute().parent.is_dir():
             raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
     with Progress() as progress:
         opened = load(where, request, how, progress, what.fps)
         pipe, defaults, config, _ = opened
         with notices(progress), checked():
-            found = measure(pipe, defaults, request, config, selectors=names, progress=progress)
+            found = measure(pipe, defaults, request, config, KEEPS, selectors, orders, progress)
     found.save(output)
     show(found, screen())
     choices = [best(found), f"per-head({output})"][: len(found.heads)]
     for choice in map(shlex.quote, choices):
-        words = f"--method {how.method or DEFAULT} --select {choice} --heads {output}@{SHOWN:g}"
-        screen().print(f"\ndit-accel generate PROMPT {words}", soft_wrap=True)
+        said = f"--method {how.method or DEFAULT} --select {choice} --heads {output}@{SHOWN:g}"
+        screen().print(f"\ndit-accel generate PROMPT {said}", soft_wrap=True)
+    if found.sorts:
+        order = shlex.quote(f"per-head({output})")
+        screen().print(f"\ndit-accel generate PROMPT --sort {order}", soft_wrap=True)
 
 
 def best(found: Profile) -> str:
@@ -75,25 +85,32 @@ def best(found: Profile) -> str:
 
 def show(found: Profile, console: Console) -> None:
     """Maps of heads × layers and of steps, and what a choice for each head brings."""
-    from rich.table import Table
-
     name = best(found)
     curves = found.curves(name)
     errors = {place: curve[SHOWN] ** 0.5 for place, curve in curves.items()}
     chosen = dict(found.schedule_heads(SHOWN, name))
     title = f"{found.method}/{name}: error at keep {SHOWN:.0%}, and keep of each head at that total"
     console.print(_map(title, errors, chosen, found.overlap))
-    table = Table(box=None, pad_edge=False, header_style="dim", title="error of a layer")
-    for column in ("selector", "keep", "one keep", "a keep for each head"):
-        table.add_column(column, justify="left" if column == "selector" else "right")
-    for selector in [*found.heads, *["per-head"] * (len(found.heads) > 1)]:
-        for keep in (0.06, 0.12, 0.25):
-            same, own = found.gain(keep, selector)
-            table.add_row(selector, f"{keep:.0%}", f"{same:.3f}", f"{own:.3f}")
-    console.print(table)
+    console.print(_gains("selector", found))
+    if found.sorts:
+        console.print(_gains("order", replace(found, heads=found.sorts)))
     steps = {int(step): curve[str(SHOWN)] for step, curve in found.steps[name].items()}
     words = ", ".join(f"{step}: {error:.2f}" for step, error in sorted(steps.items()))
     console.print(f"error by step, of layers at keep {SHOWN:.0%}: {words}")
+
+
+def _gains(what: str, found: Profile) -> Table:
+    """What each of those tried errs, and the best of each head."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim", title="error of a layer")
+    for column in (what, "keep", "one keep", "a keep for each head"):
+        table.add_column(column, justify="left" if column == what else "right")
+    for name in [*found.heads, *["per-head"] * (len(found.heads) > 1)]:
+        for keep in (0.06, 0.12, 0.25):
+            same, own = found.gain(keep, name)
+            table.add_row(name, f"{keep:.0%}", f"{same:.3f}", f"{own:.3f}")
+    return table
 
 
 def _map(

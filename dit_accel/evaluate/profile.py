@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from dit_accel.methods.budget import Profile
 from dit_accel.methods.pooled import Pooled
 from dit_accel.methods.selectors import find
 from dit_accel.methods.selectors.both import Both
+from dit_accel.methods.sorts import CLUSTERS, KINDS
 from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 KEEPS = (0.03, 0.06, 0.12, 0.25, 0.5)
 SELECTORS = ("means", "sub")
 EVERY = 4  # steps between two looks
+Looks = dict[tuple[str, int, float], list[list[float]]]  # (tried, layer, keep) → of looks, of heads
 
 
 def check_tried(names: Sequence[str]) -> list[str]:
@@ -44,13 +47,31 @@ def check_tried(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(map(str, found)))
 
 
-class Look:
-    """What a probe shows, tried at each keep with each selector in the first guidance pass."""
+def check_sorts(names: Sequence[str]) -> list[str]:
+    """Orders that are the same at each call; ValueError for another."""
+    fixed = [kind for kind in KINDS if kind != CLUSTERS]
+    for name in names:
+        if name not in fixed:
+            raise ValueError(f"orders to try are some of {', '.join(fixed)}, not {name!r}")
+    return list(dict.fromkeys(names))
 
-    def __init__(self, method: Method, keeps: Sequence[float], selectors: Sequence[str]) -> None:
+
+class Look:
+    """What a probe shows, tried at each keep with each selector, and in each order of the heads'
+    tokens, in the first guidance pass."""
+
+    def __init__(
+        self,
+        method: Method,
+        keeps: Sequence[float],
+        selectors: Sequence[str],
+        sorts: Sequence[str] = (),
+    ) -> None:
         self.tried = {name: method.replaced(select=name) for name in selectors}
+        self.sorted = {name: method.replaced(sort=name) for name in sorts}
         self.keeps = tuple(keeps)
-        self.heads: dict[tuple[str, int, float], list[list[float]]] = {}
+        self.heads: Looks = {}
+        self.sorts: Looks = {}
         self.steps: dict[tuple[str, int, float], list[float]] = {}
         self.masks: dict[int, Tensor] = {}
         self.same: dict[int, list[float]] = {}
@@ -62,13 +83,14 @@ class Look:
             return
         self.last = call.step
         norm = out.float().square().sum()
-        for name, method in self.tried.items():
-            for keep in self.keeps:
+        for tried, looks in ((self.tried, self.heads), (self.sorted, self.sorts)):
+            for (name, method), keep in product(tried.items(), self.keeps):
                 mine = replace(call, keep=keep, state={}, together={}, note=lambda table: None)
                 lost = (method(q, k, v, mine).float() - out.float()).square().sum((0, 2, 3)) / norm
-                self.heads.setdefault((name, call.layer, keep), []).append(lost.tolist())
-                error = float(lost.sum().sqrt())
-                self.steps.setdefault((name, call.step, keep), []).append(error)
+                looks.setdefault((name, call.layer, keep), []).append(lost.tolist())
+                if tried is self.tried:
+                    error = float(lost.sum().sqrt())
+                    self.steps.setdefault((name, call.step, keep), []).append(error)
         middle = replace(call, keep=self.keeps[len(self.keeps) // 2], state={}, together={})
         mask = next(reversed(self.tried.values())).chosen(q, k, middle, v)[0].to_mask()
         known = self.masks.get(call.layer)
@@ -78,17 +100,22 @@ class Look:
         self.masks[call.layer] = mask
 
     def profile(self, method: str) -> Profile:
-        heads: dict[str, dict[str, list[dict[str, float]]]] = {}
-        for (name, layer, keep), looks in sorted(self.heads.items()):
-            means = [fmean(errors) for errors in zip(*looks, strict=True)]
-            row = heads.setdefault(name, {}).setdefault(str(layer), [{} for _ in means])
-            for curve, error in zip(row, means, strict=True):
-                curve[str(keep)] = error
         steps: dict[str, dict[str, dict[str, float]]] = {}
         for (name, step, keep), errors in sorted(self.steps.items()):
             steps.setdefault(name, {}).setdefault(str(step), {})[str(keep)] = fmean(errors)
         overlap = {str(layer): fmean(found) for layer, found in sorted(self.same.items())}
-        return Profile(method, heads, steps, overlap)
+        return Profile(method, _by_head(self.heads), steps, overlap, _by_head(self.sorts))
+
+
+def _by_head(looks: Looks) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """name → layer → head → keep → mean error."""
+    heads: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for (name, layer, keep), found in sorted(looks.items()):
+        means = [fmean(errors) for errors in zip(*found, strict=True)]
+        row = heads.setdefault(name, {}).setdefault(str(layer), [{} for _ in means])
+        for curve, error in zip(row, means, strict=True):
+            curve[str(keep)] = error
+    return heads
 
 
 def measure(
@@ -98,9 +125,11 @@ def measure(
     config: AccelConfig,
     keeps: Sequence[float] = KEEPS,
     selectors: Sequence[str] = SELECTORS,
+    sorts: Sequence[str] = (),
     progress: ProgressFn = lambda phase, done, total: None,
 ) -> Profile:
-    """One dense generation in which `config.method` also runs at each keep with each selector.
+    """One dense generation in which `config.method` also runs at each keep with each selector, and
+    with its own in each order of the heads' tokens.
 
     Looks at every fourth step, in `config.order`. shared is tried without its state, as pooled:
     what is measured is its choice of blocks. Raises ValueError for a method that chooses none, and
@@ -112,8 +141,9 @@ def measure(
             f"{method.name} chooses no blocks: profile shared, pooled, topk or another"
         )
     if method.stateful:
-        method = Pooled(method.keep, method.block_q, method.block_k)
-    look = Look(method, keeps, check_tried(selectors))
+        method = Pooled(method.keep, method.block_q, method.block_k, select=method.select)
+    method = method.replaced(sort="none")
+    look = Look(method, keeps, check_tried(selectors), check_sorts(sorts))
     watched = replace(
         config, method=Probe(see=look), schedule=Schedule(warmup=0), prune=None, min_tokens=0
     )

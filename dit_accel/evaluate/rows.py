@@ -82,7 +82,9 @@ class Row:
         facts: list[Any] = [self.config.to_dict(), self.steps, *beside]
         text = json.dumps(facts, sort_keys=True).encode()
         weights = getattr(self.config.method, "weights", None)
-        read = (*([weights] if weights else []), *self.config.method.selector.files)
+        method = self.config.method
+        choice = (*method.selector.files, *method.sorting.files)
+        read = (*([weights] if weights else []), *choice)
         learned = b"".join(Path(path).read_bytes() for path in read)
         parts = sorted(Path(self.transformer).iterdir()) if self.transformer else []
         known = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]

@@ -73,6 +73,9 @@ Select = Annotated[
 Reuse = Annotated[
     str | None, Option("Tables that serve more: so many steps (4), passes, or 4+passes.", HOW)
 ]
+Sort = Annotated[
+    str | None, Option("Order of each head: time, tile, clusters, per-head(profile.json).", HOW)
+]
 StepKeep = Annotated[
     str | None, Option("Keep from a share or number of steps on: 0.15:0.5,0.4:0.1.", HOW)
 ]
@@ -151,6 +154,7 @@ class How:
     warmup: Warmup = None
     select: Select = None
     reuse: Reuse = None
+    sort: Sort = None
     step_keep: StepKeep = None
     refresh: Refresh = None
     heads: Heads = None
@@ -179,7 +183,8 @@ class How:
             prune=pruning(self.prune),
             dense=self.dense,
         )
-        asked = {"keep": self.keep, "select": self.select, "reuse": self.reuse}
+        names = ("keep", "select", "reuse", "sort")
+        asked = {name: getattr(self, name) for name in names}
         own: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         if own:
             config = replace(config, method=config.method.replaced(**own))

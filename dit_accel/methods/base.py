@@ -17,6 +17,7 @@ from dit_accel.methods import selectors
 from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors.base import Chosen, Selector
 from dit_accel.methods.selectors.means import Means
+from dit_accel.methods.sorts import CLUSTERS, Sort, put
 from dit_accel.parallel.sharded import Ring
 from dit_accel.table import BlockTable, Keep, block_count
 
@@ -55,6 +56,7 @@ class Call:
         first, queries: the visual queries given begin at `first` of `queries`; None: they are all.
         heads: numbers of the heads given among the model's; None: they are all.
         values: v, where the selector looks at it.
+        sorted: the tokens of each head are in its own order, see Method.sort.
         ring: by which the keys of other processes come, where k and v are a part of them.
         dense: what computes dense attention of q, k, v [B, N, H, D] and a mask; None: PyTorch's.
     """
@@ -84,6 +86,7 @@ class Call:
     queries: int | None = None
     heads: tuple[int, ...] | None = None
     values: torch.Tensor | None = None
+    sorted: bool = False
     ring: Ring | None = None
     dense: Callable[..., torch.Tensor] | None = None
 
@@ -98,6 +101,7 @@ class Method:
         block_k: tokens in a key block: 64 or 128.
         select: how blocks are chosen: a selector, or its text such as "sub".
         reuse: which calls share a table; a text such as "4+passes" is read.
+        sort: the order in which each head reads its tokens: a `Sort`, or its text.
 
     Raises ValueError for a value outside its range.
     """
@@ -107,6 +111,7 @@ class Method:
     block_k: int = 64
     select: Selector | str = field(default=Means(), kw_only=True)
     reuse: Reuse | str = field(default=Reuse(), kw_only=True)
+    sort: Sort | str = field(default=Sort(), kw_only=True)
 
     name: ClassVar[str]
     description: ClassVar[str]
@@ -136,8 +141,25 @@ class Method:
             object.__setattr__(self, "select", selectors.find(self.select))
         if isinstance(self.reuse, str):
             object.__setattr__(self, "reuse", Reuse.read(self.reuse))
-        if not self.chooses and (self.select != Means() or self.reuse != Reuse()):
-            raise ValueError(f"{self.name} has its own choice of blocks: no select and no reuse")
+        if isinstance(self.sort, str):
+            object.__setattr__(self, "sort", Sort.read(self.sort))
+        if not self.chooses and (self.select != Means() or self.reuse != Reuse() or self.sort):
+            raise ValueError(
+                f"{self.name} has its own choice of blocks: no select, no reuse and no sort"
+            )
+        if self.sort:
+            self._check_sort()
+
+    def _check_sort(self) -> None:
+        """ValueError for what an order of each head does not go with."""
+        if self.selector.placed:
+            raise ValueError(
+                f"the selector {self.select} looks where tokens lie, and sort={self.sort} moves "
+                "them: take another selector, or no sort"
+            )
+        if self.sorting.kind == CLUSTERS and (self.stateful or self.reuse != Reuse()):
+            what = "state" if self.stateful else "tables that are reused"
+            raise ValueError(f"clusters change with every call, and {self.name} has {what}")
 
     def replaced(self, **changes: Any) -> Self:
         """A copy with other options."""
@@ -147,7 +169,8 @@ class Method:
     def label(self) -> str:
         """Its name, with what chooses its blocks and when, where that is not the default."""
         selector = "" if self.select == Means() else f"/{self.select}"
-        return self.name + selector + ("" if self.reuse == Reuse() else f", reuse {self.reuse}")
+        reuse = "" if self.reuse == Reuse() else f", reuse {self.reuse}"
+        return self.name + selector + reuse + (f", sort {self.sort}" if self.sort else "")
 
     @property
     def selector(self) -> Selector:
@@ -158,6 +181,23 @@ class Method:
     def sharing(self) -> Reuse:
         """Which calls share a table, as an object."""
         return Reuse.read(self.reuse) if isinstance(self.reuse, str) else self.reuse
+
+    @property
+    def sorting(self) -> Sort:
+        """The order of each head's tokens, as an object."""
+        return Sort.read(self.sort) if isinstance(self.sort, str) else self.sort
+
+    def sorts(self, call: Call) -> bool:
+        """Are the tokens of this call still to be sorted?"""
+        return bool(self.sort) and not call.sorted
+
+    def in_order(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        """This method with the tokens of each head in its order."""
+        way = self.sorting.way(q, k, call, self.sizes(q, call), self.keep)
+        k, v = put(k, way.keys), put(v, way.keys)
+        return put(self(put(q, way.queries), k, v, replace(call, sorted=True)), way.back)
 
     @property
     def rounds_down(self) -> bool:
@@ -246,7 +286,8 @@ class Method:
     @property
     def by_means(self) -> bool:
         """Are means of blocks all that its choice of blocks looks at?"""
-        return self.chooses and self.select == Means() and self.reuse == Reuse()
+        plain = self.select == Means() and self.reuse == Reuse() and not self.sort
+        return self.chooses and plain
 
     def part(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: BlockTable, call: Call

@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,12 +30,14 @@ class Profile:
             mean over the steps looked at: their sum over the heads is the layer's squared error.
         steps: selector → step → keep → mean ‖O − O_dense‖ / ‖O_dense‖ over the layers.
         overlap: layer → share of a step's chosen blocks that the last look chose, too.
+        sorts: as `heads`, by the order of each head's tokens instead of the selector.
     """
 
     method: str
     heads: dict[str, dict[str, list[dict[str, float]]]]
     steps: dict[str, dict[str, dict[str, float]]]
     overlap: dict[str, float]
+    sorts: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")

@@ -33,6 +33,8 @@ class Pooled(Method):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
+        if self.sorts(call):
+            return self.in_order(q, k, v, call)
         table, means = self.chosen(q, k, call, v, return_means=True)
         call.note(table)
         return ops.pooled_attention(

@@ -61,6 +61,8 @@ class Rectified(Method):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
+        if self.sorts(call):
+            return self.in_order(q, k, v, call)
         table, means = self.choose(q, k, call, v)
         call.note(table)
         return ops.rectified_attention(

@@ -39,6 +39,8 @@ class SharedResidual(Remembering):
     }
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        if self.sorts(call):
+            return self.in_order(q, k, v, call)
         if call.stateless:
             sizes = (self.block_q, self.block_k)
             pooled = Pooled(self.keep, *sizes, select=self.select, reuse=self.reuse)

@@ -116,6 +116,8 @@ class SLA(Learned):
         return self.rounding == "down"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        if self.sorts(call):
+            return self.in_order(q, k, v, call)
         table = self.table(q, k, call, v)
         options: dict[str, Any] = {"scale": call.scale, "kv_len": call.kv_len}
         learned = self.of(call, q.device) if self.linear else None

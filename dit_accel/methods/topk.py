@@ -46,6 +46,8 @@ class TopK(Method):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
+        if self.sorts(call):
+            return self.in_order(q, k, v, call)
         table = self.table(q, k, call, v)
         return ops.block_sparse_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len, precision=self.precision

@@ -113,7 +113,8 @@ class Layer:
             return self.dense(q, k, v, mask, scale, shared)
         method, order = engine.config.method, place.order and place.order[0]
         sizes = (method.query_block(place.geometry.n_visual), method.block_k)
-        why = sharded.obstacle(method.by_rows, method.name, place.geometry, sizes[0], shared)
+        rows = method.by_rows and not method.sort
+        why = sharded.obstacle(rows, method.label, place.geometry, sizes[0], shared)
         if why:
             engine.bypass(self.index, why)
             run = partial(self.dense, scale=scale, shared=None)

@@ -17,7 +17,7 @@ from dit_accel.methods import selectors
 from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors.base import Chosen, Selector
 from dit_accel.methods.selectors.means import Means
-from dit_accel.methods.sorts import CLUSTERS, Sort, put
+from dit_accel.methods.sorts import Sort, check_sort
 from dit_accel.parallel.sharded import Ring
 from dit_accel.table import BlockTable, Keep, block_count
 
@@ -148,18 +148,7 @@ class Method:
                 f"{self.name} has its own choice of blocks: no select, no reuse and no sort"
             )
         if self.sort:
-            self._check_sort()
-
-    def _check_sort(self) -> None:
-        """ValueError for what an order of each head does not go with."""
-        if self.selector.placed:
-            raise ValueError(
-                f"the selector {self.select} looks where tokens lie, and sort={self.sort} moves "
-                "them: take another selector, or no sort"
-            )
-        if self.sorting.kind == CLUSTERS and (self.stateful or self.reuse != Reuse()):
-            what = "state" if self.stateful else "tables that are reused"
-            raise ValueError(f"clusters change with every call, and {self.name} has {what}")
+            check_sort(self.sorting, self.selector, self.name, self.stateful or bool(self.sharing))
 
     def replaced(self, **changes: Any) -> Self:
         """A copy with other options."""
@@ -190,14 +179,6 @@ class Method:
     def sorts(self, call: Call) -> bool:
         """Are the tokens of this call still to be sorted?"""
         return bool(self.sort) and not call.sorted
-
-    def in_order(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> torch.Tensor:
-        """This method with the tokens of each head in its order."""
-        way = self.sorting.way(q, k, call, self.sizes(q, call), self.keep)
-        k, v = put(k, way.keys), put(v, way.keys)
-        return put(self(put(q, way.queries), k, v, replace(call, sorted=True)), way.back)
 
     @property
     def rounds_down(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
+from dit_accel.methods.sorts import in_order
 from dit_accel.table import BlockTable
 
 
@@ -34,7 +35,7 @@ class Pooled(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
         if self.sorts(call):
-            return self.in_order(q, k, v, call)
+            return in_order(self, q, k, v, call)
         table, means = self.chosen(q, k, call, v, return_means=True)
         call.note(table)
         return ops.pooled_attention(

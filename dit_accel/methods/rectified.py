@@ -11,6 +11,7 @@ from dit_accel import ops
 from dit_accel.methods.base import Call, Method
 from dit_accel.methods.selectors.base import Chosen
 from dit_accel.methods.selectors.near import around
+from dit_accel.methods.sorts import in_order
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Rectified(Method):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
         if self.sorts(call):
-            return self.in_order(q, k, v, call)
+            return in_order(self, q, k, v, call)
         table, means = self.choose(q, k, call, v)
         call.note(table)
         return ops.rectified_attention(

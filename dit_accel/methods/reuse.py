@@ -39,6 +39,10 @@ class Reuse:
         words = [str(self.steps)] if self.steps > 1 else []
         return "+".join(words + ["passes"] * self.passes) or "none"
 
+    def __bool__(self) -> bool:
+        """Does any table serve again?"""
+        return self != Reuse()
+
     @classmethod
     def read(cls, text: str) -> Reuse:
         """The inverse of str: "none", "4", "passes" or "4+passes"; ValueError for another text."""

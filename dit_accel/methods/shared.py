@@ -11,6 +11,7 @@ from dit_accel import ops
 from dit_accel.methods.base import Call
 from dit_accel.methods.dense import Dense
 from dit_accel.methods.pooled import Pooled
+from dit_accel.methods.sorts import in_order
 from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
 
@@ -40,7 +41,7 @@ class SharedResidual(Remembering):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if self.sorts(call):
-            return self.in_order(q, k, v, call)
+            return in_order(self, q, k, v, call)
         if call.stateless:
             sizes = (self.block_q, self.block_k)
             pooled = Pooled(self.keep, *sizes, select=self.select, reuse=self.reuse)

@@ -14,6 +14,7 @@ from dit_accel.inputs import fields
 from dit_accel.methods.base import Call, check_rounding
 from dit_accel.methods.learned import Learned
 from dit_accel.methods.linear import linear_branch
+from dit_accel.methods.sorts import in_order
 from dit_accel.table import BlockTable
 
 _SHAPES = {
@@ -117,7 +118,7 @@ class SLA(Learned):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if self.sorts(call):
-            return self.in_order(q, k, v, call)
+            return in_order(self, q, k, v, call)
         table = self.table(q, k, call, v)
         options: dict[str, Any] = {"scale": call.scale, "kv_len": call.kv_len}
         learned = self.of(call, q.device) if self.linear else None

@@ -6,7 +6,7 @@ Transformer (arXiv 2003.05997) puts tokens into clusters. Four gathers a call, b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,8 @@ from dit_accel.methods.budget import Profile, at
 from dit_accel.table import block_count
 
 if TYPE_CHECKING:
-    from dit_accel.methods.base import Call
+    from dit_accel.methods.base import Call, Method
+    from dit_accel.methods.selectors.base import Selector
 
 NONE, CLUSTERS, PER_HEAD = "none", "clusters", "per-head"
 KINDS = (NONE, *(name for name in ORDERS if name != "raster"), CLUSTERS)
@@ -137,6 +138,21 @@ class Sort:
         return fixed(kinds, grid, call.index, first, n_k, q.device)
 
 
+def check_sort(sort: Sort, selector: Selector, name: str, remembers: bool) -> None:
+    """ValueError for what an order of each head's tokens does not go with. remembers: the method
+    of this name keeps something from call to call."""
+    if selector.placed:
+        raise ValueError(
+            f"the selector {selector} looks where tokens lie, and sort={sort} moves them: take "
+            "another selector, or no sort"
+        )
+    if sort.kind == CLUSTERS and remembers:
+        raise ValueError(
+            f"clusters change with every call, and {name} keeps a state or tables from call to "
+            "call: take another sort"
+        )
+
+
 @lru_cache(1024)
 def _kinds(sort: Sort, layer: int, heads: tuple[int, ...], keep: float) -> tuple[str, ...]:
     kinds = sort.kinds(layer, heads, keep)
@@ -189,6 +205,14 @@ def clustered(x: Tensor, count: int) -> Tensor:
             centres = torch.where(empty[:, None], centres, F.normalize(sums, dim=-1))
         out[b, h] = (tokens @ centres.T).argmax(-1).argsort(stable=True)
     return out
+
+
+def in_order(method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """What a method gives, [B, H, N, D], with the tokens of each head in its order."""
+    way = method.sorting.way(q, k, call, method.sizes(q, call), method.keep)
+    mine = replace(call, sorted=True)
+    out = method(put(q, way.queries), put(k, way.keys), put(v, way.keys), mine)
+    return put(out, way.back)
 
 
 def put(x: Tensor, index: Tensor) -> Tensor:

@@ -168,8 +168,8 @@ def test_texts_and_files(tmp_path):
         (lambda: TopK(sort="time(x)"), "not time\\(x\\)"),
         (lambda: TopK(sort="per-head(nowhere.json)"), "nowhere.json"),
         (lambda: TopK(sort="time", select="nearest"), "the selector nearest looks where"),
-        (lambda: TopK(sort="clusters", reuse=Reuse(4)), "topk has tables that are reused"),
-        (lambda: find("shared")(sort="clusters"), "shared has state"),
+        (lambda: TopK(sort="clusters", reuse=Reuse(4)), "topk keeps a state or tables"),
+        (lambda: find("shared")(sort="clusters"), "shared keeps a state or tables"),
         (lambda: find("rettention")(sort="time"), "no select, no reuse and no sort"),
         (
             lambda: dit_accel.AccelConfig(TopK(sort="time"), prune=dit_accel.TokenPruning()),

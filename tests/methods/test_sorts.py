@@ -109,6 +109,17 @@ def test_a_state_and_a_table_stay_with_the_order(tmp_path):
     assert torch.equal(reused(*tokens, call(step=4, state=held)), first) and "reused" in held
 
 
+def test_keys_that_stay_in_time_lose_nothing():
+    """DeltaLLM's case: a block of one place through all frames is its mean."""
+    q = torch.randn(1, 2, 256, 16)
+    k, v = (2 * torch.randn(1, 2, 1, 4, 16).expand(-1, -1, 64, -1, -1).flatten(2, 3) for _ in "kv")
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    at = Call(0.25, grid=(64, 2, 2))
+    found = {sort: find("pooled")(0.25, sort=sort)(q, k, v, at) for sort in ("time", "none")}
+    torch.testing.assert_close(found["time"], dense, atol=1e-5, rtol=1e-5)
+    assert (found["none"] - dense).norm() > 0.1 * dense.norm()
+
+
 # clusters: Routing Transformer
 
 

@@ -150,6 +150,18 @@ def test_nearest_is_the_window_of_rettention():
     assert torch.equal(mine.to_mask(), other.to_mask())
 
 
+def test_the_nearest_frame_wins_in_wide_pictures():
+    """Seven frames of one row of blocks, whose frames are the last digit of a distance."""
+    grid = (7, 8, 512)
+    q = torch.randn(1, 1, 7 * 8 * 512, 4)
+    index = token_order("tile", grid, (1, 8, 8))
+    call = Call(64 * 3 / 448, grid=grid, index=index)
+    mask = TopK(0.5, **SIZES, select="nearest").table(q, q, call).to_mask()[0, 0]
+    seen = mask[3 * 64].unflatten(0, (7, 64)).nonzero()  # (frame, column) of blocks
+    farthest = seen[:, 1].max()
+    assert seen[seen[:, 1] == farthest][:, 0].tolist() == [2, 3, 4]
+
+
 @pytest.mark.parametrize(
     "make,message",
     [

@@ -82,11 +82,11 @@ class Nearest(Scored):
         return True
 
     def scores(self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int]) -> Tensor:
-        """−distance, [B, H, Mq, Mk]; ValueError where the tokens form no grid."""
+        """Minus how many are nearer, [B, H, Mq, Mk]; ValueError where the tokens form no grid."""
         grid, (_, first, _) = placed(self.name, q, k, call)
-        far, _ = _distances("tile", grid, k.shape[2], *sizes, call.index, first > 0)
-        rows = far[call.first // sizes[0] :][: block_count(q.shape[2], sizes[0])]
-        return -rows.to(q.device, torch.float32).expand(*q.shape[:2], -1, -1)
+        ranks = _ranks(grid, k.shape[2], *sizes, call.index, first > 0, q.device)
+        rows = ranks[call.first // sizes[0] :][: block_count(q.shape[2], sizes[0])]
+        return -rows.expand(*q.shape[:2], -1, -1)
 
 
 def placed(name: str, q: Tensor, k: Tensor, call: Call) -> tuple[Grid, tuple[int, int, int]]:
@@ -145,6 +145,21 @@ def _seen(n: int, size: int | None, step: int) -> Tensor:
 
 
 @cached_tensors(8)
+def _ranks(
+    grid: Grid,
+    n_keys: int,
+    block_q: int,
+    block_k: int,
+    index: Tensor | None,
+    text_first: bool,
+    device: torch.device,
+) -> Tensor:
+    """float32 [Mq, Mk]: the places of key blocks by their distance, of two as far the first one."""
+    far, _ = _distances("tile", grid, n_keys, block_q, block_k, index, text_first)
+    return far.argsort(dim=-1, stable=True).argsort(-1).float().to(device)
+
+
+@cached_tensors(8)
 def window_rows(
     kind: str,
     grid: Grid,
@@ -196,8 +211,13 @@ def _distances(
     points = torch.stack([frame, *place], -1).double()
     first = n_keys - n_visual if text_first else 0
     q, k = _centres(points, 0, n_visual, block_q), _centres(points, first, n_keys, block_k)
-    # Frames break ties only: their term stays below the smallest step of the others.
-    far = torch.cdist(q[:, 1:], k[:, 1:]) + 1e-6 * (q[:, None, 0] - k[None, :, 0]).abs()
+    # Frames break ties only: their term stays below the smallest step of the others. By products of
+    # matrices a distance of nothing would be as large as that.
+    exact = "donot_use_mm_for_euclid_dist"
+    far = (
+        torch.cdist(q[:, 1:], k[:, 1:], compute_mode=exact)
+        + 1e-6 * (q[:, None, 0] - k[None, :, 0]).abs()
+    )
     tokens = torch.arange(n_keys, device="cpu")
     text = (tokens < first) | (tokens >= first + n_visual)
     text_blocks = torch.zeros(k.shape[0], dtype=torch.bool, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional
 
 from dit_accel.evaluate import backdrop
 from dit_accel.inputs.scene import Scene
+
+LENGTH = 33  # frames of the clip whose first one an image is
+OWNED = 0.3  # least share of a token that an object must cover to be what stands there
 
 
 @dataclass(frozen=True)
@@ -32,45 +36,75 @@ class Composer:
         object.__setattr__(self, "halves", halves)
 
     def draw(
-        self, scene: Scene, layout: Layout, side: int, frames: int, start: float | None = None
+        self, scenes: Sequence[Scene], layouts: Sequence[Layout], side: int, frames: int
     ) -> tuple[Tensor, Tensor]:
-        """Video [3, T, side, side] in [-1, 1] and how much of it objects cover, [T, side, side].
+        """Videos [B, 3, T, side, side] in [-1, 1], and how much of each cell of 8 × 8 pixels each
+        object covers, [B, O, T, side/8, side/8].
 
-        start: time of the first frame, from the middle of the clip; default: these are all frames.
+        One frame is the first one of a clip of 33.
         """
         device = self.clips.rgba.device
-        start = -(frames - 1) / 2 if start is None else start
-        times = torch.arange(frames, device=device) + start
-        scales = torch.exp(layout.growth * times)
-        canvas = backdrop.draw(scene.backdrop, self.clips.colours, side, side, scales)
-        covered = torch.zeros(frames, side, side, device=device)
-        for number, thing in enumerate(scene.objects):
-            boxes = torch.tensor([layout.at(number, t + start) for t in range(frames)])
-            sprite = self._sprite(thing.name, boxes, side)
-            alpha = sprite[:, 3]
-            canvas = sprite[:, :3] + (1 - alpha[:, None]) * canvas
-            covered = torch.maximum(covered, alpha)
-        return canvas.clamp(0, 1).transpose(0, 1) * 2 - 1, covered
+        length = LENGTH if frames == 1 else frames
+        times = torch.arange(frames) - (length - 1) / 2
+        boxes = [layout.boxes_at(times) for layout in layouts]
+        scales = torch.stack([torch.exp(times * layout.growth) for layout in layouts]).to(device)
+        canvas = torch.stack([
+            backdrop.draw(scene.backdrop, self.clips.colours, side, side, scale)
+            for scene, scale in zip(scenes, scales, strict=True)
+        ])  # fmt: skip
+        most = max(len(scene.objects) for scene in scenes)
+        cover = torch.zeros(len(scenes), most, frames, side // 8, side // 8, device=device)
+        for number in range(most):
+            rows = [n for n, scene in enumerate(scenes) if len(scene.objects) > number]
+            names = [self.clips.names.index(scenes[n].objects[number].name) for n in rows]
+            sprites = self._sprites(names, torch.stack([boxes[n][number] for n in rows]), side)
+            alpha = sprites[:, :, 3]
+            canvas[rows] = sprites[:, :, :3] + (1 - alpha[:, :, None]) * canvas[rows]
+            cover[rows, number] = functional.avg_pool2d(alpha, 8)
+        return canvas.clamp(0, 1).transpose(1, 2) * 2 - 1, cover
 
-    def _sprite(self, name: str, boxes: Tensor, side: int) -> Tensor:
-        """One object alone on the canvas, [T, 4, side, side], colours multiplied by alpha.
+    def _sprites(self, names: list[int], boxes: Tensor, side: int) -> Tensor:
+        """Objects alone on the canvas, [R, T, 4, side, side], colours multiplied by alpha.
 
-        boxes: [T, 3], centre and side, in shares of the canvas.
+        names: of the R clips, by number. boxes: [R, T, 3], centre and side, in shares of the
+        canvas.
         """
-        frames = len(boxes)
-        small = float(boxes[frames // 2, 2]) * side <= self.halves.shape[2]
-        source = self.halves if small else self.clips.rgba
-        rgba = source[self.clips.names.index(name), :frames].permute(0, 3, 1, 2).float() / 255
-        x, y, width = boxes.to(rgba.device).unbind(1)
-        theta = torch.zeros(frames, 2, 3, device=rgba.device)
-        theta[:, 0, 0] = theta[:, 1, 1] = 1 / width
-        theta[:, 0, 2], theta[:, 1, 2] = (1 - 2 * x) / width, (1 - 2 * y) / width
-        grid = functional.affine_grid(theta, [frames, 4, side, side], align_corners=False)
-        return functional.grid_sample(rgba, grid, "bilinear", "zeros", align_corners=False)
+        count, frames = boxes.shape[:2]
+        x, y, width = boxes.to(self.clips.rgba.device).unbind(2)
+        theta = torch.zeros(count, frames, 2, 3, device=x.device)
+        theta[..., 0, 0] = theta[..., 1, 1] = 1 / width
+        theta[..., 0, 2], theta[..., 1, 2] = (1 - 2 * x) / width, (1 - 2 * y) / width
+        small = boxes[:, frames // 2, 2] * side <= self.halves.shape[2]
+        out = torch.empty(count, frames, 4, side, side, device=x.device)
+        for source, chosen in ((self.halves, small), (self.clips.rgba, ~small)):
+            rows = chosen.nonzero().flatten().tolist()
+            if not rows:
+                continue
+            rgba = source[[names[n] for n in rows], :frames].flatten(0, 1).permute(0, 3, 1, 2)
+            grid = functional.affine_grid(
+                theta[rows].flatten(0, 1), [len(rgba), 4, side, side], align_corners=False
+            )
+            drawn = functional.grid_sample(
+                rgba.float() / 255, grid, "bilinear", "zeros", align_corners=False
+            )
+            out[rows] = drawn.unflatten(0, (-1, frames))
+        return out
 
 
-def latent_cover(covered: Tensor) -> Tensor:
-    """Cover [T, H, W] of the pixels as [1+(T-1)/4, H/8, W/8] of the latents, the most of frames."""
-    small = functional.avg_pool2d(covered[:, None], 8)[:, 0]
-    rest = small[1:].unflatten(0, (-1, 4)).amax(1) if len(small) > 1 else small[1:]
-    return torch.cat([small[:1], rest])
+def latent_cover(cover: Tensor) -> Tensor:
+    """[..., T, h, w] as [..., 1+(T-1)/4, h, w] of the latents, the most of four frames."""
+    if cover.shape[-3] == 1:
+        return cover
+    first, rest = cover[..., :1, :, :], cover[..., 1:, :, :]
+    return torch.cat([first, rest.unflatten(-3, (-1, 4)).amax(-3)], dim=-3)
+
+
+def owners(cover: Tensor, classes: Tensor, patch: int = 2) -> Tensor:
+    """[B, t, h/2, w/2] uint8: the class of the object that covers a token most, 0 for the backdrop.
+
+    cover: [B, O, t, h, w], of latent_cover. classes: [B, O] integers from 1.
+    """
+    tokens = functional.avg_pool2d(cover.flatten(0, 2), patch).unflatten(0, cover.shape[:3])
+    share, number = tokens.max(1)
+    which = classes.gather(1, number.flatten(1)).view_as(number)
+    return torch.where(share > OWNED, which, 0).to(torch.uint8)

@@ -7,9 +7,11 @@ for. An object is at most 320 pixels wide on any canvas.
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from dit_accel.inputs.scene import Scene
 
@@ -39,12 +41,12 @@ class Layout:
     velocity: tuple[float, float] = (0.0, 0.0)
     growth: float = 0.0
 
-    def at(self, number: int, time: float) -> tuple[float, float, float]:
-        """The box of one object `time` frames after the middle of the clip."""
-        x, y, side = self.boxes[number]
-        scale = math.exp(self.growth * time)
-        x, y = x + self.velocity[0] * time, y + self.velocity[1] * time
-        return 0.5 + (x - 0.5) * scale, 0.5 + (y - 0.5) * scale, side * scale
+    def boxes_at(self, times: Tensor) -> Tensor:
+        """[O, T, 3]: every object's box so many frames after the middle of the clip, times [T]."""
+        boxes = torch.tensor(self.boxes)[:, None]
+        scale = torch.exp(self.growth * times)[:, None]
+        moved = boxes[..., :2] + torch.tensor(self.velocity) * times[:, None]
+        return torch.cat([0.5 + (moved - 0.5) * scale, boxes[..., 2:] * scale], dim=-1)
 
 
 def arrange(scene: Scene, canvas: int, frames: int, rng: random.Random) -> Layout:

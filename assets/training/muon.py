@@ -36,26 +36,25 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[(p.shape[0], p[0].numel())].append(p)
-            for shape, params in by_shape.items():
-                self._update(params, shape, group["lr"], group["momentum"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group["lr"], group["momentum"])
 
-    def _update(
-        self, params: list[nn.Parameter], shape: tuple[int, int], lr: float, momentum: float
-    ) -> None:
-        ahead = []
+    def _update(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p.grad)
-            state["momentum"].lerp_(p.grad, 1 - momentum)
-            ahead.append(p.grad.lerp(state["momentum"], momentum).reshape(shape))
-        scale = 0.2 * max(shape) ** 0.5
-        for p, update in zip(params, orthogonal(torch.stack(ahead)), strict=True):
-            p.add_(update.view_as(p), alpha=-lr * scale)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p.grad)
+        kept = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(kept, [p.grad for p in params], 1 - momentum)
+        by_shape = defaultdict(list)
+        for p, ahead in zip(
+            params, torch._foreach_lerp([p.grad for p in params], kept, momentum), strict=True
+        ):
+            by_shape[(p.shape[0], p[0].numel())].append((p, ahead))
+        for shape, rows in by_shape.items():
+            updates = orthogonal(torch.stack([ahead.reshape(shape) for _, ahead in rows]))
+            views = [u.view_as(p) for (p, _), u in zip(rows, updates, strict=True)]
+            torch._foreach_add_([p for p, _ in rows], views, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
 def optimizers(
@@ -71,6 +70,6 @@ def optimizers(
         plain = any(part in name for part in keep)
         (matrices if is_matrix and not plain else others).append(p)
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     ]
     return [Muon(matrices, lr=matrix_lr), *made] if matrices else made

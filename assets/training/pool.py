@@ -9,12 +9,15 @@ import scene_set
 import torch
 import whole_clip
 import words
-from compose import Composer, latent_cover
+from compose import LENGTH, Composer, latent_cover, owners
 from diffusers import AutoencoderKLWan
 from layout import arrange
+from scene_flow import Batch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from words import TEXT_POSITIONS, tokenize
+
+from dit_accel.inputs.scene import Scene
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Canvas:
     @property
     def length(self) -> int:
         """Frames of the clip whose first ones these are."""
-        return 33 if self.frames == 1 else self.frames
+        return LENGTH if self.frames == 1 else self.frames
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -47,7 +50,8 @@ class Canvas:
 
 class Pool:
     """latents: [P, Z, t, h, w] normalised; cover: [P, t, h, w], how much of a latent is objects;
-    places: [P, 32, 3], of words.places."""
+    owner: [P, t, h/2, w/2], the number of the emoji at a token, from 1, or 0; places: [P, 32, 3],
+    of words.places."""
 
     def __init__(
         self,
@@ -68,6 +72,9 @@ class Pool:
             size, vae.config.z_dim, *canvas.latent, dtype=self.dtype, device=device
         )
         self.cover = torch.empty(shape, dtype=self.dtype, device=device)
+        self.owner = torch.zeros(
+            size, shape[1], shape[2] // 2, shape[3] // 2, dtype=torch.uint8, device=device
+        )
         self.ids = torch.zeros(size, TEXT_POSITIONS, dtype=torch.long, device=device)
         self.lengths = torch.zeros(size, dtype=torch.long, device=device)
         self.places = torch.zeros(size, TEXT_POSITIONS, 3, device=device)
@@ -86,15 +93,9 @@ class Pool:
             scene_set.draw(self.rng, self.canvas.side, counts=scene_set.MANY) for _ in range(count)
         ]
         prompts = [s.text(articles=self.rng.random() < 0.5) for s in scenes]
-        drawn, places = [], []
-        for scene, prompt in zip(scenes, prompts, strict=True):
-            layout = arrange(scene, self.canvas.side, self.canvas.length, self.rng)
-            places.append(words.places(scene, layout, prompt))
-            start = -(self.canvas.length - 1) / 2
-            drawn.append(
-                self.composer.draw(scene, layout, self.canvas.side, self.canvas.frames, start)
-            )
-        video = torch.stack([v for v, _ in drawn])
+        layouts = [arrange(s, self.canvas.side, self.canvas.length, self.rng) for s in scenes]
+        places = [words.places(*row) for row in zip(scenes, layouts, prompts, strict=True)]
+        video, cover = self.composer.draw(scenes, layouts, self.canvas.side, self.canvas.frames)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             moments = whole_clip.encode(self.vae, video, self.act).float()
         latents = (moments.chunk(2, dim=1)[0] - self.mean) / self.std
@@ -102,7 +103,9 @@ class Pool:
         rows = [(self.next + n) % len(self.latents) for n in range(count)]
         rows_on = torch.tensor(rows, device=device)
         self.latents[rows_on] = latents.to(self.dtype)
-        self.cover[rows_on] = torch.stack([latent_cover(c) for _, c in drawn]).to(self.dtype)
+        cover = latent_cover(cover)
+        self.cover[rows_on] = cover.amax(1).to(self.dtype)
+        self.owner[rows_on] = owners(cover, self._classes(scenes, cover.shape[1]))
         self.ids[rows_on], self.lengths[rows_on] = ids.to(device), lengths.to(device)
         self.places[rows_on] = torch.stack(places).to(device)
         self.next = (self.next + count) % len(self.latents)
@@ -115,8 +118,17 @@ class Pool:
             self.owed -= self.canvas.encode
             self.renew(self.canvas.encode)
 
-    def draw(self, count: int, frames: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Latents, cover, ids, lengths and places of random scenes, cut to their first frames."""
+    def _classes(self, scenes: list[Scene], most: int) -> Tensor:
+        """[B, O]: the number of each object's emoji, from 1; 0 where a scene has fewer."""
+        names = [[1 + scene_set.EMOJI.index(t.name) for t in s.objects] for s in scenes]
+        rows = [row + [0] * (most - len(row)) for row in names]
+        return torch.tensor(rows, device=self.latents.device)
+
+    def draw(self, count: int, frames: int) -> Batch:
+        """Random scenes, cut to their first frames."""
         rows = torch.randint(self.filled, (count,), device=self.latents.device)
-        latents, cover = self.latents[rows, :, :frames].float(), self.cover[rows, :frames].float()
-        return latents, cover, self.ids[rows], self.lengths[rows], self.places[rows]
+        return Batch(
+            self.latents[rows, :, :frames].float(), self.cover[rows, :frames].float(),
+            self.owner[rows, :frames].long(), self.ids[rows], self.lengths[rows],
+            self.places[rows],
+        )  # fmt: skip

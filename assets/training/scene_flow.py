@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import prompt_keys
@@ -20,9 +21,9 @@ OBJECTS = 3.0  # how much more an object's latents weigh than the backdrop's
 DROPPED = 0.1
 
 
-def noise_levels(count: int, device: torch.device) -> Tensor:
-    """[B] in [0, 1]: half of them logit-normal with the scheduler's time shift, half above 0.85 and
-    densest at 1.
+def noise_levels(count: int, device: torch.device, near: float = 0.5) -> Tensor:
+    """[B] in [0, 1]: logit-normal with the scheduler's time shift, but this share of them above
+    0.85 and densest at 1.
 
     What stands where, and which way a ramp runs, is seen in the noisy latents at all but the
     highest levels: only there must the words tell it.
@@ -30,7 +31,7 @@ def noise_levels(count: int, device: torch.device) -> Tensor:
     uniform = torch.randn(count, device=device).sigmoid()
     usual = SHIFT * uniform / (1 + (SHIFT - 1) * uniform)
     high = 1 - (1 - LAYOUT) * torch.rand(count, device=device).square()
-    return torch.where(torch.rand(count, device=device) < 0.5, usual, high)
+    return torch.where(torch.rand(count, device=device) < near, high, usual)
 
 
 def with_vocabulary(
@@ -51,6 +52,19 @@ def with_vocabulary(
     return made
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Scenes: latents [B, Z, t, h, w] and cover [B, t, h, w] float32; owner [B, t, h/2, w/2] and
+    ids [B, 32] int64; lengths [B]; places [B, 32, 3] (pool.py)."""
+
+    latents: Tensor
+    cover: Tensor
+    owner: Tensor
+    ids: Tensor
+    lengths: Tensor
+    places: Tensor
+
+
 class Flow:
     """The trained parts; every cross-attention reads packed prompts (prompt_keys)."""
 
@@ -59,6 +73,7 @@ class Flow:
         self.bias = prompt_keys.install(transformer)
         self.parts = {"transformer": transformer, "text_encoder": text_encoder}
         self.hidden = self.lengths = torch.empty(0)  # of the last prompts: [B, L, C] and [B]
+        self.level = torch.empty(0)  # of noise, in the last loss: [B]
 
     @classmethod
     def of(cls, folder: Path, vocabulary: Vocabulary) -> tuple[Flow, WanPipeline]:
@@ -98,22 +113,17 @@ class Flow:
         return free + guidance * (asked - free)
 
     def loss(
-        self,
-        latents: Tensor,
-        cover: Tensor,
-        ids: Tensor,
-        lengths: Tensor,
-        teacher: Flow | None = None,
-        guidance: float = 1.0,
+        self, batch: Batch, teacher: Flow | None = None, guidance: float = 1.0, near: float = 0.5
     ) -> Tensor:
         """Weighted squared error of the velocity, 10 % of the prompts dropped.
 
         The target is noise - latents; with a teacher its guided velocity (arXiv 2210.03142) below
         the level LAYOUT, since guidance harms above it (arXiv 2404.07724).
         """
+        latents, ids = batch.latents, batch.ids
         dropped = torch.rand(len(ids), device=ids.device) < DROPPED
-        lengths = torch.where(dropped, 0, lengths)
-        sigma = noise_levels(len(ids), ids.device)
+        lengths = torch.where(dropped, 0, batch.lengths)
+        sigma = self.level = noise_levels(len(ids), ids.device, near)
         noise = torch.randn_like(latents)
         level = sigma.view(-1, 1, 1, 1, 1)
         mixed, target = (1 - level) * latents + level * noise, noise - latents
@@ -122,7 +132,7 @@ class Flow:
                 taught = teacher.guided(mixed, sigma, ids, lengths, guidance)
             target = torch.where(level < LAYOUT, taught, target)
         error = (self.velocity(mixed, sigma, ids, lengths).float() - target).square().mean(1)
-        weight = 1 + (OBJECTS - 1) * cover
+        weight = 1 + (OBJECTS - 1) * batch.cover
         return (error * weight).sum() / weight.sum()
 
     @torch.no_grad()

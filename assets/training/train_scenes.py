@@ -33,6 +33,8 @@ PLAIN = ("condition_embedder", "patch_embedding", "proj_out", "shared", "relativ
 SHORT = 3  # latent frames of a short step: nine frames
 SAVE_EVERY = 120.0
 WARMUP = 100
+BLIND = 0.95  # noise level above which only words tell what stands where
+TIMED = 25  # every so many steps one is timed, by itself
 PROFILED = 300  # steps before --profile: every graph is compiled by then
 
 
@@ -40,6 +42,12 @@ def canvas(text: str) -> Canvas:
     """Of "side:frames:batch:share"."""
     side, frames, batch, share = text.split(":")
     return Canvas(int(side), int(frames), int(batch), float(share))
+
+
+def round_all(values: torch.Tensor) -> list[float] | float:
+    """A tensor's numbers to three places, for the log."""
+    found = values.tolist()
+    return [round(x, 3) for x in found] if isinstance(found, list) else round(found, 3)
 
 
 def rate(share: float, steps: int, flat: float, fall: float) -> float:
@@ -86,12 +94,13 @@ class Run:
             for flow in filter(None, (self.flow, self.teacher)):
                 flow.transformer.set_attention_backend(args.attention)
                 flow.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        self.whereabouts = Whereabouts(self.flow.transformer).to(self.device)
+        classes = 1 + len(scene_set.EMOJI)
+        self.whereabouts = Whereabouts(self.flow.transformer, classes).to(self.device)
         self.words = WordPlaces(self.flow.text_encoder.config.d_model).to(self.device)
         heads = [*self.whereabouts.parameters(), *self.words.parameters()]
         self.optimizers.append(torch.optim.AdamW(heads, LEARNING_RATE))
         self.base.append(LEARNING_RATE)
-        self.lost = torch.zeros(1)  # of the heads, in the last step
+        self.lost: dict[str, torch.Tensor] = {}  # of the heads, in the last step
 
     def say(self, text: str) -> None:
         """A line with the seconds since the start."""
@@ -128,15 +137,19 @@ class Run:
         short = 0.0 if self.taught else self.args.short
         if pool is self.pools[0] and random.random() < short and frames > SHORT:
             frames, count = SHORT, count * frames // SHORT
-        *batch, places = pool.draw(count, frames)
+        batch = pool.draw(count, frames)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
             teacher = self.teacher if self.taught else None
-            loss = self.flow.loss(*batch, teacher=teacher, guidance=self.args.distil)
-            where = self.whereabouts.loss(batch[0])
-            heard = (self.flow.lengths > 0)[:, None, None]
-            word = self.words.loss(self.flow.hidden, places * heard)
-        (loss + self.args.where * (where.sum() + word)).backward()
-        self.lost = torch.cat([where.detach().flatten(), word.detach()[None]])
+            loss = self.flow.loss(batch, teacher, self.args.distil, self.args.high)
+            told = self.flow.lengths > 0
+            where = self.whereabouts.where(batch.latents)
+            what, right = self.whereabouts.what(batch.owner, told)
+            word = self.words.loss(self.flow.hidden, batch.places * told[:, None, None])
+        heads = self.args.where * (where.sum() + word) + self.args.what * what.sum()
+        (loss + heads).backward()
+        blind = torch.where(told & (self.flow.level > BLIND), right, torch.nan)
+        self.lost = {"where": where.detach().flatten(), "word": word.detach(),
+                     "what": what.detach(), "named": blind.nanmean()}  # fmt: skip
         torch.nn.utils.clip_grad_norm_(
             [p for _, p in self.flow.parameters() if p.requires_grad], 1.0
         )
@@ -145,6 +158,11 @@ class Run:
             o.zero_grad(set_to_none=True)
         pool.owe(pool.canvas.batch / self.args.uses)
         return pool.canvas, loss
+
+    def wait(self, wanted: bool) -> None:
+        """For the device to have done what it was given."""
+        if wanted and self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def profile(self) -> None:
         """Twenty steps, and the kernels and operators that took most of their time."""
@@ -165,6 +183,7 @@ class Run:
         file = self.args.out / "scenes.jsonl"
         logs = {c: Log(file, self.args.every) for c in self.args.canvas}
         counts = dict.fromkeys(self.args.canvas, 0)
+        took: dict[Canvas, float] = {}  # milliseconds of the last step that was timed
         first, saved, start = self.progress.step, time.monotonic(), time.monotonic()
         before, end = self.progress.seconds, self.began + self.args.seconds
         while time.monotonic() < end and self.progress.step - first < self.args.steps:
@@ -180,7 +199,13 @@ class Run:
                 self.thaw(self.progress.step - first)
             if self.teacher and not self.taught and share >= self.args.distil_from:
                 self.teach()
+            timed = self.progress.step % TIMED == 0
+            self.wait(timed)
+            begun = time.monotonic()
             where, loss = self.step()
+            self.wait(timed)
+            if timed:
+                took[where] = round(1000 * (time.monotonic() - begun), 1)
             self.progress.step += 1
             self.progress.seconds = before + time.monotonic() - start
             self.average.update(self.progress.step)
@@ -188,7 +213,8 @@ class Run:
             at = Progress(counts[where], round(self.progress.seconds, 1))
             told = {"lr": round(now, 3), "canvas": f"{where.side}x{where.frames}"}
             if counts[where] % self.args.every == 0:
-                told["where"] = [round(x, 3) for x in self.lost.flatten().tolist()]
+                told |= {name: round_all(value) for name, value in self.lost.items()}
+                told["ms"] = took.get(where)
             logs[where].add(at, loss, **told)
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
@@ -237,8 +263,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--profile", action="store_true", help="where 20 steps spend their time")
     parser.add_argument(
-        "--where", type=float, default=0.1, help="weight of whereabouts.py, words.py"
+        "--where", type=float, default=0.1, help="weight of places: whereabouts.py, words.py"
     )
+    parser.add_argument("--what", type=float, default=0.03, help="weight of names: whereabouts.py")
+    parser.add_argument("--high", type=float, default=0.5, help="share of noise levels near 1")
     parser.add_argument("--only", default="", help="expression for names of parameters")
     parser.add_argument("--only-steps", type=int, default=0, help="steps that train only these")
     parser.add_argument("--attention", default="_native_cudnn", help="diffusers' backend, on a GPU")

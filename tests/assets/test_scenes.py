@@ -46,7 +46,7 @@ def test_a_layout_shows_what_the_words_say(canvas: int, frames: int) -> None:
                    "above": second[1] - first[1], "below": first[1] - second[1]}  # fmt: skip
             least = APART * (first[2] + second[2]) / 2
             assert relation == "and" or gap[relation] >= least - 1e-9
-        before, after = layout.at(0, -end), layout.at(0, end)
+        before, after = layout.boxes_at(torch.tensor([-end, end]))[0].tolist()
         dx, dy, growth = (b - a for a, b in zip(before, after, strict=True))
         ways = {"moving right": dx, "moving left": -dx, "moving down": dy, "moving up": -dy}
         if scene.motion in ways:
@@ -59,20 +59,67 @@ def test_a_layout_shows_what_the_words_say(canvas: int, frames: int) -> None:
 
 def test_a_composed_object_lies_in_its_box(archive: Path) -> None:
     from clips import Clips
-    from compose import Composer, latent_cover
+    from compose import Composer, latent_cover, owners
     from layout import Layout
 
     composer = Composer(Clips.load(archive, "cpu"))
     scene = Scene((Object("rocket"),), Backdrop("plain", "blue"))
-    video, cover = composer.draw(scene, Layout(((0.25, 0.75, 0.5),), (0.01, 0.0)), 64, 9)
-    assert video.shape == (3, 9, 64, 64) and cover.shape == (9, 64, 64)
-    assert cover[4, :32].max() == 0 and cover[4, :, 32:].max() == 0 and cover[4].max() == 1
-    first, last = (cover[t].sum(0).argmax() for t in (0, 8))
-    assert last > first
-    empty = composer.draw(scene, Layout(((0.25, 0.75, 0.5),)), 64, 1)[0][:, 0, 0, 0]
-    assert torch.allclose((empty + 1) / 2, torch.tensor([30, 136, 229]) / 255)
+    layout = Layout(((0.25, 0.75, 0.5),), (0.01, 0.0))
+    video, cover = composer.draw([scene], [layout], 64, 9)
+    assert video.shape == (1, 3, 9, 64, 64) and cover.shape == (1, 1, 9, 8, 8)
+    one = cover[0, 0]
+    assert one[4, :4].max() == 0 and one[4, :, 4:].max() == 0 and one[4].max() == 1
+    x = [(one[t].sum(0) * torch.arange(8)).sum() / one[t].sum() for t in (0, 8)]
+    assert x[1] > x[0]
+    ground = video[0, :, 4, 0, 0]
+    assert torch.allclose((ground + 1) / 2, torch.tensor([30, 136, 229]) / 255)
     small = latent_cover(cover)
-    assert small.shape == (3, 8, 8) and small.max() == 1 and small[:, :4].max() == 0
+    assert small.shape == (1, 1, 3, 8, 8) and small.max() == 1 and small[..., :4, :].max() == 0
+    who = owners(small, torch.tensor([[7]]))
+    assert who.shape == (1, 3, 4, 4) and set(who.unique().tolist()) == {0, 7}
+    assert (who[0, 1, :2] == 0).all() and (who[0, 1, 2:, :2] == 7).any()
+
+
+def test_scenes_drawn_together_are_those_drawn_alone(archive: Path) -> None:
+    from clips import Clips
+    from compose import Composer
+    from layout import Layout
+
+    composer = Composer(Clips.load(archive, "cpu"))
+    scenes = [
+        Scene((Object("rocket"),), Backdrop("ramp", "blue", "red")),
+        Scene((Object("t-rex"), Object("rocket")), Backdrop("dotted", "red"), ("left of",)),
+    ]
+    layouts = [
+        Layout(((0.5, 0.5, 0.8),), growth=0.01),
+        Layout(((0.3, 0.5, 0.4), (0.7, 0.5, 0.3))),
+    ]
+    video, cover = composer.draw(scenes, layouts, 64, 5)
+    for n, (scene, layout) in enumerate(zip(scenes, layouts, strict=True)):
+        alone, covered = composer.draw([scene], [layout], 64, 5)
+        assert torch.equal(video[n], alone[0])
+        assert torch.equal(cover[n, : len(scene.objects)], covered[0])
+    assert cover[0, 1].max() == 0 and cover[1, 0, :, :, 4:].max() == 0
+
+
+def test_heads_tell_what_stands_at_a_token() -> None:
+    from models import TINY, build_transformer
+    from whereabouts import Whereabouts
+
+    torch.manual_seed(0)
+    transformer = build_transformer(TINY)
+    heads = Whereabouts(transformer, classes=4)
+    owner = torch.tensor([[[[0, 2], [0, 0]]], [[[3, 3], [0, 1]]]])
+    transformer(torch.randn(2, TINY.latent, 1, 4, 4), torch.ones(2), torch.randn(2, 3, TINY.text))
+    loss, _ = heads.what(owner, torch.tensor([True, True]))
+    assert loss.requires_grad and (loss > 1).all()
+    heads.read = dict.fromkeys(heads.named, torch.nn.functional.one_hot(owner.flatten(1), 16) * 9.0)
+    for head in heads.names:
+        head[0] = torch.nn.Identity()
+        head[1].weight.data = torch.eye(4, 16)
+        head[1].bias.data.zero_()
+    loss, right = heads.what(owner, torch.tensor([True, False]))
+    assert (loss < 0.01).all() and right.tolist() == [1, 1]
 
 
 def test_noise_levels_reach_the_top() -> None:

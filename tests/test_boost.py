@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -122,8 +123,8 @@ def test_compare_with_everything(tmp_path):
     request = Request("a cat", height=64, width=64, frames=9, steps=4)
     cache = Boost(step_cache=10.0)
     done = compare(pipe, Defaults.from_pipeline(pipe), request, config, tmp_path, boost=cache)
-    assert done.data["boost"] == {"compile": False, "step_cache": 10.0, "lora": None}
-    assert "Boost(compile=False, step_cache=10.0, lora=None).switch_on(pipe)" in done.data["python"]
+    assert done.data["boost"] == asdict(cache)
+    assert f"{cache}.switch_on(pipe)" in done.data["python"]
     compile(done.data["python"], "recipe", "exec")
     page = (tmp_path / "report.html").read_text()
     assert "50% of the tokens in pruned steps; step cache at 10" in page

@@ -16,7 +16,7 @@ from dit_accel.samplers.grids import Sampler
 # Token-steps that a visitor may ask for on each kind of device: minutes of work.
 WORK = {"cpu": 500_000, "mps": 2_000_000, "cuda": 8_000_000}
 # Options that read files of the server, or keep it busy before the first step.
-PRIVATE = ("heads", "lora", "compile", "dense")
+PRIVATE = ("heads", "lora", "compile", "dense", "quantize")
 STOCK = How("dense")
 Weights = tuple[str | None, tuple[str, ...]]  # a model, None for the embedded one; files over it
 
@@ -204,4 +204,5 @@ def label(how: How, trained: AccelConfig | None = None) -> str:
     words += [f"step cache {how.step_cache:g}"] if how.step_cache is not None else []
     words += ["LoRA"] if how.lora else []
     words += ["compiled"] if how.compile else []
+    words += [f"linear layers in {how.quantize}"] if how.quantize else []
     return ", ".join(words)

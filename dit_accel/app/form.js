@@ -60,7 +60,7 @@ function sides() {
     one("[name$='.keep']", set).placeholder = kind ? String(kind.keeps[level] ?? kind.keep ?? "as trained") : "the preset's";
     for (const field of all(".grid .field", set)) {
       const name = one("[name]", field).name.split(".")[1];
-      const beside = ["prune", "step_cache", "compile", "dense"].includes(name);
+      const beside = ["prune", "step_cache", "compile", "dense", "quantize"].includes(name);
       field.hidden = (dense && !beside) || (name === "prune" && kind && !kind.prunes);
     }
   }

@@ -19,7 +19,8 @@ from dit_accel.methods.sorts import KINDS
 from dit_accel.pruning.config import TokenPruning
 
 SIDES = ("left", "right")
-BESIDE = ("prune", "step_cache", "compile", "dense")  # what goes with no sparse method, too
+# what goes with no sparse method, too
+BESIDE = ("prune", "step_cache", "compile", "dense", "quantize")
 TRAINED = "trained"  # the method of a side that runs its checkpoint as it was trained
 LEVELS = ("safe", "balanced", "fast")
 Opened = Callable[[str, str], Path]  # (kind, token) → a file that the visitor sent
@@ -27,6 +28,7 @@ Opened = Callable[[str, str], Path]  # (kind, token) → a file that the visitor
 _CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS,
     "prune": tuple(TokenPruning.presets),
+    "quantize": ("int8", "fp8"),
     "dense": ("auto", "native", "_native_cudnn", "kernel"),
     "sort": KINDS,
     "select": tuple(name for name, info in selectors.infos().items() if not info.needs),

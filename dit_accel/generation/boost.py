@@ -1,4 +1,5 @@
-"""What goes beside sparse attention and is not ours: compiled blocks, a step cache, a LoRA."""
+"""What goes beside sparse attention and is not ours: compiled blocks, linear layers in eight bits,
+a step cache, a LoRA."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dit_accel.generation import quantize
+from dit_accel.generation.quantize import check_kind
 from dit_accel.inputs import fields
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.machine import is_out_of_memory
@@ -31,13 +34,16 @@ class Boost:
         step_cache: threshold of diffusers' First-Block-Cache: a step whose first block gives the
             same as before but for so much (relative) skips the others. None: no cache.
         lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
+        quantize: "int8" or "fp8": the blocks' linear layers in eight bits (torchao).
 
-    Raises ValueError for a threshold that is not positive, and for a LoRA with compiled blocks.
+    Raises ValueError for a threshold that is not positive, for an unknown number format, and for a
+    LoRA with compiled or quantised blocks.
     """
 
     compile: bool = False
     step_cache: float | None = None
     lora: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -48,12 +54,18 @@ class Boost:
             )
         if self.lora is not None and self.compile:
             raise ValueError("a LoRA changes the compiled blocks: fuse it first, pipe.fuse_lora()")
+        check_kind(self.quantize)
+        if self.lora is not None and self.quantize is not None:
+            raise ValueError("a LoRA cannot join weights in eight bits: fuse it, pipe.fuse_lora()")
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """ValueError where the pipeline has no step caches, or cannot take the LoRA."""
+        """ValueError where the pipeline has no step caches, or cannot take the LoRA or be
+        quantised."""
         if self.lora is not None:
             _check_lora(pipe, Path(self.lora))
         for transformer in transformers_of(pipe):
+            if self.quantize is not None:
+                quantize.check(self.quantize, transformer, _blocks(transformer))
             if self.step_cache is not None and not hasattr(transformer, "enable_cache"):
                 kind = type(transformer).__name__
                 raise ValueError(
@@ -65,9 +77,16 @@ class Boost:
         self.check(pipe)
         with ExitStack() as stack:
             stack.enter_context(self.adapted(pipe))
+            stack.enter_context(self.quantized(pipe))
             stack.enter_context(self.compiled(pipe))
             stack.enter_context(self.cached(pipe))
             return stack.pop_all()
+
+    @contextmanager
+    def beside(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """All but compiled blocks, for the length of a block."""
+        with self.adapted(pipe), self.quantized(pipe), self.cached(pipe):
+            yield
 
     @contextmanager
     def compiled(self, pipe: DiffusionPipeline) -> Iterator[None]:
@@ -76,6 +95,15 @@ class Boost:
             for transformer in transformers_of(pipe) if self.compile else ():
                 below = self.step_cache is not None
                 stack.enter_context(compiled_blocks(transformer, below=below))
+            yield
+
+    @contextmanager
+    def quantized(self, pipe: DiffusionPipeline) -> Iterator[None]:
+        """Linear layers in eight bits, if they are wanted, for the length of a block."""
+        with ExitStack() as stack:
+            kind = self.quantize
+            for transformer in transformers_of(pipe) if kind is not None else ():
+                stack.enter_context(quantize.quantized(str(kind), _blocks(transformer)))
             yield
 
     @contextmanager

@@ -61,7 +61,7 @@ def compare(
     """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up.
-    boost: compilation is for both, step cache and LoRA are for the accelerated run. trained: the
+    boost: compilation is for both, the rest of it is for the accelerated run. trained: the
     checkpoint that is in the pipeline. metadata: the clips carry what they were made from. The
     pipeline is left stock. Raises ValueError before anything runs when the request does not suit it
     or `out` cannot be written or holds such files; NotWritten, with where they are kept, after it.
@@ -73,7 +73,7 @@ def compare(
     with boost.compiled(pipe):
         _warm_up(pipe, defaults, request, config, progress)
         dense = generate(pipe, defaults, request, _named("dense", progress))
-        with boost.adapted(pipe), boost.cached(pipe), accelerated(pipe, config) as handle:
+        with boost.beside(pipe), accelerated(pipe, config) as handle:
             ledger, named = Ledger(), _named(config.method.name, progress)
             fast = generate(
                 pipe, defaults, request, named, lambda step, _: ledger.read(handle.report())

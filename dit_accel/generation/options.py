@@ -91,6 +91,7 @@ StepCache = Annotated[
     float | None, Option("Skip steps that change less than this, such as 0.05.", HOW)
 ]
 Lora = Annotated[str | None, Option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
+Quantize = Annotated[str | None, Option("Linear layers in eight bits: int8 or fp8.", HOW)]
 Dense = Annotated[
     str | None,
     Option("Dense attention by auto, the fastest exact backend, or by name. [the model's]", HOW),
@@ -165,6 +166,7 @@ class How:
     order: Order = None
     min_tokens: MinTokens = None
     dense: Dense = None
+    quantize: Quantize = None
 
     def config(self, trained: AccelConfig | None = None) -> AccelConfig:
         """The acceleration asked for; ValueError for an unknown method or a bad option.
@@ -222,7 +224,7 @@ class How:
         """What runs beside the method; ValueError for a bad value."""
         from dit_accel.generation.boost import Boost
 
-        return Boost(self.compile, self.step_cache, self.lora)
+        return Boost(self.compile, self.step_cache, self.lora, self.quantize)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def _settings(data: dict[str, Any], side: str) -> dict[str, Any]:
     beside = [f"{prune['keep']:.0%} of the tokens in pruned steps"] if prune else []
     beside += ["compiled blocks, dense run too"] if boost.get("compile") else []
     beside += [f"step cache at {cache:g}, {side} run only"] if cache is not None else []
+    eight = boost.get("quantize")
+    beside += [f"linear layers in {eight}, {side} run only"] if eight else []
     beside += [f"LoRA {boost['lora']}, {side} run only"] if boost.get("lora") else []
     found = data.get("checkpoint")
     trained = f"{', '.join(found['files'])} ({found['family']})" if found else None

@@ -18,20 +18,18 @@ from typing import Any
 
 import torch
 
-from dit_accel import SLA, Pooled, Schedule, SharedResidual, TopK, accelerated
+from dit_accel import Pooled, Schedule, SharedResidual, TopK, accelerated
 from dit_accel.config import AccelConfig, resolve
-from dit_accel.evaluate.recognition import Recogniser
+from dit_accel.evaluate.scenes import recogniser
 from dit_accel.generation import Boost, Request, generate, load_pipeline
 from dit_accel.generation.loading import EMBEDDED
 from dit_accel.inputs.prompts import read_prompts
 from dit_accel.machine import describe
 from dit_accel.media.quality import quality
 
-TUNED = EMBEDDED.parent / "emoji-sla"
 
-
-def rows() -> dict[str, tuple[AccelConfig | None, Boost]]:
-    """Name → configuration; a warm-up of one step, of none."""
+def rows(tuned: Path | None) -> dict[str, tuple[AccelConfig | None, Boost]]:
+    """Name → configuration; a warm-up of one step, of none. tuned: what `finetune` wrote."""
     methods = {
         "shared 10%, one full step": SharedResidual(keep=0.1, period=1.0),
         "topk 30%": TopK(keep=0.3),
@@ -40,9 +38,10 @@ def rows() -> dict[str, tuple[AccelConfig | None, Boost]]:
         "shared 10%": SharedResidual(keep=0.1),
     }
     found: dict[str, tuple[AccelConfig | None, Boost]] = {"dense": (None, Boost())}
-    sla = resolve(TUNED / "preset.json")
-    assert isinstance(sla.method, SLA)
-    found["sla 5%, fine-tuned, warm-up 0"] = replace(sla, min_tokens=0), Boost(lora=f"{TUNED}/lora")
+    if tuned:
+        sla = replace(resolve(tuned / "preset.json"), min_tokens=0)
+        name = f"sla {sla.method.keep:.0%}, fine-tuned, warm-up 0"
+        found[name] = sla, Boost(lora=f"{tuned}/lora")
     for warmup in (0, 1):
         for name, method in methods.items():
             config = AccelConfig(method, Schedule(warmup=warmup), min_tokens=0)
@@ -56,10 +55,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--full", type=int, default=0, help="steps of the clip to compare with")
+    parser.add_argument("--tuned", type=Path, help="folder of a fine-tuned SLA with its LoRA")
     parser.add_argument("--device", default="cpu")
     asked = parser.parse_args()
     pipe, defaults = load_pipeline(None, asked.device, "fp32" if asked.device == "cpu" else "bf16")
-    judge = Recogniser.of(None, asked.device)
+    judge = recogniser(None, asked.device)
+    assert not isinstance(judge, str), judge
     data: dict[str, Any] = {
         "command": shlex.join(sys.argv),
         "machine": describe(asked.device),
@@ -73,7 +74,7 @@ def main() -> None:
         best = None
         for steps in asked.steps:
             dense = None
-            for name, (config, boost) in rows().items():
+            for name, (config, boost) in rows(asked.tuned).items():
                 if (prompt, steps, name) in known:
                     continue
                 if asked.full and best is None:

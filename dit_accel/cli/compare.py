@@ -32,7 +32,7 @@ def compare(
 
     dit-accel compare "rocket on a blue background"
 
-    dit-accel compare "cat on a red background" --keep 0.5 -o out/cat
+    dit-accel compare "fox on a red background" --keep 0.5 -o out/fox
 
     Writes both clips, a side-by-side clip, a contact sheet, report.json and report.html.
     """

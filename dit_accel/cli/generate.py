@@ -31,7 +31,7 @@ def generate(
 
     dit-accel generate "rocket on a blue background"
 
-    dit-accel generate "cat on a red background" --method topk --keep 0.2 --seed 3 -o cat.mp4
+    dit-accel generate "fox on a red background" --method topk --keep 0.2 --seed 3 -o fox.mp4
 
     dit-accel generate "a cat" --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --size 832x480
     """

@@ -31,11 +31,18 @@ GENERATION = {
     "fps": 24,
 }
 
+EXAMPLES = (
+    "a rocket above a crab on a blue to pink background, moving up",
+    "a penguin left of a snowman on a dotted blue background, zooming in",
+    "a large fox on a striped green background, moving right",
+)  # what the page begins with
+
 
 def facts() -> dict:
-    """What training.json says: vocabulary, held-out colours and held-out pairs."""
+    """What training.json says: vocabulary, prompts to begin with, held-out colours and pairs."""
     return {
         "scenes": True,
+        "examples": EXAMPLES,
         "frame_stride": 1,
         "colours": COLOURS,
         "held_out": {name: held_out(name) for name in EMOJI},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -102,6 +103,8 @@ class AccelConfig:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         choice = {name: str(getattr(self.method, name)) for name in ("select", "reuse", "sort")}
         out["method"] = {"name": self.method.name, **asdict(self.method), **choice}
+        if not self.method.sort:
+            del out["method"]["sort"]  # what ran before there was one is the same
         out["schedule"] = asdict(self.schedule)
         out["prune"] = None if self.prune is None else asdict(self.prune)
         return json.loads(json.dumps(out))
@@ -183,15 +186,25 @@ def named(text: str) -> Method:
 def _read(path: Path) -> AccelConfig:
     data = read_object(path, "preset file")
     method = data.get("method")
-    if isinstance(method, dict) and isinstance(method.get("weights"), str):
-        weights = Path(method["weights"])
-        beside = path.parent / weights.name  # wherever the folder has moved
-        if os.path.isfile(beside) and not (weights.is_absolute() and os.path.isfile(weights)):
-            data["method"] = {**method, "weights": str(beside)}
+    if isinstance(method, dict):
+        texts = {name: x for name, x in method.items() if isinstance(x, str)}
+        moved = {name: _moved(path, texts[name]) for name in {"weights"} & set(texts)}
+        for name in {"select", "sort"} & set(texts):
+            moved[name] = re.sub(
+                r"\(([^()]+\.json)\)", lambda file: f"({_moved(path, file[1])})", texts[name]
+            )
+        data["method"] = {**method, **moved}
     try:
         return AccelConfig.from_dict(data)
     except (ValueError, TypeError) as error:
         raise ValueError(f"preset file {path}: {error}") from None
+
+
+def _moved(preset: Path, name: str) -> str:
+    """A file that a preset names: the one beside it, wherever the folder has moved."""
+    beside = preset.parent / Path(name).name
+    there = Path(name).is_absolute() and os.path.isfile(name)
+    return str(beside) if os.path.isfile(beside) and not there else name
 
 
 # Tokens below which dense attention is the faster one. cpu: `dit-accel bench --crossover` on two

@@ -45,6 +45,10 @@ class MethodOptions:
     method: Annotated[Text, option("sla or vsa. \\[sla]", _METHOD)] = None
     tile: Annotated[Text, option("Of vsa, tokens: 4,4,4 or 4,4,8. \\[4,4,4]", _METHOD)] = None
     keep: Annotated[Real, option("Share of key blocks kept. \\[0.1]", _METHOD)] = None
+    select: Annotated[Text, option("How sla chooses blocks, see selectors. \\[means]", _METHOD)] = (
+        None
+    )
+    sort: Annotated[Text, option("Order of each head of sla. \\[none]", _METHOD)] = None
     linear: Annotated[Text, option("all, rest, marginal or none. \\[all]", _METHOD)] = None
     combine: Annotated[Text, option("project or gate. \\[project]", _METHOD)] = None
     feature_map: Annotated[Text, option("softmax, elu or relu. \\[softmax]", _METHOD)] = None

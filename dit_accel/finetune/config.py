@@ -177,8 +177,12 @@ class Settings:
         return None if sampler is None else (*sampler.sigmas(self.few_steps or 4), 0.0)
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-able form."""
-        return json.loads(json.dumps(asdict(self)))
+        """JSON-able form; how blocks are chosen as texts, where it is not the default."""
+        found, method = asdict(self), self.method
+        found["method"] |= {} if str(method.select) == "means" else {"select": str(method.select)}
+        found["method"].pop("sort")  # runs begun before there was one go on
+        found["method"] |= {"sort": str(method.sort)} if method.sort else {}
+        return json.loads(json.dumps(found))
 
     def check_resumes(self, stored: dict[str, object]) -> None:
         """ValueError naming what differs from the run that is to be continued."""

@@ -42,6 +42,9 @@ def test_the_rates_rise_and_with_a_decay_fall_at_the_end(settings):
     assert plain == [0.25, 0.5, 0.75] + [1.0] * (STEPS - 3)
     falling = replace(settings, lr_decay=0.2)
     assert [learning_rate(step, falling) for step in range(STEPS)] == plain[:-3] + [0.75, 0.5, 0.25]
+    other = replace(settings, method=SLA(keep=0.3, select="power"))
+    with pytest.raises(ValueError, match="was started with method="):
+        settings.check_resumes(other.to_dict())
     with pytest.raises(ValueError, match="was started with steps=10"):
         falling.check_resumes(replace(falling, steps=10).to_dict())
 
@@ -205,6 +208,9 @@ def test_vsa_trains_and_its_preset_runs(settings, done, tmp_path):
 def test_the_command_trains(settings, done, tmp_path, capsys):
     options = ["--model", settings.model, "--data", f"{settings.out}/data", "--steps", "1"]
     options += ["--keep", "0.3", "--clips", "0", "--device", "cpu", "-o", str(tmp_path / "o")]
+    options += ["--select", "window(t=1)"]
     assert cli.run(["finetune", *options]) == 0
     assert "1 steps: velocity error to the dense model" in capsys.readouterr().out
     assert SLA(weights=str(tmp_path / "o" / "sla.safetensors")).linear == "all"
+    trained = dit_accel.config.resolve(tmp_path / "o" / "preset.json").method
+    assert str(trained.select) == "window(1)"

@@ -44,6 +44,26 @@ def test_the_gate_starts_near_top_k_and_has_a_gradient(pipe, batch):
     assert 0.95 < torch.tensor(GATE).sigmoid() < 1
 
 
+@pytest.mark.parametrize("choice", [{"select": "window(t=1)"}, {"sort": "time"}], ids=str)
+def test_sla_learns_over_a_window_and_in_another_order(pipe, batch, choice):
+    """AllMem's form: a window, and a linear memory of all keys; a step down the gradient helps."""
+    settings = Settings(out=".", method=SLA(keep=0.3, **choice))
+    teacher = Teacher(pipe.transformer, settings.train)
+    student = build(pipe.transformer, settings, batch)
+    target, losses = teacher.velocity(batch), []
+    with api.accelerated(student, training_config(student, settings)) as handle:
+        for _ in range(2):
+            found = student(batch.noisy, batch.time, batch.conditions)
+            losses.append(F.mse_loss(found, target))
+            losses[-1].backward()
+            with torch.no_grad():
+                for p in (p for p in student.parameters() if p.requires_grad):
+                    p -= 0.05 * p.grad / p.grad.norm()
+                    p.grad = None
+        assert handle.report().kept == pytest.approx(1 / 3)
+    assert losses[1] < losses[0]
+
+
 def test_vsa_starts_without_a_gate_and_its_gradient_reaches_it(pipe, batch):
     method = VSA(keep=1 / 3, tile=(1, 8, 8))
     found, _ = gradients(pipe, batch, method=method)

@@ -105,6 +105,18 @@ def test_its_text_goes_everywhere(tmp_path):
     assert row.digest != before  # the file is part of what runs
 
 
+def test_a_preset_finds_the_profile_beside_it(tmp_path):
+    (old := tmp_path / "old").mkdir()
+    method = TopK(0.2, select=f"per-head({saved(old / 'p.json')})")
+    dit_accel.AccelConfig(method).save(old / "preset.json")
+    old.rename(new := tmp_path / "new")
+    found = dit_accel.config.resolve(new / "preset.json").method
+    assert str(found.select) == f"per-head({new / 'p.json'})"
+    (new / "p.json").unlink()
+    with pytest.raises(ValueError, match="preset.json: .*p.json"):
+        dit_accel.config.resolve(new / "preset.json")
+
+
 def test_strangers_name_no_file(tmp_path):
     how = How("topk", select=f"per-head({tmp_path / 'secret'})")
     with pytest.raises(BadField, match="This page is public: name no file"):

@@ -74,13 +74,14 @@ class Job:
         self.version += 1
 
     def left(self) -> float:
-        """Seconds until it is done, from its plan and what was seen of its steps."""
+        """Seconds until it is done, from its plan and what was seen of its steps; 0 once it takes
+        longer than was planned and no step was seen."""
         if self.state != "running":
             return self.plan.total if self.state == "waiting" else 0.0
         side, share = self.denoising[0], self._share()
         loop = {"left": self.plan.left, "right": self.plan.right}
         if not side or not share:
-            return max(self.plan.total - (time.monotonic() - self.began), 1.0)
+            return max(self.plan.total - (time.monotonic() - self.began), 0.0)
         spent = time.monotonic() - self.denoising[1]
         here = spent / share - spent
         if side == "left":

@@ -56,12 +56,15 @@ function sides() {
     const level = one("input[type=radio]:checked", set)?.value;
     one(".about", set).textContent = kind ? kind.about : "A preset that you opened.";
     one(".more", set).hidden = dense;
-    one(".levels", set).hidden = !kind || !Object.keys(kind.keeps).length;
-    one("[name$='.keep']", set).placeholder = kind ? String(kind.keeps[level] ?? kind.keep ?? "as trained") : "the preset's";
-    for (const field of all(".grid .field", set)) {
-      const name = one("[name]", field).name.split(".")[1];
-      const beside = ["prune", "step_cache", "compile", "dense", "quantize"].includes(name);
-      field.hidden = (dense && !beside) || (name === "prune" && kind && !kind.prunes);
+    one(".levels", set).hidden = !kind || !Object.keys(kind.own).some((name) => name);
+    const own = kind?.own[level] ?? kind?.own[""], unknown = kind ? "as trained" : "the preset's";
+    for (const field of all(".field", set)) {
+      const box = one("[name]", field), name = box.name.split(".")[1];
+      if (name === "method") continue;
+      box.placeholder = own ? own[name] ?? "" : name === "keep" ? unknown : "";
+      if (name === "min_tokens") box.placeholder ||= facts.crossover;
+      if (name === "keep") continue;
+      field.hidden = (dense && !facts.beside.includes(name)) || (name === "prune" && kind && !kind.prunes);
     }
   }
 }

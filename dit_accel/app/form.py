@@ -34,6 +34,17 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "select": tuple(name for name, info in selectors.infos().items() if not info.needs),
     "sampler": ("rcm", "dmd", "flow:5", "renoise:5"),
 }
+_LABELS = {
+    "fps": "Frames a second",
+    "heads": "Budget of each head",
+    "lora": "LoRA",
+    "select": "Selector",
+    "warmup": "Warm-up",
+    "step_keep": "Budget of each step",
+    "negative": "Negative prompt",
+    "image": "First picture",
+    "dense": "Dense backend",
+}
 _HINTS = {"number": "decimal", "whole": "numeric"}
 
 
@@ -55,14 +66,16 @@ class Control:
 
 @dataclass(frozen=True)
 class Kind:
-    """A method as the page offers it: `keeps` are the shares of its levels; keep is None where its
-    share is not known before a checkpoint is loaded."""
+    """A method as the page offers it.
+
+    own: level, or "" where there is none → option → its own value, as it would be typed; empty
+    where that is not known before a checkpoint is loaded.
+    """
 
     value: str
     label: str
     about: str
-    keeps: Mapping[str, float]
-    keep: float | None
+    own: Mapping[str, Mapping[str, str]]
     prunes: bool
 
 
@@ -89,8 +102,12 @@ def weights_controls(limits: Limits) -> list[Control]:
 def _controls(group: type) -> Iterator[Control]:
     hints = get_type_hints(group)
     for name, option in described(group).items():
-        label = name.replace("_", " ").capitalize()
-        yield Control(name, label, option.text, _kind(hints[name]), _CHOICES.get(name, ()))
+        yield Control(name, _label(name), option.text, _kind(hints[name]), _CHOICES.get(name, ()))
+
+
+def _label(name: str) -> str:
+    """How the page calls an option."""
+    return _LABELS.get(name, name.replace("_", " ").capitalize())
 
 
 def _kind(hint: Any) -> str:
@@ -110,7 +127,7 @@ def kinds(limits: Limits) -> list[Kind]:
     found = []
     for name, info in infos().items():
         method = find(name)
-        keeps = {p: method.presets[p].get("keep", method.keep) for p in method.presets}
+        own = {level: _own(f"{name}:{level}") for level in method.presets} or {"": _own(name)}
         needs = (
             " Needs weights that were fine-tuned for the model (dit-accel finetune); without them "
             "it is plain top-k."
@@ -118,18 +135,28 @@ def kinds(limits: Limits) -> list[Kind]:
             else ""
         )
         about = f"{info.description[0].upper()}{info.description[1:]}.{needs}"
-        found.append(Kind(name, name, about, keeps, method.keep, not method.stateful))
+        found.append(Kind(name, name, about, own, not method.stateful))
     for name, path in {} if limits.public else PRESETS.items():
         about = f"The preset {name} that comes with the package, with the weights it needs."
-        found.append(Kind(f"preset:{name}", f"preset {name}", about, {}, _keep(path), False))
+        own = {"": _own(str(path))}
+        found.append(Kind(f"preset:{name}", f"preset {name}", about, own, False))
     if not limits.public:
         about = "What the checkpoint under Model was trained for: a method, a share of blocks."
-        found.append(Kind(TRAINED, "as trained", about, {}, None, True))
+        found.append(Kind(TRAINED, "as trained", about, {}, True))
     return found
 
 
-def _keep(path: Path) -> float:
-    return How(str(path)).config().method.keep
+def _own(method: str) -> dict[str, str]:
+    """What a method or a preset's file runs where its options are left empty."""
+    config = How(method).config()
+    return {
+        "keep": f"{config.method.keep:g}",
+        "warmup": f"{config.schedule.warmup:g}",
+        "select": str(config.method.select),
+        "reuse": str(config.method.reuse),
+        "order": config.order,
+        "min_tokens": "" if config.min_tokens is None else str(config.min_tokens),
+    }
 
 
 def read(values: Any, limits: Limits, opened: Opened) -> Ask:
@@ -206,7 +233,7 @@ def _typed(group: type, given: Mapping[str, Any], head: str) -> dict[str, Any]:
 
 
 def _value(head: str, name: str, value: Any, kind: Any) -> Any:
-    label = name.replace("_", " ").capitalize()
+    label = _label(name)
     words = {int: "a whole number", float: "a number", bool: "on or off"}.get(kind, "a text")
     shown = str(value)[:40]
     try:

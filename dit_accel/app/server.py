@@ -33,6 +33,7 @@ from dit_accel.app.ask import Ask, BadField
 from dit_accel.app.cost import told
 from dit_accel.app.desk import Desk, Full, Job, sentence
 from dit_accel.app.guard import FORM, REPORT, Guard, body_of
+from dit_accel.config import CROSSOVER
 from dit_accel.pages.render import render
 
 TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -262,6 +263,8 @@ def _home(desk: Desk) -> str:
         "example": first,
         "kinds": [asdict(kind) for kind in form.kinds(limits)],
         "limits": {"prompt": limits.prompt},
+        "beside": form.BESIDE,
+        "crossover": str(CROSSOVER.get(desk.studio.where.type, "")),
     }
     return render(
         "app/page.html",

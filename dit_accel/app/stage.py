@@ -41,7 +41,8 @@ def said(state: str, value: dict[str, Any], before: int, until: float, left: flo
     if state == "running":
         side = "right" if value["right"].get("busy") else "left"
         now = value[side].get("state") or "starting"
-        return f"{side.capitalize()} side: {now}. About {duration(left)} left."
+        when = f"About {duration(left)} left" if left else "It takes longer than expected"
+        return f"{side.capitalize()} side: {now}. {when}."
     return {"done": "Both clips are done.", "cancelled": "Cancelled."}.get(state, "")
 
 

@@ -65,3 +65,16 @@ def test_previews_of_packed_latents_have_the_clips_shape():
     assert plane.shape == (16, 6, 12)
     picture = preview.principal(plane)
     assert picture.shape == (6, 12, 3) and picture.dtype == np.uint8 and picture.std() > 0
+
+
+def test_a_sentence_says_where_a_run_stands():
+    busy = {"left": {"state": "denoising, 2 of 4", "busy": True}, "right": {"state": "next"}}
+    assert stage.said("waiting", busy, 0, 0, 9) == "Waiting for the machine."
+    words = "2 runs are before yours: your turn in about 1 min 40 s. One runs at a time."
+    assert stage.said("waiting", busy, 2, 100, 9) == words
+    assert stage.said("running", busy, 0, 0, 9) == "Left side: denoising, 2 of 4. About 9 s left."
+    late = stage.said("running", busy, 0, 0, 0)
+    assert late == "Left side: denoising, 2 of 4. It takes longer than expected."
+    right = {"left": {"src": "x"}, "right": {"busy": True}}
+    assert stage.said("running", right, 0, 0, 1).startswith("Right side: starting.")
+    assert [stage.said(x, busy, 0, 0, 0) for x in ("cancelled", "failed")] == ["Cancelled.", ""]

@@ -16,7 +16,7 @@ from dit_accel.cli.app import PageOptions
 
 def finished(client, form=FORM) -> dict:
     job = client.post("/jobs", json=form).json()["job"]
-    for _ in range(600):
+    for _ in range(2400):
         found = client.get(f"/jobs/{job}").json()
         if found["state"] not in ("waiting", "running"):
             return {"job": job, **found}

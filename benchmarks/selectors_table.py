@@ -6,9 +6,10 @@ One dense generation runs; topk and pooled are computed by every selector on the
 layers were given, and compared: ‖O − O_dense‖ / ‖O_dense‖, mean over layers and over every
 `every`th step. `kept` is what was read: a window is sized to come near to `keep`, what stands
 beside scores (&) reads more, a threshold what lies above it. Orders of each head's tokens are tried
-with `sub`. "each head its best" and "its best order" are chosen by the errors they are judged by,
-from what reads exactly `keep` at any call. Written after the run, rows in the order of pooled's
-error.
+with `sub`. "each head its best" and "each head its best order" are chosen by the errors they are
+judged by, from what reads exactly `keep` and stays the same at each call; a profile of another
+prompt, --sorts "per-head(profile.json)", is judged by new ones. Written after the run, rows in the
+order of pooled's error.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from dit_accel import Pooled, Schedule, TopK, accelerated
 from dit_accel.evaluate.probe import Probe
+from dit_accel.forward.order import ORDERS
 from dit_accel.generation.loading import EMBEDDED, load_pipeline
 from dit_accel.generation.request import Request, arguments
 from dit_accel.machine import describe
@@ -98,7 +100,8 @@ class Table:
             x for x in self.selectors
             if x not in (ORACLE, SIZED) and "&" not in x and not x.startswith("relative")
         ]  # fmt: skip
-        orders = [BASE] * (BASE in exact) + [x for x in self.sorts if "clusters" not in x]
+        fixed = [x for x in self.sorts if x.rpartition(" ")[2] in ORDERS]
+        orders = [BASE] * (BASE in exact) + fixed
         return rows + self._best(BEST, exact) + self._best(BEST_ORDER, orders * bool(self.sorts))
 
     def _best(self, title: str, exact: list[str]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what an editor and a type checker know of the names below
     from dit_accel.api import accelerate, accelerated, attention, register_adapter, restore
     from dit_accel.checkpoints import load_checkpoint
     from dit_accel.config import AccelConfig
+    from dit_accel.generation.at_speed import at_speed
     from dit_accel.methods.dense import Dense
     from dit_accel.methods.pooled import Pooled
     from dit_accel.methods.rectified import Rectified
@@ -42,6 +43,7 @@ _HOME = {
     "VSA": "methods.vsa",
     "accelerate": "api",
     "accelerated": "api",
+    "at_speed": "generation.at_speed",
     "attention": "api",
     "load_checkpoint": "checkpoints",
     "register_adapter": "api",
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "accelerated",
+    "at_speed",
     "attention",
     "load_checkpoint",
     "methods",

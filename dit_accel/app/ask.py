@@ -192,7 +192,8 @@ class Ask:
 def config_of(how: How, trained: AccelConfig | None = None) -> AccelConfig | None:
     """What `accelerate` takes; None for the stock pipeline."""
     config = how.config(trained)
-    return None if config.method.name == "dense" and config.prune is None else config
+    stock = config.method.name == "dense" and config.prune is None and config.dense is None
+    return None if stock else config
 
 
 def label(how: How, trained: AccelConfig | None = None) -> str:

@@ -20,7 +20,7 @@ from dit_accel.pruning.config import TokenPruning
 
 SIDES = ("left", "right")
 # what goes with no sparse method, too
-BESIDE = ("prune", "step_cache", "compile", "dense", "quantize")
+BESIDE = ("prune", "step_cache", "compile", "dense", "quantize", "speed")
 TRAINED = "trained"  # the method of a side that runs its checkpoint as it was trained
 LEVELS = ("safe", "balanced", "fast")
 Opened = Callable[[str, str], Path]  # (kind, token) → a file that the visitor sent
@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "order": ORDERS,
     "prune": tuple(TokenPruning.presets),
     "quantize": ("int8", "fp8"),
+    "speed": ("conservative", "balanced", "fast"),
     "dense": ("auto", "native", "_native_cudnn", "kernel"),
     "sort": KINDS,
     "select": tuple(name for name, info in selectors.infos().items() if not info.needs),
@@ -201,6 +202,11 @@ def _side(values: Any, side: str, limits: Limits, opened: Opened) -> How:
         raise BadField(f"{side}.method", f"The method on the {side} is a name.")
     kind, _, token = method.partition(":")
     typed = _typed(How, given, f"{side}.")
+    if typed.get("speed"):
+        try:
+            return How(None, **typed).at_speed()
+        except ValueError as error:
+            raise BadField(f"{side}.speed", f"On the {side}: {error}.") from None
     if kind == TRAINED:
         return How(None, **typed)
     if kind == "opened":

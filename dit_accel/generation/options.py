@@ -62,6 +62,10 @@ Guidance = Annotated[float | None, Option(GUIDANCE, WHAT)]
 Image = Annotated[Path | None, Option(IMAGE, WHAT)]
 Sampler = Annotated[str | None, Option(SAMPLER, WHAT)]
 
+Speed = Annotated[
+    str | None,
+    Option("All of it in one word: conservative, balanced or fast, in place of a method.", HOW),
+]
 Method = Annotated[str | None, Option(METHOD, HOW)]
 Keep = Annotated[float | None, Option("Share of key blocks kept, in (0, 1].", HOW)]
 Warmup = Annotated[
@@ -167,6 +171,23 @@ class How:
     min_tokens: MinTokens = None
     dense: Dense = None
     quantize: Quantize = None
+    speed: Speed = None
+
+    def at_speed(self) -> How:
+        """With the options of the profile, where it is asked for, but those that are given.
+
+        ValueError for an unknown profile, and for a method beside it.
+        """
+        if self.speed is None:
+            return self
+        from dit_accel.generation.speeds import options
+
+        if self.method is not None:
+            raise ValueError(
+                f"speed {self.speed!r} has a method of its own: leave out {self.method!r} or speed"
+            )
+        own = {k: v for k, v in options(self.speed).items() if getattr(self, k) is None}
+        return replace(self, speed=None, **own)
 
     def config(self, trained: AccelConfig | None = None) -> AccelConfig:
         """The acceleration asked for; ValueError for an unknown method or a bad option.
@@ -176,6 +197,8 @@ class How:
         from dit_accel.config import DEFAULT, resolve
         from dit_accel.pruning.config import resolve as pruning
 
+        if self.speed is not None:
+            return self.at_speed().config(trained)
         # pruned tokens and a state of all tokens exclude each other
         default = DEFAULT if self.prune is None else "pooled"
         config = resolve(
@@ -224,7 +247,8 @@ class How:
         """What runs beside the method; ValueError for a bad value."""
         from dit_accel.generation.boost import Boost
 
-        return Boost(self.compile, self.step_cache, self.lora, self.quantize)
+        how = self.at_speed()
+        return Boost(how.compile, how.step_cache, how.lora, how.quantize)
 
 
 @dataclass(frozen=True)

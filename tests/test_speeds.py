@@ -1,0 +1,98 @@
+"""Profiles: a word for several options, on the command line, on the page and from Python."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from runs import run
+from tiny import tiny_wan
+from torch import equal
+
+import dit_accel
+from dit_accel.app import form
+from dit_accel.app.ask import BadField, Limits
+from dit_accel.cli import main as cli
+from dit_accel.generation import speeds
+from dit_accel.generation.options import How
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import profiles  # noqa: E402
+
+
+@pytest.mark.parametrize("name", speeds.NAMES)
+def test_a_profile_is_its_options_and_what_is_given_replaces_them(name):
+    own = speeds.options(name)
+    how = How(speed=name)
+    assert how.at_speed() == How(**own) and how.config() == How(**own).config()
+    assert how.boost() == How(**own).boost()
+    more = How(speed=name, step_cache=0.07, keep=0.9 if "keep" in own else None)
+    assert more.boost().step_cache == 0.07
+    assert more.config().method.keep == own.get("keep", 0.1) + 0.8 or "keep" not in own
+
+
+def test_they_stand_in_the_order_of_their_names_and_reach_their_floors():
+    found = [speeds.measured(name) for name in speeds.NAMES]
+    assert all(figures["psnr"] >= figures["floor"] for figures in found)
+    assert [f["work"] for f in found] == sorted((f["work"] for f in found), reverse=True)
+
+
+@pytest.mark.parametrize("name", speeds.NAMES)
+def test_a_pipeline_at_speed_and_back(name):
+    pipe = tiny_wan(layers=3)
+    stock = run(pipe, steps=6)
+    fast = dit_accel.at_speed(pipe, name, min_tokens=0)
+    assert run(pipe, steps=6).isfinite().all()
+    ran = fast.report()
+    assert ran.layers[1]["sparse"] + ran.layers[1]["dense"] <= 12
+    assert pipe.transformer.is_cache_enabled == (How(speed=name).boost().step_cache is not None)
+    fast.restore()
+    fast.restore()
+    assert not pipe.transformer.is_cache_enabled and equal(run(pipe, steps=6), stock)
+
+
+def test_a_refusal_leaves_the_pipeline_as_it_was():
+    pipe = tiny_wan()
+    with pytest.raises(ValueError, match="no dense backend 'x'"):
+        dit_accel.at_speed(pipe, "fast", dense="x")
+    assert not pipe.transformer.is_cache_enabled and "_dit_accel" not in vars(pipe.transformer)
+
+
+def test_an_unknown_profile_and_a_method_beside_one_are_told(capsys):
+    with pytest.raises(ValueError, match="speed is one of conservative, balanced, fast, not 'x'"):
+        How(speed="x").config()
+    assert cli.run(["generate", "a cat", "--speed", "fast", "--method", "topk"]) == 2
+    assert "speed 'fast' has a method of its own: leave out 'topk'" in capsys.readouterr().err
+
+
+def test_the_page_takes_one_in_place_of_the_method():
+    limits = Limits()
+    side = {"method": "topk", "speed": "fast"}
+    asked = form.read({"prompt": "a cat", "right": side}, limits, lambda kind, token: Path())
+    assert asked.right == How(**speeds.options("fast"))
+    with pytest.raises(BadField, match="speed is one of"):
+        form.read({"right": {**side, "speed": "x"}}, limits, lambda kind, token: Path())
+
+
+def test_the_script_takes_the_least_work_that_reaches_each_floor(tmp_path, monkeypatch):
+    rows = [
+        {"name": name, "options": {"method": name}, "prompt": str(i), "psnr": psnr + i}
+        | {"time": 0.5, "kept": kept, "computed": 0.5}
+        for name, psnr, kept in (("a", 49, 0.9), ("b", 41.5, 0.6), ("c", 36, 0.4), ("d", 20, 0.1))
+        for i in (0, 1)
+    ]
+    rows.append({**rows[0], "name": "e", "psnr": 99, "kept": 0, "options": {"other": "x"}})
+    found = profiles.profiles(rows, 0.5)
+    chosen = {name: row["options"]["method"] for name, row in found.items()}
+    assert chosen == {"conservative": "b", "balanced": "c", "fast": "c"}
+    assert found["balanced"]["measured"]["work"] == pytest.approx(0.5 * (0.5 + 0.5 * 0.4))
+    monkeypatch.setattr(profiles, "SPEEDS", tmp_path / "speeds.json")
+    machine = {"gpu": None, "cpu": "a CPU", "torch": "2"}
+    run = {"machine": machine, "clock": "processor", "steps": 20, "frames": 9, "prompts": ["x"]}
+    run["model"] = "a model"
+    profiles.write(found, run, 0.5)
+    data = json.loads(profiles.SPEEDS.read_text())
+    assert list(data["profiles"]) == list(speeds.NAMES) and data["measured_by"]["torch"]
+    with pytest.raises(SystemExit, match="no candidate reaches the 42.0 dB"):
+        profiles.profiles(rows[-3:], 0.5)

@@ -18,9 +18,9 @@ from dit_accel.app.studio import Studio
 FOLDER = Path(__file__).parents[1] / "assets" / "examples"
 # What the right side runs in each: the prompts are the model's own.
 SIDES = (
-    {"method": "shared", "keep": 0.1, "select": "sub", "step_cache": 0.1},
-    {"method": "shared", "keep": 0.1, "select": "sub"},
-    {"method": "dense", "step_cache": 0.1},
+    {"speed": "balanced"},
+    {"speed": "conservative"},
+    {"speed": "fast"},
 )
 
 

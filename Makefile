@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROMPT ?= rocket on a blue background
+PROMPT ?= a rocket above a crab on a blue to pink background, moving up
+# on a GPU a size at which attention matters there, both sides compiled
+LARGE  = python -c "import torch; print('--size 512x512 --frames 65 --compile' * torch.cuda.is_available())"
 
 .PHONY: demo app test test-slow test-browser coverage lint docs bench clean
 
@@ -13,7 +15,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/dit-accel compare "$(PROMPT)" -o out/demo
+	$(BIN)/dit-accel compare "$(PROMPT)" --speed balanced $$($(BIN)/$(LARGE)) -o out/demo
 
 app: $(BIN)/.installed
 	$(BIN)/python app.py

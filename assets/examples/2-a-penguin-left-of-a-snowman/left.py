@@ -7,12 +7,12 @@ from dit_accel.loading import EMBEDDED
 pipe = WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
 handle = dit_accel.accelerate(pipe, dit_accel.Dense())
 output = pipe(
-    prompt="octopus on a yellow background",
-    height=256,
-    width=256,
+    prompt="a penguin left of a snowman on a dotted blue background, zooming in",
+    height=384,
+    width=384,
     num_frames=33,
     num_inference_steps=20,
-    guidance_scale=3.0,
+    guidance_scale=1.0,
     negative_prompt="",
     max_sequence_length=512,
     generator=torch.Generator("cpu").manual_seed(0),

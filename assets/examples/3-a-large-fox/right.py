@@ -2,17 +2,19 @@ import torch
 from diffusers import WanPipeline
 
 import dit_accel
+from dit_accel.boost import Boost
 from dit_accel.loading import EMBEDDED
 
 pipe = WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
-handle = dit_accel.accelerate(pipe, dit_accel.SharedResidual())
+Boost(compile=False, step_cache=0.15, lora=None, quantize=None).switch_on(pipe)
+handle = dit_accel.accelerate(pipe, dit_accel.SharedResidual(keep=0.05, select="sub"))
 output = pipe(
-    prompt="rocket on a blue background",
-    height=256,
-    width=256,
+    prompt="a large fox on a striped green background, moving right",
+    height=384,
+    width=384,
     num_frames=33,
     num_inference_steps=20,
-    guidance_scale=3.0,
+    guidance_scale=1.0,
     negative_prompt="",
     max_sequence_length=512,
     generator=torch.Generator("cpu").manual_seed(0),

@@ -3,7 +3,8 @@
 A row's name is a generation.variant: a base ("stock", "none", or a method and its kept share as in
 "pooled@0.1") and what is added to it: "+cudnn" or "+flash" (backend of dense attention),
 "+compile", "+prune", "+cache", "+fp8" (how a state is kept), "+int8" (sparse attention in eight
-bits), "+nowarmup" (no dense step, as fine-tuned SLA runs). "none" leaves the attention core out: no
+bits), "+quantize-fp8" or "+quantize-int8" (linear layers in eight bits, by torchao), "+nowarmup"
+(no dense step, as fine-tuned SLA runs). "none" leaves the attention core out: no
 attention method can be faster. "sla" runs its linear branch in every layer, with random
 projections: time does not depend on them.
 """
@@ -21,7 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import SLA, Schedule, TokenPruning, accelerated
 from dit_accel.config import Options, named
-from dit_accel.generation.boost import compiled_blocks
+from dit_accel.generation.boost import Boost, compiled_blocks
+from dit_accel.generation.quantize import KINDS
 from dit_accel.generation.variant import Variant
 from dit_accel.methods import Call, Method
 from dit_accel.methods.rectified import Rectified
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from dit_accel.api import Handle
 
 
-ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "int8", "nowarmup")
+_LINEAR = {f"quantize-{kind}": kind for kind in KINDS}
+ADDED = ("cudnn", "flash", "compile", "prune", "cache", "fp8", "int8", "nowarmup", *_LINEAR)
 TOGETHER = "pooled@0.1+cudnn+compile+prune+cache"
 _METHODS = ("pooled", "topk", "shared", "rectified", "rettention", "sla")
 # The most telling first: what a short budget leaves out is at the end.
@@ -131,7 +134,9 @@ class Row:
     @property
     def stock(self) -> str:
         """The row whose dense steps are this one's."""
-        return "+".join(("stock", *(x for x in ("cudnn", "flash", "compile") if x in self.added)))
+        return "+".join(
+            ("stock", *(x for x in ("cudnn", "flash", "compile", *_LINEAR) if x in self.added))
+        )
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of steps that it has after the dense ones.
@@ -240,6 +245,10 @@ def switched_on(
         for name in row.added & _FIRST.keys():
             order = [_FIRST[name], *(b for b in _OTHERS if b != _FIRST[name])]
             stack.enter_context(sdpa_kernel(order, set_priority=True))
+        for name in row.added & _LINEAR.keys():
+            boost = Boost(quantize=_LINEAR[name])
+            boost.check(pipe)
+            stack.enter_context(boost.quantized(pipe))
         if "compile" in row.added:
             below = "cache" in row.added
             stack.enter_context(compiled_blocks(transformer, compiler, below))

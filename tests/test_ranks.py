@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 from PIL import Image
 from tiny import saved_tiny_wan
 
-from dit_accel.batch import run
+from dit_accel.batch import Settings, campaign, run, together
 from dit_accel.batch.manifest import Manifest
 from dit_accel.cli import main as cli
+from dit_accel.cli import session
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.media import video
 from dit_accel.parallel import launcher
@@ -53,6 +55,51 @@ def test_two_processes_make_the_picture_of_one(model, capfd):
     assert len(kept) == 2 and kept[0] == kept[1] and "100.0%" not in kept[0]
     one, two = (np.asarray(Image.open(name)) for name in ("one.png", "two.png"))
     assert np.array_equal(one, two)  # the files differ in the command that they tell
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        (("--kv", "all", "--ulysses", "2"), "kv is 'gather', 'ring' or None (Ulysses), not 'all'"),
+        (("--kv", "ring"), "add how many with ulysses, or leave kv out"),
+    ],
+)
+def test_a_way_of_keys_that_is_none(model, capsys, words, why):
+    assert cli.run(["generate", "a cat", "--model", model, *words]) == 2
+    assert why in " ".join(capsys.readouterr().err.split())
+
+
+def test_pruned_tokens_are_shared_by_heads(model, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    both = ["--ulysses", "2", "--kv", "ring", "--prune", "0.5"]
+    assert cli.run(["generate", "a cat", "--model", model, *both]) == 2
+    assert "leave --kv or --prune out" in " ".join(capsys.readouterr().err.split())
+    job = {"prompt": "a cat", "method": "topk", "prune": 0.5}
+    with pytest.raises(ValueError, match="line 1 prunes tokens"):
+        run([job], "out", ulysses=2, kv="gather", settings=Settings(model=model), show="none")
+
+
+def test_every_command_says_how_its_processes_share(model, monkeypatch, capsys):
+    """What two processes give by it is tested in test_ring.py."""
+    said = []
+
+    def share(pipe, count, **how):
+        said.append((count, how))
+        raise ValueError("seen")
+
+    for module in (session, together):
+        monkeypatch.setattr(module, "share", share)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    two = ["--model", model, "--device", "cpu", "--ulysses", "2", "--kv", "ring"]
+    for command in (["generate", "a cat"], ["compare", "a cat", "-o", "pair"]):
+        assert cli.run([*command, *two]) == 2
+    monkeypatch.setattr(campaign, "launched", lambda: nullcontext(0))
+    Path("jobs.jsonl").write_text('{"prompt": "a cat"}\n')
+    assert cli.run(["batch", "jobs.jsonl", "-o", "out", *two]) == 2
+    assert said == [(2, {"kv": "ring", "anything": True})] * 3
+    assert capsys.readouterr().err.count("seen") == 3
 
 
 def test_a_batch_by_two_processes_makes_the_clips_of_one(model, capfd):

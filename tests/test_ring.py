@@ -11,6 +11,12 @@ from tiny import tiny_flux, tiny_wan
 
 from dit_accel import SLA, VSA, Pooled, Rectified, Rettention, Schedule, SharedResidual, TopK
 from dit_accel.bench.models import MODELS, build, inputs
+from dit_accel.config import AccelConfig
+from dit_accel.generation import compare
+from dit_accel.generation.comparison import CLIPS
+from dit_accel.generation.loading import Defaults
+from dit_accel.generation.request import Request
+from dit_accel.media import video
 from dit_accel.parallel import sharded, share
 from dit_accel.parallel.context import Split
 from dit_accel.table import BlockTable
@@ -104,8 +110,25 @@ def work(rank, port, folder):
     share(pipe, kv="gather")
     _, report = run(pipe, call, VSA(0.3), {})
     found["refused"] = report.unplanned
+    found["sides"] = sides(folder / str(rank))
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
+
+
+def sides(folder):
+    """How far both sides of a comparison by two processes are from those of one, in levels."""
+    request = Request("a red cat", steps=3, height=256, width=256, frames=1, guidance=3.0)
+    config = AccelConfig(TopK(0.3), Schedule(warmup=1), min_tokens=0)
+    clips = {}
+    for kv in (None, "gather", "ring"):
+        pipe = tiny_wan()
+        if kv is not None:
+            share(pipe, kv=kv, anything=True)
+        done = compare(pipe, Defaults(max_sequence_length=16), request, config, folder / str(kv))
+        assert done.data["kept"] < 0.9 and done.data["attention"]["unplanned"] == {}
+        clips[kv] = [video.read(done.files[name]).astype(int) for name in CLIPS[:2]]
+    pairs = (pair for kv in ("gather", "ring") for pair in zip(clips[None], clips[kv], strict=True))
+    return [int(abs(one - two).max()) for one, two in pairs]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +160,12 @@ def test_a_method_that_lays_out_the_whole_clip_is_dense_by_reason(found):
         assert list(rank["refused"]) == [
             "vsa lays a whole clip out: set ulysses_degree instead of ring_degree"
         ]
+
+
+def test_both_sides_of_a_comparison_share_their_queries(found):
+    """A stock pipeline would run diffusers' ring, which its CPU attention does not serve."""
+    for rank in found:
+        assert len(rank["sides"]) == 4 and max(rank["sides"]) <= 1
 
 
 def routes(split, order, keys, block):

@@ -39,6 +39,7 @@ def run(
     check_every: int = 0,
     retry_failed: bool = False,
     ulysses: int = 1,
+    kv: str | None = None,
     ray: str | None = None,
     show: str = "auto",
     command: str = "",
@@ -55,6 +56,7 @@ def run(
         check_every: every n-th job also runs dense and reports how far it is from that.
         retry_failed: try jobs again that failed in an earlier run.
         ulysses: processes that make each clip together; a launcher must have started them.
+        kv: "gather" or "ring", where they share queries instead of heads (see parallel.share).
         ray: address of a Ray cluster ("auto", "local") whose machines share `out`; `workers` are
             then started there, one on each GPU unless a number is given.
         show: "auto" (bars or lines on stderr), "json" (events on stdout) or "none".
@@ -66,9 +68,10 @@ def run(
     `accelerate launch` every process works off the one queue; the same call may join in.
     """
     asked = Asked(settings or Settings(), check_every, retry_failed, command)
-    where = Place(pipe, workers, gpus, device, ulysses, ray, show)
+    where = Place(pipe, workers, gpus, device, ulysses, kv, ray, show)
     parsed = gather(jobs, _with_checkpoint(defaults, asked.settings.checkpoint))
     asked.judge(parsed)
+    where.judge(parsed)
     asked = asked.of_one_checkpoint(parsed, pipe is not None)
     model = (
         _name(where.pipe) if where.pipe is not None else loading.find_model(asked.settings.model)

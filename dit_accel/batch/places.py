@@ -16,6 +16,7 @@ from dit_accel.batch.fleet import Fleet
 from dit_accel.batch.gallery import publish
 from dit_accel.batch.manifest import DiskFull, Manifest
 from dit_accel.batch.ray_fleet import RayFleet
+from dit_accel.batch.reading import Parsed
 from dit_accel.batch.together import Together
 from dit_accel.batch.worker import Settings, Worker
 from dit_accel.batch.writer import FULL
@@ -40,6 +41,7 @@ class Place:
     gpus: str | None = None
     device: str | None = None
     ulysses: int = 1
+    kv: str | None = None
     ray: str | None = None
     show: str = "auto"
 
@@ -56,12 +58,20 @@ class Place:
         if self.ray is not None and (self.gpus is not None or self.pipe is not None):
             raise ValueError("with ray the cluster says where: leave gpus and pipe out")
         try:
-            launcher.check(self.ulysses)
+            launcher.check(self.ulysses, self.kv)
         except launcher.Wanted:
             raise ValueError(
                 f"ulysses={self.ulysses} needs {self.ulysses} processes: "
                 f"start with `torchrun --nproc-per-node {self.ulysses} script.py`"
             ) from None
+
+    def judge(self, parsed: Parsed) -> None:
+        """ValueError for a job that cannot run here."""
+        for line, job in parsed.jobs if self.kv is not None else ():
+            if job.config is not None and job.config.prune is not None:
+                raise ValueError(
+                    f"line {line} prunes tokens, which are shared by heads: leave kv or prune out"
+                )
 
     def devices(self, dtype: str | None) -> list[str]:
         """One device for each worker process; ValueError for one, or a dtype, that is not there."""
@@ -79,9 +89,7 @@ class Place:
             with RayFleet(manifest, self.workers or 0, self.ray, self.device) as fleet:
                 return _attend(manifest, fleet, self.show)
         if self.ulysses > 1:
-            return _work_together(
-                manifest, settings, self.pipe, self.device, self.ulysses, self.show
-            )
+            return _work_together(manifest, settings, self)
         return _work(manifest, settings, self.pipe, devices, rank, self.show)
 
 
@@ -153,20 +161,14 @@ def _work(
     return stopped or manifest.get("stop") or ""
 
 
-def _work_together(
-    manifest: Manifest,
-    settings: Settings,
-    pipe: DiffusionPipeline | None,
-    device: str | None,
-    count: int,
-    show: str,
-) -> str:
+def _work_together(manifest: Manifest, settings: Settings, place: Place) -> str:
     """Every clip by all processes: the first has the worker, the others follow."""
+    pipe, show, trained = place.pipe, place.show, None
     if pipe is None:
-        pipe, known, trained = model.load(settings, launcher.device(device))
+        pipe, known, trained = model.load(settings, launcher.device(place.device))
     else:
-        known, trained = loading.Defaults.from_pipeline(pipe), None
-    together = Together(pipe, count)
+        known = loading.Defaults.from_pipeline(pipe)
+    together = Together(pipe, place.ulysses, place.kv)
     if not together.leads:
         together.follow(pipe, known)
         return ""

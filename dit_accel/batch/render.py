@@ -17,6 +17,7 @@ from dit_accel.batch.jobs import Job
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
 from dit_accel.generation.run import ProgressFn, generate
+from dit_accel.generation.stock import stock
 from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.samplers import sampling
 
@@ -68,8 +69,8 @@ def render(
     """
     config = None if dense else jobs[0].config
     if config is None:
-        dit_accel.restore(pipe)
-        return _call(pipe, defaults, jobs, progress, {"method": "dense"})
+        with stock(pipe):
+            return _call(pipe, defaults, jobs, progress, {"method": "dense"})
     with dit_accel.accelerated(pipe, config) as handle:
         clips = _call(pipe, defaults, jobs, progress, {})
         ran = handle.report().to_dict()

@@ -1,8 +1,8 @@
 """One clip over several processes: the first works off the manifest, the others do as it does.
 
-Ulysses exchanges heads inside every attention call, so all processes must make the same call of the
-pipeline at the same time. What goes wrong in one of them leaves the others waiting inside such an
-exchange: then all end, and are started anew.
+Heads or keys are exchanged inside every attention call, so all processes must make the same call of
+the pipeline at the same time. What goes wrong in one of them leaves the others waiting inside such
+an exchange: then all end, and are started anew.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Apart(RuntimeError):
 class Together:
     """The processes of one pipeline, `pipe` being this one's copy of it."""
 
-    def __init__(self, pipe: DiffusionPipeline, count: int) -> None:
-        share(pipe, count, anything=True)
+    def __init__(self, pipe: DiffusionPipeline, count: int, kv: str | None = None) -> None:
+        share(pipe, count, kv=kv, anything=True)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.leads = dist.get_rank() == 0
 

@@ -12,7 +12,7 @@ import typer
 
 from dit_accel.cli.options import Metadata, checked, option
 from dit_accel.generation import options as say
-from dit_accel.generation.options import WHERE, Ulysses, Where, parse_size
+from dit_accel.generation.options import WHERE, Kv, Ulysses, Where, parse_size
 from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def batch(
     work: WorkOptions,
     where: Where,
     ulysses: Ulysses = 1,
+    kv: Kv = None,
 ) -> None:
     """Make many clips, and go on after any interruption where it stopped.
 
@@ -126,7 +127,7 @@ def batch(
     multiply. Exit code 0: all done; 1: some failed; 2: refused; 3: stopped, run it again.
     """
     with checked():
-        launcher.check(ulysses)
+        launcher.check(ulysses, kv)
         from dit_accel.batch import run
         from dit_accel.cli.session import typed
 
@@ -141,6 +142,7 @@ def batch(
             check_every=work.check_every,
             retry_failed=work.retry_failed,
             ulysses=ulysses,
+            kv=kv,
             ray=work.ray,
             show="json" if work.json_events else "auto",
             command=typed(),

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import Metadata, checked, option
-from dit_accel.generation.options import WHAT, How, Ulysses, What, Where
+from dit_accel.generation.options import WHAT, How, Kv, Ulysses, What, Where
 from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def compare(
     how: How,
     where: Where,
     ulysses: Ulysses = 1,
+    kv: Kv = None,
     output: Output = None,
     metadata: Metadata = True,
 ) -> None:
@@ -46,11 +47,11 @@ def compare(
         request, _, boost = what.request(), how.config(), how.boost()
         folder = output or free_name(f"compare-{slug(request)}", "", _is_of(request))
         check_output(folder)
-        launcher.check(ulysses)
+        launcher.check(ulysses, kv)
     with Progress() as progress, ExitStack() as stack:
         if not launcher.first(ulysses):  # it takes part, and what it makes is thrown away
             folder = Path(stack.enter_context(TemporaryDirectory()))
-        opened = load(where, request, how, progress, what.fps, ulysses)
+        opened = load(where, request, how, progress, what.fps, ulysses, kv)
         pipe, defaults, config, trained = opened
         with checked():
             boost.check(pipe)

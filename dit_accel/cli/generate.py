@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import Metadata, checked, option
-from dit_accel.generation.options import WHAT, How, Ulysses, What, Where
+from dit_accel.generation.options import WHAT, How, Kv, Ulysses, What, Where
 from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def generate(
     how: How,
     where: Where,
     ulysses: Ulysses = 1,
+    kv: Kv = None,
     output: Output = None,
     metadata: Metadata = True,
 ) -> None:
@@ -49,9 +50,9 @@ def generate(
         request, _, boost = what.request(), how.config(), how.boost()
         if output is not None:
             check_target(output, None if request.frames is None else request.frames > 1)
-        launcher.check(ulysses)
+        launcher.check(ulysses, kv)
     with Progress() as progress:
-        opened = load(where, request, how, progress, what.fps, ulysses)
+        opened = load(where, request, how, progress, what.fps, ulysses, kv)
         pipe, defaults, config, trained = opened
         with checked():
             values = arguments(pipe, defaults, request)

@@ -107,6 +107,7 @@ def load(
     progress: Progress,
     fps: float | None = None,
     ulysses: int = 1,
+    kv: str | None = None,
 ) -> Opened:
     """The pipeline, once everything that can be refused without it has been."""
     import diffusers
@@ -118,6 +119,8 @@ def load(
         pick_dtype(where.dtype, pick_device(where.device))
         find_model(where.model)
         config, trained = how.config(), None
+        if kv is not None and config.prune is not None:
+            raise ValueError("pruned tokens are shared by heads: leave --kv or --prune out")
         for path in where.checkpoint or ():
             find(path)
         progress("loading", 0, None)
@@ -126,7 +129,7 @@ def load(
         if where.checkpoint:
             defaults, config, trained = _into(pipe, defaults, where, request, how, progress)
         if ulysses > 1:
-            share(pipe, ulysses, anything=True)
+            share(pipe, ulysses, kv=kv, anything=True)
         defaults = replace(defaults, fps=fps or defaults.fps)
         values = arguments(pipe, defaults, request)
         config.schedule.dense_at(0, values.get("num_inference_steps"))

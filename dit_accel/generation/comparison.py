@@ -21,6 +21,7 @@ from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, Defaults, plac
 from dit_accel.generation.recipe import recipe
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import ProgressFn, Result, generate, warm_up
+from dit_accel.generation.stock import stock
 from dit_accel.generation.trained import Trained
 from dit_accel.machine import describe
 from dit_accel.media import quality, video
@@ -72,7 +73,7 @@ def compare(
     boost.check(pipe)
     with boost.compiled(pipe):
         _warm_up(pipe, defaults, request, config, progress)
-        dense = generate(pipe, defaults, request, _named("dense", progress))
+        dense = _dense(pipe, defaults, request, progress)
         with boost.beside(pipe), accelerated(pipe, config) as handle:
             ledger, named = Ledger(), _named(config.method.name, progress)
             fast = generate(
@@ -122,6 +123,13 @@ def _named(name: str, progress: ProgressFn) -> ProgressFn:
     return lambda phase, done, total: progress(f"{name}: {phase}", done, total)
 
 
+def _dense(
+    pipe: DiffusionPipeline, defaults: Defaults, request: Request, progress: ProgressFn
+) -> Result:
+    with stock(pipe):
+        return generate(pipe, defaults, request, _named("dense", progress))
+
+
 def _warm_up(
     pipe: DiffusionPipeline,
     defaults: Defaults,
@@ -130,7 +138,8 @@ def _warm_up(
     progress: ProgressFn,
 ) -> None:
     progress("warm-up", 0, 2)
-    warm_up(pipe, defaults, request)
+    with stock(pipe):
+        warm_up(pipe, defaults, request)
     progress("warm-up", 1, 2)
     sparse_at_once = replace(config, schedule=replace(config.schedule, warmup=0, cooldown=0))
     steps = 1

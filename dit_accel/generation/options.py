@@ -111,6 +111,10 @@ Device = Annotated[str | None, Option("cpu, cuda, cuda:1, mps. [a GPU if any]", 
 Dtype = Annotated[str | None, Option("bf16, fp16, fp32. [bf16 on CUDA, else fp32]", WHERE)]
 Offload = Annotated[bool, Option("Keep only the running part on the GPU.", WHERE)]
 Ulysses = Annotated[int, Option("GPUs (or CPU processes) that share one generation. [1]", WHERE)]
+Kv = Annotated[
+    str | None,
+    Option("They share queries, not heads; keys come to each by gather or by ring.", WHERE),
+]
 
 
 @dataclass(frozen=True)

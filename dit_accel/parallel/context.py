@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from dit_accel.parallel.launcher import KV
 from dit_accel.pipelines.base import Geometry
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
-
-KV = ("gather", "ring")
 
 
 def config_of(processor: object) -> ParallelConfig | None:

@@ -16,6 +16,7 @@ from tempfile import TemporaryFile
 from typing import IO
 
 MOST = 64
+KV = ("gather", "ring")  # how keys reach the queries of each process, if not by heads
 AGAIN = 75  # exit code: the processes lost each other, start them anew
 _GRACE, _PAUSE = 10.0, 2.0
 
@@ -28,9 +29,10 @@ class Wanted(Exception):
         self.count = count
 
 
-def check(count: int) -> None:
-    """Refuse (ValueError) an impossible number; raise Wanted where the processes are still to be
-    started, and do nothing in one of them."""
+def check(count: int, kv: str | None = None) -> None:
+    """Refuse (ValueError) an impossible number and a way of keys that is none; raise Wanted where
+    the processes are still to be started, and do nothing in one of them."""
+    check_kv(kv, count)
     if not 1 <= count <= MOST:
         raise ValueError(f"ulysses is a number of processes from 1 to {MOST}, not {count}")
     if count == 1:
@@ -40,6 +42,17 @@ def check(count: int) -> None:
     world = os.environ.get("WORLD_SIZE")
     if world != str(count):
         raise ValueError(f"ulysses is {count}, but the launcher started {world} processes")
+
+
+def check_kv(kv: str | None, count: int | None = None) -> None:
+    """ValueError for another way of keys, and for one among fewer than two processes."""
+    if kv not in (None, *KV):
+        raise ValueError(f"kv is {', '.join(map(repr, KV))} or None (Ulysses), not {kv!r}")
+    if kv is not None and count == 1:
+        raise ValueError(
+            f"kv={kv!r} says how keys travel between processes: add how many with ulysses, or "
+            "leave kv out"
+        )
 
 
 def started() -> bool:

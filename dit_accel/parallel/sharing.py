@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_accel.parallel import plans
-from dit_accel.parallel.context import KV
+from dit_accel.parallel.launcher import check_kv
 from dit_accel.pipelines.denoisers import transformers_of
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def share(
     """
     from diffusers.models._modeling_parallel import ContextParallelConfig
 
-    if kv not in (None, *KV):
-        raise ValueError(f"kv is {', '.join(map(repr, KV))} or None (Ulysses), not {kv!r}")
+    check_kv(kv)
     world = _join(pipe._execution_device)
     degree = degree or world
     if degree != world:

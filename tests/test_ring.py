@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from forked import spawn
 from runs import on
 from tiny import tiny_flux, tiny_wan
 
@@ -137,7 +137,7 @@ def found(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(work, (port, folder), nprocs=2)
+    spawn(work, (port, folder), 2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import ContextParallelConfig, ParallelConfig
+from forked import spawn
 from tiny import tiny_flux, tiny_wan
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -166,7 +166,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ulysses")
-    mp.spawn(work, (free_port(), folder), nprocs=2)
+    spawn(work, (free_port(), folder), 2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -220,7 +220,7 @@ def gather_masks(rank, port, folder):
 
 def test_masks_of_unequal_parts(tmp_path):
     """Three processes: with two, what fills up stands at the end."""
-    mp.spawn(gather_masks, (free_port(), tmp_path), nprocs=3)
+    spawn(gather_masks, (free_port(), tmp_path), 3)
     for rank in range(3):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [True] * 12 + [False]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-import torch.multiprocessing as mp
+from forked import spawn
 from zoo import Case, Pipe, zoo
 
 import dit_accel
@@ -38,7 +38,7 @@ def observed() -> dict[str, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        mp.spawn(_work, (port, folder), nprocs=2)
+        spawn(_work, (port, folder), 2)
         said = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
     assert len(said) == 2
     return {name: next((s[name] for s in said if s[name] != "yes"), "yes") for name in said[0]}

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from dit_accel.pipelines import registry
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 START, END = "<!-- written by tests/pipelines/tables.py -->", "<!-- end -->"
 REFUSED = registry.left_alone()
+SMALL = {"ssta": {"tile": (1, 8, 8), "window": (1, 1, 1)}}  # of few tokens several tiles
 ONE_LENGTH = "prompts of one length"  # what vsa takes, see the page
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
 
@@ -55,6 +57,12 @@ def graphs(name: str, accelerated: bool) -> int:
     return len(compiled)
 
 
+def kinds(name: str) -> int:
+    """Graphs that a stock model has at least: one for each class of its repeated blocks."""
+    model = zoo()[name].build()
+    return len({type(m) for m in model.modules() if type(m).__name__ in model._repeated_blocks})
+
+
 @cache
 def known_pipelines() -> dict[str, list[str]]:
     """Transformer class with an adapter → the diffusers pipelines that hold it."""
@@ -69,7 +77,7 @@ def known_pipelines() -> dict[str, list[str]]:
     return {name: sorted(found[name]) for name in registry.known()}
 
 
-def row(case: Case) -> tuple[str, ...]:
+def row(case: Case, ulysses: str) -> tuple[str, ...]:
     """The cells of HEAD: what was observed, and why not where it was not."""
     model = case.build()
     with dit_accel.accelerated(Pipe(model), TopK(keep=0.3), order="hilbert", **NOW) as handle:
@@ -89,7 +97,7 @@ def row(case: Case) -> tuple[str, ...]:
         pruned(case, model),
         order,
         compiled,
-        shared.observed().get(case.name, "no"),
+        ulysses,
         offloaded(case),
         case.mask,
         case.note,
@@ -99,7 +107,7 @@ def row(case: Case) -> tuple[str, ...]:
 def served(case: Case, model: torch.nn.Module, name: str, **more) -> str:
     """Whether a run of three steps goes sparse from end to end: yes, or why not."""
     pipe, config = Pipe(model, steps=3), resolve(name)
-    method = replace(config.method, keep=0.3)
+    method = replace(config.method, keep=0.3, **SMALL.get(name, {}))
     order = "hilbert" if config.order == "raster" else config.order  # a method's own layout
     with dit_accel.accelerated(pipe, method, order=order, **NOW, **more) as handle:
         try:
@@ -150,13 +158,23 @@ HEAD = ("model", "methods", "pruning", "token order", "regional compile", "Ulyss
 HEAD += ("group offload", "mask", "notes")
 
 
-def render() -> str:
-    """The generated part of docs/reference/models.md."""
-    cases = zoo()
+def observed() -> list[tuple[str, ...]]:
+    """The rows of all models."""
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rows = [row(case) for case in cases.values()]
-    pipelines = known_pipelines()
+        return [row(case, shared.observed().get(name, "no")) for name, case in zoo().items()]
+
+
+def written() -> dict[str, tuple[str, ...]]:
+    """Class → its row in the page; ValueError where the page has not one for each."""
+    lines = PAGE.read_text().split(START)[1].split(END)[0].splitlines()
+    rows = [tuple(line[2:-2].split(" | ")) for line in lines if line.startswith("| ")]
+    return dict(zip(zoo(), rows[2:], strict=True))
+
+
+def render(rows: Iterable[tuple[str, ...]]) -> str:
+    """The generated part of docs/reference/models.md."""
+    cases, pipelines = zoo(), known_pipelines()
     lines = [START, ""]
     lines += [
         f"{len(cases)} transformer classes, {sum(map(len, pipelines.values()))} pipelines.",
@@ -180,7 +198,7 @@ def _line(cells) -> str:
 def main() -> None:
     text = PAGE.read_text()
     before, after = text.split(START)[0], text.split(END)[-1]
-    PAGE.write_text(before + render() + after)
+    PAGE.write_text(before + render(observed()) + after)
 
 
 if __name__ == "__main__":

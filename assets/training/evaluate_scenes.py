@@ -90,7 +90,6 @@ def main() -> None:
     pipe = WanPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     found = References.load(args.references) if args.references else small(args.data, scenes=True)
-    found = References(found.rgba.to(args.device), found.names, found.frames, found.colours)
     asked = prompts(call["height"], args.count)
     clips = generate(pipe, call, asked, args.batch)
     if args.grid:

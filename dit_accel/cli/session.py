@@ -196,7 +196,7 @@ def open_study(
             output,
             name if opened.trained is None else f"{name} with {opened.trained}",
             batch=batch,
-            recogniser=recogniser(where.model, pipe._execution_device),
+            recogniser=recogniser(where.model),  # thousands of tiny steps: a GPU gains nothing
             trained=None if opened.trained is None else opened.config,
         )
 

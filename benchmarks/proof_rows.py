@@ -1,0 +1,80 @@
+"""Preset files for rows of `dit-accel evaluate` that its grammar has no word for.
+
+    python benchmarks/proof_rows.py rows                          # files to give to --rows
+    python benchmarks/proof_rows.py rows --profile profile.json   # also budgets of the heads
+
+Every file is one choice more than the one before it, at as much kept work: query blocks of 64, the
+order tile, more in the early steps, a budget for each head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from dit_accel import Schedule
+from dit_accel.config import AccelConfig, resolve
+from dit_accel.methods import Method
+from dit_accel.methods.budget import Profile
+
+STEPS, FIRST, EARLY = 20, 3, 5  # of a run; its first sparse step; how many of these keep more
+MORE = 2.2  # times the mean keep in the early steps
+FULL = (FIRST, 5, 8, 13)  # full steps of `shared`, which by itself has 3, 8, 13 and 18
+
+
+def curve(keep: float) -> Schedule:
+    """More in the first sparse steps, less in the others, `keep` on average."""
+    late = STEPS - FIRST - EARLY
+    rest = keep * (STEPS - FIRST - MORE * EARLY) / late
+    return Schedule(step_keep=((FIRST, MORE * keep), (FIRST + EARLY, rest)))
+
+
+def files(keep: float, profile: Path | None) -> dict[str, AccelConfig]:
+    """Name → configuration."""
+    found: dict[str, AccelConfig] = {}
+    for name in ("shared", "topk", "pooled"):
+        method: Method = replace(resolve(f"{name}/sub@{keep}").method, block_q=64)
+        end = f"{keep:.0%}".rstrip("%")
+        found[f"{name}-q64-{end}"] = AccelConfig(method)
+        found[f"{name}-q64-tile-{end}"] = tiled = AccelConfig(method, order="tile")
+        if name == "shared":
+            method = replace(method, period=1.0)
+            tiled = AccelConfig(method, Schedule(refresh=FULL[1:]), order="tile")
+        else:
+            tiled = replace(tiled, schedule=curve(keep))
+        found[f"{name}-q64-tile-steps-{end}"] = tiled
+        if profile is not None:
+            budget = Profile.load(profile).schedule(tiled.schedule, keep, "sub")
+            found[f"{name}-q64-tile-steps-heads-{end}"] = replace(tiled, schedule=budget)
+    return found
+
+
+def late() -> dict[str, AccelConfig]:
+    """Dense for a while, then nearly nothing."""
+    names = (("topk/sub", 0.5), ("pooled/sub", 0.5), ("shared/sub", 0.3), ("shared/sub", 0.5))
+    return {
+        f"{name.replace('/', '-')}-5-after-{share:.0%}".rstrip("%"): AccelConfig(
+            resolve(f"{name}@0.05").method, Schedule(warmup=share)
+        )
+        for name, share in names
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--profile", type=Path, help="of `dit-accel profile --try sub`")
+    parser.add_argument("--keep", type=float, nargs="*", default=(0.1, 0.2))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = late()
+    for keep in args.keep:
+        found |= files(keep, args.profile)
+    for name, config in found.items():
+        config.save(args.out / f"{name}.json")
+    print(",".join(f"{args.out}/{name}.json" for name in found))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.generation.loading import Defaults
-from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.request import Request, of_any_prompt
 from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.pipelines.denoisers import transformers_of
 
@@ -64,7 +64,7 @@ def record(pipe: DiffusionPipeline, defaults: Defaults, prompt: str) -> Conditio
         raise _Stop
 
     # Request refuses the empty prompt, which is a usual negative one
-    call = arguments(pipe, defaults, Request("any")) | {"prompt": prompt}
+    call = of_any_prompt(pipe, defaults, Request("any")) | {"prompt": prompt}
     distilled = getattr(transformer.config, "guidance_embeds", False)
     if "guidance_scale" in inspect.signature(type(pipe).__call__).parameters and not distilled:
         call["guidance_scale"] = 1.0

@@ -21,7 +21,7 @@ from dit_accel.finetune.loop import Log, Trainer, draw_seed, parameter_groups, t
 from dit_accel.finetune.student import Teacher, build
 from dit_accel.finetune.validate import DRAWS, Clips, velocity_error
 from dit_accel.generation.loading import EMBEDDED, Defaults, find_model, load_pipeline
-from dit_accel.generation.request import Request, arguments
+from dit_accel.generation.request import Request, of_any_prompt
 from dit_accel.inputs.prompts import read_prompts
 from dit_accel.media.files import check_folder, check_own
 from dit_accel.media.lock import held
@@ -161,7 +161,8 @@ def _load(
         if part is not None:
             part.requires_grad_(False)
     width, height = settings.size or (None, None)
-    arguments(pipe, defaults, Request("any", width=width, height=height, frames=settings.frames))
+    any_ = Request("any", width=width, height=height, frames=settings.frames)
+    of_any_prompt(pipe, defaults, any_)  # a size that the model cannot make is refused here
     return pipe, replace(defaults, **given)
 
 

@@ -81,6 +81,11 @@ def arguments(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> 
     folder = getattr(getattr(pipe, "config", None), "_name_or_path", None)
     if folder and (vocabulary := Vocabulary.load(Path(folder))):
         vocabulary.read(request.prompt)
+    return of_any_prompt(pipe, defaults, request)
+
+
+def of_any_prompt(pipe: DiffusionPipeline, defaults: Defaults, request: Request) -> dict[str, Any]:
+    """`arguments`, whatever the prompt says: for a caller that puts another in its place."""
     known = inspect.signature(type(pipe).__call__).parameters
     kind = type(pipe).__name__
     asked = {}

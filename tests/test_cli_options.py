@@ -44,6 +44,7 @@ def test_an_option_is_described_in_the_same_words_everywhere():
 def test_help_names_what_can_be_chosen():
     from dit_accel.bench import OPS, SHAPES
     from dit_accel.bench.models import MODELS
+    from dit_accel.bench.patterns import PATTERNS
     from dit_accel.finetune.config import OBJECTIVES, PRECISIONS, TRAIN
     from dit_accel.forward.order import ORDERS
 
@@ -51,6 +52,7 @@ def test_help_names_what_can_be_chosen():
         ("bench", "--op"): OPS,
         ("bench", "--shape"): SHAPES,
         ("bench", "--model"): MODELS,
+        ("bench", "--pattern"): PATTERNS,
         ("finetune", "--train"): TRAIN,
         ("finetune", "--objective"): OBJECTIVES,
         ("finetune", "--precision"): PRECISIONS,

@@ -155,7 +155,7 @@ def test_ratios_refer_to_the_fastest_dense(installed, monkeypatch):
     def fixed(runs, *how):
         return {name: times.get(name, 3.0) for name in runs}
 
-    monkeypatch.setattr("dit_accel.bench.operators._times", fixed)
+    monkeypatch.setattr("dit_accel.bench.operators.times", fixed)
     monkeypatch.setattr(baselines, "_BACKENDS", {})
     monkeypatch.setattr(
         "dit_accel.bench.baselines.torch.compile", lambda flex: lambda q, k, v, block_mask: q

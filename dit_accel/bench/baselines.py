@@ -20,12 +20,13 @@ _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTE
 
 
 def gpu(
-    q: Tensor, k: Tensor, v: Tensor, table: BlockTable
+    q: Tensor, k: Tensor, v: Tensor, table: BlockTable, flex: bool = True
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """Dense cuDNN and FlashAttention, FlexAttention at the same table, and the packages of others
-    (rivals.py): those that run here, and for the others the reason why not."""
-    mask = flex_mask(table)
-    flex = torch.compile(flex_attention)
+    (rivals.py): those that run here, and for the others the reason why not.
+
+    flex: with FlexAttention, which is compiled for each table's shape.
+    """
 
     def dense(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
@@ -33,7 +34,9 @@ def gpu(
 
     runs: dict[str, Callable[[], Tensor]]
     runs = {name: partial(dense, backend) for name, backend in _BACKENDS.items()}
-    runs["flex"] = lambda: flex(q, k, v, block_mask=mask)
+    if flex:
+        compiled, mask = torch.compile(flex_attention), flex_mask(table)
+        runs["flex"] = lambda: compiled(q, k, v, block_mask=mask)
     others, reasons = rivals.runs(q, k, v, table)
     served = {}
     for name, run in (runs | others).items():

@@ -9,11 +9,8 @@ processor time of one thread, which other programs hardly disturb.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +20,11 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.bench import baselines, rivals
+from dit_accel.bench.measure import checked, times
 from dit_accel.bench.results import line, store
 from dit_accel.bench.shapes import DEFAULT_SHAPES, SHAPES, Shape
 from dit_accel.ops import dispatch
 from dit_accel.table import BlockTable
-from dit_accel.testing import assert_close, references
 
 OPS = ("block_sparse_attention", "pooled_attention", "rectified_attention")
 
@@ -63,9 +60,7 @@ def run_bench(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
     shapes = shapes or DEFAULT_SHAPES[device]
-    for name, known in [(n, OPS) for n in op_names] + [(n, SHAPES) for n in shapes]:
-        if name not in known:
-            raise ValueError(f"unknown name {name!r}; the benchmark has {', '.join(known)}")
+    check_names(op_names, shapes)
     rows = []
     for shape in (SHAPES[name] for name in shapes):
         for keep in keeps:
@@ -75,6 +70,13 @@ def run_bench(
     if out:
         store(rows, out)
     return rows
+
+
+def check_names(op_names: Sequence[str], shapes: Sequence[str]) -> None:
+    """ValueError for an operator or a shape that the benchmark does not have."""
+    for name, known in [(n, OPS) for n in op_names] + [(n, SHAPES) for n in shapes]:
+        if name not in known:
+            raise ValueError(f"unknown name {name!r}; the benchmark has {', '.join(known)}")
 
 
 def crossover(device: str | None = None, *, rounds: int = 5, clock: str = "wall") -> list[dict]:
@@ -133,15 +135,15 @@ def _row(
     if extras(device):
         extra, reasons = baselines.gpu(q, k, v, table)
         runs |= extra
-    errors = _errors(runs, ops.block_sparse_attention(q, k, v, table))
+    far = errors(runs, ops.block_sparse_attention(q, k, v, table))
     if backward and op == "block_sparse_attention":
         both, more = _backward(q, k, v, table)
         runs, reasons = runs | both, reasons | more
-    times = _times(runs, rounds, device, clock)
-    best = min((n for n in baselines.DENSE if n in times), key=times.__getitem__)
+    took = times(runs, rounds, device, clock)
+    best = min((n for n in baselines.DENSE if n in took), key=took.__getitem__)
     density = table.density().item()
     work = 4 * density * shape.batch * shape.heads * shape.n**2 * shape.head_dim
-    error, failure = _check(op, q, k, v, table, fn(q, k, v, table))
+    error, failure = checked(op, q, k, v, table, fn(q, k, v, table))
     return {
         "op": op,
         "shape": asdict(shape),
@@ -153,12 +155,12 @@ def _row(
         "block": block,
         "keep": keep,
         "density": round(density, 4),
-        **{f"{name}_ms": ms and round(ms, 3) for name, ms in times.items()},
+        **{f"{name}_ms": ms and round(ms, 3) for name, ms in took.items()},
         **{f"{name}_absent": reason for name, reason in reasons.items()},
-        **{f"{name}_error": error for name, error in errors.items()},
+        **{f"{name}_error": error for name, error in far.items()},
         "dense_best": best,
-        "ratio": None if failure else round(times[best] / times["ours"], 2),
-        "kept_tflops": round(work / times["attention"] / 1e9, 3),
+        "ratio": None if failure else round(took[best] / took["ours"], 2),
+        "kept_tflops": round(work / took["attention"] / 1e9, 3),
         "relative_error": error,
         "check": failure or "passed",
     }
@@ -169,7 +171,7 @@ def extras(device: str) -> bool:
     return device == "cuda"
 
 
-def _errors(runs: dict[str, Callable[[], Any]], ours: Tensor) -> dict[str, float]:
+def errors(runs: dict[str, Callable[[], Any]], ours: Tensor) -> dict[str, float]:
     """Relative RMS difference of what others give at the table from what we give."""
     far = {name: runs[name]().float() - ours.float() for name in baselines.SPARSE if name in runs}
     norm = ours.float().norm()
@@ -203,43 +205,3 @@ def _whole(op: str, q: Tensor, k: Tensor, v: Tensor, keep: float, block: int) ->
     spreads = op == "rectified_attention"
     table, means = ops.block_table(q, k, keep, block, block, return_means=True, spreads=spreads)
     return fn(q, k, v, table, means=means)
-
-
-def _times(
-    runs: dict[str, Callable[[], object]], rounds: int, device: str, clock: str
-) -> dict[str, float]:
-    """Median milliseconds of each run; the runs take turns."""
-    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    for run in runs.values():
-        run()
-    seen: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = now()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seen[name].append(1e3 * (now() - start))
-    return {name: statistics.median(values) for name, values in seen.items()}
-
-
-def _check(
-    op: str, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, out: Tensor
-) -> tuple[float, str | None]:
-    """Relative RMS error of a few query blocks of one head, and why the check failed, if it did."""
-    reference = getattr(import_module(f"dit_accel.kernels.{op}.reference"), op)
-    rows = sorted({0, table.query_blocks // 2, table.query_blocks - 1})
-    places = torch.arange(table.n_q, device=q.device)
-    here = torch.cat([places[r * table.block_q : (r + 1) * table.block_q] for r in rows])
-    indices, counts = table.indices[:1, -1:, rows], table.counts[:1, -1:, rows]
-    few = BlockTable(indices, counts, table.block_q, table.block_k, len(here), table.n_k)
-    q, k, v, out = q[:1, -1:, here], k[:1, -1:], v[:1, -1:], out[:1, -1:, here]
-    wide, same = references(reference, q, k, v, few)
-    error = ((out.double() - wide).norm() / wide.double().norm()).item()
-    try:
-        assert_close(op, out, wide, same)
-    except AssertionError as failure:
-        return error, str(failure)
-    return error, None

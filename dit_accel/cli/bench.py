@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dit_accel.cli.axes import AxisOptions
 from dit_accel.cli.options import checked, option
 from dit_accel.generation import options as say
 from dit_accel.generation.options import WHERE
@@ -88,12 +89,15 @@ def bench(
     out: Out = None,
     device: Device = None,
     operators: OperatorOptions,
+    axes: AxisOptions,
     e2e: E2e = False,
     models: ModelOptions,
 ) -> None:
     """Time the operators against dense attention, with an error check; whole models with --e2e.
 
     dit-accel bench --op pooled_attention --shape wan1.3b-480p --keep 0.05 --out rows.json
+
+    dit-accel bench --pattern topk,top-p --length 8k,32k,256k --ranks 1,4
 
     dit-accel bench --e2e --model wan1.3b-480p flux-1024 --minutes 4 --out e2e.json
 
@@ -104,7 +108,8 @@ def bench(
             raise ValueError(f"rounds is a number ≥ 1, not {rounds}")
         if out is not None:
             check_place(out)
-        stray = _given(operators if e2e else models)
+        by_axes = _given(axes)
+        stray = [*by_axes, *_given(operators)] if e2e else _given(models)
         if stray:
             kinds = ("operators", "whole models") if e2e else ("whole models", "operators")
             raise ValueError(
@@ -113,6 +118,8 @@ def bench(
             )
         if e2e:
             good = _whole_models(models, device, rounds, out)
+        elif by_axes:
+            good = _axes(operators, axes, device, rounds or 5, out)
         elif operators.sweep:
             good = _sweep(operators, device, out)
         else:
@@ -121,10 +128,16 @@ def bench(
         raise typer.Exit(FAILED)
 
 
-def _given(group: OperatorOptions | ModelOptions) -> list[str]:
+def _given(group: OperatorOptions | AxisOptions | ModelOptions) -> list[str]:
     """The options of a group that were given."""
     names = (f.name for f in fields(group) if getattr(group, f.name) not in ([], f.default))
     return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def _block(block: int | None) -> int:
+    if block not in (None, 64, 128):
+        raise ValueError(f"block is 64 or 128, not {block}")
+    return 64 if block is None else block
 
 
 def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Path | None) -> bool:
@@ -134,9 +147,7 @@ def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Pat
     from dit_accel.bench import OPS, crossover, run_bench
     from dit_accel.bench.results import store
 
-    clock = asked.clock or "wall"
-    if asked.block not in (None, 64, 128):
-        raise ValueError(f"block is 64 or 128, not {asked.block}")
+    clock, block = asked.clock or "wall", _block(asked.block)
     if clock == "cpu":
         torch.set_num_threads(1)
     if asked.crossover:
@@ -154,12 +165,42 @@ def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Pat
         device,
         out,
         dtype=getattr(torch, asked.dtype) if asked.dtype else None,
-        block=64 if asked.block is None else asked.block,
+        block=block,
         rounds=rounds,
         clock=clock,
         backward=asked.backward,
         echo=print,
     )
+    return all(row["check"] == "passed" for row in rows)
+
+
+def _axes(
+    asked: OperatorOptions, axes: AxisOptions, device: str | None, rounds: int, out: Path | None
+) -> bool:
+    """Whether every error check passed, and every row found room."""
+    import torch
+
+    from dit_accel.bench.axes import run_axes
+    from dit_accel.bench.axes_table import markdown
+
+    for name in ("backward", "crossover", "sweep"):
+        if getattr(asked, name):
+            raise ValueError(f"--{name} has no patterns, lengths or ranks: leave it or these out")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.clock == "cpu":
+        torch.set_num_threads(1)
+    chosen = axes.axes(
+        where,
+        shapes=asked.shape,
+        keeps=asked.keep,
+        ops=asked.op,
+        dtype=asked.dtype,
+        block=_block(asked.block),
+        rounds=rounds,
+        clock=asked.clock or "wall",
+    )
+    rows = run_axes(chosen, where, out, echo=print)
+    print(f"\n{markdown(rows)}")
     return all(row["check"] == "passed" for row in rows)
 
 

@@ -82,6 +82,11 @@ class AccelConfig:
                 f"the selector {selector} looks where tokens lie in the picture, so it cannot run "
                 "on pruned ones; take another selector or prune=None"
             )
+        for what in self.method.places if self.prune is not None else ():
+            raise ValueError(
+                f"{what} looks where tokens lie in the picture, so it cannot run on pruned ones; "
+                "take another or prune=None"
+            )
         if self.schedule.head_keep and not (self.method.chooses and selector.counted):
             name = self.method.name if not self.method.chooses else f"the selector {selector}"
             raise ValueError(f"{name} reads the same blocks for all heads: no head_keep")
@@ -101,10 +106,12 @@ class AccelConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; `from_dict` reads it back to an equal object."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}
-        choice = {name: str(getattr(self.method, name)) for name in ("select", "reuse", "sort")}
-        out["method"] = {"name": self.method.name, **asdict(self.method), **choice}
-        if not self.method.sort:
-            del out["method"]["sort"]  # what ran before there was one is the same
+        method = self.method
+        choice = {name: str(getattr(method, name)) for name in method.texts}
+        out["method"] = {"name": method.name, **asdict(method), **choice}
+        for name in method.later:  # what ran before there was one is the same
+            if getattr(method, name) == type(method).__dataclass_fields__[name].default:
+                del out["method"][name]
         out["schedule"] = asdict(self.schedule)
         out["prune"] = None if self.prune is None else asdict(self.prune)
         return json.loads(json.dumps(out))

@@ -36,6 +36,10 @@ _SCORED = "tests/methods/test_scored.py::"
 _REGIONS = "dit_accel/methods/selectors/regions.py"
 _RELATIVE = "dit_accel/methods/selectors/relative.py"
 _SORTS = "tests/methods/test_sorts.py::"
+_BRANCH = "dit_accel/methods/branches/"
+_BRANCHES = "tests/methods/test_branches.py::"
+_EQUATION = _BRANCHES + "test_each_branch_is_its_equation_forward_and_backward"
+_LEARNS = "tests/finetune/test_student.py::test_a_branch_learns_every_tensor"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
@@ -46,13 +50,13 @@ _TABLES = (_REUSE + "test_a_table_serves_so_many_steps",)
 PAPERS = (
     Paper("TPLA", "none", "splits the latent of a KV cache over devices; a diffusion step keeps no cache"),
     Paper("TPI-LLM", "part", "weights on the host, a window of layers on the device: diffusers' group offload goes with every method; no option of the command line", "tests/composition.py", ("tests/test_composition.py::test_the_page_says_what_is_observed",)),
-    Paper("Lightning Attention", "part", "exact inside of blocks, states between them, without causality; its decay is not built", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_the_projected_state_of_all_keys",)),
+    Paper("Lightning Attention", "works", "exact inside of blocks, states between them, whose weights decay with the distance of blocks in the picture instead of in time: `decay`, in plain torch; without a decay the fused kernel", _BRANCH + "decay.py", (_EQUATION, _BRANCHES + "test_a_steep_decay_leaves_the_own_block_and_the_text", _LINEAR + "test_the_projected_state_of_all_keys")),
     Paper("MiniCPM-SALA", "open", "sparse and linear layers in turn, converted by training: a method for each layer"),
     Paper("SLA", "works", "critical blocks exact, the others by learned linear attention", "dit_accel/methods/sla.py", ("tests/methods/test_sla.py::test_the_projected_form_is_the_paper", _LINEAR + "test_backward")),
-    Paper("TransNormerLLM", "none", "an architecture with a direction in time, trained from scratch"),
+    Paper("TransNormerLLM", "part", "its norm in place of the divisor, `rms`; a direction in time and training from scratch have no form", _BRANCH + "rms.py", (_BRANCHES + "test_rms_is_the_plain_branch_over_its_root_mean_square",)),
     Paper("TFLA", "part", "two levels of tiles: programs over spans of keys whose states are summed", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_parts_of_the_heads_give_the_same_bits",)),
     Paper("Long-Context Attention Benchmark", "works", "pattern × length × ranks in one table, `dit-accel bench --pattern … --length … --ranks …`: tables of one share and different shape, the share of one rank cut out and run alone; no ratio without a check", "dit_accel/bench/axes.py", ("tests/test_axes.py::test_every_pattern_keeps_the_same_share", "tests/test_axes.py::test_the_shares_of_all_ranks_are_the_whole", "tests/test_axes.py::test_no_ratio_for_a_wrong_result")),
-    Paper("Gated Linear Attention", "open", "a gate for each key in the linear branch; its decay over time has no form"),
+    Paper("Gated Linear Attention", "works", "a gate for each key in the linear branch, from the key: `gated`; its decay over time has no form, that over distance is `decay`", _BRANCH + "gated.py", (_EQUATION, _LEARNS)),
     Paper("Superlinear Attention", "part", "spans first, blocks inside of them: regions; its router is learned", _REGIONS, (_SCORED + "test_blocks_come_from_the_best_regions",)),
     Paper("LeanAttention", "none", "unequal work split evenly: rows taken longest first were built and measured, gained nothing on an H200, and are out (kernels/block_table/README.md)"),
     Paper("Sequence Parallelism (ring)", "works", "keys and values go round in parts, whose outputs are merged by their log-sum-exp: `share(pipe, kv=\"ring\")`, `--kv ring`", "dit_accel/parallel/sharded.py", (_RING, "tests/test_ring.py::test_parts_are_merged_by_their_log_sum_exp")),
@@ -68,14 +72,14 @@ PAPERS = (
     Paper("Combiner", "works", "summaries and keys in one softmax: pooled", "dit_accel/methods/pooled.py", (_POOLED + "test_pooled_is_its_equation", _POOLED + "test_pooled_backward")),
     Paper("HiP", "works", "tree search of the best blocks: a control, for scoring all of them costs a 16,384th of dense at 256k tokens", _REGIONS, (_SCORED + "test_a_tree_finds_the_best_where_scores_have_one_peak", _SCORED + "test_a_tree_misses_what_hides_beside_a_bad_middle")),
     Paper("EasySpec", "none", "speculation needs a draft and a lossless check"),
-    Paper("RCMHA", "open", "a depth-wise convolution beside attention, trained"),
+    Paper("RCMHA", "works", "a depth-wise convolution beside attention, trained: `conv`; its relative positions are the model's own", _BRANCH + "conv.py", (_BRANCHES + "test_a_kernel_that_is_one_at_its_middle_adds_the_values", _LEARNS)),
     Paper("2D-TPE", "works", "each head reads the grid in its own order, time, tiles or Hilbert, chosen by a profile instead of learned", "dit_accel/methods/sorts.py", (_SORTS + "test_each_head_is_as_if_all_had_its_order", _SORTS + "test_one_order_for_all_heads_is_that_of_the_model")),
     Paper("FIT", "part", "its pattern: exact in a window, one summary for each block outside: pooled over a window; its latents are learned", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_pooled_over_a_window_is_near_tokens_and_the_means_of_the_others",)),
     Paper("MoA", "works", "a budget for each head under a total, from one profile", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force", _PROFILE + "test_a_budget_of_heads_runs_and_keeps_its_total", "tests/kernels/test_part_scores.py::test_a_share_for_each_head")),
     Paper("TCA", "part", "budgets of heads, by error instead of captured mass", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force",)),
     Paper("DeltaLLM", "works", "keys that change little in time share a block, whose mean stands for them: pooled in the order of time; what changes little over steps is a residual", "dit_accel/methods/sorts.py", (_SORTS + "test_keys_that_stay_in_time_lose_nothing", "tests/methods/test_shared.py::test_at_the_caching_step_the_partial_formula_is_the_dense_output")),
     Paper("S2-Attention", "works", "a strided shard for each head, which together are everything: a static control", _STATIC, (_STATICS + "test_the_shards_of_all_heads_are_everything",)),
-    Paper("RALA", "open", "weights for keys in the linear state, and a gate"),
+    Paper("RALA", "works", "keys weighed by the mean query, and a gate of the output from the attention's input: `rala`", _BRANCH + "rala.py", (_EQUATION, _BRANCHES + "test_rala_reads_what_the_attention_is_given", _LEARNS)),
     Paper("Rectified SpaAttn", "works", "sparse attention rescaled to its mass, plus pooled values", "dit_accel/methods/rectified.py", (_POOLED + "test_rectified_is_its_equation", "tests/methods/test_selectors.py::test_the_critical_set_is_the_equations")),
     Paper("Routing Transformer", "works", "k-means of each head's queries and keys as the order of its tokens, which blocks of one size cut", "dit_accel/methods/sorts.py", (_SORTS + "test_tokens_of_a_cluster_lie_together", _SORTS + "test_clusters_find_what_is_scattered")),
     Paper("DHSA", "works", "chunks by content, whose means times √length score the blocks; borders where tokens are least alike instead of learned ones", "dit_accel/methods/selectors/chunks.py", (_SCORED + "test_chunks_that_are_blocks_are_the_means", _SCORED + "test_chunks_end_where_tokens_change")),
@@ -93,7 +97,7 @@ PAPERS = (
     Paper("SALE", "works", "an estimate of all pairs in four bits against a threshold relative to what is near: `relative(4.8,parts=64,bits=4)`; shows what it finds, no kernel makes it fast", _RELATIVE, (_SCORED + "test_an_estimate_in_few_bits", _SCORED + "test_what_is_above_the_threshold_is_kept_up_to_the_cap")),
     Paper("AnchorAttention", "works", "a threshold relative to the blocks that are read anyway, with a cap; blocks instead of stripes of tokens", _RELATIVE, (_SCORED + "test_a_threshold_of_nothing_or_everything", _SCORED + "test_what_is_above_the_threshold_is_kept_up_to_the_cap")),
     Paper("MASA", "none", "fewer parameters, the same time"),
-    Paper("SLAB", "part", "ReLU features of the linear branch; no convolution", "kernels/sparse_linear_attention/features.py", (_LINEAR + "test_feature_maps",)),
+    Paper("SLAB", "works", "ReLU features of the linear branch, and a depth-wise convolution of the values beside it: `conv`; its batch norm has nothing to fold into", _BRANCH + "conv.py", (_LINEAR + "test_feature_maps", _EQUATION)),
     Paper("MaxViT", "works", "own window and a dilated grid, which reach everything in two layers: a static control", _STATIC, (_STATICS + "test_a_window_and_a_grid_reach_everything_in_two_layers",)),
     Paper("TAPPA", "part", "a table serves several steps; not by the similarity of queries", "dit_accel/methods/reuse.py", _TABLES),
     Paper("HyLRA", "part", "sensitive layers dense, tables reused; over steps instead of layers", "dit_accel/methods/reuse.py", (*_TABLES, "tests/test_tune.py::test_sensitivity_is_the_error_of_each_layer")),

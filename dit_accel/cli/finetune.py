@@ -51,6 +51,9 @@ class MethodOptions:
     sort: Annotated[Text, option("Order of each head of sla. \\[none]", _METHOD)] = None
     linear: Annotated[Text, option("all, rest, marginal or none. \\[all]", _METHOD)] = None
     combine: Annotated[Text, option("project or gate. \\[project]", _METHOD)] = None
+    branch: Annotated[
+        Text, option("What sla's linear branch weighs, see branches. \\[plain]", _METHOD)
+    ] = None
     feature_map: Annotated[Text, option("softmax, elu or relu. \\[softmax]", _METHOD)] = None
     block_q: Annotated[Whole, option("64 or 128. \\[128 from 8,192 tokens on]", _METHOD)] = None
     block_k: Annotated[Whole, option("64 or 128. \\[64]", _METHOD)] = None
@@ -116,7 +119,7 @@ def finetune(
     run: RunOptions,
     model: say.Model = None,
 ) -> None:
-    """Train SLA or VSA so that sparse attention gives what dense attention gives.
+    """Train a method with tensors, SLA or VSA, so that it gives what dense attention gives.
 
     Its own tensors are trained, and the model's weights or a LoRA with them. See
     docs/train/finetune.md.

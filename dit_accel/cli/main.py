@@ -25,7 +25,7 @@ from dit_accel.cli.doctor import doctor
 from dit_accel.cli.evaluate import evaluate
 from dit_accel.cli.finetune import finetune
 from dit_accel.cli.generate import generate
-from dit_accel.cli.methods import methods, selectors
+from dit_accel.cli.methods import branches, methods, selectors
 from dit_accel.cli.profile import profile
 from dit_accel.cli.screen import print_anything, screen
 from dit_accel.cli.show import show
@@ -64,7 +64,7 @@ def root(
 
 
 _MAKE = (generate, compare, batch, evaluate, tune, profile, doctor, convert)
-for command in (*_MAKE, methods, selectors, show):
+for command in (*_MAKE, methods, selectors, branches, show):
     app.command()(grouped(command))
 app.command(cls=Several)(grouped(bench))
 app.command("app")(grouped(page))

@@ -1,4 +1,9 @@
-"""`dit-accel methods` and `dit-accel selectors`."""
+"""`dit-accel methods`, `dit-accel selectors` and `dit-accel branches`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 def methods() -> None:
@@ -21,15 +26,28 @@ def methods() -> None:
 
 def selectors() -> None:
     """List the selectors: how a method may choose the blocks it reads."""
+    from dit_accel.methods.selectors import infos
+
+    _list("selector", "what it reads", infos())
+
+
+def branches() -> None:
+    """List the branches of sla: what its linear branch weighs, and what stands beside."""
+    from dit_accel.methods.branches import infos
+
+    _list("branch", "what it is", infos())
+
+
+def _list(kind: str, does: str, infos: Mapping[str, Any]) -> None:
+    """A table of names, what they do, and papers."""
     from rich.table import Table
     from rich.text import Text
 
     from dit_accel.cli.screen import screen
-    from dit_accel.methods.selectors import infos
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("selector", "what it reads", "paper"):
+    for column in (kind, does, "paper"):
         table.add_column(column)
-    for name, info in infos().items():
+    for name, info in infos.items():
         table.add_row(Text(name, "bold"), info.description, info.paper)
     screen().print(table, soft_wrap=False)

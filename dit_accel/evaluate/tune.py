@@ -186,7 +186,7 @@ def _candidates(study: Study, methods: Sequence[str]) -> dict[str, Method]:
     can be tried in the middle of a dense run, which tiles and gates cannot."""
     found = {name: named(name) for name in methods}
     own = study.trained.method if study.trained is not None else None
-    if own is None or own.keep == 1 or own.gated or own.layout is not None:
+    if own is None or own.keep == 1 or own.reads_input or own.layout is not None:
         return found
     return {"checkpoint": own} | found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from dit_accel.config import AccelConfig
 from dit_accel.forward.order import ORDERS
 from dit_accel.generation.limits import check_limits
 from dit_accel.inputs import fields
@@ -30,7 +31,8 @@ class Settings:
         out: folder of the result, its checkpoints and its log.
         data: folder of `prepare`, or "self": latents of the model's own samples.
         model: folder or Hugging Face id; None is the embedded model.
-        method: the SLA or VSA to train; its `weights`, if given, are where training starts.
+        method: a method with tensors (SLA, VSA); its `weights`, if given, are where training
+            starts.
         train: "projection" (the method's tensors), "lora" (and adapters), "full" (all weights).
         objective: "teacher" (MSE to the dense model's velocity) or "diffusion" (MSE to noise − x0).
         prompts: text file, one prompt a line, for data="self"; None takes the package's.
@@ -103,7 +105,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, Learned):
-            raise TypeError(f"finetune trains an SLA or VSA, not {type(self.method).__name__}")
+            raise TypeError(
+                "finetune trains a method with tensors of its own, an SLA or VSA, not "
+                f"{type(self.method).__name__}"
+            )
         fields.check(self)
         fields.within("seed", self.seed, 0, 2**63 - 1)
         for name, values in (
@@ -135,10 +140,10 @@ class Settings:
         self._check_few()
         if self.method.keep >= 1:
             raise ValueError("keep = 1 is dense attention: there is nothing to train")
-        bare = isinstance(self.method, SLA) and self.method.linear is None
-        if bare and self.train == "projection":
+        if not self.method.parts and self.train == "projection":
             raise ValueError(
-                "linear=None has no projection to train: take train='full' or another linear mode"
+                "linear=None has no projection to train: take train='full', another linear mode "
+                "or a branch"
             )
         rate = _RATES[self.train] if self.lr is None else self.lr
         object.__setattr__(self, "lr", rate)
@@ -180,8 +185,10 @@ class Settings:
         """JSON-able form; how blocks are chosen as texts, where it is not the default."""
         found, method = asdict(self), self.method
         found["method"] |= {} if str(method.select) == "means" else {"select": str(method.select)}
-        found["method"].pop("sort")  # runs begun before there was one go on
-        found["method"] |= {"sort": str(method.sort)} if method.sort else {}
+        said = AccelConfig(method).to_dict()["method"]
+        for name in method.later:  # runs begun before there was one go on
+            found["method"].pop(name)
+            found["method"] |= {name: said[name]} if name in said else {}
         return json.loads(json.dumps(found))
 
     def check_resumes(self, stored: dict[str, object]) -> None:

@@ -6,9 +6,9 @@ compensation gives r and C for the blocks that were skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 
@@ -18,6 +18,7 @@ from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors.base import Chosen, Selector
 from dit_accel.methods.selectors.means import Means
 from dit_accel.methods.sorts import Sort, check_sort
+from dit_accel.methods.traits import Traits
 from dit_accel.parallel.sharded import Ring
 from dit_accel.table import BlockTable, Keep, block_count
 
@@ -59,6 +60,7 @@ class Call:
         sorted: the tokens of each head are in its own order, see Method.sort.
         ring: by which the keys of other processes come, where k and v are a part of them.
         dense: what computes dense attention of q, k, v [B, N, H, D] and a mask; None: PyTorch's.
+        learned: the layer's trained tensors by name, where its selector has some.
     """
 
     keep: Keep
@@ -89,10 +91,11 @@ class Call:
     sorted: bool = False
     ring: Ring | None = None
     dense: Callable[..., torch.Tensor] | None = None
+    learned: Mapping[str, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Traits):
     """Base of all methods.
 
     Args:
@@ -112,19 +115,6 @@ class Method:
     select: Selector | str = field(default=Means(), kw_only=True)
     reuse: Reuse | str = field(default=Reuse(), kw_only=True)
     sort: Sort | str = field(default=Sort(), kw_only=True)
-
-    name: ClassVar[str]
-    description: ClassVar[str]
-    paper: ClassVar[str] = ""
-    finetuning: ClassVar[bool] = False
-    stateful: ClassVar[bool] = False
-    chooses: ClassVar[bool] = True  # blocks, by a selector
-    always: ClassVar[bool] = False  # runs at keep = 1, too, not the user's backend
-    divisible: ClassVar[bool] = False  # a layer whose state finds no room can run without
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    gated: ClassVar[bool] = False  # reads the attention's input, see `gate`
-    by_rows: ClassVar[bool] = False  # serves any whole query blocks by themselves
-    whole: ClassVar[bool] = False  # serves the queries of text, too, where all keys are valid
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -181,14 +171,9 @@ class Method:
         return bool(self.sort) and not call.sorted
 
     @property
-    def rounds_down(self) -> bool:
-        """Is the number of kept blocks rounded down?"""
-        return False
-
-    @property
-    def layout(self) -> tuple[int, int, int] | None:
-        """(t, h, w) of the tiles it needs its tokens laid out in, or None."""
-        return None
+    def serves_rows(self) -> bool:
+        """Does it serve any whole query blocks by themselves?"""
+        return self.by_rows and not self.sort
 
     def query_block(self, n: int) -> int:
         """Tokens in a query block of a call with n queries.

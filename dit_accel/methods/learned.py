@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.methods.base import Call, Method
+from dit_accel.methods.texts import Named
 
 SECOND = "transformer_2."  # before the names of the second of a pipeline's two transformers
 Place = tuple[int, int]  # transformer, layer
@@ -35,6 +36,7 @@ class Learned(Method):
     weights: str | None = None
 
     form: ClassVar[tuple[str, ...]] = ()  # the options that training fixes
+    form_before: ClassVar[dict[str, object]] = {}  # of those that files once did not say
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +128,8 @@ class Learned(Method):
         return parts
 
     def _form(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.form}
+        values = {name: getattr(self, name) for name in self.form}
+        return {name: str(x) if isinstance(x, Named) else x for name, x in values.items()}
 
     def _place(self, name: str) -> tuple[Place, str]:
         head, _, part = name.removeprefix(SECOND).rpartition(".")
@@ -145,6 +148,7 @@ class Learned(Method):
         form = json.loads(text)
         if not isinstance(form, dict):
             raise ValueError(f"{self.weights} was not written by {kind}.save: it lacks its form")
+        form = self.form_before | form
         mine = json.loads(json.dumps(self._form()))
         wrong = [name for name in self.form if form.get(name) != mine[name]]
         if wrong:

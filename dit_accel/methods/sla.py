@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.inputs import fields
+from dit_accel.methods import branches
 from dit_accel.methods.base import Call, check_rounding
+from dit_accel.methods.branches.base import Branch, Parts
+from dit_accel.methods.branches.weighted import lowest, weighted
 from dit_accel.methods.learned import Learned
 from dit_accel.methods.linear import linear_branch
 from dit_accel.methods.sorts import in_order
@@ -41,6 +44,8 @@ class SLA(Learned):
         feature_map: "softmax", "elu" or "relu".
         skip: share of the key blocks that linear="marginal" leaves out, in (0, 1).
         rounding: of the number of blocks kept, "up", or "down" as the public SLA kernels do.
+        branch: what the linear branch weighs and what stands beside: a `Branch`, or its text such
+            as "decay & rms".
         weights: a .safetensors file of `save`, trained in the same form; None is untrained.
 
     Raises ValueError for a value outside its range, and for weights of another form.
@@ -51,12 +56,16 @@ class SLA(Learned):
     feature_map: str = "softmax"
     skip: float = 0.1
     rounding: str = "up"
+    branch: Branch | str = field(default=Branch(), kw_only=True)
 
     name: ClassVar[str] = "sla"
     description: ClassVar[str] = "exact on the best key blocks, learned linear attention for others"
     paper: ClassVar[str] = "arXiv 2509.24006"
     finetuning: ClassVar[bool] = True
-    form: ClassVar[tuple[str, ...]] = ("linear", "combine", "feature_map", "skip")
+    form: ClassVar[tuple[str, ...]] = ("linear", "combine", "feature_map", "skip", "branch")
+    form_before: ClassVar[dict[str, object]] = {"branch": "plain"}
+    texts: ClassVar[tuple[str, ...]] = (*Learned.texts, "branch")
+    later: ClassVar[tuple[str, ...]] = (*Learned.later, "branch")
     by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.7},
@@ -77,16 +86,26 @@ class SLA(Learned):
         if not 0 < self.skip < 1:
             raise ValueError(f"skip is a share of the key blocks in (0, 1), not {self.skip}")
         check_rounding(self.rounding)
+        if isinstance(self.branch, str):
+            object.__setattr__(self, "branch", branches.find(self.branch))
         super().__post_init__()
+        branches.check(self.beside, self.linear, self.sorting)
+
+    @property
+    def beside(self) -> Branch:
+        """The branch, as an object."""
+        return branches.find(self.branch) if isinstance(self.branch, str) else self.branch
 
     @property
     def parts(self) -> dict[str, str]:
-        return _SHAPES[self.combine]
+        own = {} if self.linear is None else _SHAPES[self.combine]
+        return own | self.beside.parts
 
     def check_layer(self, layer: int, parts: Mapping[str, Tensor]) -> None:
         for part, x in parts.items():
             square = part != "weight" or x.shape[0] == x.shape[-1]
-            if x.dim() != _DIMS[part] or not square or (part == "gate" and x.numel() != 1):
+            dims = _DIMS.get(part, x.dim())
+            if x.dim() != dims or not square or (part == "gate" and x.numel() != 1):
                 raise ValueError(
                     f"SLA's layers.{layer}.{part} has shape {list(x.shape)}, and is "
                     f"{self.parts[part]}"
@@ -95,14 +114,17 @@ class SLA(Learned):
             raise ValueError(f"SLA weights name a bias of layer {layer} without a weight")
 
     def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        more = self.beside.fresh(heads, head_dim, width)
         if self.linear is None:
-            return {}
+            return more
         if self.combine == "gate":
-            return {"gate": torch.tensor([GATE])}
-        return {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
+            return {"gate": torch.tensor([GATE])} | more
+        own = {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
+        return own | more
 
     def idle(self, parts: Mapping[str, Tensor]) -> bool:
-        return self.combine == "project" and not any(map(_matters, parts.values()))
+        own = any(_matters(x) for name, x in parts.items() if name in _DIMS)
+        return self.combine == "project" and not own and self.beside.idle(parts)
 
     def check_head_dim(self, layer: int, parts: Mapping[str, Tensor], head_dim: int | None) -> None:
         size = parts["weight"].shape[0] if "weight" in parts else head_dim
@@ -116,18 +138,44 @@ class SLA(Learned):
     def rounds_down(self) -> bool:
         return self.rounding == "down"
 
+    @property
+    def reads_input(self) -> bool:
+        return self.beside.has("gated")
+
+    @property
+    def serves_rows(self) -> bool:
+        apart = self.beside.has("all_queries") or self.beside.has("gated")
+        return super().serves_rows and not apart
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return (f"branch={self.branch}",) if self.beside.has("placed") else ()
+
+    def gate(self, hidden: Tensor, place: tuple[int, int], heads: int) -> Tensor | None:
+        parts = self.at(place, hidden.device) if self.reads_input else None
+        return None if parts is None else self.beside.gate(hidden, heads, parts)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if self.sorts(call):
             return in_order(self, q, k, v, call)
-        table = self.table(q, k, call, v)
+        table, learned = self.table(q, k, call, v), self.of(call, q.device)
+        if learned is None or not {"weight", "gate"} & learned.keys():
+            out = ops.block_sparse_attention(q, k, v, table, call.scale, kv_len=call.kv_len)
+        else:
+            self.check_head_dim(call.layer, learned, q.shape[3])
+            run = self._weighed if self.beside.alters else self._plain
+            out = run(q, k, v, table, call, learned)
+        addend = None if learned is None else self.beside.addend(q, v, call, learned)
+        return out if addend is None else (out + addend).to(q.dtype)
+
+    def _plain(
+        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call, learned: Parts
+    ) -> Tensor:
+        """Both parts, by the operator that has them in one."""
         options: dict[str, Any] = {"scale": call.scale, "kv_len": call.kv_len}
-        learned = self.of(call, q.device) if self.linear else None
-        if learned is None:
-            return ops.block_sparse_attention(q, k, v, table, **options)
-        self.check_head_dim(call.layer, learned, q.shape[3])
         options |= {"feature_map": self.feature_map, "linear": self.linear}
         if self.linear == "marginal":
-            options["skip"] = self._lowest(q, k, call)
+            options["skip"] = lowest(self, q, k, call)
         if self.combine == "project":
             return ops.sparse_linear_attention(
                 q, k, v, table, learned["weight"], learned.get("bias"), **options
@@ -138,9 +186,23 @@ class SLA(Learned):
         out = ops.sparse_linear_attention(q, k, v, table, eye * (-gate).exp(), **options)
         return (out * gate.sigmoid()).to(q.dtype)
 
+    def _weighed(
+        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call, learned: Parts
+    ) -> Tensor:
+        """Both parts, the linear one as the branch weighs it."""
+        out = ops.block_sparse_attention(q, k, v, table, call.scale, kv_len=call.kv_len)
+        linear = weighted(self, q, k, v, table, call, learned)
+        weight, bias = learned.get("weight"), learned.get("bias")
+        linear = linear if weight is None else linear @ weight.float().mT
+        linear = linear if call.gate is None else linear * call.gate
+        linear = linear if bias is None else linear + bias.float()
+        share = learned["gate"].float().sigmoid() if self.combine == "gate" else None
+        both = out + linear if share is None else share * out + (1 - share) * linear
+        return both.to(q.dtype)
+
     @property
     def by_parts(self) -> bool:
-        return self.by_means and self.linear in ("all", None)
+        return self.by_means and self.linear in ("all", None) and self.beside == Branch()
 
     def part(
         self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
@@ -161,10 +223,6 @@ class SLA(Learned):
         return share * out + (1 - share) * linear_branch(
             q, k, v, eye, None, self.feature_map, call.ring
         )
-
-    def _lowest(self, q: Tensor, k: Tensor, call: Call) -> BlockTable:
-        """The `skip` worst blocks: the best ones of the opposite query."""
-        return ops.block_table(-q, k, self.skip, *self.sizes(q, call), kv_len=call.kv_len)
 
 
 def _matters(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The operators: q, k, v and a block table → O."""
 
 from dit_accel.kernels.block_table.torch import block_means, part_scores
-from dit_accel.kernels.sparse_linear_attention.features import EPS, features
+from dit_accel.kernels.sparse_linear_attention.features import EPS, features, key_mask
 from dit_accel.ops.operators import (
     block_sparse_attention,
     block_table,
@@ -12,6 +12,7 @@ from dit_accel.ops.operators import (
     window_attention,
 )
 from dit_accel.ops.ragged import of_tiles, ragged_attention, tile_means
+from dit_accel.ops.weighted import weighted_linear_attention
 
 __all__ = [
     "EPS",
@@ -20,6 +21,7 @@ __all__ = [
     "block_table",
     "choose_blocks",
     "features",
+    "key_mask",
     "of_tiles",
     "part_scores",
     "pooled_attention",
@@ -27,5 +29,6 @@ __all__ = [
     "rectified_attention",
     "sparse_linear_attention",
     "tile_means",
+    "weighted_linear_attention",
     "window_attention",
 ]

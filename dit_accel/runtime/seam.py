@@ -51,7 +51,7 @@ class Layer:
         _LAYERS[identity] = self
         with torch.inference_mode(False):
             self.number = torch.tensor(identity, device="cpu")
-        self.gated = type(self) is Layer and self.engine.config.method.gated
+        self.gated = type(self) is Layer and self.engine.config.method.reads_input
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy has a number of its own, and the copy of the engine."""
@@ -113,8 +113,7 @@ class Layer:
             return self.dense(q, k, v, mask, scale, shared)
         method, order = engine.config.method, place.order and place.order[0]
         sizes = (method.query_block(place.geometry.n_visual), method.block_k)
-        rows = method.by_rows and not method.sort
-        why = sharded.obstacle(rows, method.label, place.geometry, sizes[0], shared)
+        why = sharded.obstacle(method.serves_rows, method.label, place.geometry, sizes[0], shared)
         if why:
             engine.bypass(self.index, why)
             run = partial(self.dense, scale=scale, shared=None)

@@ -105,3 +105,28 @@ def _weights(
     fq, fk = (features(x.to(work), feature_map) for x in (q, k))
     fk, fv = fk.where(valid, 0), v.to(work).where(valid, 0)
     return (fq @ fk.mT).where(mask, 0), fv, fq, fk, mask
+
+
+def weighted_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_map: str = "softmax",
+    keys: Tensor | None = None,
+    blocks: Tensor | None = None,
+    sizes: tuple[int, int] = (64, 64),
+    rms: bool = False,
+    kv_len: int | Tensor | None = None,
+) -> Tensor:
+    """See ops.weighted_linear_attention: A_ij = w_nm g_j φ(q_i)·φ(k_j) of every pair of tokens."""
+    valid = key_mask(k, kv_len)
+    k, v = (x.float().where(valid, 0) for x in (k, v))
+    a = features(q.float(), feature_map) @ features(k, feature_map).mT
+    a = a if keys is None else a * keys.float()[:, :, None]
+    if blocks is not None:
+        rows = blocks.float().repeat_interleave(sizes[0], 2)[:, :, : q.shape[2]]
+        a = a * rows.repeat_interleave(sizes[1], 3)[..., : k.shape[2]]
+    a = a.where(valid.mT, 0)
+    out = a @ v
+    size = out.square().mean(-1, keepdim=True).add(EPS**2).sqrt()
+    return out / (size if rms else a.sum(-1, keepdim=True) + EPS)

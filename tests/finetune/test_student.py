@@ -1,5 +1,7 @@
 """Gradients through an accelerated transformer, and what is trained."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -62,6 +64,23 @@ def test_sla_learns_over_a_window_and_in_another_order(pipe, batch, choice):
                     p.grad = None
         assert handle.report().kept == pytest.approx(1 / 3)
     assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("branch", ["decay & rms", "gated", "rala", "conv"])
+def test_a_branch_learns_every_tensor(pipe, batch, branch):
+    """In a transformer, from where it is top-k; checkpointing changes no gradient."""
+    method = SLA(keep=0.3, branch=branch)
+    parts = set(method.parts) - {"weight", "bias"}
+    first, _ = gradients(pipe, batch, method=method)
+    assert parts <= {name.rpartition("-")[2] for name in first}
+    with torch.no_grad():  # W = 0 hides what it projects
+        start = {f"layers.{i}.weight": torch.eye(64) / 4 for i in (0, 1)}
+        method = replace(method, weights=None).with_weights(start)
+    plain, _ = gradients(pipe, batch, method=method)
+    assert all(g.isfinite().all() and g.any() for g in plain.values())
+    again, _ = gradients(pipe, batch, method=method, checkpointing=True)
+    for name, g in plain.items():
+        torch.testing.assert_close(again[name], g, msg=name)
 
 
 def test_vsa_starts_without_a_gate_and_its_gradient_reaches_it(pipe, batch):

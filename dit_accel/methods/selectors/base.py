@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dit_accel import ops
-from dit_accel.inputs.fields import check
 from dit_accel.methods.selectors.near import Near
+from dit_accel.methods.texts import Named
 from dit_accel.table import BlockMeans, BlockTable, block_count
 
 if TYPE_CHECKING:
@@ -21,19 +21,11 @@ Chosen = tuple[BlockTable, BlockMeans | None]
 
 
 @dataclass(frozen=True)
-class Selector:
+class Selector(Named):
     """Base of all selectors. Its text, such as "sub" or "sub(8)", is what `find` reads.
 
     Raises ValueError for a value that is not of its field's type.
     """
-
-    name: ClassVar[str]
-    description: ClassVar[str]
-    paper: ClassVar[str] = ""
-    needs: ClassVar[str] = ""  # what must stand in its brackets, such as the name of a file
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def placed(self) -> bool:
@@ -64,23 +56,6 @@ class Selector:
         spreads of ops.block_table.
         """
         raise TypeError(f"{type(self).__name__} chooses nothing")
-
-    def __str__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {f.name: _text(values[f.name]) for f in fields(self) if _changed(self, f)}
-        if not changed:
-            return self.name
-        first = list(changed) == [fields(self)[0].name]
-        words = changed.values() if first else (f"{name}={x}" for name, x in changed.items())
-        return f"{self.name}({','.join(words)})"
-
-
-def _changed(selector: Selector, field: Any) -> bool:
-    return getattr(selector, field.name) != field.default
-
-
-def _text(value: object) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)

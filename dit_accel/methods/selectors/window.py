@@ -210,7 +210,7 @@ def _distances(
     place = (row, column) if kind == "tile" else (row * grid[2] + column,)
     points = torch.stack([frame, *place], -1).double()
     first = n_keys - n_visual if text_first else 0
-    q, k = _centres(points, 0, n_visual, block_q), _centres(points, first, n_keys, block_k)
+    q, k = centres(points, 0, n_visual, block_q), centres(points, first, n_keys, block_k)
     # Frames break ties only: their term stays below the smallest step of the others. By products of
     # matrices a distance of nothing would be as large as that.
     exact = "donot_use_mm_for_euclid_dist"
@@ -225,7 +225,7 @@ def _distances(
     return far, text_blocks
 
 
-def _centres(points: Tensor, first: int, n: int, block: int) -> Tensor:
+def centres(points: Tensor, first: int, n: int, block: int) -> Tensor:
     """[M, …] mean place of each block's visual tokens, which start at `first` of n tokens."""
     block_of = (torch.arange(len(points), device="cpu") + first) // block
     sums = points.new_zeros(block_count(n, block), points.shape[1])

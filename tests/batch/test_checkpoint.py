@@ -12,7 +12,7 @@ from dit_accel.media import metadata
 
 
 @pytest.mark.parametrize("told", ["option", "defaults"])
-def test_jobs_run_as_it_was_trained(turbowan, tmp_path, told):
+def test_jobs_run_as_it_was_trained(turbowan, tmp_path, told, forks):
     model, path = map(str, turbowan)
     lines = [{"prompt": "a cat", "name": "trained"}]
     lines.append({"prompt": "a cat", "method": "dense", "name": "dense"})

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import pytest
 from small_batches import SMALL, files, go
 from tiny import saved_tiny_wan
@@ -82,17 +83,17 @@ def test_two_runs_on_one_folder_lose_nothing(model, tmp_path):
         path.write_text(json.dumps({**SMALL, "prompt": prompt, "seed": list(range(count))}))
         command = [sys.executable, "-m", "dit_accel.batch", str(path), "-o", str(tmp_path / "two")]
         commands.append([*command, "--model", str(model)])
-    first = subprocess.Popen(commands[0], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    first = forked.Popen(commands[0], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not list((tmp_path / "two").glob("*.mp4")):
         assert time.monotonic() < until
         time.sleep(0.01)
     first.send_signal(signal.SIGSTOP)  # so that it is still there however slow the second starts
-    second = subprocess.run(commands[1], capture_output=True, text=True)
+    second = forked.run(commands[1])
     first.send_signal(signal.SIGCONT)
     assert second.returncode == 2 and "in use by another batch" in second.stderr
     assert b"12 of 12 jobs done" in first.communicate()[0] and first.returncode == 0
-    again = subprocess.run(commands[1], capture_output=True, text=True)
+    again = forked.run(commands[1])
     assert again.returncode == 0 and "3 of 3 jobs done" in again.stdout
     assert len(files(tmp_path / "two")) == 15
     done = Manifest(tmp_path / "two").ask("SELECT job FROM events WHERE kind = 'done'")
@@ -267,7 +268,7 @@ def test_a_line_that_makes_too_many_jobs_is_refused_at_once(pipe, tmp_path):
     ],
 )
 def test_what_can_never_succeed_is_2_and_leaves_nothing(
-    model, tmp_path, capsys, monkeypatch, arguments, says
+    model, tmp_path, capsys, monkeypatch, arguments, says, forks
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a cat\n")
@@ -278,7 +279,7 @@ def test_what_can_never_succeed_is_2_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["p.txt"]
 
 
-def test_a_model_that_is_cut_off_is_2(model, tmp_path, capsys):
+def test_a_model_that_is_cut_off_is_2(model, tmp_path, capsys, forks):
     broken = shutil.copytree(model, tmp_path / "broken")
     [weights] = (broken / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -35,6 +35,14 @@ def device() -> str:
 
 
 @pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers and a launcher's processes are forked from one that knows diffusers: at once."""
+    import forked
+
+    forked.starters(monkeypatch.setattr)
+
+
+@pytest.fixture
 def right_e4m3(monkeypatch: pytest.MonkeyPatch) -> None:
     """e4m3 as a GPU rounds it, in Triton's interpreter."""
     from triton.runtime import interpreter

@@ -102,7 +102,7 @@ def test_every_command_says_how_its_processes_share(model, monkeypatch, capsys):
     assert capsys.readouterr().err.count("seen") == 3
 
 
-def test_a_batch_by_two_processes_makes_the_clips_of_one(model, capfd):
+def test_a_batch_by_two_processes_makes_the_clips_of_one(model, capfd, forks):
     Path("jobs.jsonl").write_text(
         '{"prompt": "a cat", "seed": [1, 2], "method": "topk.json"}\n'
         '{"prompt": "a dog", "method": "dense"}\n'
@@ -124,7 +124,7 @@ def test_a_batch_by_two_processes_makes_the_clips_of_one(model, capfd):
     assert reports[0]["report"]["kept"] < 1 and reports[0]["report"]["unplanned"] == {}
 
 
-def test_what_is_refused_is_said_once(model, capfd):
+def test_what_is_refused_is_said_once(model, capfd, forks):
     Path("jobs.jsonl").write_text('{"prompt": "a cat", "seeed": 1}\n')
     assert cli.run(batch(model, "out", "--ulysses", "2")) == 2
     said = capfd.readouterr().err

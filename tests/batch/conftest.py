@@ -1,6 +1,5 @@
 """A tiny pipeline, stock again after each test."""
 
-import forked
 import pytest
 from tiny import tiny_wan
 
@@ -16,9 +15,3 @@ def stock():
 def pipe(stock):
     yield stock
     dit_accel.restore(stock)
-
-
-@pytest.fixture
-def forks(monkeypatch):
-    """Worker processes are forked from one that knows diffusers: they come at once."""
-    forked.starters(monkeypatch.setattr)

@@ -41,7 +41,8 @@ class Popen:
     """As much of subprocess.Popen as we ask for, of `python -m MODULE …` and of nothing else.
 
     What it starts has a process, a directory, an environment and open files of its own, and what
-    it starts in turn is forked as well.
+    it starts in turn is forked as well. Of the variables that Python reads when it begins only
+    PYTHONIOENCODING has an effect.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class Popen:
         self.send_signal(signal.SIGKILL)
 
 
-def run(command: Sequence[str]) -> subprocess.CompletedProcess:
-    """subprocess.run(command, capture_output=True, text=True) of `python -m MODULE …`."""
-    process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = ((said or b"").decode() for said in process.communicate())
+def run(command: Sequence[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """subprocess.run(command, env=env, capture_output=True, text=True) of `python -m MODULE …`."""
+    process = Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    out, err = ((said or b"").decode(errors="replace") for said in process.communicate())
     return subprocess.CompletedProcess(command, process.wait(), out, err)
 
 
@@ -143,7 +144,9 @@ def _become(
     _method = "fork"
     for number, file in enumerate(files):
         os.dup2(file.number, number)
-    sys.stdout, sys.stderr = open(1, "w", encoding="utf-8"), open(2, "w", 1, "utf-8")  # noqa: SIM115
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, encoding, "backslashreplace", closefd=False)
     if session:
         os.setsid()
     os.environ.clear()

@@ -1,15 +1,12 @@
 """Every script end to end on three synthetic clips: train, resume, export, compress, evaluate."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 CALL = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
 
 
@@ -120,7 +117,10 @@ def test_compressed_folder_loads_in_float32(exported: Path, tmp_path: Path) -> N
         assert {p.dtype for p in getattr(again, part).parameters()} == {torch.float32}
 
 
-def test_evaluation_reports_every_number(exported: Path, archive: Path, tmp_path: Path) -> None:
+def test_evaluation_reports_every_number(
+    exported: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import evaluate
     from clips import Clips
 
     from dit_accel.evaluate.recognition import References
@@ -128,13 +128,14 @@ def test_evaluation_reports_every_number(exported: Path, archive: Path, tmp_path
     small, clips = tmp_path / "small.safetensors", Clips.load(archive, "cpu")
     frames = list(range(clips.rgba.shape[1]))
     References.of(clips.rgba, clips.names, frames, clips.colours, 4).save(small)
-    command = [sys.executable, ROOT / "assets" / "training" / "evaluate.py", "--device", "cpu"]
+    command = ["evaluate.py", "--device", "cpu"]
     command += ["--model", exported, "--data", archive, "--out", tmp_path, "--limit", "1"]
     command += ["--references", small, "--batch", "2"]
     command += ["--vae-clips", "1", "--grid", tmp_path / "grid.png"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("rocket on a blue background\n")
-    subprocess.run([*command, "--grid-prompts", prompts], check=True, capture_output=True)
+    monkeypatch.setattr("sys.argv", [str(x) for x in (*command, "--grid-prompts", prompts)])
+    evaluate.main()
     report = json.loads((tmp_path / "report.json").read_text())
     assert {"autoencoder", "trained", "held_out", "seconds_per_clip"} <= report.keys()
     assert report["held_out"]["prompts"] == 1 and (tmp_path / "grid.png").exists()

@@ -105,8 +105,8 @@ def rows(
     """The rows of these names, the controls included where they are named.
 
     names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a
-    generation.variant of a method of `DEFAULT`, "topk-int8" or "dense", to which "+prune" and
-    "+cache@0.1" (First-Block-Cache and its threshold) may be added, else a preset or preset file.
+    generation.variant of a method of `DEFAULT`, "topk-int8" or "dense", else a preset or preset
+    file; "+prune" and "+cache@0.1" (First-Block-Cache and its threshold) may be added to these.
     keeps: of methods whose name tells none; the first is measured first, in all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
     for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for; the
@@ -119,10 +119,10 @@ def rows(
             found += _fewer(steps)
         elif name == "prune":
             found += [replace(row, rank=len(keeps) + 1) for row in _pruned(template)]
-        elif re.split("[/@+]", name)[0] in (*_METHODS, "dense") and not name.endswith(".json"):
+        elif re.split("[/@+]", name)[0] in (*_METHODS, "dense") and ".json" not in name:
             found += _combined(name, keeps, template)
         else:
-            found.append(Row(name, name, resolve(name)))
+            found += _preset(name)
     for path in sla:
         path, *added = [path] if Path(path).exists() else path.split("+")
         parts = additions("+".join((path, *added)), added, ADDED)
@@ -174,11 +174,28 @@ def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[
     return _boosted(rows, base, added, boost)
 
 
-def _adding(parts: Mapping[str, float | None], template: AccelConfig) -> tuple[AccelConfig, Boost]:
-    """The template, its method still to come, and the boost with what a name adds."""
-    prune = TokenPruning(keep=PRUNED) if "prune" in parts else template.prune
+def _preset(name: str) -> list[Row]:
+    """A preset or a preset file, and what is added to it."""
+    base, *added = name.split("+")
+    config = resolve(base)
+    prune, boost = _beside(additions(name, added, ADDED), config)
+    row = Row(base, base, replace(config, prune=prune))
+    return _boosted([row], base, added, boost)
+
+
+def _beside(
+    parts: Mapping[str, float | None], config: AccelConfig
+) -> tuple[TokenPruning | None, Boost]:
+    """What a name adds: which tokens are pruned, and the boost."""
+    prune = TokenPruning(keep=PRUNED) if "prune" in parts else config.prune
     cache = parts.get("cache")
     boost = Boost(step_cache=0.1 if cache is None else cache) if "cache" in parts else Boost()
+    return prune, boost
+
+
+def _adding(parts: Mapping[str, float | None], template: AccelConfig) -> tuple[AccelConfig, Boost]:
+    """The template, its method still to come, and the boost with what a name adds."""
+    prune, boost = _beside(parts, template)
     return replace(template, method=Dense(), prune=prune), boost
 
 

@@ -198,7 +198,9 @@ def _read(path: Path) -> AccelConfig:
         moved = {name: _moved(path, texts[name]) for name in {"weights"} & set(texts)}
         for name in {"select", "sort"} & set(texts):
             moved[name] = re.sub(
-                r"\(([^()]+\.json)\)", lambda file: f"({_moved(path, file[1])})", texts[name]
+                r"(?<=[(=])([^()=]+\.(?:json|safetensors))(?=[,)])",
+                lambda file: _moved(path, file[1]),
+                texts[name],
             )
         data["method"] = {**method, **moved}
     try:

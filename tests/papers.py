@@ -40,6 +40,8 @@ _BRANCH = "dit_accel/methods/branches/"
 _BRANCHES = "tests/methods/test_branches.py::"
 _EQUATION = _BRANCHES + "test_each_branch_is_its_equation_forward_and_backward"
 _LEARNS = "tests/finetune/test_student.py::test_a_branch_learns_every_tensor"
+_ROUTER, _ROUTES = "dit_accel/methods/selectors/learned.py", "tests/methods/test_learned.py::"
+_ROUTER, _ROUTES = "dit_accel/methods/selectors/learned.py", "tests/methods/test_learned.py::"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
@@ -57,18 +59,18 @@ PAPERS = (
     Paper("TFLA", "part", "two levels of tiles: programs over spans of keys whose states are summed", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_parts_of_the_heads_give_the_same_bits",)),
     Paper("Long-Context Attention Benchmark", "works", "pattern × length × ranks in one table, `dit-accel bench --pattern … --length … --ranks …`: tables of one share and different shape, the share of one rank cut out and run alone; no ratio without a check", "dit_accel/bench/axes.py", ("tests/test_axes.py::test_every_pattern_keeps_the_same_share", "tests/test_axes.py::test_the_shares_of_all_ranks_are_the_whole", "tests/test_axes.py::test_no_ratio_for_a_wrong_result")),
     Paper("Gated Linear Attention", "works", "a gate for each key in the linear branch, from the key: `gated`; its decay over time has no form, that over distance is `decay`", _BRANCH + "gated.py", (_EQUATION, _LEARNS)),
-    Paper("Superlinear Attention", "part", "spans first, blocks inside of them: regions; its router is learned", _REGIONS, (_SCORED + "test_blocks_come_from_the_best_regions",)),
+    Paper("Superlinear Attention", "works", "spans first, by a router that is trained, blocks inside of them: `learned(span=4)`, and `regions` without training; of its search in several steps there is one", _ROUTER, (_ROUTES + "test_blocks_come_from_the_best_spans", _SCORED + "test_blocks_come_from_the_best_regions")),
     Paper("LeanAttention", "none", "unequal work split evenly: rows taken longest first were built and measured, gained nothing on an H200, and are out (kernels/block_table/README.md)"),
     Paper("Sequence Parallelism (ring)", "works", "keys and values go round in parts, whose outputs are merged by their log-sum-exp: `share(pipe, kv=\"ring\")`, `--kv ring`", "dit_accel/parallel/sharded.py", (_RING, "tests/test_ring.py::test_parts_are_merged_by_their_log_sum_exp")),
     Paper("LASP-2", "works", "one all-reduce of linear states, one gather of keys and values, where heads do not divide: `share(pipe, kv=\"gather\")`, `--kv gather`", "dit_accel/parallel/sharded.py", (_RING,)),
     Paper("Local Linear Attention", "open", "a first-order term of the pooled tail"),
     Paper("TransMLA", "none", "converts grouped heads into a latent KV cache"),
     Paper("X-EcoMLA", "none", "distils attention into a latent KV cache"),
-    Paper("SEA", "open", "a learned estimate of the attention map: a selector with trained tensors"),
+    Paper("SEA", "works", "a learned estimate of the attention of blocks, distilled from the exact one, whose best are read: `learned`, low-rank instead of a linear attention and a decoder", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _ROUTES + "test_it_learns_what_means_do_not_see", "tests/finetune/test_student.py::test_a_selector_learns_beside_the_model")),
     Paper("FlashAttention-4", "open", "rescale only where the maximum grew much; its kernel is for Blackwell"),
-    Paper("Trainable Dynamic Mask", "part", "importance of keys by their values: valued, without training", "dit_accel/methods/selectors/valued.py", (_SCORED + "test_values_of_one_size_leave_the_choice_to_the_means",)),
+    Paper("Trainable Dynamic Mask", "works", "importance of keys by their values: c·v̄ of `learned`, trained, and `valued` without training; the mask is 0 or −∞ and has no gradient, its distillation has", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _SCORED + "test_values_of_one_size_leave_the_choice_to_the_means")),
     Paper("TransPrune", "works", "prunes tokens by how they change and by attention on text", "dit_accel/pruning/criteria.py", ("tests/test_prune.py::test_ttv_is_its_formula_and_finite_in_half_precision", "tests/test_prune_parts.py::test_share_of_attention_on_text_is_exact_for_blocks_of_one")),
-    Paper("Sparsifiner", "open", "a learned connectivity map: a selector with trained tensors"),
+    Paper("Sparsifiner", "works", "a learned low-rank connectivity of blocks: `learned`; a basis over the places of tokens does not fit clips of any size, so that it is one over channels", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _ROUTES + "test_untrained_it_is_means_table_for_table")),
     Paper("Combiner", "works", "summaries and keys in one softmax: pooled", "dit_accel/methods/pooled.py", (_POOLED + "test_pooled_is_its_equation", _POOLED + "test_pooled_backward")),
     Paper("HiP", "works", "tree search of the best blocks: a control, for scoring all of them costs a 16,384th of dense at 256k tokens", _REGIONS, (_SCORED + "test_a_tree_finds_the_best_where_scores_have_one_peak", _SCORED + "test_a_tree_misses_what_hides_beside_a_bad_middle")),
     Paper("EasySpec", "none", "speculation needs a draft and a lossless check"),

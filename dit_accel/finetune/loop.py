@@ -24,6 +24,7 @@ from dit_accel.finetune.data import Batch, LatentData
 from dit_accel.finetune.student import Student, Teacher, training_config
 from dit_accel.inputs.text import read
 from dit_accel.media.files import atomic
+from dit_accel.methods.trained import lessons
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -143,11 +144,12 @@ class Trainer:
         with self.accelerator.autocast():
             target = self.teacher.velocity(batch) if self.teaching else batch.velocity
         # the layers stay sparse until the backward pass is over: checkpointing runs them again
-        with api.accelerated(self.student, self.config):
+        with api.accelerated(self.student, self.config), lessons() as beside:
             noisy = batch.noisy.to(self.student.transformer.dtype)
             found = self.wrapped(noisy, batch.time, batch.conditions)
             loss = F.mse_loss(found.float(), target)
-            self.accelerator.backward(loss / self.settings.accumulate)
+            every = loss + sum(beside)  # those of a selector that learns
+            self.accelerator.backward(every / self.settings.accumulate)
         return loss.detach()
 
     def run(

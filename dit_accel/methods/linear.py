@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_accel import ops
+from dit_accel.methods.trained import Parts
 from dit_accel.parallel.sharded import Ring
 
 
@@ -27,3 +28,15 @@ def linear_branch(
     total = queries @ state[..., -1:] + ops.EPS
     out = (queries @ (state[..., :-1] @ weight.float().mT)) / total
     return out if bias is None else out + bias.float()
+
+
+def completed(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, learned: Parts, feature_map: str, ring: Ring
+) -> Tensor:
+    """SLA's output, float32, from its sparse part and the layer's tensors, projection or gate."""
+    if "gate" not in learned:
+        linear = (learned["weight"], learned.get("bias"), feature_map)
+        return out + linear_branch(q, k, v, *linear, ring)
+    share = learned["gate"].float().sigmoid()
+    eye = torch.eye(q.shape[3], device=q.device)
+    return share * out + (1 - share) * linear_branch(q, k, v, eye, None, feature_map, ring)

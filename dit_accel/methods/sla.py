@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,13 @@ from dit_accel import ops
 from dit_accel.inputs import fields
 from dit_accel.methods import branches
 from dit_accel.methods.base import Call, check_rounding
-from dit_accel.methods.branches.base import Branch, Parts
+from dit_accel.methods.branches.base import Branch
 from dit_accel.methods.branches.weighted import lowest, weighted
 from dit_accel.methods.learned import Learned
-from dit_accel.methods.linear import linear_branch
+from dit_accel.methods.linear import completed
+from dit_accel.methods.selectors.base import Chosen
 from dit_accel.methods.sorts import in_order
+from dit_accel.methods.trained import Parts
 from dit_accel.table import BlockTable
 
 _SHAPES = {
@@ -99,7 +101,7 @@ class SLA(Learned):
     @property
     def parts(self) -> dict[str, str]:
         own = {} if self.linear is None else _SHAPES[self.combine]
-        return own | self.beside.parts
+        return own | self.beside.tensors | self.selector.tensors
 
     def check_layer(self, layer: int, parts: Mapping[str, Tensor]) -> None:
         for part, x in parts.items():
@@ -115,6 +117,7 @@ class SLA(Learned):
 
     def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
         more = self.beside.fresh(heads, head_dim, width)
+        more |= self.selector.fresh(heads, head_dim, width)
         if self.linear is None:
             return more
         if self.combine == "gate":
@@ -124,7 +127,8 @@ class SLA(Learned):
 
     def idle(self, parts: Mapping[str, Tensor]) -> bool:
         own = any(_matters(x) for name, x in parts.items() if name in _DIMS)
-        return self.combine == "project" and not own and self.beside.idle(parts)
+        mine = own or self.combine == "gate"
+        return not mine and self.beside.idle(parts) and self.selector.idle(parts)
 
     def check_head_dim(self, layer: int, parts: Mapping[str, Tensor], head_dim: int | None) -> None:
         size = parts["weight"].shape[0] if "weight" in parts else head_dim
@@ -154,6 +158,13 @@ class SLA(Learned):
     def gate(self, hidden: Tensor, place: tuple[int, int], heads: int) -> Tensor | None:
         parts = self.at(place, hidden.device) if self.reads_input else None
         return None if parts is None else self.beside.gate(hidden, heads, parts)
+
+    def chosen(
+        self, q: Tensor, k: Tensor, call: Call, v: Tensor | None = None, **rules: object
+    ) -> Chosen:
+        if self.selector.tensors:
+            call = replace(call, learned=self.of(call, q.device))
+        return super().chosen(q, k, call, v, **rules)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if self.sorts(call):
@@ -215,14 +226,7 @@ class SLA(Learned):
         if learned is None or call.ring is None:
             return out
         self.check_head_dim(call.layer, learned, q.shape[3])
-        if self.combine == "project":
-            linear = (learned["weight"], learned.get("bias"), self.feature_map)
-            return out + linear_branch(q, k, v, *linear, call.ring)
-        share = learned["gate"].float().sigmoid()
-        eye = torch.eye(q.shape[3], device=q.device)
-        return share * out + (1 - share) * linear_branch(
-            q, k, v, eye, None, self.feature_map, call.ring
-        )
+        return completed(out, q, k, v, learned, self.feature_map, call.ring)
 
 
 def _matters(x: Tensor) -> bool:

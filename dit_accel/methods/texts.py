@@ -24,6 +24,7 @@ class Named:
     description: ClassVar[str]
     paper: ClassVar[str] = ""
     needs: ClassVar[str] = ""  # what must stand in its brackets, such as the name of a file
+    opens: ClassVar[bool] = False  # a file may stand there
 
     def __post_init__(self) -> None:
         check(self)

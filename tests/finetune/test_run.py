@@ -104,6 +104,21 @@ def test_a_resumed_run_is_the_same_run(settings, done, tmp_path):
     assert one == two
 
 
+def test_a_selector_and_a_branch_are_trained_and_load(settings, done, tmp_path):
+    method = SLA(keep=0.3, linear=None, select="learned(rank=4)", branch="conv(1x3x3)")
+    asked = replace(settings, out=str(tmp_path), data=f"{settings.out}/data", method=method)
+    finetune(replace(asked, steps=4, save_every=2, validate_every=4, clips=0))
+    weights = load_file(tmp_path / "sla.safetensors")
+    for i in (0, 1):
+        assert all(weights[f"layers.{i}.{name}"].any() for name in ("route_q", "route_v", "conv"))
+    found = dit_accel.config.resolve(tmp_path / "preset.json").method
+    assert found.tensors().keys() == weights.keys() and str(found.branch) == "conv(1x3x3)"
+    other = dit_accel.Pooled(0.3, select=f"learned({tmp_path}/sla.safetensors)")
+    assert other.select.stored.keys() == {"layers.0", "layers.1"}
+    again = replace(asked, steps=5, save_every=2, validate_every=4, clips=0)
+    assert finetune(again, resume=True).steps == 5
+
+
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_trained_weights_are_written_in_diffusers_format(settings, done, tmp_path, train):
     data = f"{settings.out}/data"

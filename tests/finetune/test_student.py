@@ -10,6 +10,7 @@ from dit_accel import SLA, VSA, api
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.student import Teacher, build, training_config
 from dit_accel.methods.sla import GATE
+from dit_accel.methods.trained import lessons
 
 
 def gradients(pipe, batch, **options):
@@ -81,6 +82,28 @@ def test_a_branch_learns_every_tensor(pipe, batch, branch):
     again, _ = gradients(pipe, batch, method=method, checkpointing=True)
     for name, g in plain.items():
         torch.testing.assert_close(again[name], g, msg=name)
+
+
+@pytest.mark.parametrize("linear", ["all", None])
+def test_a_selector_learns_beside_the_model(pipe, batch, linear):
+    """Its loss comes once a layer, checkpointed or not, and reaches its tensors alone."""
+    method = SLA(keep=0.3, linear=linear, select="learned(rank=4)")
+    found = {}
+    for again in (False, True):
+        settings = Settings(out=".", method=method, checkpointing=again)
+        student = build(pipe.transformer, settings, batch)
+        with (
+            api.accelerated(student, training_config(student, settings)) as handle,
+            lessons() as losses,
+        ):
+            velocity = student(batch.noisy, batch.time, batch.conditions)
+            (0 * velocity.sum() + sum(losses)).backward()
+        assert len(losses) == 2 and handle.report().kept == pytest.approx(1 / 3)
+        found[again] = {n: p.grad for n, p in student.named_parameters() if p.requires_grad}
+    for name, g in found[False].items():
+        own = name.endswith(("route_q", "route_v"))  # B = 0 there would leave A without
+        assert g.any() == own and g.isfinite().all(), name
+        torch.testing.assert_close(found[True][name], g, msg=name)
 
 
 def test_vsa_starts_without_a_gate_and_its_gradient_reaches_it(pipe, batch):

@@ -6,7 +6,7 @@ is divided, and what stands beside attention; with trained tensors in each layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import mul
@@ -14,20 +14,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from dit_accel.methods.texts import Named
+from dit_accel.methods.trained import Parts, Trained
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
 
-Parts = Mapping[str, Tensor]
-
 
 @dataclass(frozen=True)
-class Branch(Named):
+class Branch(Trained):
     """Base of all branches, and the plain one: w = g = γ = 1, C = 0, N_i = Σ of the weights + ε.
 
-    Every tensor starts where the branch is the plain one. Those with a number for each head hold
-    all heads of the layer; a call may have some of them (Call.heads).
+    Every tensor starts where the branch is the plain one; `idle` is said of W = b = 0.
     """
 
     name: ClassVar[str] = "plain"
@@ -55,19 +52,6 @@ class Branch(Named):
         """Is the linear branch another than SLA's own?"""
         return any(map(self.has, ("weighs", "gated", "rms")))
 
-    @property
-    def parts(self) -> dict[str, str]:
-        """Names of a layer's tensors → what they are."""
-        return {}
-
-    def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
-        """A layer's tensors before training; see Learned.fresh."""
-        return {}
-
-    def idle(self, parts: Parts) -> bool:
-        """Whether it adds nothing where W = 0 and b = 0."""
-        return True
-
     def keys(self, q: Tensor, k: Tensor, call: Call, parts: Parts) -> Tensor | None:
         """g ≥ 0 of the keys k [B, H, N_k, D], [B, H, N_k], or None. What follows the valid keys is
         zero in k, and what it gets does not count."""
@@ -88,25 +72,7 @@ class Branch(Named):
         return None
 
 
-def of_heads(x: Tensor, call: Call, q: Tensor, name: str, *rest: int) -> Tensor:
-    """What a tensor [H, …] has for the heads of a call; ValueError where it is of another shape."""
-    heads, shape = call.heads, tuple(x.shape[1:])
-    if shape != rest or (x.shape[0] != q.shape[1] if heads is None else max(heads) >= x.shape[0]):
-        wanted = [q.shape[1] if heads is None else max(heads) + 1, *rest]
-        raise ValueError(
-            f"{name} of layer {call.layer} is {list(x.shape)}, but this model's heads make it "
-            f"{wanted}; load the weights that were trained for it"
-        )
-    return (x if heads is None else x[list(heads)]).to(q.device)
-
-
 def product(found: Iterable[Tensor | None]) -> Tensor | None:
     """The product of those that are there."""
     there = [x for x in found if x is not None]
     return reduce(mul, there) if there else None
-
-
-def learns(parts: Parts, *names: str) -> bool:
-    """Is one of these tensors trained, or other than zero?"""
-    found = (parts[name] for name in names if name in parts)
-    return any(x.requires_grad or bool(x.any()) for x in found)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel.forward.order import Grid, inverse
-from dit_accel.methods.branches.base import Branch, Parts, learns
+from dit_accel.methods.branches.base import Branch
 from dit_accel.methods.selectors.window import placed
+from dit_accel.methods.trained import Parts, learns
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -44,7 +45,7 @@ class Conv(Branch):
             raise ValueError(f"a convolution has three odd sizes (t, h, w), not {self.size}")
 
     @property
-    def parts(self) -> dict[str, str]:
+    def tensors(self) -> dict[str, str]:
         return {"conv": f"the kernel of each channel [D, {', '.join(map(str, self.size))}]"}
 
     def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dit_accel.forward.order import Grid
 from dit_accel.machine import cached_tensors
-from dit_accel.methods.branches.base import Branch, Parts, of_heads
+from dit_accel.methods.branches.base import Branch
 from dit_accel.methods.selectors.near import own_blocks
 from dit_accel.methods.selectors.window import centres, placed
+from dit_accel.methods.trained import Parts, of_heads
 from dit_accel.table import block_count
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class Decay(Branch):
     placed: ClassVar[bool] = True
 
     @property
-    def parts(self) -> dict[str, str]:
+    def tensors(self) -> dict[str, str]:
         return {"decay": "the rates by frame, row and column [H, 3]"}
 
     def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from dit_accel.methods.branches.base import Branch, Parts, of_heads
+from dit_accel.methods.branches.base import Branch
+from dit_accel.methods.trained import Parts, of_heads
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -25,7 +26,7 @@ class Gated(Branch):
     weighs: ClassVar[bool] = True
 
     @property
-    def parts(self) -> dict[str, str]:
+    def tensors(self) -> dict[str, str]:
         return {"key_weight": "u of each head [H, D]", "key_bias": "c of each head [H]"}
 
     def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:

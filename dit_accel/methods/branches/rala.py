@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_accel import ops
-from dit_accel.methods.branches.base import Branch, Parts, of_heads
+from dit_accel.methods.branches.base import Branch
+from dit_accel.methods.trained import Parts, of_heads
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -33,7 +34,7 @@ class RALA(Branch):
     all_queries: ClassVar[bool] = True
 
     @property
-    def parts(self) -> dict[str, str]:
+    def tensors(self) -> dict[str, str]:
         return {
             "focus": "τ of each head [H]",
             "out_weight": "M, of the output's gate [H·D, C]",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dit_accel.methods.branches.base import Branch, Parts, product
+from dit_accel.methods.branches.base import Branch, product
+from dit_accel.methods.trained import Parts
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -32,8 +33,8 @@ class Several(Branch):
         return self.branches
 
     @property
-    def parts(self) -> dict[str, str]:
-        return {name: x for branch in self.branches for name, x in branch.parts.items()}
+    def tensors(self) -> dict[str, str]:
+        return {name: x for branch in self.branches for name, x in branch.tensors.items()}
 
     def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
         found = (branch.fresh(heads, head_dim, width) for branch in self.branches)

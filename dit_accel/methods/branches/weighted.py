@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dit_accel import ops
-from dit_accel.methods.branches.base import Parts, product
+from dit_accel.methods.branches.base import product
+from dit_accel.methods.trained import Parts
 from dit_accel.table import BlockTable
 
 if TYPE_CHECKING:

@@ -28,6 +28,7 @@ _HOME = {
     "slash": "slash:Slash",
     "chunks": "chunks:Chunks",
     "per-head": "per_head:PerHead",
+    "learned": "learned:Router",
 }
 
 __all__ = ["Scored", "Selector", "SelectorInfo", "find", "infos", "opens_a_file"]
@@ -65,4 +66,5 @@ def infos() -> dict[str, SelectorInfo]:
 
 def opens_a_file(text: str) -> bool:
     """Would `find` open a file that this text names?"""
-    return any(info.needs and name in text for name, info in infos().items())
+    kinds = ((name, kind()) for name, kind in _kinds().items())
+    return any(kind.opens and f"{name}(" in text.replace(" ", "") for name, kind in kinds)

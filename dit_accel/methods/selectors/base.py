@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_accel import ops
 from dit_accel.methods.selectors.near import Near
-from dit_accel.methods.texts import Named
+from dit_accel.methods.trained import Trained
 from dit_accel.table import BlockMeans, BlockTable, block_count
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ Chosen = tuple[BlockTable, BlockMeans | None]
 
 
 @dataclass(frozen=True)
-class Selector(Named):
+class Selector(Trained):
     """Base of all selectors. Its text, such as "sub" or "sub(8)", is what `find` reads.
 
     Raises ValueError for a value that is not of its field's type.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from dit_accel.methods.selectors.base import Chosen, Fixed, Selector
+from dit_accel.methods.trained import Parts
 
 if TYPE_CHECKING:
     from dit_accel.methods.base import Call
@@ -27,6 +28,17 @@ class Both(Selector):
 
     name: ClassVar[str] = "&"
     description: ClassVar[str] = "what either of two selectors chooses"
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        return self.first.tensors | self.second.tensors
+
+    def fresh(self, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        sizes = (heads, head_dim, width)
+        return self.first.fresh(*sizes) | self.second.fresh(*sizes)
+
+    def idle(self, parts: Parts) -> bool:
+        return self.first.idle(parts) and self.second.idle(parts)
 
     @property
     def placed(self) -> bool:

@@ -33,6 +33,7 @@ class PerHead(Selector):
     description: ClassVar[str] = "for each head the best selector of a profile"
     paper: ClassVar[str] = "arXiv 2407.02490 (MInference), a pattern for each head"
     needs: ClassVar[str] = "profile.json"
+    opens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,14 +43,9 @@ class Regions(Scored):
 
     def scores(self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int]) -> Tensor:
         """[B, H, Mq, Mk]: those inside before all others."""
-        fine, size = mean_scores(q, k, call, sizes), sizes[1] * self.group
-        coarse = mean_scores(q, k, call, (sizes[0], size))
-        coarse = coarse.masked_fill(~live(k, call, size), -torch.inf)
-        most = coarse.shape[-1]
-        wanted = [min(most, ceil(n * self.factor / self.group)) for n in counts(k, call, sizes[1])]
-        place = coarse.argsort(-1, descending=True).argsort(-1)
-        inside = place < torch.tensor(wanted, device=q.device).reshape(-1, 1, 1)
-        return before(fine, inside.repeat_interleave(self.group, -1)[..., : fine.shape[-1]])
+        fine = mean_scores(q, k, call, sizes)
+        coarse = mean_scores(q, k, call, (sizes[0], sizes[1] * self.group))
+        return inside(fine, coarse, k, call, sizes, self.group, self.factor)
 
 
 @dataclass(frozen=True)
@@ -80,3 +75,22 @@ class Tree(Scored):
             best = worth.masked_fill(begin == end, -torch.inf).topk(at.numel() - 1).indices
             begin, end = begin.gather(-1, best), end.gather(-1, best)
         return before(scores, torch.zeros_like(scores, dtype=torch.bool).scatter(-1, begin, True))
+
+
+def inside(
+    fine: Tensor,
+    coarse: Tensor,
+    k: Tensor,
+    call: Call,
+    sizes: tuple[int, int],
+    group: int,
+    factor: float,
+) -> Tensor:
+    """Scores of blocks [B, H, Mq, Mk], those before all others that lie in the best regions of
+    `group` blocks by `coarse` [B, H, Mq, ⌈Mk / group⌉]: as many as hold `factor` times K blocks."""
+    coarse = coarse.masked_fill(~live(k, call, sizes[1] * group), -torch.inf)
+    most = coarse.shape[-1]
+    wanted = [min(most, ceil(n * factor / group)) for n in counts(k, call, sizes[1])]
+    place = coarse.argsort(-1, descending=True).argsort(-1)
+    best = place < torch.tensor(wanted, device=fine.device).reshape(-1, 1, 1)
+    return before(fine, best.repeat_interleave(group, -1)[..., : fine.shape[-1]])

@@ -51,7 +51,7 @@ _TABLES = (_REUSE + "test_a_table_serves_so_many_steps",)
 
 PAPERS = (
     Paper("TPLA", "none", "splits the latent of a KV cache over devices; a diffusion step keeps no cache"),
-    Paper("TPI-LLM", "part", "weights on the host, a window of layers on the device: diffusers' group offload goes with every method; no option of the command line", "tests/composition.py", ("tests/test_composition.py::test_the_page_says_what_is_observed",)),
+    Paper("TPI-LLM", "part", "weights on the host, a window of blocks on the device, the next one arriving while one runs: `--offload blocks`, diffusers' group offload, with every method; its tensor parallelism over slow links is not built", "dit_accel/generation/offload.py", ("tests/test_offload.py::test_every_method_gives_the_same_bits", "tests/test_offload.py::test_every_block_comes_and_goes", "tests/test_offload.py::test_the_wait_for_weights_is_told")),
     Paper("Lightning Attention", "works", "exact inside of blocks, states between them, whose weights decay with the distance of blocks in the picture instead of in time: `decay`, in plain torch; without a decay the fused kernel", _BRANCH + "decay.py", (_EQUATION, _BRANCHES + "test_a_steep_decay_leaves_the_own_block_and_the_text", _LINEAR + "test_the_projected_state_of_all_keys")),
     Paper("MiniCPM-SALA", "open", "sparse and linear layers in turn, converted by training: a method for each layer"),
     Paper("SLA", "works", "critical blocks exact, the others by learned linear attention", "dit_accel/methods/sla.py", ("tests/methods/test_sla.py::test_the_projected_form_is_the_paper", _LINEAR + "test_backward")),

@@ -15,6 +15,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation import compare
 from dit_accel.generation.comparison import CLIPS
 from dit_accel.generation.loading import Defaults
+from dit_accel.generation.offload import Offload
 from dit_accel.generation.request import Request
 from dit_accel.media import video
 from dit_accel.parallel import sharded, share
@@ -38,6 +39,7 @@ CASES = {f"wan, {name}": ("wan", method, {}) for name, method in WAN.items()} | 
     "wan, tile": ("wan", Pooled(0.3), {"order": "tile"}),
     "wan, budgets": ("wan", TopK(0.3), {"schedule": HEADS}),
     "wan, warm": ("wan", TopK(0.3), {"schedule": WARM}),
+    "wan, blocks offloaded": ("wan offloaded", TopK(0.3), {}),
     "three heads": ("three heads", TopK(0.3), {}),
     "flux": ("flux", Pooled(0.3), {}),
     "flux, hilbert": ("flux", TopK(0.3), {"order": "hilbert"}),
@@ -56,6 +58,8 @@ def made(kind):
         text = 15 if kind == "flux odd" else 16
         return tiny_flux(), {**sizes, "max_sequence_length": text}, kind == "flux odd"
     pipe = tiny_wan(heads=3 if kind == "three heads" else 2)
+    if kind == "wan offloaded":
+        Offload(1).switch_on(pipe, torch.device("cpu"))
     return pipe, {**sizes, "num_frames": 9, "max_sequence_length": 16}, False
 
 

@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 def studio(
     device: str | None = None,
     dtype: str | None = None,
-    offload: bool = False,
+    offload: bool | str = False,
     metadata: bool = True,
 ) -> Studio:
     """What runs the clips; ValueError for a device or a dtype that is none here."""
     from dit_accel.app.studio import Studio
     from dit_accel.generation.loading import load_pipeline, pick_device, pick_dtype
+    from dit_accel.generation.offload import Offload
 
-    pick_dtype(dtype, pick_device(device))
+    where = pick_device(device)
+    pick_dtype(dtype, where)
+    if moving := Offload.named(offload):
+        moving.check(where)
     load = partial(load_pipeline, device=device, dtype=dtype, offload=offload)
     return Studio(load, metadata, device)
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dit_accel.generation.offload import Offload
+
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -21,11 +23,18 @@ class Savings:
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, device: torch.device, batch: int = 1, offload: bool = False
-    ):
+        self,
+        pipe: DiffusionPipeline,
+        device: torch.device,
+        batch: int = 1,
+        offload: bool | str = False,
+    ) -> None:
         self.pipe, self.device, self.batch = pipe, device, batch
         self.taken: list[str] = []
-        self._left = [self._tile, *([] if offload else [self._offload]), self._offload_layers]
+        asked = Offload.named(offload)
+        self._left = [self._tile]
+        if asked is None or asked.blocks is None:  # diffusers does not change from blocks to layers
+            self._left += [*([] if asked else [self._offload]), self._offload_layers]
 
     def more(self) -> str | None:
         """Take the next measure and say which; None when there is none left."""

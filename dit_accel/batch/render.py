@@ -90,6 +90,7 @@ def _call(
         return _together(pipe, defaults, jobs, progress, report)
     result = generate(pipe, defaults, jobs[0].request(), progress)
     report = {**report, "times": asdict(result.times)}
+    report |= {"memory": asdict(result.memory)} if str(result.memory) else {}
     return [Clip(result.frames, result.latents, result.times.total, report)]
 
 

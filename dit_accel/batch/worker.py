@@ -21,6 +21,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import Boost
 from dit_accel.generation.facts import facts_of
 from dit_accel.generation.loading import Defaults
+from dit_accel.generation.offload import Offload
 from dit_accel.generation.request import arguments
 from dit_accel.generation.trained import Trained
 from dit_accel.inputs.fields import check
@@ -56,7 +57,7 @@ class Settings:
     model: str | None = None
     checkpoint: list[str] | None = None
     dtype: str | None = None
-    offload: bool = False
+    offload: bool | str = False
     compile: bool = False
     batch: int = 1
     retries: int = 1
@@ -67,6 +68,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        Offload.named(self.offload)
         for name, least in (("batch", 1), ("retries", 0), ("timeout", 0), ("wait_for_space", 0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} is at least {least}, not {getattr(self, name)}")

@@ -93,6 +93,7 @@ def _print(data: dict[str, Any], folder: Path) -> None:
     from rich.text import Text
 
     from dit_accel.cli.screen import screen
+    from dit_accel.pages import figures
     from dit_accel.pages.comparison import headline, times
 
     near = data["quality"]
@@ -109,6 +110,9 @@ def _print(data: dict[str, Any], folder: Path) -> None:
         f"\nPSNR {near['psnr_mean']:.1f} dB and SSIM {near['ssim_mean']:.3f} to the dense clip; "
         f"{data['kept']:.0%} of the attention work kept"
     )
+    for side, memory in data["memory"].items():
+        if said := figures.memory(memory):
+            out.print(f"{side}: {said}")
     reasons = data["attention"]["unplanned" if data["kept"] < 1 else "fallbacks"]
     for why, count in reasons.items():
         out.print(Text.assemble((f"{count} attention calls ran dense: ", "yellow"), why))

@@ -111,4 +111,6 @@ def _print(result: Result, target: Path, report: str) -> None:
         f"{seconds(times.total)}: text {seconds(times.encode)}, denoising "
         f"{seconds(times.denoise)}, decoding {seconds(times.decode)}"
     )
+    if said := str(result.memory):
+        out.print(said)
     out.print(report)

@@ -18,7 +18,7 @@ from dit_accel import __version__
 from dit_accel.cli.app import page
 from dit_accel.cli.batch import batch
 from dit_accel.cli.bench import bench
-from dit_accel.cli.command import Several, grouped
+from dit_accel.cli.command import Plain, Several, grouped
 from dit_accel.cli.compare import compare
 from dit_accel.cli.convert import convert
 from dit_accel.cli.doctor import doctor
@@ -65,10 +65,10 @@ def root(
 
 _MAKE = (generate, compare, batch, evaluate, tune, profile, doctor, convert)
 for command in (*_MAKE, methods, selectors, branches, show):
-    app.command()(grouped(command))
+    app.command(cls=Plain)(grouped(command))
 app.command(cls=Several)(grouped(bench))
-app.command("app")(grouped(page))
-app.command()(grouped(finetune))
+app.command("app", cls=Plain)(grouped(page))
+app.command(cls=Plain)(grouped(finetune))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -100,7 +100,9 @@ def _explain(error: Exception) -> int:
         again = "; the same command goes on" if code == launcher.AGAIN else ""
         return _say(f"{error}{again}", code)
     if _is_out_of_memory(error):
-        return _say("the memory is full: try --offload or a smaller --size", UNEXPECTED)
+        return _say(
+            "the memory is full: try --offload, --offload blocks or a smaller --size", UNEXPECTED
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror}", BAD_INPUT if error.errno in _MENDED else UNEXPECTED)

@@ -27,6 +27,7 @@ from dit_accel.generation.loading import (
     pick_device,
     pick_dtype,
 )
+from dit_accel.generation.offload import Offload
 from dit_accel.generation.options import How, What, Where
 from dit_accel.generation.request import Request, arguments, unknown_words
 from dit_accel.generation.trained import Trained
@@ -116,7 +117,10 @@ def load(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with checked():
-        pick_dtype(where.dtype, pick_device(where.device))
+        target = pick_device(where.device)
+        pick_dtype(where.dtype, target)
+        if moving := Offload.named(where.offload):
+            moving.check(target)
         find_model(where.model)
         config, trained = how.config(), None
         if kv is not None and config.prune is not None:

@@ -166,6 +166,7 @@ def _findings(dense: Result, fast: Result, ran: dict[str, object]) -> dict[str, 
         "kept": ran["kept"],
         "speedup": speedup,
         "times": {"dense": asdict(dense.times), "accelerated": asdict(fast.times)},
+        "memory": {"dense": asdict(dense.memory), "accelerated": asdict(fast.memory)},
         "quality": near,
         "attention": ran,
     }

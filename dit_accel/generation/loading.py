@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dit_accel.generation.limits import check_limits
+from dit_accel.generation.offload import Offload
 from dit_accel.inputs.data import read_object
 from dit_accel.inputs.fields import build, expect
 from dit_accel.inputs.tensors import check_folder
@@ -73,7 +74,7 @@ def load_pipeline(
     model: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    offload: bool = False,
+    offload: bool | str = False,
 ) -> tuple[DiffusionPipeline, Defaults]:
     """Load a diffusers pipeline that has a diffusion transformer.
 
@@ -81,7 +82,8 @@ def load_pipeline(
         model: a folder or a Hugging Face id; None is the embedded model.
         device: "cpu", "cuda", "cuda:1", "mps"; None takes a GPU when there is one.
         dtype: "bf16", "fp16" or "fp32"; None is bf16 on CUDA and fp32 elsewhere.
-        offload: keep on the GPU only the part that is running (`enable_model_cpu_offload`).
+        offload: keep on the GPU only the part that is running (`enable_model_cpu_offload`); with
+            "blocks" or "blocks:4" of the transformer only so many blocks (see `Offload`).
 
     Raises ValueError, in one sentence, for a model that cannot be had or has no transformer.
     """
@@ -90,6 +92,9 @@ def load_pipeline(
 
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
+    moving = Offload.named(offload)
+    if moving is not None:
+        moving.check(where)
     source = find_model(model)
     check_folder(Path(source))
     try:
@@ -99,17 +104,11 @@ def load_pipeline(
             raise
         raise ValueError(f"{source} cannot be loaded: {_first_line(error)}") from error
     pipe.set_progress_bar_config(disable=True)
-    pipe = _place(pipe, where, offload)
+    if moving is None:
+        pipe = pipe.to(where)
+    else:
+        moving.switch_on(pipe, where)
     return pipe, Defaults.from_pipeline(pipe)
-
-
-def _place(pipe: DiffusionPipeline, where: torch.device, offload: bool) -> DiffusionPipeline:
-    if not offload:
-        return pipe.to(where)
-    if where.type == "cpu":
-        raise ValueError("offload moves parts of a model on and off a GPU: it needs --device cuda")
-    pipe.enable_model_cpu_offload(device=where)
-    return pipe
 
 
 def pick_device(device: str | None) -> torch.device:

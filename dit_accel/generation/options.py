@@ -22,15 +22,17 @@ class Option(NamedTuple):
     text: a sentence; its default, where it has one of its own, in brackets.
     group: the heading that it stands under.
     given_first: it stands before all others, without a name.
+    alone: it may stand without a value, too; of what follows it these words are its values.
     """
 
     text: str
     group: str
     given_first: bool = False
+    alone: tuple[str, ...] = ()
 
 
-def described(group: type) -> dict[str, Option]:
-    """Name → description of the options of a group."""
+def described(group: object) -> dict[str, Option]:
+    """Name → description of the options of a group, or of a function that takes some."""
     hints = get_type_hints(group, include_extras=True)
     return {
         name: note
@@ -109,7 +111,14 @@ Model = Annotated[
 Checkpoint = Annotated[list[str] | None, Option(CHECKPOINT, WHERE)]
 Device = Annotated[str | None, Option("cpu, cuda, cuda:1, mps. [a GPU if any]", WHERE)]
 Dtype = Annotated[str | None, Option("bf16, fp16, fp32. [bf16 on CUDA, else fp32]", WHERE)]
-Offload = Annotated[bool, Option("Keep only the running part on the GPU.", WHERE)]
+Offload = Annotated[
+    bool | str,
+    Option(
+        "Keep only the running part on the GPU; blocks or blocks:4: of it only so many blocks.",
+        WHERE,
+        alone=("model", "blocks"),
+    ),
+]
 Ulysses = Annotated[int, Option("GPUs (or CPU processes) that share one generation. [1]", WHERE)]
 Kv = Annotated[
     str | None,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dit_accel.generation.offload import by_blocks
+
 KINDS = ("int8", "fp8")
 _MULTIPLE = 16  # of what matrix units of eight bits take
 _FP8_SINCE = (8, 9)
@@ -39,6 +41,11 @@ def check(kind: str, transformer: nn.Module, blocks: list[nn.Module]) -> None:
         raise ValueError(
             f"{name} has a LoRA beside its weights: fuse it before quantize, pipe.fuse_lora() and "
             "then pipe.unload_lora_weights()"
+        )
+    if by_blocks(transformer):
+        raise ValueError(
+            f"the blocks of {name} are offloaded, and weights in eight bits would not be what is "
+            "kept of them: take --offload without blocks, or leave quantize out"
         )
     found = [layer for block in blocks for layer in _layers(block).values()]
     if any(layer.weight.is_meta for layer in found):

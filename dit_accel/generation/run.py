@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dit_accel.generation.loading import Defaults
+from dit_accel.generation.offload import Memory, Meter
 from dit_accel.generation.request import Request, arguments
 from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.pipelines.denoisers import transformers_of
@@ -42,11 +43,13 @@ class Times:
 
 @dataclass(frozen=True)
 class Result:
-    """frames uint8 [T, H, W, 3] (T = 1 for a picture); latents as they left the last step."""
+    """frames uint8 [T, H, W, 3] (T = 1 for a picture); latents as they left the last step; memory:
+    of the GPU, and how long blocks waited for their weights."""
 
     frames: np.ndarray
     latents: torch.Tensor | None
     times: Times
+    memory: Memory
 
 
 def generate(
@@ -64,7 +67,7 @@ def generate(
     the pipeline, RuntimeError when the result is not finite.
     """
     kwargs = arguments(pipe, defaults, request)
-    watch = Watch(pipe, kwargs, progress, on_step)
+    meter, watch = Meter(pipe), Watch(pipe, kwargs, progress, on_step)
     watch.progress("encode", 0, None)
     with watch.listening(), sampling(pipe, request.sampler):
         output = call_pipeline(pipe, **kwargs, **watch.callback(), output_type="np")
@@ -74,7 +77,8 @@ def generate(
     if not np.isfinite(pixels).all():
         raise RuntimeError("the pipeline gave pixels that are not numbers: try --dtype fp32")
     frames = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
-    return Result(frames if frames.ndim == 4 else frames[None], watch.latents, times)
+    frames = frames if frames.ndim == 4 else frames[None]
+    return Result(frames, watch.latents, times, meter.read(times.denoise))
 
 
 def warm_up(pipe: DiffusionPipeline, defaults: Defaults, request: Request, steps: int = 1) -> None:

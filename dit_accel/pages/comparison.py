@@ -89,6 +89,8 @@ def _settings(data: dict[str, Any], side: str) -> dict[str, Any]:
     eight = boost.get("quantize")
     beside += [f"linear layers in {eight}, {side} run only"] if eight else []
     beside += [f"LoRA {boost['lora']}, {side} run only"] if boost.get("lora") else []
+    sides = zip(data.get("names", SIDES), data.get("memory", {}).values(), strict=False)
+    told = [f"{name}: {said}" for name, one in sides if (said := figures.memory(one))]
     found = data.get("checkpoint")
     trained = f"{', '.join(found['files'])} ({found['family']})" if found else None
     return {
@@ -100,6 +102,7 @@ def _settings(data: dict[str, Any], side: str) -> dict[str, Any]:
         "seed": data["seed"],
         "method": ", ".join(f"{k} {v}" if k != "name" else f"{v}" for k, v in method.items()),
         **({"beside it": "; ".join(beside)} if beside else {}),
+        **({"memory": "; ".join(told)} if told else {}),
         "machine": f"{figures.device(machine)}, {machine['system']}",
         "versions": ", ".join(
             f"{n} {machine[n]}" for n in ("dit_accel", "torch", "diffusers", "python")

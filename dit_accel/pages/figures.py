@@ -137,3 +137,11 @@ def full_steps(cells: Sequence[Sequence[float | None]]) -> str:
         else (f"{mean:.0%} of the blocks were read in each of the {len(known)} steps.")
     )
     return whole + rest
+
+
+def memory(found: Mapping[str, float | None]) -> str:
+    """Such as "peak 7.3 GiB on the GPU, 12% of the denoising waited for weights", or ""."""
+    peak, waiting = found.get("peak_gib"), found.get("waiting")
+    parts = [] if peak is None else [f"peak {peak:.1f} GiB on the GPU"]
+    parts += [] if waiting is None else [f"{waiting:.0%} of the denoising waited for weights"]
+    return ", ".join(parts)

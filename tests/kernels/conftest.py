@@ -1,6 +1,6 @@
 """Decorates our kernels for the interpreter, and only them: dispatch on the CPU stays torch's."""
 
-from interpreter import interpreted
+from interpreter import interpreted, quick
 
 with interpreted():
     import dit_accel.kernels.block_table.triton
@@ -10,3 +10,5 @@ with interpreted():
     import dit_accel.kernels.rectified_attention.triton
     import dit_accel.kernels.sparse_linear_attention.triton
     import dit_accel.kernels.window_attention.triton  # noqa: F401
+
+quick()

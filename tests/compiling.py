@@ -1,49 +1,35 @@
 """What the compiler makes of kernels for GPUs that are not there, by processes of their own: in the
-tests' one kernels are interpreted."""
+tests' one kernels are interpreted. `python -m compiling` prints a listing."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-
-# Prints the PTX of a candidate of a module, with an extra, a line, and its machine code.
-_LISTING = """
-import importlib, subprocess, sys, tempfile, torch, triton
+import tempfile
 from pathlib import Path
-from dit_accel.kernels.aot import compile_for
-from dit_accel.kernels.aot_cases import CASES
-row = importlib.import_module(sys.argv[1]).CANDIDATES[int(sys.argv[2])]
-kernel, arguments = CASES[row.op](row, 128, torch.bfloat16, *sys.argv[3:])
-options = {"num_warps": 4, "enable_fp_fusion": False}
-asm = compile_for(kernel, arguments, 90, options).asm
-tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(asm["cubin"])
-    file.flush()
-    code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
-print(asm["ptx"], code, sep="\\n=====\\n")
-"""
 
 
 def fresh(*arguments: str) -> str:
-    """The output of Python with these arguments."""
+    """The output of `python -m` with these arguments."""
+    import forked
+
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run([sys.executable, "-m", *arguments], environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 def compiled(*wanted: str) -> list[dict]:
     """What the compiler made of the cases `op@capability`."""
-    lines = fresh("-m", "dit_accel.kernels.aot_cases", *wanted).splitlines()
+    lines = fresh("dit_accel.kernels.aot_cases", *wanted).splitlines()
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 def listing(module: str, *extra: str, candidate: int = 0) -> list[str]:
     """PTX and machine code of a candidate of a module."""
-    return fresh("-c", _LISTING, module, str(candidate), *extra).split("\n=====\n")
+    return fresh("compiling", module, str(candidate), *extra).split("\n=====\n")
 
 
 def loops(code: str) -> list[str]:
@@ -63,3 +49,27 @@ def loops(code: str) -> list[str]:
 def count(name: str, body: str) -> int:
     """How many instructions of a kind a loop has."""
     return len(re.findall(rf"\b{name}", body))
+
+
+def main(module: str, candidate: str, *extra: str) -> None:
+    """Print the PTX of a candidate of a module, with an extra, a line, and its machine code."""
+    import torch
+    import triton
+
+    from dit_accel.kernels.aot import compile_for
+    from dit_accel.kernels.aot_cases import CASES
+
+    row = importlib.import_module(module).CANDIDATES[int(candidate)]
+    kernel, arguments = CASES[row.op](row, 128, torch.bfloat16, *extra)
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    asm = compile_for(kernel, arguments, 90, options).asm
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True).stdout
+    print(asm["ptx"], code, sep="\n=====\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,12 @@ _KNOWN = (
     "dit_accel.batch.worker",
     "dit_accel.cli.main",
     "dit_accel.generation.run",
+    "dit_accel.kernels.aot_linear",
+    "dit_accel.kernels.aot_ragged",
+    "dit_accel.kernels.aot_tables",
+    "dit_accel.kernels.int8_attention.gluon",
+    "dit_accel.kernels.pooled_attention.triton",
+    "dit_accel.kernels.rectified_attention.triton",
     "dit_accel.parallel.sharing",
     "diffusers.pipelines.flux.pipeline_flux",
     "diffusers.pipelines.wan.pipeline_wan",
@@ -33,8 +39,17 @@ _method = "forkserver"  # a forked process forks those that it starts itself
 
 def spawn(work: Callable[..., None], arguments: tuple, count: int) -> None:
     """work(rank, *arguments) in `count` processes; raises what one of them raised."""
-    multiprocessing.set_forkserver_preload(list(_KNOWN))
+    _serve()
     start_processes(work, arguments, count, start_method="forkserver")
+
+
+def _serve() -> None:
+    """Have the server run, whose kernels are compiled and not interpreted."""
+    multiprocessing.set_forkserver_preload(list(_KNOWN))
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    forkserver.ensure_running()
+    if interpreted is not None:
+        os.environ["TRITON_INTERPRET"] = interpreted
 
 
 class Popen:
@@ -72,7 +87,8 @@ class Popen:
                 files.append(_File(here))
             else:
                 files.append(_File(given.fileno()))
-        multiprocessing.set_forkserver_preload(list(_KNOWN))
+        if _method == "forkserver":
+            _serve()
         facts = (words, files, dict(env or os.environ), os.getcwd(), start_new_session)
         self._process = multiprocessing.get_context(_method).Process(target=_become, args=facts)
         self._process.start()

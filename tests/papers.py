@@ -42,6 +42,8 @@ _EQUATION = _BRANCHES + "test_each_branch_is_its_equation_forward_and_backward"
 _LEARNS = "tests/finetune/test_student.py::test_a_branch_learns_every_tensor"
 _ROUTER, _ROUTES = "dit_accel/methods/selectors/learned.py", "tests/methods/test_learned.py::"
 _ROUTER, _ROUTES = "dit_accel/methods/selectors/learned.py", "tests/methods/test_learned.py::"
+_ROUTER, _ROUTES = "dit_accel/methods/selectors/learned.py", "tests/methods/test_learned.py::"
+_ROUTER, _ROUTES = "dit_accel/methods/selectors/learned.py", "tests/methods/test_learned.py::"
 _PROFILE = "tests/test_profile.py::"
 _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
@@ -53,7 +55,7 @@ PAPERS = (
     Paper("TPLA", "none", "splits the latent of a KV cache over devices; a diffusion step keeps no cache"),
     Paper("TPI-LLM", "works", "weights on the host, a window of blocks on the device, the next one arriving while one runs: `--offload blocks`, diffusers' group offload, with every method; its all-reduce over slow links is for tensor parallelism, which is left to diffusers", "dit_accel/generation/offload.py", ("tests/test_offload.py::test_every_method_gives_the_same_bits", "tests/test_offload.py::test_every_block_comes_and_goes", "tests/test_offload.py::test_the_wait_for_weights_is_told")),
     Paper("Lightning Attention", "works", "exact inside of blocks, states between them, whose weights decay with the distance of blocks in the picture instead of in time: `decay`, in plain torch; without a decay the fused kernel", _BRANCH + "decay.py", (_EQUATION, _BRANCHES + "test_a_steep_decay_leaves_the_own_block_and_the_text", _LINEAR + "test_the_projected_state_of_all_keys")),
-    Paper("MiniCPM-SALA", "open", "sparse and linear layers in turn, converted by training: a method for each layer"),
+    Paper("MiniCPM-SALA", "works", "sparse and linear layers in turn, converted by training: `SLA(linear_layers=…)`, those that a profile finds nearest to linear attention", "dit_accel/methods/sla.py", ("tests/methods/test_linear_layers.py::test_it_is_its_equation_forward_and_backward", "tests/methods/test_linear_layers.py::test_a_profile_chooses_the_layers", "tests/finetune/test_student.py::test_sla_learns_over_a_window_and_in_another_order")),
     Paper("SLA", "works", "critical blocks exact, the others by learned linear attention", "dit_accel/methods/sla.py", ("tests/methods/test_sla.py::test_the_projected_form_is_the_paper", _LINEAR + "test_backward")),
     Paper("TransNormerLLM", "part", "its norm in place of the divisor, `rms`; a direction in time and training from scratch have no form", _BRANCH + "rms.py", (_BRANCHES + "test_rms_is_the_plain_branch_over_its_root_mean_square",)),
     Paper("TFLA", "part", "two levels of tiles: programs over spans of keys whose states are summed", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_parts_of_the_heads_give_the_same_bits",)),

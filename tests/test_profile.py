@@ -143,19 +143,23 @@ def test_one_grammar():
 def test_the_command(model, tmp_path, capsys):
     path = tmp_path / "profile.json"
     common = ["--model", str(model), "--device", "cpu", "--min-tokens", "0"]
-    tried = ["--try", "sub", "--try", "tree", "--sorts", "none,time"]
+    tried = ["--try", "sub", "--try", "tree", "--sorts", "none,time", "--linear"]
     assert cli.run(["profile", "a cat", "-o", str(path), *tried, *common]) == 0
     seen = capsys.readouterr().out
     assert "pooled/" in seen and re.search(r"--heads \S+@0.12", seen)
     assert set(Profile.load(path).heads) == {"sub", "tree"} and "'per-head(" in seen
     sorts = Profile.load(path).sorts
     assert set(sorts) == {"none", "time"} and sorts["none"] != sorts["time"] and "--sort" in seen
+    linear = Profile.load(path).linear
+    assert set(linear) == {"0", "1"} and all(0 < error < 1 for error in linear.values())
+    assert re.search(r"finetune --linear-layers \S+@0.75", seen)
     assert cli.run(["profile", "a cat", "-o", str(path), "--try", "window", *common]) == 2
     options = ["--select", f"per-head({path})", "--heads", f"{path}@0.2", "--reuse", "2+passes"]
     options += ["--sort", f"per-head({path})"]
     options += ["--step-keep", "0.5:0.1", "--refresh", "0.5,0.75", "-o", str(tmp_path / "c.mp4")]
     assert cli.run(["generate", "a cat", "--method", "shared", *options, *common]) == 0
     assert cli.run(["selectors"]) == 0 and "sub" in capsys.readouterr().out
+    assert cli.run(["branches"]) == 0 and "decay" in capsys.readouterr().out
     torch.manual_seed(0)
 
 

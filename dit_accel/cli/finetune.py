@@ -54,6 +54,9 @@ class MethodOptions:
     branch: Annotated[
         Text, option("What sla's linear branch weighs, see branches. \\[plain]", _METHOD)
     ] = None
+    linear_layers: Annotated[
+        Text, option("Layers of linear attention alone: 1,2,5 or profile.json@0.75.", _METHOD)
+    ] = None
     feature_map: Annotated[Text, option("softmax, elu or relu. \\[softmax]", _METHOD)] = None
     block_q: Annotated[Whole, option("64 or 128. \\[128 from 8,192 tokens on]", _METHOD)] = None
     block_k: Annotated[Whole, option("64 or 128. \\[64]", _METHOD)] = None
@@ -150,12 +153,15 @@ def _settings(values: dict[str, Any], method: MethodOptions) -> Settings:
 def _method(form: dict[str, Any]) -> Learned:
     """SLA or VSA with these options; ValueError for one that it does not have."""
     from dit_accel.methods import find
+    from dit_accel.methods.budget import linear_layers
     from dit_accel.methods.learned import Learned
 
     name = form.pop("method", "sla")
     kind = find(name)
     if not issubclass(kind, Learned):
         raise ValueError(f"{name} has nothing to train: sla and vsa have")
+    if "linear_layers" in form:
+        form["linear_layers"] = linear_layers(form["linear_layers"])
     if "tile" in form:
         form["tile"] = tuple(numbers(form["tile"], int, "tile"))
     known = {field.name for field in fields(kind)}

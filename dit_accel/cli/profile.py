@@ -30,6 +30,9 @@ Sorts = Annotated[
     str | None, option("Orders of each head to try, such as none,time,tile.", HOW, "--sorts")
 ]
 
+Linear = Annotated[bool, option("Try linear attention in each layer, too.", HOW, "--linear")]
+SHARE = 0.75  # of the layers that the command shown makes linear, as MiniCPM-SALA's
+
 
 def profile(
     what: What,
@@ -37,6 +40,7 @@ def profile(
     where: Where,
     tried: Try = None,
     sorts: Sorts = None,
+    linear: Linear = False,
     output: Output = Path("profile.json"),
 ) -> None:
     """Show where sparse attention errs, by layer, head and step, in one dense generation.
@@ -50,6 +54,10 @@ def profile(
     dit-accel generate "a cat" --method pooled --select "per-head(profile.json)"
 
     dit-accel profile "rocket on a blue background" --sorts none,time,tile,hilbert
+
+    dit-accel profile "rocket on a blue background" --linear
+
+    dit-accel finetune --linear-layers profile.json@0.75 --out out/sala
     """
     from dit_accel.cli.progress import Progress
     from dit_accel.cli.screen import screen
@@ -66,7 +74,8 @@ def profile(
         opened = load(where, request, how, progress, what.fps)
         pipe, defaults, config, _ = opened
         with notices(progress), checked():
-            found = measure(pipe, defaults, request, config, KEEPS, selectors, orders, progress)
+            tries = (KEEPS, selectors, orders, linear)
+            found = measure(pipe, defaults, request, config, *tries, progress)
     found.save(output)
     show(found, screen())
     choices = [best(found), f"per-head({output})"][: len(found.heads)]
@@ -76,6 +85,9 @@ def profile(
     if found.sorts:
         order = shlex.quote(f"per-head({output})")
         screen().print(f"\ndit-accel generate PROMPT --sort {order}", soft_wrap=True)
+    if found.linear:
+        said = f"dit-accel finetune --linear-layers {output}@{SHARE:g} --out FOLDER"
+        screen().print(f"\n{said}", soft_wrap=True)
 
 
 def best(found: Profile) -> str:
@@ -97,6 +109,10 @@ def show(found: Profile, console: Console) -> None:
     steps = {int(step): curve[str(SHOWN)] for step, curve in found.steps[name].items()}
     words = ", ".join(f"{step}: {error:.2f}" for step, error in sorted(steps.items()))
     console.print(f"error by step, of layers at keep {SHOWN:.0%}: {words}")
+    if found.linear:
+        rows = sorted(found.linear.items(), key=lambda row: row[1])
+        words = ", ".join(f"{layer}: {error**0.5:.2f}" for layer, error in rows)
+        console.print(f"error of linear attention at its best projection, by layer: {words}")
 
 
 def _gains(what: str, found: Profile) -> Table:

@@ -8,8 +8,10 @@ from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from dit_accel import ops
 from dit_accel.api import accelerated
 from dit_accel.config import AccelConfig
 from dit_accel.evaluate.probe import Probe
@@ -21,6 +23,7 @@ from dit_accel.methods.budget import Profile
 from dit_accel.methods.pooled import Pooled
 from dit_accel.methods.selectors import find
 from dit_accel.methods.selectors.both import Both
+from dit_accel.methods.sla import SLA
 from dit_accel.methods.sorts import CLUSTERS, KINDS
 from dit_accel.schedule import Schedule
 
@@ -66,10 +69,13 @@ class Look:
         keeps: Sequence[float],
         selectors: Sequence[str],
         sorts: Sequence[str] = (),
+        linear: str | None = None,
     ) -> None:
         self.tried = {name: method.replaced(select=name) for name in selectors}
         self.sorted = {name: method.replaced(sort=name) for name in sorts}
         self.keeps = tuple(keeps)
+        self.features = linear
+        self.linear: dict[int, list[float]] = {}
         self.heads: Looks = {}
         self.sorts: Looks = {}
         self.steps: dict[tuple[str, int, float], list[float]] = {}
@@ -91,6 +97,9 @@ class Look:
                 if tried is self.tried:
                     error = float(lost.sum().sqrt())
                     self.steps.setdefault((name, call.step, keep), []).append(error)
+        if self.features is not None:
+            lost_here = linear_error(q, k, v, out, self.features, call.kv_len)
+            self.linear.setdefault(call.layer, []).append(lost_here)
         middle = replace(call, keep=self.keeps[len(self.keeps) // 2], state={}, together={})
         mask = next(reversed(self.tried.values())).chosen(q, k, middle, v)[0].to_mask()
         known = self.masks.get(call.layer)
@@ -104,7 +113,19 @@ class Look:
         for (name, step, keep), errors in sorted(self.steps.items()):
             steps.setdefault(name, {}).setdefault(str(step), {})[str(keep)] = fmean(errors)
         overlap = {str(layer): fmean(found) for layer, found in sorted(self.same.items())}
-        return Profile(method, _by_head(self.heads), steps, overlap, _by_head(self.sorts))
+        linear = {str(layer): fmean(found) for layer, found in sorted(self.linear.items())}
+        return Profile(method, _by_head(self.heads), steps, overlap, _by_head(self.sorts), linear)
+
+
+def linear_error(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, feature_map: str, kv_len: int | Tensor | None
+) -> float:
+    """‖O − O_lin Wᵀ − b‖² / ‖O‖² at the W and b, of all heads together, that make it least."""
+    found = ops.weighted_linear_attention(q, k, v, feature_map, kv_len=kv_len)
+    x, y = (z.double().flatten(0, 2) for z in (found, out))
+    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    best = torch.linalg.pinv(x.mT @ x, hermitian=True) @ (x.mT @ y)
+    return float((y - x @ best).square().sum() / y.square().sum())
 
 
 def _by_head(looks: Looks) -> dict[str, dict[str, list[dict[str, float]]]]:
@@ -126,13 +147,15 @@ def measure(
     keeps: Sequence[float] = KEEPS,
     selectors: Sequence[str] = SELECTORS,
     sorts: Sequence[str] = (),
+    linear: bool = False,
     progress: ProgressFn = lambda phase, done, total: None,
 ) -> Profile:
     """One dense generation in which `config.method` also runs at each keep with each selector, and
     with its own in each order of the heads' tokens.
 
     Looks at every fourth step, in `config.order`. shared is tried without its state, as pooled:
-    what is measured is its choice of blocks. Raises ValueError for a method that chooses none, and
+    what is measured is its choice of blocks. linear: linear attention is tried, too, with SLA's
+    feature map, at its best projection. Raises ValueError for a method that chooses none, and
     when no call could be looked at.
     """
     method = config.method
@@ -143,7 +166,8 @@ def measure(
     if method.stateful:
         method = Pooled(method.keep, method.block_q, method.block_k, select=method.select)
     method = method.replaced(sort="none")
-    look = Look(method, keeps, check_tried(selectors), check_sorts(sorts))
+    features = getattr(method, "feature_map", SLA.feature_map) if linear else None
+    look = Look(method, keeps, check_tried(selectors), check_sorts(sorts), features)
     watched = replace(
         config, method=Probe(see=look), schedule=Schedule(warmup=0), prune=None, min_tokens=0
     )

@@ -105,7 +105,7 @@ def initial(
     fresh = {
         f"layers.{layer}.{part}": x
         for layer, shape in layers.items()
-        for part, x in method.fresh(*shape).items()
+        for part, x in method.fresh_of(layer, *shape).items()
     }
     for name, x in start.items():
         if name not in fresh:

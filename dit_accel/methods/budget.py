@@ -31,6 +31,7 @@ class Profile:
         steps: selector → step → keep → mean ‖O − O_dense‖ / ‖O_dense‖ over the layers.
         overlap: layer → share of a step's chosen blocks that the last look chose, too.
         sorts: as `heads`, by the order of each head's tokens instead of the selector.
+        linear: layer → ‖O − O_lin Wᵀ − b‖² / ‖O‖² of linear attention, at each look's best W and b.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Profile:
     steps: dict[str, dict[str, dict[str, float]]]
     overlap: dict[str, float]
     sorts: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
+    linear: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
@@ -76,6 +78,16 @@ class Profile:
         layers = sorted({layer for layer, _ in chosen})
         heads = (tuple(chosen[n, h] for n_, h in sorted(chosen) if n_ == n) for n in layers)
         return replace(base, head_keep=tuple(zip(layers, heads, strict=True)))
+
+    def linear_layers(self, share: float) -> tuple[int, ...]:
+        """The `share` of the layers that linear attention serves best; ValueError where none was
+        tried, and for a share outside of [0, 1]."""
+        if not self.linear:
+            raise ValueError("this profile tried no linear attention: dit-accel profile --linear")
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share of the layers lies in [0, 1], not {share:g}")
+        best = sorted(self.linear, key=lambda layer: self.linear[layer])
+        return tuple(sorted(int(layer) for layer in best[: round(share * len(best))]))
 
     def gain(self, total: float, selector: str) -> tuple[float, float]:
         """Root mean squared errors of the layers at one keep for all heads and at one for each."""
@@ -148,3 +160,18 @@ def head_keep(text: str, method: Method) -> tuple[float, tuple[tuple[int, tuple[
         raise ValueError(f"heads is a profile and a keep, profile.json@0.1, not {text!r}") from None
     profile = Profile.load(path if at_ else text)
     return share, profile.schedule(Schedule(), share, str(method.select)).head_keep
+
+
+def linear_layers(text: str) -> tuple[int, ...]:
+    """The layers of "1,2,5", or of "profile.json@0.75": the share that errs least there."""
+    path, at_, share = text.rpartition("@")
+    try:
+        if not at_:
+            return tuple(int(number) for number in text.split(","))
+        part = float(share)
+    except ValueError:
+        raise ValueError(
+            f"linear layers are numbers, 1,2,5, or a profile and a share, profile.json@0.75, not "
+            f"{text!r}"
+        ) from None
+    return Profile.load(path).linear_layers(part)

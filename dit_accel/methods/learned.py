@@ -67,6 +67,14 @@ class Learned(Method):
         """Whether a layer with these tensors is as one without."""
         return False
 
+    def fresh_of(self, layer: int, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        """`fresh` of a layer by its number, where layers are not alike."""
+        return self.fresh(heads, head_dim, width)
+
+    def idle_of(self, layer: int, parts: Mapping[str, Tensor]) -> bool:
+        """`idle` of a layer by its number, where layers are not alike."""
+        return self.idle(parts)
+
     def with_weights(self, tensors: Mapping[str, Tensor]) -> Self:
         """A copy that uses these tensors, by name. Parameters stay parameters: gradients reach
         them."""
@@ -76,7 +84,7 @@ class Learned(Method):
             learned.setdefault(place, {})[part] = tensor
         for place, parts in list(learned.items()):
             self.check_layer(place[1], parts)
-            if self.idle(parts):
+            if self.idle_of(place[1], parts):
                 del learned[place]
         new = copy.copy(self)
         object.__setattr__(new, "_tensors", learned)

@@ -13,8 +13,8 @@ from dit_accel import ops
 from dit_accel.inputs import fields
 from dit_accel.methods import branches
 from dit_accel.methods.base import Call, check_rounding
+from dit_accel.methods.branches import forms
 from dit_accel.methods.branches.base import Branch
-from dit_accel.methods.branches.weighted import lowest, weighted
 from dit_accel.methods.learned import Learned
 from dit_accel.methods.linear import completed
 from dit_accel.methods.selectors.base import Chosen
@@ -48,6 +48,8 @@ class SLA(Learned):
         rounding: of the number of blocks kept, "up", or "down" as the public SLA kernels do.
         branch: what the linear branch weighs and what stands beside: a `Branch`, or its text such
             as "decay & rms".
+        linear_layers: layers that are linear attention alone, O = O_lin Wᵀ + b over all keys, and
+            read no blocks; W = 1 without learned weights (MiniCPM-SALA).
         weights: a .safetensors file of `save`, trained in the same form; None is untrained.
 
     Raises ValueError for a value outside its range, and for weights of another form.
@@ -59,15 +61,19 @@ class SLA(Learned):
     skip: float = 0.1
     rounding: str = "up"
     branch: Branch | str = field(default=Branch(), kw_only=True)
+    linear_layers: tuple[int, ...] = field(default=(), kw_only=True)
 
     name: ClassVar[str] = "sla"
     description: ClassVar[str] = "exact on the best key blocks, learned linear attention for others"
     paper: ClassVar[str] = "arXiv 2509.24006"
     finetuning: ClassVar[bool] = True
-    form: ClassVar[tuple[str, ...]] = ("linear", "combine", "feature_map", "skip", "branch")
-    form_before: ClassVar[dict[str, object]] = {"branch": "plain"}
+    form: ClassVar[tuple[str, ...]] = (
+        *("linear", "combine", "feature_map", "skip"),
+        *("branch", "linear_layers"),
+    )
+    form_before: ClassVar[dict[str, object]] = {"branch": "plain", "linear_layers": []}
     texts: ClassVar[tuple[str, ...]] = (*Learned.texts, "branch")
-    later: ClassVar[tuple[str, ...]] = (*Learned.later, "branch")
+    later: ClassVar[tuple[str, ...]] = (*Learned.later, "branch", "linear_layers")
     by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "safe": {"keep": 0.7},
@@ -77,19 +83,14 @@ class SLA(Learned):
 
     def __post_init__(self) -> None:
         fields.check(self)
-        for name, values in (
-            ("linear", ("all", "rest", "marginal", None)),
-            ("combine", ("project", "gate")),
-            ("feature_map", ("softmax", "elu", "relu")),
-        ):
-            if getattr(self, name) not in values:
-                choice = ", ".join(map(repr, values))
-                raise ValueError(f"{name} is one of {choice}, not {getattr(self, name)!r}")
-        if not 0 < self.skip < 1:
-            raise ValueError(f"skip is a share of the key blocks in (0, 1), not {self.skip}")
+        _check_choices(self)
         check_rounding(self.rounding)
         if isinstance(self.branch, str):
             object.__setattr__(self, "branch", branches.find(self.branch))
+        layers = tuple(sorted(set(self.linear_layers)))
+        if len(layers) < len(self.linear_layers) or min(layers, default=0) < 0:
+            raise ValueError(f"linear_layers are numbers of layers, not {self.linear_layers}")
+        object.__setattr__(self, "linear_layers", layers)
         super().__post_init__()
         branches.check(self.beside, self.linear, self.sorting)
 
@@ -101,6 +102,7 @@ class SLA(Learned):
     @property
     def parts(self) -> dict[str, str]:
         own = {} if self.linear is None else _SHAPES[self.combine]
+        own = own | _SHAPES["project"] if self.linear_layers else own
         return own | self.beside.tensors | self.selector.tensors
 
     def check_layer(self, layer: int, parts: Mapping[str, Tensor]) -> None:
@@ -125,10 +127,27 @@ class SLA(Learned):
         own = {"weight": torch.zeros(head_dim, head_dim), "bias": torch.zeros(head_dim)}
         return own | more
 
+    def fresh_of(self, layer: int, heads: int, head_dim: int, width: int) -> dict[str, Tensor]:
+        if layer not in self.linear_layers:
+            return self.fresh(heads, head_dim, width)
+        own = {"weight": torch.eye(head_dim), "bias": torch.zeros(head_dim)}
+        return own | self.beside.fresh(heads, head_dim, width)
+
+    def idle_of(self, layer: int, parts: Mapping[str, Tensor]) -> bool:
+        return layer not in self.linear_layers and self.idle(parts)
+
     def idle(self, parts: Mapping[str, Tensor]) -> bool:
         own = any(_matters(x) for name, x in parts.items() if name in _DIMS)
         mine = own or self.combine == "gate"
         return not mine and self.beside.idle(parts) and self.selector.idle(parts)
+
+    def check(self, head_dim: int | None, layers: int) -> None:
+        if max(self.linear_layers, default=0) >= layers:
+            raise ValueError(
+                f"linear_layers name layer {max(self.linear_layers)}, but this model has {layers} "
+                "attention layers"
+            )
+        super().check(head_dim, layers)
 
     def check_head_dim(self, layer: int, parts: Mapping[str, Tensor], head_dim: int | None) -> None:
         size = parts["weight"].shape[0] if "weight" in parts else head_dim
@@ -169,51 +188,29 @@ class SLA(Learned):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if self.sorts(call):
             return in_order(self, q, k, v, call)
-        table, learned = self.table(q, k, call, v), self.of(call, q.device)
+        learned = self.of(call, q.device)
+        if call.layer in self.linear_layers:
+            out = forms.alone(self, q, k, v, call, learned)
+            return self._complemented(out, q, v, call, learned)
+        table = self.table(q, k, call, v)
         if learned is None or not {"weight", "gate"} & learned.keys():
             out = ops.block_sparse_attention(q, k, v, table, call.scale, kv_len=call.kv_len)
         else:
             self.check_head_dim(call.layer, learned, q.shape[3])
-            run = self._weighed if self.beside.alters else self._plain
-            out = run(q, k, v, table, call, learned)
+            run = forms.weighed if self.beside.alters else forms.plain
+            out = run(self, q, k, v, table, call, learned)
+        return self._complemented(out, q, v, call, learned)
+
+    def _complemented(
+        self, out: Tensor, q: Tensor, v: Tensor, call: Call, learned: Parts | None
+    ) -> Tensor:
         addend = None if learned is None else self.beside.addend(q, v, call, learned)
         return out if addend is None else (out + addend).to(q.dtype)
 
-    def _plain(
-        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call, learned: Parts
-    ) -> Tensor:
-        """Both parts, by the operator that has them in one."""
-        options: dict[str, Any] = {"scale": call.scale, "kv_len": call.kv_len}
-        options |= {"feature_map": self.feature_map, "linear": self.linear}
-        if self.linear == "marginal":
-            options["skip"] = lowest(self, q, k, call)
-        if self.combine == "project":
-            return ops.sparse_linear_attention(
-                q, k, v, table, learned["weight"], learned.get("bias"), **options
-            )
-        # α·O_s + (1 − α)·O_l = α·(O_s + e^(−gate)·O_l)
-        gate = learned["gate"].float()
-        eye = torch.eye(q.shape[3], device=q.device)
-        out = ops.sparse_linear_attention(q, k, v, table, eye * (-gate).exp(), **options)
-        return (out * gate.sigmoid()).to(q.dtype)
-
-    def _weighed(
-        self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call, learned: Parts
-    ) -> Tensor:
-        """Both parts, the linear one as the branch weighs it."""
-        out = ops.block_sparse_attention(q, k, v, table, call.scale, kv_len=call.kv_len)
-        linear = weighted(self, q, k, v, table, call, learned)
-        weight, bias = learned.get("weight"), learned.get("bias")
-        linear = linear if weight is None else linear @ weight.float().mT
-        linear = linear if call.gate is None else linear * call.gate
-        linear = linear if bias is None else linear + bias.float()
-        share = learned["gate"].float().sigmoid() if self.combine == "gate" else None
-        both = out + linear if share is None else share * out + (1 - share) * linear
-        return both.to(q.dtype)
-
     @property
     def by_parts(self) -> bool:
-        return self.by_means and self.linear in ("all", None) and self.beside == Branch()
+        pure = self.beside == Branch() and not self.linear_layers
+        return self.by_means and self.linear in ("all", None) and pure
 
     def part(
         self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call
@@ -231,3 +228,17 @@ class SLA(Learned):
 
 def _matters(x: Tensor) -> bool:
     return x.requires_grad or bool(x.any())
+
+
+def _check_choices(method: SLA) -> None:
+    """ValueError for a value that is none of the known ones."""
+    for name, values in (
+        ("linear", ("all", "rest", "marginal", None)),
+        ("combine", ("project", "gate")),
+        ("feature_map", ("softmax", "elu", "relu")),
+    ):
+        if getattr(method, name) not in values:
+            choice = ", ".join(map(repr, values))
+            raise ValueError(f"{name} is one of {choice}, not {getattr(method, name)!r}")
+    if not 0 < method.skip < 1:
+        raise ValueError(f"skip is a share of the key blocks in (0, 1), not {method.skip}")

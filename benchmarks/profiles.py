@@ -43,20 +43,16 @@ PROMPTS = (
     "a small panda and a honeybee on a dotted white background, zooming in",
 )
 
-CACHES = (0.05, 0.1, 0.15, 0.2)
+CACHES = (0.05, 0.1, 0.12, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
-SHARED = {"method": "shared", "select": "sub", "keep": 0.1}
-CURVE = {**SHARED, "step_keep": "0.15:0.3,0.4:0.1"}
-EARLY = {**SHARED, "refresh": "0.2,0.3,0.5,0.75"}
-POOLED = {"method": "pooled", "select": "sub", "keep": 0.3}
-RECTIFIED = {"method": "rectified", "select": "sub", "keep": 0.2}
+SHARED = {"method": "shared", "keep": 0.1}
+TILED = {**SHARED, "order": "tile"}
 CANDIDATES: list[dict[str, Any]] = [
-    *({"method": "dense", "step_cache": x} for x in CACHES),
-    *({**base, **more} for base in (SHARED, CURVE) for more in ({}, {"step_cache": 0.1})),
-    *({**SHARED, "step_cache": x} for x in CACHES if x != 0.1),
-    *({**SHARED, "keep": 0.05, **more} for more in ({}, *({"step_cache": x} for x in CACHES))),
-    *({**EARLY, **more} for more in ({}, {"step_cache": 0.1})),
-    *({**base, "step_cache": 0.1} for base in (POOLED, RECTIFIED)),
+    *({"method": "dense", "step_cache": x} for x in CACHES if x != 0.12),
+    *({**TILED, **more} for more in ({}, *({"step_cache": x} for x in CACHES))),
+    *({**TILED, "keep": 0.05, **more} for more in ({}, *({"step_cache": x} for x in CACHES))),
+    *({**SHARED, **more} for more in ({}, {"step_cache": 0.1})),
+    *({**SHARED, "keep": 0.05, **more} for more in ({}, {"step_cache": 0.1})),
 ]
 # Caches of diffusers that no profile takes: MagCache wants ratios calibrated for the model,
 # TaylorSeer tensors for every module.

@@ -219,7 +219,7 @@ def whole_run(row: Row, steps: int) -> list[str]:
         elif method is None:
             kind = "dense"
         elif isinstance(method, Remembering) and (
-            remembered is None or step - remembered >= method.every(steps)
+            remembered is None or method.due(step, remembered, steps)
         ):
             kind, remembered = "full", step
         elif "prune" in row.added and prune.prunes(step, steps, full):

@@ -197,7 +197,7 @@ def dense_steps(method: Method, steps: int, schedule: Schedule = USUAL) -> int:
     """Steps of a run that are dense in a schedule, a state's full steps included."""
     dense = schedule.dense_steps(steps)
     if isinstance(method, Remembering):
-        return dense + -(-(steps - dense) // method.every(steps))
+        return dense + len(method.full_steps(dense, steps))
     return dense
 
 

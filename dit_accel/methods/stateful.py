@@ -28,7 +28,9 @@ class Remembering(Method):
 
     Args:
         period: a full step comes at the latest this long after the last one: a share of the run
-            (float in (0, 1]) or a number of steps (int). A schedule's `refresh` can ask for more.
+            (float in (0, 1]) or a number of steps (int); or a tuple of such, the places in the run
+            where full steps come, of two in a row the first alone. A schedule's `refresh` can ask
+            for more.
         residual: how R is kept: "full" (the model's dtype), "fp8" (a scale per row), "pooled" (one
             mean per query block) or "none" (not at all).
 
@@ -36,27 +38,41 @@ class Remembering(Method):
     bytes of its state are logged, and a RuntimeError says when they do not fit in free memory.
     """
 
-    period: float | int = 0.25
+    period: float | int | tuple[float | int, ...] = 0.25
     residual: str = "full"
 
     stateful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        share = isinstance(self.period, float)
-        if isinstance(self.period, bool) or self.period <= 0 or (share and self.period > 1):
+        if isinstance(self.period, list):
+            object.__setattr__(self, "period", tuple(self.period))
+        places = self.period if isinstance(self.period, tuple) else (self.period,)
+        if not places or not all(map(_is_place, places)):
             raise ValueError(
-                f"period is a number of steps ≥ 1 or a share of them in (0, 1], not {self.period}"
+                "period is a number of steps ≥ 1, a share of them in (0, 1], or a tuple of such, "
+                f"not {self.period}"
             )
         if self.residual not in _RESIDUALS:
             raise ValueError(f"residual is one of {', '.join(_RESIDUALS)}, not {self.residual!r}")
 
-    def every(self, steps: int | None) -> int:
-        """Steps from one full step to the next in a run of so many (unknown: 20); of a share at
-        least two, for else none would be sparse."""
+    def due(self, step: int, last: int, steps: int | None) -> bool:
+        """Whether a full step is due in a run of so many (unknown: 20), the last one being `last`;
+        of a share not before the second step after it, for else none would be sparse."""
+        count = _UNKNOWN if steps is None else steps
+        if isinstance(self.period, tuple):
+            return any(last + 1 < count_steps(place, count) <= step for place in self.period)
         if isinstance(self.period, int):
-            return self.period
-        return max(2, count_steps(self.period, _UNKNOWN if steps is None else steps))
+            return step - last >= self.period
+        return step - last >= max(2, count_steps(self.period, count))
+
+    def full_steps(self, first: int, steps: int) -> list[int]:
+        """The full steps of a run whose first sparse step is `first`."""
+        found = [first] if first < steps else []
+        for step in range(first + 1, steps):
+            if self.due(step, found[-1], steps):
+                found.append(step)
+        return found
 
     def state_bytes(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
         """Bytes kept for one layer in one guidance pass.
@@ -86,7 +102,7 @@ class Remembering(Method):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         state = call.state
         known = state.get("shape") == (q.shape, q.dtype) and not self._apart(call)
-        if not known or call.refresh or call.step - state["step"] >= self.every(call.steps):
+        if not known or call.refresh or self.due(call.step, state["step"], call.steps):
             call.note(None)
             for name in ("residual", "scale", "table"):  # the old go before the new come
                 state.pop(name, None)
@@ -104,9 +120,8 @@ class Remembering(Method):
 
     def _apart(self, call: Call) -> bool:
         """Had another guidance pass, of those that still run, its last full step elsewhere?"""
-        mine, every = call.state.get("step"), self.every(call.steps)
-        others = call.together.get("full", {}).values()
-        return any(step != mine and call.step - step < every for step in others)
+        mine, others = call.state.get("step"), call.together.get("full", {}).values()
+        return any(step != mine and not self.due(call.step, step, call.steps) for step in others)
 
     def _keep(self, missing: Tensor, dtype: torch.dtype, state: dict[str, Any], block: int) -> None:
         missing = missing.detach()  # the graph of a step ends with it
@@ -128,3 +143,9 @@ class Remembering(Method):
         if self.residual == "pooled":
             return missing.repeat_interleave(block, 2)[:, :, :n]
         return missing
+
+
+def _is_place(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 1 if isinstance(value, int) else 0 < value <= 1

@@ -12,7 +12,7 @@ from dit_accel.ops.operators import (
     window_attention,
 )
 from dit_accel.ops.ragged import of_tiles, ragged_attention, tile_means
-from dit_accel.ops.weighted import weighted_linear_attention
+from dit_accel.ops.weighted import linear_attention, over_rms, weighted_linear_attention
 
 __all__ = [
     "EPS",
@@ -22,7 +22,9 @@ __all__ = [
     "choose_blocks",
     "features",
     "key_mask",
+    "linear_attention",
     "of_tiles",
+    "over_rms",
     "part_scores",
     "pooled_attention",
     "ragged_attention",

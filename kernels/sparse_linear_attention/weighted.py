@@ -38,7 +38,7 @@ def weighted_linear_attention(
             fk, fv = fk * weights[b, h], v[b, h].float()
             fv = fv if rms else torch.cat([fv, torch.ones_like(fv[:, :1])], 1)
             w = None if pairs is None else pairs[b, h].float()
-            rows.append(_normalised(_products(fq, fk, fv, w, sizes), rms))
+            rows.append(normalised(_products(fq, fk, fv, w, sizes), rms))
     return torch.stack(rows).view(*q.shape[:3], v.shape[3])
 
 
@@ -53,7 +53,7 @@ def _products(
     return (_split(fq, sizes[0]) @ held).flatten(0, 1)[: fq.shape[0]]
 
 
-def _normalised(x: Tensor, rms: bool) -> Tensor:
+def normalised(x: Tensor, rms: bool) -> Tensor:
     """x over its root mean square, or its first columns over the last one."""
     if rms:
         return x * (x.square().mean(-1, keepdim=True) + EPS**2).rsqrt()

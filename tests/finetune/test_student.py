@@ -71,7 +71,7 @@ def test_sla_learns_over_a_window_and_in_another_order(pipe, batch, choice):
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("branch", ["decay & rms", "gated", "rala", "conv"])
+@pytest.mark.parametrize("branch", ["decay & rms", "gated", "rala", "conv", "memory", "latents"])
 def test_a_branch_learns_every_tensor(pipe, batch, branch):
     """In a transformer, from where it is top-k; checkpointing changes no gradient."""
     method = SLA(keep=0.3, branch=branch)

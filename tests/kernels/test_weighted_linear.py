@@ -5,7 +5,7 @@ import torch
 
 from dit_accel import ops
 from dit_accel.kernels.sparse_linear_attention import reference
-from dit_accel.table import block_count
+from dit_accel.table import BlockTable, block_count
 
 
 def case(n_q=150, n_k=200, sizes=(64, 64), d=16):
@@ -42,6 +42,28 @@ def test_without_weights_it_is_the_branch_of_sla():
     ones = {"keys": torch.ones_like(keys), "blocks": torch.ones_like(blocks)}
     for given in ({}, ones):
         torch.testing.assert_close(ops.weighted_linear_attention(q, k, v, **given), plain)
+
+
+def test_the_branch_alone_is_what_is_added_to_another():
+    q, k, v, _, _ = case()
+    weight = torch.randn(16, 16, requires_grad=True)
+    mask = torch.rand(2, 3, 3, 4) < 0.4
+    table = BlockTable.from_mask(mask, 64, 64, 150, 200)
+    for excluded, kv_len in ((None, None), (table, 130)):
+        options = {"excluded": excluded, "kv_len": kv_len}
+        out = ops.linear_attention(q, k, v, weight, "elu", **options)
+        args = (torch.zeros_like(q), q, k, v, excluded, weight, None, "elu", kv_len)
+        naive = reference.linear_branch(*args)
+        torch.testing.assert_close(out, naive, rtol=1e-4, atol=1e-5)
+        leaves, grad = (q, k, v, weight), torch.randn_like(out)
+        found, expected = (torch.autograd.grad(x, leaves, grad) for x in (out, naive))
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+        with torch.no_grad():
+            again = ops.linear_attention(q, k, v, weight, "elu", **options)
+        assert torch.equal(again, out)
+    with pytest.raises(ValueError, match=r"weight is \[16, 16\], not \[4, 4\]"):
+        ops.linear_attention(q, k, v, torch.ones(4, 4))
 
 
 def test_padding_is_never_read():

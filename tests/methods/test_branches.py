@@ -11,12 +11,16 @@ from dit_accel.config import AccelConfig
 from dit_accel.kernels.sparse_linear_attention import reference
 from dit_accel.methods import Call, branches
 from dit_accel.methods.branches.decay import distances
+from dit_accel.ops import dispatch
 from dit_accel.pruning.config import TokenPruning
 
 GRID = (5, 8, 8)
 N, D, H, WIDTH = 320, 16, 3, 24
 ALL = [name for name in branches.infos() if name != "plain"]
-WEIGHING = ["decay", "gated", "rala", "decay & gated", "decay & rms", "gated & conv"]
+WEIGHING = [
+    *("decay", "gated", "rala", "rms", "decay & gated", "decay & rms", "gated & conv"),
+    *("gated & rms", "rala & rms"),
+]
 
 
 def qkv(n=N, n_k=None):
@@ -82,7 +86,7 @@ def naive(method, tensors, q, k, v, call):
 @pytest.mark.parametrize("branch", WEIGHING)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"linear": "rest"}, {"combine": "gate"}, {"feature_map": "elu"}],
+    [{}, {"linear": "rest"}, {"combine": "gate"}, {"feature_map": "elu"}, {"feature_map": "relu"}],
     ids=str,
 )
 def test_each_branch_is_its_equation_forward_and_backward(branch, options):
@@ -102,7 +106,7 @@ def test_each_branch_is_its_equation_forward_and_backward(branch, options):
         torch.testing.assert_close(x, y, rtol=2e-3, atol=2e-3, msg=name)
 
 
-@pytest.mark.parametrize("branch", [name for name in ALL if name != "rms"])
+@pytest.mark.parametrize("branch", ["decay", "gated", "rala", "conv"])
 @pytest.mark.parametrize("linear", ["all", "rest", "marginal"])
 def test_training_starts_at_plain_sla(branch, linear):
     q, k, v = qkv()
@@ -164,6 +168,33 @@ def test_rms_is_the_plain_branch_over_its_root_mean_square():
     )
 
 
+@pytest.mark.parametrize(
+    "branch,features,fused",
+    [
+        *[("rms", "softmax", True), ("gated & rms", "elu", True), ("rala", "relu", True)],
+        *[("gated", "softmax", False), ("rms & decay", "softmax", False)],
+    ],
+)
+def test_the_kernels_run_where_they_can_be_told_of_the_weights(branch, features, fused):
+    q, k, v = qkv()
+    method, _ = method_of(branch, feature_map=features, linear="rest")
+    with dispatch.recording() as used:
+        method(q, k, v, call_of(method))
+    assert any("linear_branch" in name for name in used) == fused
+
+
+@pytest.mark.parametrize("branch", [*ALL, "gated & rms"])
+def test_half_precision_stays_near(branch):
+    q, k, v = (x.detach() for x in qkv())
+    method, _ = method_of(branch)
+    call = call_of(method)
+    with torch.no_grad():
+        out = method(*(x.bfloat16() for x in (q, k, v)), call)
+        exact = method(*(x.bfloat16().float() for x in (q, k, v)), call)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("text", ["none", "before", "after"])
 @pytest.mark.parametrize("ordered", [False, True])
 def test_a_kernel_that_is_one_at_its_middle_adds_the_values(ordered, text):
@@ -186,7 +217,9 @@ def test_a_kernel_that_is_one_at_its_middle_adds_the_values(ordered, text):
     torch.testing.assert_close(out, method(q, k, v, call) + right)
 
 
-@pytest.mark.parametrize("branch", ["decay & gated", "rala", "conv", "decay & conv"])
+@pytest.mark.parametrize(
+    "branch", ["decay & gated", "rala", "conv", "decay & conv", "memory", "latents(2) & rms"]
+)
 def test_a_part_of_the_heads_and_of_the_queries_give_their_part(branch):
     q, k, v = qkv()
     method, _ = method_of(branch)
@@ -242,6 +275,11 @@ def test_a_configuration_and_a_file_name_their_branch(tmp_path):
         ({"branch": "conv(2x3x3)"}, "three odd sizes"),
         ({"branch": "conv(fast)"}, "size is a list"),
         ({"branch": "decay", "linear": None}, "linear=None has none"),
+        ({"branch": "memory & decay"}, "memory is in place of the linear branch"),
+        ({"branch": "memory & latents"}, "memory is in place of the linear branch"),
+        ({"branch": "memory", "linear": "rest"}, "take linear='all', not 'rest'"),
+        ({"branch": "memory(0)"}, "a number of steps ≥ 1"),
+        ({"branch": "latents(0)"}, "a number of latents ≥ 1"),
         ({"branch": "conv", "sort": "time"}, "sort=time moves them"),
     ],
     ids=str,

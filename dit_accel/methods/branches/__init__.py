@@ -20,6 +20,8 @@ _HOME = {
     "rala": "rala:RALA",
     "rms": "rms:RMS",
     "conv": "conv:Conv",
+    "memory": "memory:Memory",
+    "latents": "latents:Latents",
 }
 
 __all__ = ["Branch", "BranchInfo", "check", "find", "infos"]
@@ -45,6 +47,8 @@ def check(branch: Branch, linear: str | None, sort: Sort) -> None:
     which it cannot follow."""
     if linear is None and branch.alters:
         raise ValueError(f"branch={branch} weighs the linear branch, and linear=None has none")
+    if branch.has("all_keys") and linear != "all":
+        raise ValueError(f"branch={branch} is one for all keys: take linear='all', not {linear!r}")
     if sort and (branch.has("placed") or branch.has("gated")):
         raise ValueError(
             f"branch={branch} looks where tokens lie or at what they were made of, and sort={sort} "

@@ -37,6 +37,8 @@ class Branch(Trained):
     rms: ClassVar[bool] = False  # N_i is the root mean square of what it divides
     all_queries: ClassVar[bool] = False  # looks at all queries at once
     beside: ClassVar[bool] = False  # has a C
+    replaces: ClassVar[bool] = False  # has a `linear` of its own
+    all_keys: ClassVar[bool] = False  # which knows no excluded blocks
 
     @property
     def members(self) -> Sequence[Branch]:
@@ -50,7 +52,7 @@ class Branch(Trained):
     @property
     def alters(self) -> bool:
         """Is the linear branch another than SLA's own?"""
-        return any(map(self.has, ("weighs", "gated", "rms")))
+        return any(map(self.has, ("weighs", "gated", "rms", "replaces")))
 
     def keys(self, q: Tensor, k: Tensor, call: Call, parts: Parts) -> Tensor | None:
         """g ≥ 0 of the keys k [B, H, N_k, D], [B, H, N_k], or None. What follows the valid keys is
@@ -61,6 +63,22 @@ class Branch(Trained):
         self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], parts: Parts
     ) -> Tensor | None:
         """w ≥ 0 of query blocks and key blocks of these sizes, [1 or B, H, Mq, Mk], or None."""
+        return None
+
+    def linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: Call,
+        feature_map: str,
+        held: tuple[Tensor | None, tuple[int, int]],
+        parts: Parts,
+    ) -> Tensor | None:
+        """O_lin [B, H, N_q, D] float32 in place of SLA's, or None.
+
+        held: the pairs of blocks [B, H, Mq, Mk] that it may read (None: all), and their sizes.
+        """
         return None
 
     def gate(self, hidden: Tensor, heads: int, parts: Parts) -> Tensor | None:

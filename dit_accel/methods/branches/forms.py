@@ -39,9 +39,9 @@ def plain(
 def weighed(
     method: SLA, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call, learned: Parts
 ) -> Tensor:
-    """Both parts, the linear one as the branch weighs it, in plain torch."""
+    """Both parts, the linear one as the branch weighs it."""
     out = ops.block_sparse_attention(q, k, v, table, call.scale, kv_len=call.kv_len)
-    linear = _projected(_linear(method, q, k, v, table, call, learned), call, learned)
+    linear = _linear(method, q, k, v, table, call, learned)
     if "gate" not in learned:
         return (out + linear).to(q.dtype)
     share = learned["gate"].float().sigmoid()
@@ -51,36 +51,74 @@ def weighed(
 def alone(
     method: SLA, q: Tensor, k: Tensor, v: Tensor, call: Call, learned: Parts | None
 ) -> Tensor:
-    """O_lin Wᵀ + b of all keys, in plain torch; no block is read. W = 1 without learned weights."""
+    """O_lin Wᵀ + b of all keys; no block is read. W = 1 without learned weights."""
     call.note(_nothing(q, k, method.sizes(q, call)))
-    found = _linear(method, q, k, v, None, call, learned or {})
-    return _projected(found, call, learned or {}).to(q.dtype)
+    return _linear(method, q, k, v, None, call, learned or {}).to(q.dtype)
 
 
 def _linear(
     method: SLA, q: Tensor, k: Tensor, v: Tensor, table: BlockTable | None, call: Call, parts: Parts
 ) -> Tensor:
-    """O_lin [B, H, N_q, D] float32: over all keys, or those that `method.linear` leaves of the
-    table's."""
+    """γ ⊙ (O_lin Wᵀ) + b [B, H, N_q, D] float32: over all keys, or those that `method.linear`
+    leaves of the table's."""
     branch, sizes = method.beside, method.sizes(q, call)
-    held = None
+    out = None
     if table is not None and method.linear in ("rest", "marginal"):
         out = table if method.linear == "rest" else table.union(_lowest(method, q, k, call))
-        held = (~out.to_mask()).float()
-    k = k if call.kv_len is None else k.where(ops.key_mask(k, call.kv_len), 0)
+    if call.kv_len is not None:  # a weight of padding has no gradient
+        k, v = (x.where(ops.key_mask(x, call.kv_len), 0) for x in (k, v))
     keys = branch.keys(q, k, call, parts)
-    blocks = product((held, branch.blocks(q, k, call, sizes, parts)))
-    return ops.weighted_linear_attention(
-        q, k, v, method.feature_map, keys, blocks, sizes, branch.has("rms"), call.kv_len
-    )
-
-
-def _projected(linear: Tensor, call: Call, learned: Parts) -> Tensor:
-    """γ ⊙ (O_lin Wᵀ) + b."""
-    weight, bias = learned.get("weight"), learned.get("bias")
+    blocks, rms = branch.blocks(q, k, call, sizes, parts), branch.has("rms")
+    weight, bias = parts.get("weight"), parts.get("bias")
+    told = blocks is None and (keys is None or rms or method.feature_map == "relu")
+    if told and not branch.has("replaces"):
+        linear = _fused(method, q, k, v, keys, out, call)
+    else:
+        held = None if out is None else (~out.to_mask()).float()
+        own = branch.linear(q, k, v, call, method.feature_map, (held, sizes), parts)
+        linear = _weighted(method, q, k, v, keys, product((held, blocks)), call, own)
     linear = linear if weight is None else linear @ weight.float().mT
     linear = linear if call.gate is None else linear * call.gate
     return linear if bias is None else linear + bias.float()
+
+
+def _fused(
+    method: SLA,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    out: BlockTable | None,
+    call: Call,
+) -> Tensor:
+    """O_lin float32 by the kernels of the plain branch, where they can be told of g: relu takes it
+    out of φ(g·k), and what is divided by its own size does not ask for the divisor, so that g may
+    stand at v alone."""
+    rms = method.beside.has("rms")
+    if keys is not None and rms:
+        v = v * keys[..., None].to(v.dtype)
+    elif keys is not None:
+        k = k * keys[..., None].to(k.dtype)
+    linear = ops.linear_attention(q, k, v, None, method.feature_map, out, call.kv_len)
+    return ops.over_rms(linear) if rms else linear.float()
+
+
+def _weighted(
+    method: SLA,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor | None,
+    blocks: Tensor | None,
+    call: Call,
+    own: Tensor | None,
+) -> Tensor:
+    """O_lin float32 in plain torch: what the branch has in its place, or with its weights."""
+    rms = method.beside.has("rms")
+    if own is not None:
+        return ops.over_rms(own) if rms else own
+    options = (method.sizes(q, call), rms, call.kv_len)
+    return ops.weighted_linear_attention(q, k, v, method.feature_map, keys, blocks, *options)
 
 
 def _lowest(method: SLA, q: Tensor, k: Tensor, call: Call) -> BlockTable:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Several(Branch):
-    """The branches of a text "A & B". Raises ValueError where one of them comes twice."""
+    """The branches of a text "A & B". Raises ValueError where one of them comes twice, and where
+    one weighs what another one replaces."""
 
     branches: tuple[Branch, ...]
 
@@ -27,6 +28,12 @@ class Several(Branch):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"branch {self} has {name} twice: name each once")
+        replacing = [branch.name for branch in self.branches if branch.replaces]
+        if len(replacing) > 1 or (replacing and self.has("weighs")):
+            raise ValueError(
+                f"{replacing[0]} is in place of the linear branch, so that nothing of it can be "
+                f"weighed: take it with rms or conv, not {self}"
+            )
 
     @property
     def members(self) -> Sequence[Branch]:
@@ -50,6 +57,19 @@ class Several(Branch):
         self, q: Tensor, k: Tensor, call: Call, sizes: tuple[int, int], parts: Parts
     ) -> Tensor | None:
         return product(branch.blocks(q, k, call, sizes, parts) for branch in self.branches)
+
+    def linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: Call,
+        feature_map: str,
+        held: tuple[Tensor | None, tuple[int, int]],
+        parts: Parts,
+    ) -> Tensor | None:
+        found = [x.linear(q, k, v, call, feature_map, held, parts) for x in self.branches]
+        return next((x for x in found if x is not None), None)
 
     def gate(self, hidden: Tensor, heads: int, parts: Parts) -> Tensor | None:
         return product(branch.gate(hidden, heads, parts) for branch in self.branches)

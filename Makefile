@@ -21,7 +21,7 @@ app: $(BIN)/.installed
 	$(BIN)/python app.py
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(BIN)/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[ray]"
@@ -33,7 +33,7 @@ test-browser: $(BIN)/.installed
 	$(BIN)/python -m pytest -m browser tests/page
 
 coverage: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-report=html:out/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html:out/coverage
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

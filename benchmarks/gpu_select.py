@@ -113,6 +113,8 @@ def level_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:
         (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 3),
         (64, 128, 4, 2), (64, 64, 4, 3), (128, 128, 4, 2),
     ):  # fmt: skip
+        if block < block_q:  # such a row serves smaller blocks alone
+            continue
         with levels_by(block=block, tile=tile, warps=warps, stages=stages):
             ms[f"{block} x {tile}, {warps} warps, {stages} stages"] = r.ms(call)
     for bits in (24, 26, 27, 28):

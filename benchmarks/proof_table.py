@@ -18,14 +18,13 @@ from typing import Any
 from dit_accel.evaluate.tables import markdown, reference, summary
 from dit_accel.pages.scatter import Point, scatter
 
-BETTER = "shared/sub, early full steps"
 FAMILIES = (
     (r"dense, \d+ of \d+ steps", "fewer steps"),
     (r"dense\+cache@.*", "step cache"),
-    (r"shared(-q64-tile-steps-\d+|.*) \+ cache@.*", f"{BETTER}, step cache"),
-    (r"shared-q64-tile-steps-\d+", BETTER),
-    (r"(shared|pooled|topk|rectified|rettention|ditfastattn)(/sub)? \d+%", r"\1\2"),
-)
+    (r"shared-q64-tile-steps-\d+ \+ cache@.*", "shared + step cache"),
+    (r"(shared|pooled|topk)-q64-tile-steps-\d+", r"\1, every choice"),
+    (r"(shared|rectified) \d+%", r"\1, means"),
+)  # a row's name → its line of the plot
 
 
 def read(folders: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:

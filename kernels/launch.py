@@ -25,6 +25,7 @@ _H100 = "fastest of a sweep on an H100: benchmarks/results/h100-sweeps.json"
 _GLUON = "fastest of a sweep on an H100: benchmarks/results/h100-gluon-2.json"
 _MEANS = "fastest of a sweep on an H100: benchmarks/results/h100-table-parts-3.json"
 _STATES = "fastest of a sweep on an H100: benchmarks/results/h100-kernels-5.json"
+_LEVELS = "fastest of a sweep on an H200: benchmarks/results/h200-select-2.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
 _INT8_GLUON = "fastest of a sweep on an H200: benchmarks/results/h200-int8.json"
 
@@ -124,6 +125,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("spreads", 90, 128, 128, 64, warps=1, stages=1, provenance=_MEANS),
     Launch("scores", 80, 128, 128, 64, warps=4, stages=2, precision="bf16x3"),
     Launch("levels", 80, 128, 128, 64, warps=8, stages=2),
+    Launch("levels", 90, 128, 128, 64, warps=4, stages=3, provenance=_LEVELS),
     Launch("coefficients", 80, 128, 128, 32, warps=8, stages=2),
     Launch("coefficients", 90, 128, 128, 32, warps=4, stages=2),
     Launch("coefficients", 100, 128, 128, 32, warps=4, stages=2),

@@ -15,6 +15,7 @@ import json
 import platform
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def candidates(keep: float) -> dict[str, Method]:
         "rectified, top-k only, GAPR": Rectified(keep, **plain),
         "rectified as published": Rectified(keep),
         "pooled": Pooled(keep),
+        "pooled, line": Pooled(keep, tail="line"),
         "window alone": Rettention(keep, residual="none", rescale=False, period=NEVER),
     } | (remembering(keep) if keep == 0.2 else {})
 
@@ -58,12 +60,15 @@ def remembering(keep: float) -> dict[str, Method]:
 class Books:
     """Runs the candidates on what a layer was given and notes (layer, step, kept, error)."""
 
-    def __init__(self) -> None:
+    def __init__(self, only: Sequence[str]) -> None:
+        self.only = only
         self.entries: dict[str, list] = defaultdict(list)
 
     def see(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: Call) -> None:
         for keep in KEEPS:
             for name, method in candidates(keep).items():
+                if self.only and name not in self.only:
+                    continue
                 if call.step % EVERY == 0 or (method.stateful and method.period < NEVER):
                     self.note(f"{keep}/{name}", method, q, k, v, dense, call)
 
@@ -81,8 +86,8 @@ class Books:
         self.entries[key].append((call.layer, call.step, share, error))
 
 
-def measure(pipe, defaults, order: str) -> dict[str, list]:
-    books = Books()
+def measure(pipe, defaults, order: str, only: Sequence[str]) -> dict[str, list]:
+    books = Books(only)
     with accelerated(pipe, Probe(see=books.see), schedule=Schedule(), order=order, min_tokens=0):
         for prompt in PROMPTS:
             values = arguments(pipe, defaults, Request(prompt, seed=11, guidance=1.0))
@@ -111,6 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--model", help="folder or id; the embedded model when left out")
     parser.add_argument("--order", nargs="+", default=["raster", "tile"])
+    parser.add_argument("--only", nargs="+", default=(), help="methods of the table, by name")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/cpu-attention-error.json")
     )
@@ -119,7 +125,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     rows = []
     for order in options.order:
-        for key, entries in measure(pipe, defaults, order).items():
+        for key, entries in measure(pipe, defaults, order, options.only).items():
             keep, _, name = key.partition("/")
             rows.append({"order": order, "keep": float(keep), "method": name, **summary(entries)})
     data = {

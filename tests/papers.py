@@ -62,7 +62,7 @@ PAPERS = (
     Paper("LeanAttention", "none", "unequal work split evenly: rows taken longest first were built and measured, gained nothing on an H200, and are out (kernels/block_table/README.md)"),
     Paper("Sequence Parallelism (ring)", "works", "keys and values go round in parts, whose outputs are merged by their log-sum-exp: `share(pipe, kv=\"ring\")`, `--kv ring`", "dit_accel/parallel/sharded.py", (_RING, "tests/test_ring.py::test_parts_are_merged_by_their_log_sum_exp")),
     Paper("LASP-2", "works", "one all-reduce of linear states, one gather of keys and values, where heads do not divide: `share(pipe, kv=\"gather\")`, `--kv gather`", "dit_accel/parallel/sharded.py", (_RING,)),
-    Paper("Local Linear Attention", "open", "a first-order term of the pooled tail"),
+    Paper("Local Linear Attention", "works", "softmax fits values by a local constant, this by a local line: the first-order term of the pooled tail, `Pooled(tail=\"line\")`, one matrix for a block of queries", "kernels/pooled_attention/line.py", (_POOLED + "test_half_the_spread_is_half_the_error_of_means_and_a_quarter_of_that_of_lines", _POOLED + "test_the_line_is_its_equation", _POOLED + "test_the_gradient_of_the_line")),
     Paper("TransMLA", "none", "converts grouped heads into a latent KV cache"),
     Paper("X-EcoMLA", "none", "distils attention into a latent KV cache"),
     Paper("SEA", "works", "a learned estimate of the attention of blocks, distilled from the exact one, whose best are read: `learned`, low-rank instead of a linear attention and a decoder", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _ROUTES + "test_it_learns_what_means_do_not_see", "tests/finetune/test_student.py::test_a_selector_learns_beside_the_model")),

@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.pooled_attention.line import tail_line
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
 from dit_accel.ops import registration, tables
 from dit_accel.ops.checks import (
@@ -300,7 +301,7 @@ def window_attention(
 def pooled_attention(
     q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
     kv_len: int | Tensor | None = ..., means: BlockMeans | None = ...,
-    return_lse: Literal[False] = ...,
+    return_lse: Literal[False] = ..., line: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -308,7 +309,7 @@ def pooled_attention(
 def pooled_attention(
     q: Tensor, k: Tensor, v: Tensor, table: BlockTable, scale: float | None = ...,
     kv_len: int | Tensor | None = ..., means: BlockMeans | None = ..., *,
-    return_lse: Literal[True],
+    return_lse: Literal[True], line: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -321,6 +322,7 @@ def pooled_attention(
     kv_len: int | Tensor | None = None,
     means: BlockMeans | None = None,
     return_lse: bool = False,
+    line: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention to the table's blocks; each other block is one mean key and value.
 
@@ -328,7 +330,9 @@ def pooled_attention(
     |m| valid tokens, with the values v_j and v̄_m. With all blocks kept this is dense attention.
 
     means: those of this q, k and kv_len, from block_table with return_means; the result is the same
-    without. The other arguments, result and errors are those of block_sparse_attention.
+    without. line: with the first-order term of a skipped block (local linear attention), in which
+    its values are a line of its keys; in plain torch. The other arguments, result and errors are
+    those of block_sparse_attention.
     """
     check_qkv(q, k, v)
     check_table(q, k, table)
@@ -338,6 +342,9 @@ def pooled_attention(
     known = (None if means is None else means.k, _words(k, table, kv_len))
     rows = (table.indices, table.counts)
     out, lse = registration.pooled_attention(q, k, v, *rows, *known, *sizes)
+    if line:
+        more = tail_line(q, k, v, table, lse, default_scale(scale, q), kv_len)
+        out = (out.float() + more).to(out.dtype)
     return (out, lse) if return_lse else out
 
 

@@ -6,10 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dit_accel import Pooled, ops
+from dit_accel.config import AccelConfig
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import torch as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified_reference
 from dit_accel.kernels.rectified_attention import torch as rectified
+from dit_accel.methods import Call
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
 
@@ -175,3 +178,105 @@ def test_pooled_backward(module, kv_len: int | torch.Tensor | None):
     found = module.backward(grad_out, grad_lse, q, k, v, out, lse, table, kv_len=kv_len)
     for name, *tensors in zip(("dq", "dk", "dv"), found, wide, same, strict=True):
         assert_close(name, *tensors)
+
+
+def by_hand_line(q, k, v, table, ends):
+    """Pooled attention and its first-order term, from every pair of tokens, in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    out, scale = torch.zeros_like(q), q.shape[-1] ** -0.5
+    kept, n_q = table.to_mask(), q.shape[2]
+    for b, h, n in torch.cartesian_prod(*(torch.arange(x) for x in kept.shape[:3])).tolist():
+        rows = q[b, h, n * BLOCK : min(n_q, (n + 1) * BLOCK)]
+        parts = []  # of each key block: weights [rows, 1], values [rows, D], slopes
+        for m, start in enumerate(range(0, ends[b], BLOCK)):
+            keys, values = (x[b, h, start : min(ends[b], start + BLOCK)] for x in (k, v))
+            weights = (rows @ keys.mT * scale).exp()
+            if kept[b, h, n, m]:
+                parts.append((weights.sum(1, keepdim=True), weights @ values, None))
+                continue
+            middle, count = keys.mean(0), len(keys)
+            weight = count * (rows @ middle * scale).exp()[:, None]
+            slope = scale / count * (keys - middle).mT @ (values - values.mean(0))
+            parts.append((weight, weight * values.mean(0), slope))
+        if parts:
+            total = sum(weight for weight, *_ in parts)
+            line = sum(
+                (w / total).mean() * rows @ slope for w, _, slope in parts if slope is not None
+            )
+            out[b, h, n * BLOCK : n * BLOCK + len(rows)] = (
+                sum(x for _, x, _ in parts) / total + line
+            )
+    return out
+
+
+@pytest.mark.parametrize("kv_len", KV_LENS)
+def test_the_line_is_its_equation(kv_len):
+    q, k, v, table = inputs()
+    ends = poison(k, v, kv_len)
+    out = ops.pooled_attention(q, k, v, table, kv_len=kv_len, line=True)
+    torch.testing.assert_close(
+        out, by_hand_line(q, k, v, table, ends).float(), rtol=1e-4, atol=1e-5
+    )
+
+
+def of_spread(size: float):
+    """q, k, v whose queries and keys lie so far from the means of their blocks, and a table."""
+    torch.manual_seed(0)
+    blocks = torch.randn(2, 1, 2, 8, 1, 16, dtype=torch.float64)
+    tokens = blocks + size * torch.randn(2, 1, 2, 8, BLOCK, 16, dtype=torch.float64)
+    q, k = tokens.flatten(3, 4).float()
+    mask = torch.rand(1, 2, 8, 8) < 0.3
+    return q, k, torch.randn_like(k), BlockTable.from_mask(mask, BLOCK, BLOCK, 128, 128)
+
+
+def test_half_the_spread_is_half_the_error_of_means_and_a_quarter_of_that_of_lines():
+    errors = {False: [], True: []}
+    for size in (0.1, 0.05, 0.025):
+        q, k, v, table = of_spread(size)
+        dense = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+        for line, found in errors.items():
+            out = ops.pooled_attention(q, k, v, table, line=line).double()
+            found.append(float((out - dense).norm() / dense.norm()))
+    for line, factor in ((False, 2), (True, 4)):
+        for wide, narrow in zip(errors[line], errors[line][1:], strict=False):
+            assert wide / narrow == pytest.approx(factor, rel=0.05)
+
+
+def test_where_values_are_constant_the_line_is_the_mean():
+    q, k, v, table = of_spread(1.0)
+    v = v[:, :, ::BLOCK].repeat_interleave(BLOCK, 2)
+    flat, line = (ops.pooled_attention(q, k, v, table, line=line) for line in (False, True))
+    torch.testing.assert_close(line, flat)
+    everything = BlockTable.from_mask(torch.ones(1, 2, 8, 8).bool(), BLOCK, BLOCK, 128, 128)
+    kept = [ops.pooled_attention(q, k, v, everything, line=line) for line in (False, True)]
+    assert torch.equal(*kept)
+
+
+def test_the_gradient_of_the_line():
+    q, k, v, table = inputs(n_q=33, n_k=50)
+    found, wanted = [], []
+    for record, attend, dtype in (
+        (found, lambda *x: ops.pooled_attention(*x, table, line=True), torch.float32),
+        (wanted, lambda *x: by_hand_line(*x, table, [50, 50]), torch.float64),
+    ):
+        leaves = [x.to(dtype).detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves)
+        record += torch.autograd.grad(out.sin().sum(), leaves)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_tail_of_the_method():
+    config = AccelConfig(Pooled(0.3, tail="line"))
+    assert config.to_dict()["method"]["tail"] == "line"
+    assert AccelConfig.from_dict(config.to_dict()) == config
+    assert "tail" not in AccelConfig(Pooled(0.3)).to_dict()["method"]  # what ran before is the same
+    assert Pooled(0.3).by_parts and not config.method.by_parts
+    q, k, v, _ = of_spread(0.3)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    flat, line = (
+        (Pooled(0.3, tail=tail)(q, k, v, Call(0.3)) - dense).norm() for tail in ("mean", "line")
+    )
+    assert line < 0.8 * flat  # blocks of 64 are wider than those of `of_spread`
+    with pytest.raises(ValueError, match="tail is 'mean' or 'line', not 'flat'"):
+        Pooled(tail="flat")

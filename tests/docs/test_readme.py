@@ -31,6 +31,6 @@ def test_the_snippet_runs(monkeypatch, capsys):
     found = {}
     exec(compile(code, str(README), "exec"), found)
     said = capsys.readouterr().out
-    assert re.search(r"shared on WanTransformer3DModel: \d\d\.\d% of attention work kept", said)
+    assert re.search(r"shared/sub on WanTransformer3DModel: \d\d\.\d% of attention work kept", said)
     assert found["clip"].shape == (16, 9, 16, 16) and found["clip"].isfinite().all()
     assert not found["handle"].active

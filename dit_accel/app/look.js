@@ -1,6 +1,6 @@
 // The attention view: point at a place of the clip, and see which key blocks its query block reads.
 import { ask, one } from "./dom.js";
-import { frame, onFrame, pause } from "./stage.js";
+import { frame, onFrame, onView, pause } from "./stage.js";
 
 const toggle = one("#look"), layers = one("#layer"), words = one("#read");
 const canvas = document.createElement("canvas");
@@ -96,3 +96,7 @@ canvas.addEventListener("keydown", (event) => {
 toggle.onclick = () => (sight ? close() : open().catch((wrong) => { words.hidden = false; words.textContent = wrong.error || "It cannot be drawn."; }));
 layers.onchange = draw;
 onFrame(draw);
+onView((name) => {
+  toggle.disabled = name === "apart"; // neither clip is seen there
+  if (toggle.disabled) close();
+});

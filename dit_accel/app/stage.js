@@ -20,6 +20,8 @@ const differs = () => stage.classList.contains("apart");
 const playing = () => (differs() ? rolling : clips().some((side) => !side.video.paused));
 const listeners = [];
 export const onFrame = (listener) => listeners.push(listener);
+const viewers = [];
+export const onView = (viewer) => viewers.push(viewer); // is told "", "wipe" or "apart"
 export const pause = () => stop();
 export const frame = () => Number(at.value);
 
@@ -110,6 +112,7 @@ function view(name) {
     rolling = was;
     differ();
   } else if (rolling) { rolling = false; start(); }
+  for (const viewer of viewers) viewer(name);
 }
 canvas.style.filter = "brightness(4)";
 function look() {

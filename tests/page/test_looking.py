@@ -100,6 +100,20 @@ def test_the_attention_view_draws_what_a_place_reads(any_page):
     assert page.js("return document.querySelector('.look') === null")
 
 
+def test_the_difference_closes_the_attention_view(any_page):
+    page = any_page
+    finished(page)
+    page.click("#look")
+    page.until("return document.querySelector('.look') !== null")
+    state = "const b = document.querySelector('#look'); return [b.ariaPressed, b.disabled]"
+    assert page.js(state) == ["true", False]
+    page.click("[data-view=apart]")
+    assert page.js(state) == ["false", True]
+    assert page.js("return document.querySelector('.look') === null")
+    page.click("[data-view='']")
+    assert page.js(state) == ["false", False]
+
+
 def test_keys_play_step_zoom_and_generate(page):
     page.until(VIDEOS + "return a.currentTime > 0 && !a.paused")
     page.js("document.querySelector('.stage').focus()")

@@ -109,8 +109,9 @@ def save_result(
 ) -> list[Path]:
     """Write what the student holds now; the files and folders that were written.
 
-    sla.safetensors for SLA(weights=…), of a VSA vsa.safetensors, preset.json for `--method`, and
-    beside them transformer/ (diffusers format) after full training or lora/ after LoRA training.
+    sla.safetensors for SLA(weights=…), of another method that of its name, preset.json for
+    `--method`, and beside them transformer/ (diffusers format) after full training or lora/ after
+    LoRA training.
     """
     weights, preset = out / f"{settings.method.name}.safetensors", out / "preset.json"
     frozen = {name: x.detach() for name, x in student.tensors().items()}

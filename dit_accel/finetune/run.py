@@ -47,12 +47,13 @@ class Result:
 def finetune(
     settings: Settings, resume: bool = False, progress: ProgressFn = lambda *state: None
 ) -> Result:
-    """Train SLA as `settings` say and write the result to settings.out (arXiv 2509.24006).
+    """Train a method as `settings` say and write the result to settings.out.
 
     Raises ValueError, before training, for what cannot work; RuntimeError when training diverges.
     """
     out = check_folder(settings.out)
-    results = ("sla.safetensors", "preset.json", "transformer", "lora")
+    own = f"{settings.method.name}.safetensors"
+    results = (own, "preset.json", "transformer", "lora")
     check_own(out, "log.jsonl", results, mark=b'"settings"')
     start = _start(out, settings, resume)
     prompts = read_prompts(settings.prompts or EMBEDDED.parent / "prompts.txt")

@@ -1,14 +1,16 @@
 """Gradients through an accelerated transformer, and what is trained."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from dit_accel import SLA, VSA, api
+from dit_accel import SLA, VSA, api, ops
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.student import Teacher, build, training_config
+from dit_accel.methods.learned import Learned
 from dit_accel.methods.sla import GATE
 from dit_accel.methods.trained import lessons
 
@@ -86,6 +88,33 @@ def test_a_branch_learns_every_tensor(pipe, batch, branch):
     again, _ = gradients(pipe, batch, method=method, checkpointing=True)
     for name, g in plain.items():
         torch.testing.assert_close(again[name], g, msg=name)
+
+
+@dataclass(frozen=True)
+class Louder(Learned):
+    """Pooled attention, each head times 1 + a number that is learned."""
+
+    name: ClassVar[str] = "louder"
+    description: ClassVar[str] = "pooled, and a factor for each head"
+    parts = {"factor": "of each head, less one [H]"}
+
+    def fresh(self, heads, head_dim, width):
+        return {"factor": torch.zeros(heads)}
+
+    def __call__(self, q, k, v, call):
+        out = ops.pooled_attention(q, k, v, self.table(q, k, call, v), call.scale)
+        learned = self.of(call, q.device)
+        return out if learned is None else out * (1 + learned["factor"][:, None, None])
+
+
+def test_any_method_with_tensors_is_trained(pipe, batch, tmp_path):
+    found, _ = gradients(pipe, batch, method=Louder(keep=0.3))
+    assert set(found) == {f"learned.layers-{i}-factor" for i in (0, 1)}
+    assert all(g.shape == (2,) and g.any() for g in found.values())
+    method = Louder(0.3).with_weights({"layers.0.factor": torch.ones(2)})
+    method.save(tmp_path / "louder.safetensors")
+    again = Louder(0.3, weights=str(tmp_path / "louder.safetensors"))
+    assert torch.equal(again.tensors()["layers.0.factor"], torch.ones(2))
 
 
 @pytest.mark.parametrize("linear", ["all", None])

@@ -45,6 +45,18 @@ def test_presets_and_files_are_rows_too(tmp_path):
     assert found[1].config.order == "tile"
 
 
+def test_to_these_the_same_may_be_added(tmp_path):
+    path = tmp_path / "mine.json"
+    schedule = dit_accel.Schedule(head_keep=((0, (0.1, 0.3)),))
+    AccelConfig(dit_accel.Pooled(0.2), schedule).save(path)
+    found = rows([f"{path}+prune+cache@0.2", "topk:fast+cache"], (), 25, TEMPLATE)
+    assert [row.name for row in found] == [f"{path} + prune + cache@0.2", "topk:fast + cache"]
+    first, second = found
+    assert first.config.schedule == schedule and first.config.method == dit_accel.Pooled(0.2)
+    assert first.config.prune.keep == 0.5 and first.boost.step_cache == 0.2
+    assert second.boost.step_cache == 0.1 and second.config.prune is None
+
+
 def test_a_row_in_eight_bits():
     (row,) = rows(["topk-int8"], (0.2,), 25, TEMPLATE)
     assert row.name == "topk-int8 20%" and row.config.method == dit_accel.TopK(

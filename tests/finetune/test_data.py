@@ -12,7 +12,7 @@ from dit_accel.finetune import data, prepare
 from dit_accel.finetune.config import Settings
 from dit_accel.finetune.record import record
 from dit_accel.finetune.run import prepare_data
-from dit_accel.generation.loading import Defaults
+from dit_accel.generation.loading import EMBEDDED, Defaults
 from dit_accel.generation.request import Request, arguments
 from dit_accel.media import video
 
@@ -32,6 +32,15 @@ def test_a_packed_model_is_recorded_with_its_position_tables():
     known = record(tiny_flux(), Defaults(64, 64, num_inference_steps=2), "a cat")
     assert known.shape[0] == 1 and known.time_scale == pytest.approx(1)
     assert {"img_ids", "txt_ids", "pooled_projections"} <= set(known.tensors)
+
+
+def test_a_model_of_scenes_is_recorded_with_any_prompt():
+    """What stands in for the prompt is no scene, and neither is an empty negative one."""
+    pipe = tiny_wan()
+    pipe.register_to_config(_name_or_path=str(EMBEDDED))
+    with pytest.raises(ValueError, match="expected"):
+        arguments(pipe, SMALL, Request("a rocket"))
+    assert record(pipe, SMALL, "").shape == (1, 16, 3, 8, 8)
 
 
 def test_models_that_cannot_be_served_are_refused():

@@ -57,7 +57,8 @@ function sides() {
     one(".about", set).textContent = kind ? kind.about : "A preset that you opened.";
     one(".more", set).hidden = dense;
     one(".levels", set).hidden = !kind || !Object.keys(kind.own).some((name) => name);
-    const own = kind?.own[level] ?? kind?.own[""], unknown = kind ? "as trained" : "the preset's";
+    const told = facts.speeds[one("[name$='.speed']", set)?.value], plainly = kind?.own[level] ?? kind?.own[""];
+    const own = told ? { ...plainly, ...told } : plainly, unknown = kind ? "as trained" : "the preset's";
     for (const field of all(".field", set)) {
       const box = one("[name]", field), name = box.name.split(".")[1];
       if (name === "method") continue;

@@ -34,6 +34,7 @@ from dit_accel.app.cost import told
 from dit_accel.app.desk import Desk, Full, Job, sentence
 from dit_accel.app.guard import FORM, REPORT, Guard, body_of
 from dit_accel.config import CROSSOVER
+from dit_accel.generation import speeds
 from dit_accel.pages.render import render
 
 TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -264,6 +265,7 @@ def _home(desk: Desk) -> str:
         "kinds": [asdict(kind) for kind in form.kinds(limits)],
         "limits": {"prompt": limits.prompt},
         "beside": form.BESIDE,
+        "speeds": {name: speeds.options(name) for name in speeds.NAMES},
         "crossover": str(CROSSOVER.get(desk.studio.where.type, "")),
     }
     return render(

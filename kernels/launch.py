@@ -48,6 +48,8 @@ class Launch:
         precision: of float32 products, "bf16x3" in three of bfloat16; half-width inputs always
             multiply exactly.
         bits: width of the input's dtype.
+        lazy: of "forward": rescale the sums only where a maximum grew by more, in powers of two;
+            0: at every step.
         provenance: the evidence for the row.
     """
 
@@ -63,6 +65,7 @@ class Launch:
     pairs: bool = False
     precision: str = "ieee"
     bits: int = 16
+    lazy: float = 0.0
     provenance: str = _AOT
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class Launch:
         ):
             raise ValueError(
                 f"a launch has blocks and tiles of {BLOCKS} and a power of two of warps, not {self}"
+            )
+        if self.lazy < 0 or (self.lazy and (self.specialized or self.op != "forward")):
+            raise ValueError(
+                f"only the plain forward kernel rescales lazily, by a growth > 0, not {self}"
             )
 
 

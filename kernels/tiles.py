@@ -51,20 +51,40 @@ def scores(b_q, b_q1, b_k, b_k1, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION: tl.constexpr):
-    """One step of the online softmax: logits in log2 units [BQ, BK] and their values."""
+def absorb(
+    b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION: tl.constexpr, LAZY: tl.constexpr = 0.0
+):  # fmt: skip
+    """One step of the online softmax: logits in log2 units [BQ, BK] and their values.
+
+    LAZY: weights stay relative to an earlier maximum until one exceeds it by more, and the sums are
+    rescaled only then (FlashAttention-4); 0: at every step.
+    """
     b_new = tl.maximum(b_m, tl.max(b_s, 1))
+    if LAZY > 0:
+        b_new = tl.where(b_new > b_m + LAZY, b_new, b_m)
     # a row that has seen only masked keys keeps a maximum of -inf, and -inf - -inf is NaN
     b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
     b_p = tl.exp2(b_s - b_ref[:, None])
     b_a = tl.exp2(b_m - b_ref)
-    b_l = b_l * b_a + tl.sum(b_p, 1)
+    if LAZY == 0:
+        b_l = b_l * b_a + tl.sum(b_p, 1)
+    else:
+        if tl.max((b_new > b_m).to(tl.int32), 0) > 0:
+            b_l = b_l * b_a
+            b_o = b_o * b_a[:, None]
+            if b_v1 is not None:
+                b_o1 = b_o1 * b_a[:, None]
+        b_l += tl.sum(b_p, 1)
     b_p = b_p.to(b_v.dtype)
+    if LAZY == 0:
+        b_o = b_o * b_a[:, None]
     # [BQ, BK] @ [BK, D0] -> [BQ, D0]
-    b_o = tl.dot(b_p, b_v, b_o * b_a[:, None], input_precision=PRECISION)
+    b_o = tl.dot(b_p, b_v, b_o, input_precision=PRECISION)
     if b_v1 is not None:
+        if LAZY == 0:
+            b_o1 = b_o1 * b_a[:, None]
         # [BQ, BK] @ [BK, D1] -> [BQ, D1]
-        b_o1 = tl.dot(b_p, b_v1, b_o1 * b_a[:, None], input_precision=PRECISION)
+        b_o1 = tl.dot(b_p, b_v1, b_o1, input_precision=PRECISION)
     return b_o, b_o1, b_new, b_l
 
 

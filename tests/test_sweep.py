@@ -64,6 +64,7 @@ def test_hopper_tries_pairs_of_small_key_blocks_too():
     assert all(any(launch.pairs for launch in found) for found in tried.values())
     assert all(launch.pairs or launch.tile <= 64 for launch in tried[64])
     assert "pairs=True" in sweep._written(asdict(tried[64][-1]))
+    assert ["lazy=8.0" in sweep._written(asdict(x)) for x in tried[64]].count(True) == 1
 
 
 @pytest.mark.parametrize(

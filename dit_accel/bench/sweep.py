@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 BLOCKS = ((128, 64), (64, 64), (128, 128))
 TRIED = ("wan1.3b-480p", "cogvideox-5b")  # heads of 128 and of 64
 _CHECKED = 1000  # tokens
+_LAZY = 8.0  # FlashAttention-4's: weights of at most 256 fit float16
 _WORKERS = 16  # processes that compile, at most
 
 
@@ -89,12 +90,17 @@ def sweep(
 
 
 def candidates(now: Launch, head_dim: int, block_k: int) -> Iterator[Launch]:
-    """Launches like `now` with other tiles, warps, stages and loads; Hopper's own kernel too."""
+    """Launches like `now` with other tiles, warps, stages and loads; Hopper's own kernel too, and
+    the plain one with lazy rescaling."""
+    from dit_accel.kernels.launch import find
+
     tma = (True, False) if now.capability >= 90 and head_dim in (64, 128) else (False,)
     plain = replace(now, head_dim=head_dim, specialized=False, provenance="a candidate")
     for tile, warps, stages, loads in product((64, 32, 128, 16), (4, 8), (2, 3, 4), tma):
         if tile <= block_k:
             yield replace(plain, tile=tile, warps=warps, stages=stages, descriptors=loads)
+    always = find("forward", now.capability, head_dim, now.block, specialized=False)
+    yield replace(always, head_dim=head_dim, lazy=_LAZY, provenance="a candidate")
     if now.capability == 90:
         from dit_accel.kernels.block_sparse_attention.gluon import CANDIDATES
 
@@ -196,7 +202,7 @@ def _written(launch: dict[str, object]) -> str:
     defaults = {f.name: f.default for f in fields(Launch)}
     first = ("op", "capability", "head_dim", "block", "tile", "warps", "stages")
     given = [repr(launch[name]) for name in first]
-    rest = ("descriptors", "specialized", "pairs", "precision", "bits")
+    rest = ("descriptors", "specialized", "pairs", "precision", "bits", "lazy")
     given += [f"{n}={launch[n]!r}" for n in rest if launch[n] != defaults[n]]
     return f"Launch({', '.join(given)})"
 

@@ -57,7 +57,7 @@ def _block_sparse_attention_fwd_kernel(
     pool_k, pool_v, bits, n_pool, ratio, shift,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr,
-    PADDED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, LAZY: tl.constexpr,
 ):  # fmt: skip
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_bh = i_b.to(tl.int64) * tl.num_programs(1) + i_h
@@ -99,7 +99,7 @@ def _block_sparse_attention_fwd_kernel(
         b_k1 = load_tile(p_k1, i_k.to(tl.int64) * s_k[2], o_k, n_k, False)
         b_v1 = load_tile(p_v1, i_k.to(tl.int64) * s_v[2], o_k, n_k, False)
         b_s = scores(b_q, b_q1, b_k, b_k1, PRECISION) * scale
-        b_o, b_o1, b_m, b_l = absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION)
+        b_o, b_o1, b_m, b_l = absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION, LAZY)
 
     # only the ragged last block, and blocks cut by kv_len, pay for a mask
     for i in tl.range(n_whole * SPLIT, n_kept * SPLIT, num_stages=1):
@@ -111,7 +111,7 @@ def _block_sparse_attention_fwd_kernel(
         b_v1 = load_tile(p_v1, i_k.to(tl.int64) * s_v[2], o_k, n_left, True)
         b_s = scores(b_q, b_q1, b_k, b_k1, PRECISION) * scale
         b_s = tl.where(o_k[None, :] < n_left, b_s, -float("inf"))
-        b_o, b_o1, b_m, b_l = absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION)
+        b_o, b_o1, b_m, b_l = absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION, LAZY)
 
     if pool_k is not None:
         x_p, x_pv = pool_k + i_bh * n_pool * D, pool_v + i_bh * n_pool * D
@@ -127,7 +127,7 @@ def _block_sparse_attention_fwd_kernel(
             b_k1 = load_tile(p_k1, i * TILE_K * D, o_k, n_k, False)
             b_v1 = load_tile(p_v1, i * TILE_K * D, o_k, n_k, False)
             b_s = scores(b_q, b_q1, b_k, b_k1, PRECISION) * scale + b_bias[None, :]
-            b_o, b_o1, b_m, b_l = absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION)
+            b_o, b_o1, b_m, b_l = absorb(b_s, b_v, b_v1, b_o, b_o1, b_m, b_l, PRECISION, LAZY)
 
     # a row without a valid key gives zeros and -inf
     b_full = tl.where(b_l > 0, b_l, 1.0)
@@ -236,6 +236,7 @@ def forward(
         "ratio": ratio, "shift": shift, "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k,
         "TILE_K": tile,
         "D0": d0, "D1": d1, "STAGES": launch.stages, "PRECISION": launch.precision,
+        "LAZY": launch.lazy,
     }  # fmt: skip
     return (table.counts.shape[2], q.shape[1], q.shape[0]), arguments, launch
 

@@ -143,3 +143,53 @@ def test_backward(case, kv_len, with_lse, device):
         expected.append(torch.autograd.grad(loss, leaves))
     for name, *tensors in zip(("dq", "dk", "dv"), grads, *expected, strict=True):
         assert_close(name, *tensors)
+
+
+def lazily(q, k, v, table, lazy, kv_len=None):
+    """Output and log-sum-exp by the launch in use, rescaled where a maximum grew by `lazy`."""
+    row = kernel.find("forward", kernel.capability_of(q), q.shape[-1], table.block_q, False)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    launch = replace(row, lazy=lazy)
+    kernel.attend(q, k, v, out, lse, table, launch, None, kv_len)
+    return out, lse
+
+
+LAZY = [(64, HALF, growth, None) for growth in (-1, 0, 1)]
+LAZY += [(64, HALF, 1, torch.tensor([70, 0])), (80, torch.float32, 1, 70)]
+
+
+@pytest.mark.parametrize("d, dtype, growth, kv_len", LAZY)
+def test_lazy_rescaling_stays_within_rounding(d, dtype, growth, kv_len, device):
+    """Logits that fall, stay and grow from block to block by far more than the threshold."""
+    q, k, v, table = inputs(33, 96, d, 32, 32, dtype, device, batch=2, keep=0.8)
+    k = (
+        4 * k
+        + growth
+        * 0.5
+        * torch.arange(k.shape[2], device=device)[:, None].to(k)
+        * q.mean(2)[:, :, None]
+    )
+    kv_len = kv_len.to(device) if isinstance(kv_len, torch.Tensor) else kv_len
+    wide, same = references(reference.block_sparse_attention, q, k, v, table, None, True, kv_len)
+    usual, lazy = (lazily(q, k, v, table, x, kv_len) for x in (0.0, 8.0))
+    for name, always, rare, *known in zip(("out", "lse"), usual, lazy, wide, same, strict=True):
+        assert_close(name, rare, known[0], known[1].to(rare.dtype))
+        assert_close(name, always, known[0], known[1].to(rare.dtype))
+
+
+def test_lazy_rescaling_is_off_and_keeps_an_earlier_maximum(device):
+    q, k, v, table = inputs(64, 256, 64, 64, 64, torch.float32, device, keep=2)
+    usual = kernel.block_sparse_attention(q, k, v, table, None, True)
+    for one, other in zip(usual, lazily(q, k, v, table, 0.0), strict=True):
+        assert torch.equal(one, other)
+    small, large = (lazily(q, k, v, table, lazy)[0] for lazy in (8.0, 1000.0))
+    assert torch.equal(small, large)  # these logits never grow by 8: the first maximum serves all
+    assert not torch.equal(small, usual[0]) and (small - usual[0]).abs().max() < 1e-6
+
+
+def test_who_can_rescale_lazily():
+    rows = [kernel.find("forward", 90, 128, 128), kernel.find("forward", 90, 128, 64)]
+    assert [row.specialized for row in rows] == [True, False] and not any(r.lazy for r in rows)
+    for row, lazy in ((rows[0], 8.0), (rows[1], -1.0)):
+        with pytest.raises(ValueError, match="only the plain forward kernel rescales lazily"):
+            replace(row, lazy=lazy)

@@ -46,7 +46,6 @@ _LINEAR = "tests/kernels/test_sparse_linear_triton.py::"
 _POOLED = "tests/kernels/test_compensation.py::"
 _RING = "tests/test_ring.py::test_two_processes_give_what_one_gives"
 _ULYSSES = "tests/test_ulysses.py::test_two_processes_give_what_one_gives"
-_TABLES = (_REUSE + "test_a_table_serves_so_many_steps",)
 
 PAPERS = (
     Paper("TPLA", "none", "splits the latent of a KV cache over devices; a diffusion step keeps no cache"),
@@ -77,7 +76,7 @@ PAPERS = (
     Paper("2D-TPE", "works", "each head reads the grid in its own order, time, tiles or Hilbert, chosen by a profile instead of learned", "dit_accel/methods/sorts.py", (_SORTS + "test_each_head_is_as_if_all_had_its_order", _SORTS + "test_one_order_for_all_heads_is_that_of_the_model")),
     Paper("FIT", "works", "exact in a window, learned latents that read a block each for all that is outside: `SLA(branch=\"latents\", linear=\"rest\")` over a window; latents do not live on from layer to layer", _BRANCH + "latents.py", ("tests/methods/test_memories.py::test_latents_read_blocks_and_are_read", "tests/methods/test_memories.py::test_a_latent_that_asks_for_nothing_is_the_mean_of_its_block", _WINDOWS + "test_pooled_over_a_window_is_near_tokens_and_the_means_of_the_others")),
     Paper("MoA", "works", "a budget for each head under a total, from one profile", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force", _PROFILE + "test_a_budget_of_heads_runs_and_keeps_its_total", "tests/kernels/test_part_scores.py::test_a_share_for_each_head")),
-    Paper("TCA", "part", "budgets of heads, by error instead of captured mass", "dit_accel/methods/budget.py", (_PROFILE + "test_the_choice_is_that_of_brute_force",)),
+    Paper("TCA", "works", "budgets of heads by captured mass, from one calibration: `--heads profile.json@mass0.9`, beside those by error", "dit_accel/methods/budget.py", (_PROFILE + "test_the_mass_of_heads_and_the_least_keep_that_holds_one", _PROFILE + "test_mass_is_the_exact_share_of_the_chosen_blocks")),
     Paper("DeltaLLM", "works", "keys that change little in time share a block, whose mean stands for them: pooled in the order of time; what changes little over steps is a residual", "dit_accel/methods/sorts.py", (_SORTS + "test_keys_that_stay_in_time_lose_nothing", "tests/methods/test_shared.py::test_at_the_caching_step_the_partial_formula_is_the_dense_output")),
     Paper("S2-Attention", "works", "a strided shard for each head, which together are everything: a static control", _STATIC, (_STATICS + "test_the_shards_of_all_heads_are_everything",)),
     Paper("RALA", "works", "keys weighed by the mean query, and a gate of the output from the attention's input: `rala`", _BRANCH + "rala.py", (_EQUATION, _BRANCHES + "test_rala_reads_what_the_attention_is_given", _LEARNS)),
@@ -87,7 +86,7 @@ PAPERS = (
     Paper("Kronecker attention", "none", "correlations of three: another function, cubic work"),
     Paper("DCAL", "none", "distractor pairs in the training of recognition"),
     Paper("MInference", "works", "columns and diagonals of a sample of the attention, and a pattern for each head, chosen offline: slash and per-head", "dit_accel/methods/selectors/slash.py", (_SCORED + "test_a_key_that_all_queries_like_is_a_column", _SCORED + "test_scores_of_a_distance_are_a_diagonal", "tests/methods/test_per_head.py::test_each_head_has_its_selectors_rows")),
-    Paper("EchoAtt", "part", "tables that serve again, over steps instead of layers", "dit_accel/methods/reuse.py", _TABLES),
+    Paper("EchoAtt", "works", "layers that read the tables of others: `reuse=\"layers:0,4,8\"`, those of a profile; a control", "dit_accel/methods/reuse.py", (_REUSE + "test_layers_read_what_their_leader_reads", _REUSE + "test_a_pipeline_shares_tables_between_layers")),
     Paper("BiFormer", "works", "coarse scores of regions, finer ones inside: block means, and means of their parts", _SUB, (_PARTS + "test_the_same_choice", _PARTS + "test_parts_of_one_token_give_the_attention_of_blocks", "tests/test_choice.py::test_more_parts_come_nearer_to_the_exact_shares")),
     Paper("Re-ttention", "works", "a window, rescaled and completed by an earlier full step", "dit_accel/methods/rettention.py", ("tests/methods/test_rettention.py::test_at_the_caching_step_the_sparse_formula_is_the_dense_output",)),
     Paper("NOSA", "none", "offloads a KV cache of decoding; how many blocks are chosen again is a column of `profile`"),
@@ -100,8 +99,8 @@ PAPERS = (
     Paper("MASA", "none", "fewer parameters, the same time"),
     Paper("SLAB", "works", "ReLU features of the linear branch, and a depth-wise convolution of the values beside it: `conv`; its batch norm has nothing to fold into", _BRANCH + "conv.py", (_LINEAR + "test_feature_maps", _EQUATION)),
     Paper("MaxViT", "works", "own window and a dilated grid, which reach everything in two layers: a static control", _STATIC, (_STATICS + "test_a_window_and_a_grid_reach_everything_in_two_layers",)),
-    Paper("TAPPA", "part", "a table serves several steps; not by the similarity of queries", "dit_accel/methods/reuse.py", _TABLES),
-    Paper("HyLRA", "part", "sensitive layers dense, tables reused; over steps instead of layers", "dit_accel/methods/reuse.py", (*_TABLES, "tests/test_tune.py::test_sensitivity_is_the_error_of_each_layer")),
+    Paper("TAPPA", "works", "a table serves as long as its queries stay alike: `reuse=\"8+drift0.9\"`", "dit_accel/methods/reuse.py", (_REUSE + "test_a_table_serves_while_queries_stay_alike", _REUSE + "test_a_table_serves_so_many_steps")),
+    Paper("HyLRA", "works", "sensitive layers dense, the others read the tables of leaders that a profile's overlaps choose by a dynamic programme, over steps too", "dit_accel/methods/budget.py", (_PROFILE + "test_leaders_are_those_of_brute_force", _REUSE + "test_layers_read_what_their_leader_reads", "tests/test_tune.py::test_sensitivity_is_the_error_of_each_layer")),
     Paper("Unified View of long-sequence models", "works", "one template, heads over devices", "dit_accel/parallel/ulysses.py", (_ULYSSES,)),
     Paper("PowerAttention", "works", "blocks at distances of powers of two, which reach everything in log₂ M layers: a static control", _STATIC, (_STATICS + "test_powers_of_two_reach_everything_in_log_layers",)),
     Paper("MVAR", "part", "its rule of space is a window of one frame, `window(t=1,h=8,w=8)`; next-scale autoregression has no form", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_is_the_blocks_that_its_tokens_touch",)),

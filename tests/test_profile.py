@@ -10,12 +10,13 @@ from tiny import saved_tiny_wan
 import dit_accel
 from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig, named, resolve
-from dit_accel.evaluate.profile import measure
+from dit_accel.evaluate.profile import Look, measure
 from dit_accel.evaluate.rows import rows
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
-from dit_accel.methods.budget import Profile, allocate, at
+from dit_accel.methods import Call
+from dit_accel.methods.budget import Profile, allocate, at, head_keep, least
 from dit_accel.schedule import Plan, Schedule
 
 GENERATION = {"height": 192, "width": 192, "num_frames": 9, "num_inference_steps": 4, "fps": 8}
@@ -35,7 +36,7 @@ def loaded(model):
 @pytest.fixture(scope="module")
 def found(loaded):
     config = AccelConfig(dit_accel.SharedResidual())
-    return measure(*loaded, Request("a cat"), config, KEEPS, ("means", "sub"))
+    return measure(*loaded, Request("a cat"), config, KEEPS, ("means", "sub"), mass=True)
 
 
 def test_errors_fall_with_keep_and_heads_sum_to_the_layer(found):
@@ -86,6 +87,62 @@ def test_the_choice_is_that_of_brute_force():
         assert error <= min(tried) + 1e-9 or total == 0.2  # between two points of the hull
     with pytest.raises(ValueError, match="outside what was measured, 0.1 to 1"):
         allocate(curves, 0.05)
+
+
+def test_the_mass_of_heads_and_the_least_keep_that_holds_one(found, tmp_path):
+    masses = found.masses("sub")
+    assert set(masses) == set(found.curves("sub"))
+    assert all(0 < curve[0.2] < curve[0.5] < 1 for curve in masses.values())
+    for curve in masses.values():
+        keep = (0.2 + 0.5) / 2
+        between = (curve[0.2] + curve[0.5]) / 2
+        assert least(curve, between) == pytest.approx(keep)
+        assert least(curve, curve[0.2] / 2) == 0.2 and least(curve, 1) == 1
+    path = tmp_path / "profile.json"
+    found.save(path)
+    total, keeps = head_keep(f"{path}@mass0.9", dit_accel.TopK(select="sub"))
+    each = {(n, h): keep for n, row in keeps for h, keep in enumerate(row)}
+    assert each == {place: least(curve, 0.9) for place, curve in masses.items()}
+    assert total == pytest.approx(sum(each.values()) / len(each))
+    with pytest.raises(ValueError, match="has the mass of means, sub, not of slash"):
+        head_keep(f"{path}@mass0.9", dit_accel.TopK(select="slash"))
+    for text, match in (("@mass2", "a mass is a share"), ("@massive", "heads is a profile and")):
+        with pytest.raises(ValueError, match=match):
+            head_keep(f"{path}{text}", dit_accel.TopK(select="sub"))
+
+
+def test_mass_is_the_exact_share_of_the_chosen_blocks():
+    q, k, v = (2 * torch.randn(1, 2, 320, 16) for _ in range(3))
+    look = Look(dit_accel.TopK(0.2), (0.2, 0.6), ("means",), mass=True)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    look(q, k, v, out, Call(1.0, grid=(5, 8, 8), step=0))
+    exact = (q @ k.mT / 4).softmax(-1)
+    for keep in (0.2, 0.6):
+        mask = dit_accel.TopK(keep).table(q, k, Call(keep)).to_mask()
+        held = exact * mask.repeat_interleave(64, 2).repeat_interleave(64, 3)
+        wanted = held.sum(-1).mean((0, 2)).tolist()
+        assert look.mass["means", 0, keep][0] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_leaders_are_those_of_brute_force(found):
+    assert set(found.layers) == {"1"} and 0 < found.layers["1"]["0"] < 1
+    assert found.leaders(1) == (0,) and found.leaders(2) == (0, 1)
+    draw = torch.Generator().manual_seed(3)
+    names = (0, 1, 2, 4, 5, 7)
+    overlap = {(j, i): float(torch.rand((), generator=draw)) for j in names for i in names if i < j}
+    rows = {str(j): {str(i): overlap[j, i] for i in names if i < j} for j in names if j}
+    profile = Profile("topk", {}, {}, {}, layers=rows)
+    for count in range(1, 6):
+        tried = []
+        for rest in itertools.combinations(names[1:], count - 1):
+            leaders = (0, *rest)
+            followed = [
+                overlap[n, max(x for x in leaders if x < n)] for n in names if n not in leaders
+            ]
+            tried.append((min(followed), sum(followed), leaders))
+        assert profile.leaders(count) == max(tried)[2]
+    with pytest.raises(ValueError, match="leaders are 1 to 6 layers"):
+        profile.leaders(7)
 
 
 def test_a_budget_of_heads_runs_and_keeps_its_total(found, loaded):
@@ -143,7 +200,7 @@ def test_one_grammar():
 def test_the_command(model, tmp_path, capsys):
     path = tmp_path / "profile.json"
     common = ["--model", str(model), "--device", "cpu", "--min-tokens", "0"]
-    tried = ["--try", "sub", "--try", "tree", "--sorts", "none,time", "--linear"]
+    tried = ["--try", "sub", "--try", "tree", "--sorts", "none,time", "--linear", "--mass"]
     assert cli.run(["profile", "a cat", "-o", str(path), *tried, *common]) == 0
     seen = capsys.readouterr().out
     assert "pooled/" in seen and re.search(r"--heads \S+@0.12", seen)
@@ -152,6 +209,10 @@ def test_the_command(model, tmp_path, capsys):
     assert set(sorts) == {"none", "time"} and sorts["none"] != sorts["time"] and "--sort" in seen
     linear = Profile.load(path).linear
     assert set(linear) == {"0", "1"} and all(0 < error < 1 for error in linear.values())
+    assert re.search(r"--heads \S+@mass0.9", seen) and set(Profile.load(path).mass) == {
+        "sub",
+        "tree",
+    }
     assert re.search(r"finetune --linear-layers \S+@0.75", seen)
     assert cli.run(["profile", "a cat", "-o", str(path), "--try", "window", *common]) == 2
     options = ["--select", f"per-head({path})", "--heads", f"{path}@0.2", "--reuse", "2+passes"]

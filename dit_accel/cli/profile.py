@@ -31,6 +31,9 @@ Sorts = Annotated[
 ]
 
 Linear = Annotated[bool, option("Try linear attention in each layer, too.", HOW, "--linear")]
+Mass = Annotated[
+    bool, option("The attention that chosen blocks hold, too, for --heads @mass0.9.", HOW, "--mass")
+]
 SHARE = 0.75  # of the layers that the command shown makes linear, as MiniCPM-SALA's
 
 
@@ -41,6 +44,7 @@ def profile(
     tried: Try = None,
     sorts: Sorts = None,
     linear: Linear = False,
+    mass: Mass = False,
     output: Output = Path("profile.json"),
 ) -> None:
     """Show where sparse attention errs, by layer, head and step, in one dense generation.
@@ -74,20 +78,31 @@ def profile(
         opened = load(where, request, how, progress, what.fps)
         pipe, defaults, config, _ = opened
         with notices(progress), checked():
-            tries = (KEEPS, selectors, orders, linear)
+            tries = (KEEPS, selectors, orders, linear, mass)
             found = measure(pipe, defaults, request, config, *tries, progress)
     found.save(output)
     show(found, screen())
-    choices = [best(found), f"per-head({output})"][: len(found.heads)]
-    for choice in map(shlex.quote, choices):
-        said = f"--method {how.method or DEFAULT} --select {choice} --heads {output}@{SHOWN:g}"
-        screen().print(f"\ndit-accel generate PROMPT {said}", soft_wrap=True)
+    for line in commands(found, how.method or DEFAULT, output):
+        screen().print(f"\n{line}", soft_wrap=True)
+
+
+def commands(found: Profile, method: str, output: Path) -> list[str]:
+    """What a profile is for, each as a command line."""
+    lines = []
+    for choice in map(shlex.quote, [best(found), f"per-head({output})"][: len(found.heads)]):
+        said = f"--method {method} --select {choice} --heads {output}@{SHOWN:g}"
+        lines.append(f"dit-accel generate PROMPT {said}")
     if found.sorts:
-        order = shlex.quote(f"per-head({output})")
-        screen().print(f"\ndit-accel generate PROMPT --sort {order}", soft_wrap=True)
+        lines.append(f"dit-accel generate PROMPT --sort {shlex.quote(f'per-head({output})')}")
+    if found.mass:
+        said = f"--method {method} --select {shlex.quote(best(found))} --heads {output}@mass0.9"
+        lines.append(f"dit-accel generate PROMPT {said}")
+    if len(found.layers) > 1:
+        half = ",".join(map(str, found.leaders((len(found.layers) + 2) // 2)))
+        lines.append(f"dit-accel generate PROMPT --method {method} --reuse layers:{half}")
     if found.linear:
-        said = f"dit-accel finetune --linear-layers {output}@{SHARE:g} --out FOLDER"
-        screen().print(f"\n{said}", soft_wrap=True)
+        lines.append(f"dit-accel finetune --linear-layers {output}@{SHARE:g} --out FOLDER")
+    return lines
 
 
 def best(found: Profile) -> str:

@@ -50,7 +50,7 @@ def error_of(
     name: what its state is kept by, beside those of others.
     """
     state = call.state.setdefault(name, {})
-    mine = replace(call, state=state, together=state, note=lambda table: None)
+    mine = replace(call, state=state, together=state, across={}, note=lambda table: None)
     tried = method(q, k, v, mine).float()
     return float((tried - out.float()).norm() / out.float().norm())
 

@@ -23,6 +23,8 @@ from dit_accel.methods.budget import Profile
 from dit_accel.methods.pooled import Pooled
 from dit_accel.methods.selectors import find
 from dit_accel.methods.selectors.both import Both
+from dit_accel.methods.selectors.estimates import shares
+from dit_accel.methods.selectors.learned import EXACT
 from dit_accel.methods.sla import SLA
 from dit_accel.methods.sorts import CLUSTERS, KINDS
 from dit_accel.schedule import Schedule
@@ -70,12 +72,17 @@ class Look:
         selectors: Sequence[str],
         sorts: Sequence[str] = (),
         linear: str | None = None,
+        mass: bool = False,
     ) -> None:
         self.tried = {name: method.replaced(select=name) for name in selectors}
         self.sorted = {name: method.replaced(sort=name) for name in sorts}
         self.keeps = tuple(keeps)
         self.features = linear
         self.linear: dict[int, list[float]] = {}
+        self.wants_mass = mass
+        self.mass: Looks = {}
+        self.layers: dict[tuple[int, int], list[float]] = {}
+        self.fresh: dict[int, Tensor] = {}  # of this look, by layer
         self.heads: Looks = {}
         self.sorts: Looks = {}
         self.steps: dict[tuple[str, int, float], list[float]] = {}
@@ -91,7 +98,9 @@ class Look:
         norm = out.float().square().sum()
         for tried, looks in ((self.tried, self.heads), (self.sorted, self.sorts)):
             for (name, method), keep in product(tried.items(), self.keeps):
-                mine = replace(call, keep=keep, state={}, together={}, note=lambda table: None)
+                mine = replace(
+                    call, keep=keep, state={}, together={}, across={}, note=lambda table: None
+                )
                 lost = (method(q, k, v, mine).float() - out.float()).square().sum((0, 2, 3)) / norm
                 looks.setdefault((name, call.layer, keep), []).append(lost.tolist())
                 if tried is self.tried:
@@ -100,13 +109,36 @@ class Look:
         if self.features is not None:
             lost_here = linear_error(q, k, v, out, self.features, call.kv_len)
             self.linear.setdefault(call.layer, []).append(lost_here)
-        middle = replace(call, keep=self.keeps[len(self.keeps) // 2], state={}, together={})
+        middle = replace(
+            call, keep=self.keeps[len(self.keeps) // 2], state={}, together={}, across={}
+        )
         mask = next(reversed(self.tried.values())).chosen(q, k, middle, v)[0].to_mask()
+        if self.wants_mass:
+            self._see_mass(q, k, v, call)
+        if call.layer in self.fresh:
+            self.fresh = {}
+        for earlier, other in self.fresh.items():
+            if other.shape == mask.shape:
+                both = (other & mask).sum((0, 2, 3)) / mask.sum((0, 2, 3))
+                self.layers.setdefault((call.layer, earlier), []).append(float(both.min()))
+        self.fresh[call.layer] = mask
         known = self.masks.get(call.layer)
         if known is not None and known.shape == mask.shape:
             same = float((known & mask).sum() / mask.sum())
             self.same.setdefault(call.layer, []).append(same)
         self.masks[call.layer] = mask
+
+    def _see_mass(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
+        """What share of the exact attention the blocks hold that each selector chooses."""
+        exact: dict[tuple[int, int], Tensor] = {}
+        for (name, method), keep in product(self.tried.items(), self.keeps):
+            sizes = method.sizes(q, call)
+            if sizes not in exact:
+                exact[sizes] = shares(q, k, call, sizes, EXACT)
+            mine = replace(call, keep=keep, state={}, together={}, across={})
+            mask = method.chosen(q, k, mine, v)[0].to_mask()
+            held = (exact[sizes] * mask).sum(-1).mean((0, 2))
+            self.mass.setdefault((name, call.layer, keep), []).append(held.tolist())
 
     def profile(self, method: str) -> Profile:
         steps: dict[str, dict[str, dict[str, float]]] = {}
@@ -114,7 +146,11 @@ class Look:
             steps.setdefault(name, {}).setdefault(str(step), {})[str(keep)] = fmean(errors)
         overlap = {str(layer): fmean(found) for layer, found in sorted(self.same.items())}
         linear = {str(layer): fmean(found) for layer, found in sorted(self.linear.items())}
-        return Profile(method, _by_head(self.heads), steps, overlap, _by_head(self.sorts), linear)
+        layers: dict[str, dict[str, float]] = {}
+        for (layer, earlier), found in sorted(self.layers.items()):
+            layers.setdefault(str(layer), {})[str(earlier)] = fmean(found)
+        heads, sorts, mass = map(_by_head, (self.heads, self.sorts, self.mass))
+        return Profile(method, heads, steps, overlap, sorts, linear, layers, mass)
 
 
 def linear_error(
@@ -148,6 +184,7 @@ def measure(
     selectors: Sequence[str] = SELECTORS,
     sorts: Sequence[str] = (),
     linear: bool = False,
+    mass: bool = False,
     progress: ProgressFn = lambda phase, done, total: None,
 ) -> Profile:
     """One dense generation in which `config.method` also runs at each keep with each selector, and
@@ -155,7 +192,8 @@ def measure(
 
     Looks at every fourth step, in `config.order`. shared is tried without its state, as pooled:
     what is measured is its choice of blocks. linear: linear attention is tried, too, with SLA's
-    feature map, at its best projection. Raises ValueError for a method that chooses none, and
+    feature map, at its best projection. mass: the share of the attention that chosen blocks hold is
+    measured, too, by dense scores. Raises ValueError for a method that chooses none, and
     when no call could be looked at.
     """
     method = config.method
@@ -167,7 +205,7 @@ def measure(
         method = Pooled(method.keep, method.block_q, method.block_k, select=method.select)
     method = method.replaced(sort="none")
     features = getattr(method, "feature_map", SLA.feature_map) if linear else None
-    look = Look(method, keeps, check_tried(selectors), check_sorts(sorts), features)
+    look = Look(method, keeps, check_tried(selectors), check_sorts(sorts), features, mass)
     watched = replace(
         config, method=Probe(see=look), schedule=Schedule(warmup=0), prune=None, min_tokens=0
     )

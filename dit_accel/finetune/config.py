@@ -185,6 +185,9 @@ class Settings:
         """JSON-able form; how blocks are chosen as texts, where it is not the default."""
         found, method = asdict(self), self.method
         found["method"] |= {} if str(method.select) == "means" else {"select": str(method.select)}
+        for name in ("drift", "leaders"):  # so do those begun before reuse had these
+            if not found["method"]["reuse"][name]:
+                found["method"]["reuse"].pop(name)
         said = AccelConfig(method).to_dict()["method"]
         for name in method.later:  # runs begun before there was one go on
             found["method"].pop(name)

@@ -50,6 +50,7 @@ class Call:
         stateless: this layer's state finds no room: keep nothing.
         state: this (pass, layer)'s own dictionary; emptied by a new generation or a new shape.
         together: the same of this layer in all passes.
+        across: what layers of this transformer leave each other in this pass, by their numbers.
         note: takes the table that is read, for the report; None when everything is.
         gate: what `Method.gate` gave for these queries, [B, H, Nq, D]; None where it gave none.
         sections: lengths of the parts (text, references, sound) of the tokens beside the grid's;
@@ -81,6 +82,7 @@ class Call:
     stateless: bool = False
     state: dict[str, Any] = field(default_factory=dict)
     together: dict[str, Any] = field(default_factory=dict)
+    across: dict[Any, Any] = field(default_factory=dict)
     note: Callable[[BlockTable | None], None] = lambda table: None
     gate: torch.Tensor | None = None
     sections: tuple[int, ...] = ()

@@ -31,6 +31,10 @@ class Profile:
         steps: selector → step → keep → mean ‖O − O_dense‖ / ‖O_dense‖ over the layers.
         overlap: layer → share of a step's chosen blocks that the last look chose, too.
         sorts: as `heads`, by the order of each head's tokens instead of the selector.
+        layers: layer → earlier layer → share of its chosen blocks that the earlier one chose, too,
+            of the head where it is least.
+        mass: as `heads`, with the share of the attention that the chosen blocks hold instead of
+            the error.
         linear: layer → ‖O − O_lin Wᵀ − b‖² / ‖O‖² of linear attention, at each look's best W and b.
     """
 
@@ -40,6 +44,8 @@ class Profile:
     overlap: dict[str, float]
     sorts: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
     linear: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+    mass: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")
@@ -72,9 +78,23 @@ class Profile:
         """(layer, head) → keep, `total` on average."""
         return allocate(self.curves(selector), total)
 
-    def schedule(self, base: Schedule, total: float, selector: str) -> Schedule:
-        """`base` with a keep for each head, `total` on average."""
-        chosen = self.schedule_heads(total, selector)
+    def masses(self, selector: str) -> dict[tuple[int, int], Curve]:
+        """(layer, head) → keep → share of the attention; ValueError where it was not measured."""
+        if selector not in self.mass:
+            known = ", ".join(self.mass) or "none"
+            raise ValueError(
+                f"this profile has the mass of {known}, not of {selector}: dit-accel profile --mass"
+            )
+        return replace(self, heads=self.mass).curves(selector)
+
+    def schedule(self, base: Schedule, total: float, selector: str, mass: bool = False) -> Schedule:
+        """`base` with a keep for each head, `total` on average, or with the least that holds a
+        `mass` of `total` of the head's attention (TCA)."""
+        chosen = (
+            {place: least(curve, total) for place, curve in self.masses(selector).items()}
+            if mass
+            else self.schedule_heads(total, selector)
+        )
         layers = sorted({layer for layer, _ in chosen})
         heads = (tuple(chosen[n, h] for n_, h in sorted(chosen) if n_ == n) for n in layers)
         return replace(base, head_keep=tuple(zip(layers, heads, strict=True)))
@@ -88,6 +108,29 @@ class Profile:
             raise ValueError(f"a share of the layers lies in [0, 1], not {share:g}")
         best = sorted(self.linear, key=lambda layer: self.linear[layer])
         return tuple(sorted(int(layer) for layer in best[: round(share * len(best))]))
+
+    def leaders(self, count: int) -> tuple[int, ...]:
+        """The layers, so many, whose tables the ones behind them read with the largest overlap:
+        first the least of all overlaps, then their sum (HyLRA). ValueError where it was not
+        measured, or for another number of layers."""
+        names = sorted({int(layer) for layer in self.layers} | {
+            int(layer) for row in self.layers.values() for layer in row
+        })  # fmt: skip
+        if not 1 <= count <= len(names):
+            raise ValueError(f"leaders are 1 to {len(names)} layers of this profile, not {count}")
+        overlap = {(int(j), int(i)): x for j, row in self.layers.items() for i, x in row.items()}
+        spans = {
+            (i, j): [overlap[n, names[i]] for n in names[i + 1 : j]]
+            for i in range(len(names))
+            for j in range(i + 1, len(names) + 1)
+        }
+        bound = max(
+            (x for row in spans.values() for x in row),
+            key=lambda x: (_best(spans, len(names), count, x) is not None, x),
+            default=0.0,
+        )
+        found = _best(spans, len(names), count, bound) or tuple(range(len(names)))
+        return tuple(names[i] for i in found)
 
     def gain(self, total: float, selector: str) -> tuple[float, float]:
         """Root mean squared errors of the layers at one keep for all heads and at one for each."""
@@ -137,6 +180,36 @@ def allocate(
     return keep
 
 
+def least(masses: Mapping[float, float], mass: float) -> float:
+    """The least keep that holds a `mass` of the attention, on straight lines between the measured
+    ones; all of it at 1."""
+    points = sorted({**masses, 1.0: 1.0}.items())
+    if mass <= points[0][1]:
+        return points[0][0]
+    for (low, first), (high, last) in zip(points, points[1:], strict=False):
+        if mass <= last:
+            return low + (high - low) * (mass - first) / (last - first)
+    return 1.0
+
+
+def _best(
+    spans: Mapping[tuple[int, int], Sequence[float]], n: int, count: int, bound: float
+) -> tuple[int, ...] | None:
+    """The beginnings of `count` spans that n layers fall into, none with an overlap below `bound`,
+    with the largest sum; None where there are none."""
+    best: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(n, 0): (0.0, ())}
+    for i in range(n - 1, -1, -1):
+        for c in range(1, count + 1):
+            tried = [
+                (sum(spans[i, j]) + best[j, c - 1][0], (i, *best[j, c - 1][1]))
+                for j in range(i + 1, n + 1)
+                if (j, c - 1) in best and min(spans[i, j], default=1.0) >= bound
+            ]
+            if tried:
+                best[i, c] = max(tried)
+    return best[0, count][1] if (0, count) in best else None
+
+
 def _slope(hull: Sequence[tuple[float, float]], i: int) -> float:
     return (hull[i + 1][1] - hull[i][1]) / (hull[i + 1][0] - hull[i][0])
 
@@ -154,12 +227,22 @@ def _hull(curve: Mapping[float, float]) -> list[tuple[float, float]]:
 def head_keep(text: str, method: Method) -> tuple[float, tuple[tuple[int, tuple[float, ...]], ...]]:
     """(total, Schedule.head_keep) of "profile.json@0.1", for the selector of a method."""
     path, at_, total = text.rpartition("@")
+    mass = total.startswith("mass")
     try:
-        share = float(total) if at_ else method.keep
+        share = float(total.removeprefix("mass")) if at_ else method.keep
     except ValueError:
-        raise ValueError(f"heads is a profile and a keep, profile.json@0.1, not {text!r}") from None
+        raise ValueError(
+            "heads is a profile and a keep or a mass, profile.json@0.1 or profile.json@mass0.9, "
+            f"not {text!r}"
+        ) from None
+    if mass and not 0 < share <= 1:
+        raise ValueError(f"a mass is a share of the attention in (0, 1], not {share:g}")
     profile = Profile.load(path if at_ else text)
-    return share, profile.schedule(Schedule(), share, str(method.select)).head_keep
+    keeps = profile.schedule(Schedule(), share, str(method.select), mass).head_keep
+    if not mass:
+        return share, keeps
+    every = [keep for _, row in keeps for keep in row]
+    return sum(every) / len(every), keeps
 
 
 def linear_layers(text: str) -> tuple[int, ...]:

@@ -56,6 +56,8 @@ def circumstances(
         stateless=stateless is not None and book.number >= stateless,
         state=engine.state.setdefault((here.passname, (layer, number)), {}),
         together=engine.together.setdefault((layer, number), {}),
+        # beside the states of layers, which are counted from 0
+        across=engine.state.setdefault((here.passname, (-1 - book.part, number)), {}),
         note=partial(engine.running_books.sparse, layer),
         sections=here.geometry.sections,
         first=shard.first,

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import on, run
+from tiny import tiny_wan
 
 import dit_accel
 from dit_accel import ops
@@ -160,3 +162,98 @@ def test_what_is_refused(make, message):
 def test_a_selector_is_a_selector():
     with pytest.raises(ValueError, match="select is .*, not 4"):
         TopK(select=4)
+
+
+def test_a_table_serves_while_queries_stay_alike():
+    """Queries turn by and by away from those that the table was chosen for."""
+    q, k, v = qkv()
+    q = q + 2  # blocks have means
+    other = torch.randn(1, 2, 1, 16) * 6
+    shares = (0.0, 0.05, 0.1, 0.6, 0.65)
+    tokens = [(q + share * other, k, v) for share in shares]
+    means = [ops.block_means(x, 64) for x, _, _ in tokens]
+
+    def alike(i, j):
+        return float(torch.nn.functional.cosine_similarity(means[i], means[j], dim=-1).mean())
+
+    bound = (alike(0, 2) + alike(0, 3)) / 2
+    assert alike(0, 2) > bound > alike(0, 3) and alike(3, 4) > bound
+    calls = [call(step, state=state) for state in [{}] for step in range(3, 8)]
+    found = tables(TopK(select="sub", reuse=f"9+drift{bound:.4f}"), calls, tokens)
+    fresh = tables(TopK(select="sub"), [call(state={})] * 5, tokens)
+    for i, j in enumerate((0, 0, 0, 3, 3)):
+        assert torch.equal(found[i], fresh[j])
+    assert not torch.equal(fresh[0], fresh[3])
+    strict = TopK(select="sub", reuse="9+drift1")
+    always = tables(strict, [call(3, state={})] * 2, [tokens[0], tokens[3]])
+    assert torch.equal(always[1], fresh[3])
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_layers_read_what_their_leader_reads(passes):
+    """Layers 1 and 3 choose; layer 0 has no leader before it."""
+    states: dict = {}
+    calls = [
+        call(
+            step,
+            layer=layer,
+            passname=name,
+            state=states.setdefault((name, layer), {}),
+            together=states.setdefault(layer, {}),
+            across=states.setdefault((name, "across"), {}),
+        )
+        for step in (3, 4)
+        for name in ("cond", "uncond")[: 1 + passes]
+        for layer in range(5)
+    ]
+    text = "passes+layers:1,3" if passes else "layers:1,3"
+    tokens = [qkv() for _ in calls]
+    found = tables(TopK(reuse=text), calls, tokens)
+    fresh = tables(TopK(), [replace(x, state={}, together={}, across={}) for x in calls], tokens)
+    for i, at in enumerate(calls):
+        first = i - i % (5 * (1 + passes))  # of this step
+        own = first if at.layer == 0 and passes else i - i % 5
+        own = (
+            own if at.layer == 0 else (first if passes else i - i % 5) + (1 if at.layer < 3 else 3)
+        )
+        assert torch.equal(found[i], fresh[own]), (i, at.layer)
+
+
+def test_a_leader_of_another_step_or_shape_leads_nobody():
+    across: dict = {}
+    method = TopK(reuse="layers:0")
+    first, second, third = (qkv() for _ in range(3))
+    method.chosen(*first[:2], call(layer=0, across=across))
+    for at in (call(5, layer=1, across=across), call(layer=1, across=across, keep=0.5)):
+        wanted = TopK().chosen(*second[:2], at)[0].to_mask()
+        assert torch.equal(method.chosen(*second[:2], at)[0].to_mask(), wanted)
+    wanted = TopK().chosen(*first[:2], call())[0].to_mask()
+    assert torch.equal(method.chosen(*third[:2], call(layer=1, across=across))[0].to_mask(), wanted)
+
+
+def test_a_pipeline_shares_tables_between_layers():
+    pipe = tiny_wan()
+    found = {}
+    for text in ("none", "layers:0", "layers:0,1", "3+drift0.5+passes+layers:0"):
+        with on(pipe, TopK(0.4, reuse=text)) as handle:
+            found[text] = run(pipe)
+            assert not handle.report().fallbacks
+    assert torch.equal(found["none"], found["layers:0,1"])
+    assert not torch.equal(found["none"], found["layers:0"])
+
+
+def test_texts_of_drift_and_layers():
+    for text in ("8+drift0.9", "layers:0,4", "4+drift0.95+passes+layers:1,2"):
+        assert str(Reuse.read(text)) == text
+        config = dit_accel.AccelConfig(Pooled(0.1, reuse=text))
+        assert dit_accel.AccelConfig.from_dict(config.to_dict()) == config
+    for text, match in (
+        ("drift0.9", "ends the steps of a table"),
+        ("8+drift1.5", "ends the steps of a table"),
+        ("8+drift0.9.9", "reuse has numbers"),
+        ("layers:1,1", "leaders are numbers of layers"),
+        ("4+4", "reuse is none, a number of steps"),
+        ("layers", "reuse is none, a number of steps"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            Reuse.read(text)

@@ -1,7 +1,6 @@
 """Queries that stay on two processes, keys that are gathered or go round: equal to one process."""
 
 import json
-import socket
 
 import pytest
 import torch
@@ -84,10 +83,10 @@ def run(pipe, call, method, options):
         return pipe(**call, num_inference_steps=3)[0], handle.report()
 
 
-def work(rank, port, folder):
+def work(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2
     )
     went = []
     parts = sharded.Ring.parts
@@ -138,10 +137,7 @@ def sides(folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ring")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn(work, (port, folder), 2)
+    spawn(work, (folder,), 2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

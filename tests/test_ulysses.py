@@ -1,7 +1,6 @@
 """One generation over two processes: equal to one process, dense and sparse, joint models too."""
 
 import json
-import socket
 from contextlib import ExitStack
 
 import pytest
@@ -124,10 +123,10 @@ def generate(
         return call(), handle.report()
 
 
-def work(rank, port, folder):
+def work(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2
     )
     found = {}
     for name, case in CASES.items():
@@ -158,16 +157,10 @@ def work(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ulysses")
-    spawn(work, (free_port(), folder), 2)
+    spawn(work, (folder,), 2)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -202,9 +195,9 @@ def test_places_of_shared_tokens():
     assert back.tolist() == [0, 1, 4, 2, 3, 5]
 
 
-def gather_masks(rank, port, folder):
+def gather_masks(rank, folder):
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3
+        "gloo", init_method=f"file://{folder}/met", rank=rank, world_size=3
     )
     context = ContextParallelConfig(ulysses_degree=3, ulysses_anything=True)
     mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("ring", "ulysses"))
@@ -221,7 +214,7 @@ def gather_masks(rank, port, folder):
 
 def test_masks_of_unequal_parts(tmp_path):
     """Three processes: with two, what fills up stands at the end."""
-    spawn(gather_masks, (free_port(), tmp_path), 3)
+    spawn(gather_masks, (tmp_path,), 3)
     for rank in range(3):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [True] * 12 + [False]
 

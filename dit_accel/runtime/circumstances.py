@@ -37,6 +37,8 @@ def circumstances(
     blocks = (given[0], tokens.geometry.n_visual, size, keys.text_first, given[2])
     forced, n_forced = text_blocks(*blocks)
     stateless = engine.stateless_from
+    # beside what layers keep, which are counted from 0
+    layers = engine.together.setdefault((-1 - book.part, number), {})
     return Call(
         keep=action.keep,
         scale=scale,
@@ -56,8 +58,7 @@ def circumstances(
         stateless=stateless is not None and book.number >= stateless,
         state=engine.state.setdefault((here.passname, (layer, number)), {}),
         together=engine.together.setdefault((layer, number), {}),
-        # beside the states of layers, which are counted from 0
-        across=engine.state.setdefault((here.passname, (-1 - book.part, number)), {}),
+        across=layers.setdefault(here.passname, {}),
         note=partial(engine.running_books.sparse, layer),
         sections=here.geometry.sections,
         first=shard.first,

@@ -15,7 +15,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/dit-accel compare "$(PROMPT)" --speed balanced $$($(BIN)/$(LARGE)) -o out/demo
+	$(BIN)/dit-accel compare "$(PROMPT)" --speed balanced --step-cache 0.12 $$($(BIN)/$(LARGE)) -o out/demo
 
 app: $(BIN)/.installed
 	$(BIN)/python app.py

@@ -15,13 +15,13 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/dit-accel compare "$(PROMPT)" --speed balanced --step-cache 0.12 $$($(BIN)/$(LARGE)) -o out/demo
+	$(BIN)/dit-accel compare "$(PROMPT)" --speed balanced $$($(BIN)/$(LARGE)) -o out/demo
 
 app: $(BIN)/.installed
 	$(BIN)/python app.py
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(BIN)/.installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[ray]"
@@ -33,7 +33,7 @@ test-browser: $(BIN)/.installed
 	$(BIN)/python -m pytest -m browser tests/page
 
 coverage: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-report=html:out/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-report=html:out/coverage
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

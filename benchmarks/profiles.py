@@ -43,24 +43,35 @@ PROMPTS = (
     "a small panda and a honeybee on a dotted white background, zooming in",
 )
 
-CACHES = (0.05, 0.1, 0.12, 0.15, 0.2)
+CACHES = (0.05, 0.1, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
-SHARED = {"method": "shared", "keep": 0.1}
-TILED = {**SHARED, "order": "tile"}
+SAFE, BALANCED = ({"method": f"shared:{preset}"} for preset in ("safe", "balanced"))
+EARLY = {
+    "method": "shared",
+    "keep": 0.05,
+}  # full steps early; beside a cache some find none to serve
+POOLED = {"method": "pooled", "select": "sub", "keep": 0.3}
+RECTIFIED = {"method": "rectified", "select": "sub", "keep": 0.2}
 CANDIDATES: list[dict[str, Any]] = [
-    *({"method": "dense", "step_cache": x} for x in CACHES if x != 0.12),
-    *({**TILED, **more} for more in ({}, *({"step_cache": x} for x in CACHES))),
-    *({**TILED, "keep": 0.05, **more} for more in ({}, *({"step_cache": x} for x in CACHES))),
-    *({**SHARED, **more} for more in ({}, {"step_cache": 0.1})),
-    *({**SHARED, "keep": 0.05, **more} for more in ({}, {"step_cache": 0.1})),
+    *({"method": "dense", "step_cache": x} for x in CACHES),
+    *(
+        {**base, **more}
+        for base in (SAFE, BALANCED)
+        for more in ({}, *({"step_cache": x} for x in CACHES))
+    ),
+    *(
+        {**EARLY, **more}
+        for more in ({}, {"step_cache": 0.1}, {"order": "tile", "step_cache": 0.1})
+    ),
+    *({**base, "step_cache": 0.1} for base in (POOLED, RECTIFIED)),
 ]
 # Caches of diffusers that no profile takes: MagCache wants ratios calibrated for the model,
 # TaylorSeer tensors for every module.
 OTHERS = [
     {"method": "dense", "other": "taylorseer", "interval": 3},
-    {**SHARED, "other": "taylorseer", "interval": 3},
+    {**SAFE, "other": "taylorseer", "interval": 3},
     {"method": "dense", "other": "magcache"},
-    {**SHARED, "other": "magcache"},
+    {**SAFE, "other": "magcache"},
 ]
 
 

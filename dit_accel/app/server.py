@@ -35,6 +35,7 @@ from dit_accel.app.desk import Desk, Full, Job, sentence
 from dit_accel.app.guard import FORM, REPORT, Guard, body_of
 from dit_accel.config import CROSSOVER
 from dit_accel.generation import speeds
+from dit_accel.generation.options import How
 from dit_accel.pages.render import render
 
 TYPES = {".js": "text/javascript", ".css": "text/css"}
@@ -265,7 +266,7 @@ def _home(desk: Desk) -> str:
         "kinds": [asdict(kind) for kind in form.kinds(limits)],
         "limits": {"prompt": limits.prompt},
         "beside": form.BESIDE,
-        "speeds": {name: speeds.options(name) for name in speeds.NAMES},
+        "speeds": {name: _profile(name) for name in speeds.NAMES},
         "crossover": str(CROSSOVER.get(desk.studio.where.type, "")),
     }
     return render(
@@ -287,6 +288,11 @@ def _home(desk: Desk) -> str:
         prompt=_first_prompt(shown),
         shown=bool(shown),
     )
+
+
+def _profile(name: str) -> dict[str, Any]:
+    """What a profile stands for, with the keep of its method's preset."""
+    return {**speeds.options(name), "keep": How(speed=name).config().method.keep}
 
 
 def _first_prompt(shown: Mapping[str, Any] | None) -> str:

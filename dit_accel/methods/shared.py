@@ -42,8 +42,8 @@ class SharedResidual(Remembering):
     paper: ClassVar[str] = "arXiv 2406.08552 (residual sharing)"
     by_rows: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "safe": {"keep": 0.1},
-        "balanced": {"keep": 0.05},
+        "safe": {"keep": 0.1, "period": 0.25},
+        "balanced": {"keep": 0.05, "period": 0.25},
         "fast": {"keep": 0.05, "period": 0.4},
     }
 

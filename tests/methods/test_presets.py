@@ -35,17 +35,8 @@ def test_of_methods_without_a_state(name, preset):
 
 
 @pytest.mark.parametrize("preset", LEAST)
-def test_of_rettention(preset):
+@pytest.mark.parametrize("name", ["shared", "rettention"])
+def test_of_methods_with_a_state(name, preset):
     rows = measured("h100-tuning-state")
     pairs = [(keep, period) for keep in (0.05, 0.1, 0.2, 0.3) for period in (0.15, 0.25, 0.4, 0.8)]
-    found = {pair: rows[f"rettention-{pair[0]}-{pair[1]}.json"] for pair in pairs}
-    check("rettention", preset, found)
-
-
-@pytest.mark.parametrize("preset", ["safe", "balanced"])
-def test_of_shared_on_scenes(preset):
-    """With its full steps early; a tenth and a twentieth are all that was measured."""
-    options, rows = find("shared").presets[preset], measured("h200-evaluate-scenes")
-    found = {keep: rows[f"shared-q64-tile-steps-{round(100 * keep)}"] for keep in (0.05, 0.1)}
-    assert list(options) == ["keep"]
-    assert round(found[options["keep"]]["psnr"]) >= LEAST[preset]
+    check(name, preset, {pair: rows[f"{name}-{pair[0]}-{pair[1]}.json"] for pair in pairs})

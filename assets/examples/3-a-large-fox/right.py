@@ -7,7 +7,7 @@ from dit_accel.loading import EMBEDDED
 
 pipe = WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
 Boost(compile=False, step_cache=0.15, lora=None, quantize=None).switch_on(pipe)
-handle = dit_accel.accelerate(pipe, dit_accel.AccelConfig(method=dit_accel.SharedResidual(keep=0.05), order="tile"))
+handle = dit_accel.accelerate(pipe, dit_accel.SharedResidual(keep=0.05, period=0.25))
 output = pipe(
     prompt="a large fox on a striped green background, moving right",
     height=384,

@@ -46,10 +46,8 @@ PROMPTS = (
 CACHES = (0.05, 0.1, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
 SAFE, BALANCED = ({"method": f"shared:{preset}"} for preset in ("safe", "balanced"))
-EARLY = {
-    "method": "shared",
-    "keep": 0.05,
-}  # full steps early; beside a cache some find none to serve
+# Full steps early; beside a step cache some of them have none to serve.
+EARLY = {"method": "shared", "keep": 0.05}
 POOLED = {"method": "pooled", "select": "sub", "keep": 0.3}
 RECTIFIED = {"method": "rectified", "select": "sub", "keep": 0.2}
 CANDIDATES: list[dict[str, Any]] = [

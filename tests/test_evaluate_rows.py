@@ -45,6 +45,15 @@ def test_presets_and_files_are_rows_too(tmp_path):
     assert found[1].config.order == "tile"
 
 
+def test_a_preset_file_may_lie_in_a_folder_with_a_plus(tmp_path):
+    path = tmp_path / "a+b" / "mine.json"
+    path.parent.mkdir()
+    AccelConfig(dit_accel.Pooled(0.3)).save(path)
+    alone, more = rows([str(path), f"{path}+cache"], (), 25, TEMPLATE)
+    assert (alone.name, more.name) == (str(path), f"{path} + cache")
+    assert alone.config == more.config and more.boost.step_cache == 0.1
+
+
 def test_to_these_the_same_may_be_added(tmp_path):
     path = tmp_path / "mine.json"
     schedule = dit_accel.Schedule(head_keep=((0, (0.1, 0.3)),))

@@ -124,7 +124,7 @@ def rows(
         else:
             found += _preset(name)
     for path in sla:
-        path, *added = [path] if Path(path).exists() else path.split("+")
+        path, *added = _split(path)
         parts = additions("+".join((path, *added)), added, ADDED)
         config, boost = _adding(parts, template)
         found += _boosted(_learned(Path(path), keeps, config), "sla", added, boost)
@@ -174,9 +174,18 @@ def _combined(name: str, keeps: Sequence[float], template: AccelConfig) -> list[
     return _boosted(rows, base, added, boost)
 
 
+def _split(name: str) -> list[str]:
+    """A path, or another name, and what is added to it; a path may hold a "+" of its own."""
+    parts = name.split("+")
+    for count in range(len(parts), 0, -1):
+        if Path("+".join(parts[:count])).exists():
+            return ["+".join(parts[:count]), *parts[count:]]
+    return parts
+
+
 def _preset(name: str) -> list[Row]:
     """A preset or a preset file, and what is added to it."""
-    base, *added = name.split("+")
+    base, *added = _split(name)
     config = resolve(base)
     prune, boost = _beside(additions(name, added, ADDED), config)
     row = Row(base, base, replace(config, prune=prune))

@@ -18,7 +18,7 @@ from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
 
 # Full steps early in the run, where R changes most; those of a quarter's period, measured by
-# `dit-accel evaluate` with benchmarks/proof_rows.py, are 2 to 2.5 dB less close at as much work.
+# `dit-accel evaluate` with benchmarks/proof_rows.py, are 1.9 to 2.5 dB less close at as much work.
 EARLY = (0.25, 0.4, 0.65)
 
 

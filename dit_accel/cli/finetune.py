@@ -91,6 +91,7 @@ class TrainingOptions:
     ema: Annotated[Real, option("Decay of the averaged weights, 0: off. \\[0.999]", _TRAIN)] = None
     drop_prompt: Annotated[Real, option("Share with the negative prompt. \\[0.1]", _TRAIN)] = None
     rank: Annotated[Whole, option("Of the LoRA. \\[16]", _TRAIN)] = None
+    adapt: Annotated[Text, option("Where it is: attention or blocks. \\[attention]", _TRAIN)] = None
     seed: Annotated[Whole, option("Of noise, order and samples. \\[0]", _TRAIN)] = None
 
 

@@ -15,6 +15,7 @@ from dit_accel.samplers.grids import Sampler
 
 TRAIN = ("projection", "lora", "full")
 OBJECTIVES = ("teacher", "diffusion")
+ADAPTS = ("attention", "blocks")
 PRECISIONS = ("no", "bf16", "fp16")
 _RATES = {"projection": 0.0, "lora": 1e-4, "full": 1e-5}
 # What a resumed run may change: none of it alters the steps that were already made (with a decay,
@@ -46,6 +47,8 @@ class Settings:
         ema: decay of the averaged weights that are saved; 0 saves the last ones.
         drop_prompt: share of batches that see the negative prompt.
         rank: of the LoRA.
+        adapt: where it is: "attention" (the layers of sparse attention) or "blocks" (every linear
+            layer of the blocks that hold one).
         precision: "no", "bf16" or "fp16": accelerate's mixed precision.
         checkpointing: recompute activations in the backward pass, to save memory.
         order: token order, as AccelConfig's.
@@ -87,6 +90,7 @@ class Settings:
     ema: float = 0.999
     drop_prompt: float = 0.1
     rank: int = 16
+    adapt: str = "attention"
     precision: str = "no"
     checkpointing: bool = False
     order: str = "raster"
@@ -114,6 +118,7 @@ class Settings:
         for name, values in (
             ("train", TRAIN),
             ("objective", OBJECTIVES),
+            ("adapt", ADAPTS),
             ("precision", PRECISIONS),
             ("order", ORDERS),
         ):
@@ -188,6 +193,8 @@ class Settings:
         for name in ("drift", "leaders"):  # so do those begun before reuse had these
             if not found["method"]["reuse"][name]:
                 found["method"]["reuse"].pop(name)
+        if self.adapt == "attention":  # and before there was another place
+            found.pop("adapt")
         said = AccelConfig(method).to_dict()["method"]
         for name in method.later:  # runs begun before there was one go on
             found["method"].pop(name)
@@ -197,8 +204,9 @@ class Settings:
     def check_resumes(self, stored: dict[str, object]) -> None:
         """ValueError naming what differs from the run that is to be continued."""
         mine = self.to_dict()
-        bound = [name for name in mine if name not in _FREE or (name == "steps" and self.lr_decay)]
-        wrong = [f"{n}={stored.get(n)!r}" for n in bound if mine[n] != stored.get(n)]
+        every = {**mine, **stored}
+        bound = [n for n in every if n not in _FREE or (n == "steps" and self.lr_decay)]
+        wrong = [f"{n}={stored.get(n)!r}" for n in bound if mine.get(n) != stored.get(n)]
         if wrong:
             raise ValueError(
                 f"the run in {self.out} was started with {', '.join(wrong)}: "

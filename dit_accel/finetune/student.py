@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -128,21 +129,28 @@ def build(transformer: ModelMixin, settings: Settings, batch: Batch) -> Student:
     elif settings.train == "lora":
         with torch.random.fork_rng():  # where training starts is a matter of the seed, too
             torch.manual_seed(settings.seed)
-            add_lora(transformer, settings.rank)
+            add_lora(transformer, settings.rank, settings.adapt)
     if settings.checkpointing:
         transformer.enable_gradient_checkpointing()
     return Student(transformer, tensors)
 
 
-def add_lora(transformer: ModelMixin, rank: int) -> None:
-    """Adapters on every linear layer of the attention modules that run sparse, fp32."""
+def add_lora(transformer: ModelMixin, rank: int, adapt: str = "attention") -> None:
+    """Adapters, fp32, on every linear layer of the attention modules that run sparse, or of the
+    blocks that these stand in (`adapt="blocks"`: cross-attention and feed-forward, too)."""
     try:
         from peft import LoraConfig
     except ImportError:
         raise ValueError("training a LoRA needs peft: pip install peft") from None
+    places = registry.find(transformer).attentions(transformer)
+    if adapt == "blocks":  # "blocks.0.attn1" stands in "blocks.0"
+        places = {
+            block: transformer.get_submodule(block)
+            for block in dict.fromkeys(re.sub(r"(\.\d+)\..*", r"\1", name) for name in places)
+        }
     targets = [
         f"{name}.{part}" if part else name
-        for name, module in registry.find(transformer).attentions(transformer).items()
+        for name, module in places.items()
         for part, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
     ]

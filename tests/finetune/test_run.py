@@ -47,6 +47,11 @@ def test_the_rates_rise_and_with_a_decay_fall_at_the_end(settings):
         settings.check_resumes(other.to_dict())
     with pytest.raises(ValueError, match="was started with steps=10"):
         falling.check_resumes(replace(falling, steps=10).to_dict())
+    wider = replace(settings, adapt="blocks")
+    with pytest.raises(ValueError, match="was started with adapt="):
+        settings.check_resumes(wider.to_dict())
+    with pytest.raises(ValueError, match="was started with adapt="):
+        wider.check_resumes(settings.to_dict())
 
 
 def test_training_brings_the_sparse_velocity_nearer_to_the_dense_one(settings, done):

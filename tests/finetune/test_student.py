@@ -160,6 +160,14 @@ def test_the_teacher_is_the_model_as_it_was(pipe, batch, train):
     assert all("lora" in n or "learned" in n for n in found) == (train == "lora")
 
 
+def test_adapters_reach_the_whole_block_when_asked_to(pipe, batch):
+    found, _ = gradients(pipe, batch, train="lora", rank=2, adapt="blocks")
+    reached = {n for n, g in found.items() if g is not None and g.any()}
+    for part in ("attn1.to_q", "attn2.to_out", "ffn.net"):
+        assert any(part in n and "blocks-0" in n.replace(".", "-") for n in reached), part
+    assert not any("proj_out" in n or "condition_embedder" in n for n in found)
+
+
 def test_weights_to_start_from_must_fit(pipe, batch, tmp_path):
     path = tmp_path / "sla.safetensors"
     SLA().with_weights({"layers.0.weight": torch.ones(32, 32)}).save(path)

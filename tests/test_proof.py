@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dit_accel.bench.rows import Row
+from dit_accel.config import resolve
 from dit_accel.schedule import Plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -22,6 +23,28 @@ def test_every_file_keeps_as_much_on_average(keep):
         assert sum(kept) / len(kept) == pytest.approx(keep), name
         if config.method.stateful and name.endswith(f"-steps-{keep:.0%}".rstrip("%")):
             assert len(config.method.full_steps(3, 20)) == 1  # the others are the schedule's
+
+
+def test_files_of_reuse_and_of_heads_keep_as_much_and_are_read_again(tmp_path, monkeypatch, capsys):
+    error = {"0": [{"0.1": 0.4, "0.2": 0.3}]}
+    known = {"method": "pooled", "steps": {}, "overlap": {}}
+    known |= {"heads": {"sub": error, "slash": error}, "sorts": {"none": error, "time": error}}
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps(known))
+    argv = ["x", str(tmp_path), "--keep", "0.1", "--reuse", "none", "4+passes", "--per-head"]
+    monkeypatch.setattr(sys, "argv", [*argv, str(profile)])
+    proof_rows.main()
+    names = capsys.readouterr().out.strip().split(",")
+    assert len(names) == len(set(names)) == 3 * (2 + 3) + 2
+    for name in names:
+        config = resolve(name)
+        plan = Plan(config.schedule, config.method.keep, 10)
+        kept = [plan.action(step, 20, 0).keep for step in range(3, 20)]
+        assert sum(kept) / len(kept) == pytest.approx(0.1), name
+        assert ("reuse-4" in name) == (str(config.method.reuse) == "4+passes")
+        assert ("sort-heads" in name) == bool(config.method.sort)
+        assert ("order-time" in name) == (config.order == "time")
+        assert ("select-heads" in name) == str(config.method.select).startswith("per-head")
 
 
 def journal(folder: Path, batch: int, lines: list[dict]) -> Path:

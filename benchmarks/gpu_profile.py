@@ -15,7 +15,8 @@ import re
 import shlex
 import sys
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,46 @@ KINDS = {
     "attention": r"attention|flash|fmha|sdpa|attn",
     "products": r"gemm|nvjet|cutlass|cublas|splitk|addmm|mm$|linear",
 }
+# What a kernel of the rest does, by the operations that its name lists.
+REST = {
+    "norm of q and k, RoPE": r"rms_norm|rsqrt|complex",
+    "layer norm, scale, shift, gate": r"layer_norm",
+    "activation": r"gelu|silu",
+    "copies": r"memcpy|memset|copy_kernel|catarray",
+}
+OTHER = "gates, residuals, others"
 STEPS = 3
 
 
 def kind_of(kernel: str) -> str:
-    """The first of KINDS that the kernel's name has; else "rest"."""
+    """The first of KINDS that the kernel's name has; else "rest", as all that inductor fused."""
+    if kernel.startswith("triton_"):
+        return "rest"
     return next((k for k, names in KINDS.items() if re.search(names, kernel.lower())), "rest")
 
 
-def profiled(pipe: Any, call: dict[str, Any], device: torch.device) -> dict[str, float]:
-    """Milliseconds of each kernel in the last of STEPS steps."""
+def class_of(kernel: str) -> str:
+    """The first of REST that a kernel's name has; else OTHER."""
+    return next((c for c, names in REST.items() if re.search(names, kernel.lower())), OTHER)
+
+
+def profiled(
+    pipe: Any, call: dict[str, Any], device: torch.device, steps: int = STEPS
+) -> dict[str, float]:
+    """Milliseconds of each kernel in the last of `steps` ≥ 2 steps."""
     on_gpu = device.type == "cuda"
     watch = profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU])
 
     def after(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
-        if step == STEPS - 2:
+        if step == steps - 2:
             watch.start()
-        elif step == STEPS - 1:
+        elif step == steps - 1:
             watch.stop()
         return {}
 
-    pipe(**call, num_inference_steps=STEPS, callback_on_step_end=after, return_dict=False)
+    pipe(**call, num_inference_steps=steps, callback_on_step_end=after, return_dict=False)
     found: Counter[str] = Counter()
     for event in watch.key_averages():
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
@@ -64,26 +82,40 @@ def profiled(pipe: Any, call: dict[str, Any], device: torch.device) -> dict[str,
     return dict(found)
 
 
-def row(pipe: Any, call: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
-    """One row: its kinds, and its longest kernels outside of attention and products."""
+@contextmanager
+def under(pipe: Any, name: str, device: torch.device, compiler: str = "inductor") -> Iterator[None]:
+    """The pipeline as a row has it, sparse from the first step on."""
     recipe = Row.parse(name)
     least = None if device.type == "cuda" else 0
     with ExitStack() as stack:
         if "compile" in recipe.added:
-            stack.enter_context(compiled_blocks(pipe.transformer))
+            stack.enter_context(compiled_blocks(pipe.transformer, compiler))
         if recipe.method is not None:
             options = {"schedule": Schedule(warmup=0), "min_tokens": least}
             stack.enter_context(accelerated(pipe, recipe.method, **options))
-        kernels = profiled(pipe, call, device)
+        yield
+
+
+def summary(kernels: dict[str, float]) -> dict[str, Any]:
+    """Milliseconds of each kind, of each class of the rest, and of the longest kernels."""
     kinds: Counter[str] = Counter()
+    rest: Counter[str] = Counter()
     for kernel, ms in kernels.items():
         kinds[kind_of(kernel)] += ms
-    longest = sorted(kernels.items(), key=lambda pair: -pair[1])[:40]
+        if kind_of(kernel) == "rest":
+            rest[class_of(kernel)] += ms
+    longest = sorted(kernels.items(), key=lambda pair: -pair[1])[:60]
     return {
-        "row": name,
         "ms": {kind: round(ms, 2) for kind, ms in kinds.most_common()},
+        "rest": {kind: round(ms, 2) for kind, ms in rest.most_common()},
         "longest": {kernel[:160]: round(ms, 3) for kernel, ms in longest},
     }
+
+
+def row(pipe: Any, call: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
+    """One row: its kinds, what the rest is, and its longest kernels."""
+    with under(pipe, name, device):
+        return {"row": name, **summary(profiled(pipe, call, device))}
 
 
 def main() -> None:

@@ -80,12 +80,25 @@ class Run:
 
     def kernels(self, fn: Callable[[], Any]) -> dict[str, float]:
         """Microseconds of each kernel of a call, by the profiler's record of ten."""
+        found: dict[str, float] = {}
+        for name, us in self._kernels(fn):
+            found[name[:60]] = round(found.get(name[:60], 0) + us, 1)
+        return found
+
+    def us(self, fn: Callable[[], Any]) -> float:
+        """Microseconds of all kernels of a call: no gaps between them."""
+        return round(sum(us for _, us in self._kernels(fn)), 1)
+
+    def _kernels(self, fn: Callable[[], Any]) -> list[tuple[str, float]]:
+        if self.once:
+            fn()
+            return []
         fn()
         with profile(activities=[ProfilerActivity.CPU if self.dry else ProfilerActivity.CUDA]) as p:
             for _ in range(1 if self.dry else 10):
                 fn()
         found = [e for e in p.key_averages() if e.device_type == DeviceType.CUDA]
-        return {e.key[:60]: round(e.device_time_total / 10, 1) for e in found}
+        return [(e.key, e.device_time_total / 10) for e in found]
 
     def peak(self, fn: Callable[[], Any]) -> int:
         """Bytes that one call allocates at its worst moment, its result included."""
@@ -100,6 +113,17 @@ class Run:
         """[B, H, N, D] as diffusers gives it."""
         x = torch.randn(batch, n, heads, d, device=self.device, dtype=self.dtype)
         return x.transpose(1, 2)
+
+
+def wait_for_go(r: Run, wait: bool) -> None:
+    """Begin at once, or say "ready" and wait for a line that tells how many seconds there are."""
+    if not r.dry:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    if wait:
+        print("ready", flush=True)
+        r.budget = float(sys.stdin.readline() or 0)
+    r.start = time.monotonic()
 
 
 def environment() -> dict[str, str]:
@@ -118,7 +142,9 @@ def random_table(
     return BlockTable(kept, counts, block_q, block_k, q.shape[2], n_k)
 
 
-def shared(script: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def shared(
+    script: str, options: argparse.Namespace, seconds: float = SECONDS
+) -> list[dict[str, Any]]:
     """All cases of a script once, shared by processes, which also compiles; their results."""
     paths = [options.out.with_suffix(f".{i}.part") for i in range(options.workers)]
     command = [sys.executable, script, *(["--dry-run"] if options.dry_run else [])]
@@ -129,7 +155,7 @@ def shared(script: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         subprocess.Popen([*command, "--out", str(path), "--shard", f"{i}/{options.workers}"])
         for i, path in enumerate(paths)
     ]
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + seconds
     for child in children:
         try:
             child.wait(max(1, deadline - time.monotonic()))

@@ -4,8 +4,9 @@
     python benchmarks/profiles.py --out profiles.json --write    # … the best into speeds.json
 
 Every candidate makes the clips of some prompts, each held against the dense clip of the same noise:
-PSNR, and the time of the denoising loop (processor time of one thread on a CPU, so run it with
-OMP_NUM_THREADS=1; wall time on a GPU). Rows that --out holds already are not made again.
+PSNR, how many steps were of which kind, and the time of the denoising loop (processor time of one
+thread on a CPU, so run it with OMP_NUM_THREADS=1; wall time on a GPU). Rows that --out holds
+already are not made again.
 
 A profile is the candidate of the least work whose clips all reach its floor: computed · (1 − a +
 a · kept), of the attention calls that are made, of the block pairs that these keep, and of a, the
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -124,6 +126,7 @@ def make(asked: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any
             row = {"name": name_of(candidate), "options": candidate, "prompt": prompt}
             row |= {"psnr": round(near, 2), "time": round(own / seconds, 4)}
             row |= {"kept": round(report.kept, 4), "computed": computed(report)}
+            row |= {"steps": Counter(kinds(report))}
             rows.append(row)
             print(json.dumps(row), flush=True)
             asked.out.write_text(json.dumps(data, indent=1) + "\n")
@@ -183,6 +186,22 @@ def other_cache(pipe: Any, candidate: dict[str, Any], steps: int | None) -> Iter
             transformer.enable_cache(config)
             stack.callback(transformer.disable_cache)
         yield
+
+
+def kinds(report: Any) -> list[str]:
+    """What each step of the last generation was: dense, full, sparse or skipped by a step cache."""
+    numbers = sorted({x["step"] for x in report.steps})
+    steps = [[x for x in report.steps if x["step"] == n] for n in numbers]
+    calls = [sum(x["sparse"] + x["dense"] for x in found) for found in steps]
+    return [_kind(found, n < max(calls)) for found, n in zip(steps, calls, strict=True)]
+
+
+def _kind(forwards: list[dict[str, Any]], fewer: bool) -> str:
+    if fewer:
+        return "skipped"
+    if not any(x["sparse"] for x in forwards):
+        return "dense"
+    return "full" if all(x["kept"] > 0.9999 for x in forwards) else "sparse"
 
 
 def computed(report: Any) -> float:

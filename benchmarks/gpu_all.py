@@ -17,6 +17,7 @@ import os
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -143,6 +144,7 @@ class Session:
             stdout=(self.out / "memcheck.txt").open("w"),
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
 
@@ -151,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--turns", nargs="+", default=[*TURNS, "memcheck"])
-    parser.add_argument("--workers", type=int, default=4, help="processes that compile operators")
+    parser.add_argument("--workers", type=int, default=3, help="processes that compile operators")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")
@@ -168,7 +170,7 @@ def main() -> None:
         try:
             check.wait(max(1.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            check.kill()
+            os.killpg(check.pid, signal.SIGKILL)
         s.note("memcheck", code=check.poll())
     for name in wanted:
         later = min(s.end, time.monotonic() + 30)

@@ -13,6 +13,7 @@ from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig, resolve
 from dit_accel.evaluate import Study, tune
 from dit_accel.evaluate.probe import watching
+from dit_accel.evaluate.profiled import Way
 from dit_accel.evaluate.rows import Row
 from dit_accel.evaluate.sensitivity import Sensitivity, measure
 from dit_accel.evaluate.tune import WARMUPS, warmups_of
@@ -43,7 +44,9 @@ def test_a_limit_decides_every_layer():
     assert FELT.schedule(base, 0.0) == Schedule(2, dense_layers=(0, 1))
     assert FELT.schedule(base, 0.05) == Schedule(2, dense_layers=(0,), layer_keep=((1, 0.1),))
     assert FELT.schedule(base, 0.5) == Schedule(2, layer_keep=((0, 0.1), (1, 0.1)))
-    assert [FELT.kept(e) for e in (0.0, 0.01, 0.5)] == pytest.approx([1, 0.75, 0.1])
+    kept = [FELT.planned(Schedule(warmup=0), e, 0.25, 4) for e in (0.0, 0.01, 0.5)]
+    assert kept == pytest.approx([1, 0.75, 0.1])
+    assert FELT.planned(Schedule(warmup=1), 0.5, 0.25, 4) == pytest.approx((1 + 3 * 0.1) / 4)
     assert Sensitivity.from_dict(json.loads(json.dumps(FELT.to_dict()))) == FELT
 
 
@@ -127,17 +130,17 @@ class Booked:
 
 
 def search(goal, budget=50):
-    config = replace(TEMPLATE, schedule=Schedule(warmup=0.2))
     found = tune.Search(Booked(), goal, ["p"], [0], budget, lambda *a: None, lambda line: None)
-    found.bisect(config, FELT)
-    return found, config
+    way = Way("topk", TEMPLATE, FELT)
+    assert found.bisect(way, 0.2) == found.best
+    return found, way
 
 
-def exhaustive(goal, config):
-    study = Booked()
+def exhaustive(goal, way):
+    study, base = Booked(), way.at(0.2, 20).schedule
     trials = [
-        tune.score(study, Row("x", "x", replace(config, schedule=felt)), ["p"], [0])
-        for felt in (FELT.schedule(config.schedule, e) for e in FELT.limits())
+        tune.score(study, Row("x", "x", replace(TEMPLATE, schedule=felt)), ["p"], [0])
+        for felt in (FELT.schedule(base, e) for e in FELT.limits())
     ]
     return min((t for t in trials if goal.met(t)), key=goal.rank, default=None)
 
@@ -148,8 +151,8 @@ def exhaustive(goal, config):
     + [tune.Goal(speedup=x) for x in (1.05, 1.2, 1.5)],
 )
 def test_bisection_finds_what_trying_everything_finds(goal):
-    found, config = search(goal)
-    best = exhaustive(goal, config)
+    found, way = search(goal)
+    best = exhaustive(goal, way)
     assert (found.best.psnr, found.best.work) == (best.psnr, best.work)
     assert len(found.trials) <= 3
 
@@ -160,9 +163,9 @@ def test_goals_out_of_reach_and_budgets():
 
 
 def test_a_hopeless_warm_up_is_not_tried():
-    found, config = search(tune.Goal(psnr=27.0))
+    found, way = search(tune.Goal(psnr=27.0))
     tried = len(found.trials)
-    found.bisect(replace(config, schedule=Schedule(warmup=0.9)), FELT)
+    assert found.bisect(way, 0.9) is None
     assert len(found.trials) == tried
 
 

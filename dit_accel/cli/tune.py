@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _WHAT, _HOW = "What to reach", "How to search"
 NOT_REACHED = 1
+KEEPS = ".1,.2,.3,.5"
 BUILT_IN = 3  # prompts of each of the package's lists
 
 Output = Annotated[Path, option("Folder of the preset.", _WHAT, "--output", "-o")]
@@ -41,16 +42,21 @@ class SearchOptions:
 
     methods: Annotated[str, option("Methods. \\[pooled,topk]", _HOW)] = "pooled,topk"
     warmups: Annotated[str, option("Shares of dense steps. \\[.15,.3,.45]", _HOW)] = ".15,.3,.45"
-    keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = ".1,.2,.3,.5"
+    keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = KEEPS
     trials: Annotated[int, option("Configurations to try at most. \\[24]", _HOW)] = 24
+    profile: Annotated[
+        Path | None, option("What `dit-accel profile` wrote, in place of a first dense run.", _HOW)
+    ] = None
 
     def values(self) -> dict[str, Any]:
         """Arguments of evaluate.tune; ValueError for what are no numbers."""
+        own = self.profile is not None and self.keeps == KEEPS  # then the profile's
         return {
             "methods": words(self.methods),
             "warmups": numbers(self.warmups, float, "warmups"),
-            "keeps": numbers(self.keeps, float, "keeps"),
+            "keeps": None if own else numbers(self.keeps, float, "keeps"),
             "trials": self.trials,
+            "profile": self.profile,
         }
 
 
@@ -62,6 +68,10 @@ def tune(
     dit-accel tune -o out/tuned --psnr 35 --prompts my-prompts.txt
 
     dit-accel generate "a cat" --method out/tuned/preset.json
+
+    dit-accel profile "a cat" --sorts none,tile,time -o profile.json
+
+    dit-accel tune -o out/tuned --psnr 35 --profile profile.json
 
     Run it again with the same folder to go on. Exit code 1: no trial reached the goal.
     """

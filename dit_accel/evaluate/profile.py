@@ -27,6 +27,7 @@ from dit_accel.methods.selectors.estimates import shares
 from dit_accel.methods.selectors.learned import EXACT
 from dit_accel.methods.sla import SLA
 from dit_accel.methods.sorts import CLUSTERS, KINDS
+from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -216,4 +217,4 @@ def measure(
             "no attention call could be measured: the model's attention must stay dense "
             "(see dit-accel doctor)"
         )
-    return look.profile(method.name)
+    return replace(look.profile(method.name), model=type(transformers_of(pipe)[0]).__name__)

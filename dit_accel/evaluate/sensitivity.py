@@ -16,7 +16,7 @@ from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import ProgressFn, generate
 from dit_accel.methods import Call
-from dit_accel.schedule import Schedule
+from dit_accel.schedule import Plan, Schedule
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -46,10 +46,11 @@ class Sensitivity:
         sparse = tuple((layer, min(keeps)) for layer, keeps in within.items() if keeps)
         return replace(base, dense_layers=dense, layer_keep=sparse)
 
-    def kept(self, limit: float) -> float:
-        """Mean planned keep over the layers at `limit`."""
-        chosen = dict(self.schedule(Schedule(), limit).layer_keep)
-        return fmean(chosen.get(layer, 1.0) for layer in self.errors)
+    def planned(self, base: Schedule, limit: float, keep: float, steps: int) -> float:
+        """Mean planned keep over steps and layers at `limit`; keep: the method's."""
+        plan = Plan(self.schedule(base, limit), keep, max(self.errors) + 1)
+        actions = [plan.action(step, steps, n) for step in range(steps) for n in self.errors]
+        return fmean(_mean(action.keep) for action in actions)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         return {str(n): {str(k): e for k, e in row.items()} for n, row in self.errors.items()}
@@ -57,6 +58,13 @@ class Sensitivity:
     @classmethod
     def from_dict(cls, data: dict[str, dict[str, float]]) -> Sensitivity:
         return cls({int(n): {float(k): e for k, e in row.items()} for n, row in data.items()})
+
+
+def _mean(keep: float | tuple[float, ...] | None) -> float:
+    """Of an action: all, where it is dense."""
+    if keep is None:
+        return 1.0
+    return fmean(keep) if isinstance(keep, tuple) else min(1.0, keep)
 
 
 def measure(

@@ -1,8 +1,9 @@
 """From a wish (a PSNR, or a speed-up) to a preset file, on the user's own prompts.
 
-One dense run measures how much each layer minds being sparse. One number, the largest error a layer
-may make, then decides every layer's keep and which layers stay dense; it is found by bisection over
-whole generations, for each method and warm-up. The result is tried on prompts that took no part.
+One dense run measures how much each layer minds being sparse, or a profile has it. One number, the
+largest error a layer may make, then decides every layer's keep and which layers stay dense; it is
+found by bisection over whole generations, for each method and warm-up. The result is tried on
+prompts that took no part.
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from statistics import fmean
 from typing import Any
 
 from dit_accel.config import AccelConfig, named
+from dit_accel.evaluate.profiled import (
+    Addition,
+    Way,
+    additions,
+    begun,
+    check_profile,
+    read,
+)
 from dit_accel.evaluate.rows import Row
 from dit_accel.evaluate.sensitivity import Sensitivity, measure
 from dit_accel.evaluate.study import Study
@@ -29,7 +38,8 @@ from dit_accel.schedule import FEW_STEPS, Schedule, count_steps
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 METHODS = ("pooled", "topk")
 WARMUPS = (0.15, 0.3, 0.45)
-FILES = ("preset.json", "tuning.json", "frontier.svg")
+ORDERS = "orders.json"  # the profile of a preset's orders, beside it
+FILES = ("preset.json", "tuning.json", "frontier.svg", ORDERS)
 CHOICES = 15  # values of the error limit that are tried for: four generations find the best one
 
 
@@ -98,31 +108,50 @@ class Search:
         met = [trial for trial in self.trials if self.goal.met(trial)]
         return min(met, key=self.goal.rank, default=None)
 
-    def bisect(self, template: AccelConfig, felt: Sensitivity) -> None:
-        """The largest error limit that reaches the PSNR, or the smallest that is fast enough."""
-        limits = _thinned(felt.limits())
+    def climb(self, way: Way, added: Sequence[Addition], warmups: Sequence[float]) -> None:
+        """A way at the first warm-up; then with each addition, which stays if it is better; then
+        at the other warm-ups."""
+        found = self.bisect(way, warmups[0])
+        for add in added:
+            other = add(way)
+            again = None if other is None else self.bisect(other, warmups[0])
+            if other is None or again is None:
+                continue
+            if found is None or self.goal.rank(again) < self.goal.rank(found):
+                way, found = other, again
+        for warmup in warmups[1:]:
+            self.bisect(way, warmup)
+
+    def bisect(self, way: Way, warmup: float) -> Trial | None:
+        """The best trial that meets the goal: that of the largest error limit that reaches the
+        PSNR, or of the smallest that is fast enough. None: there is none, or none that beats the
+        best one so far."""
+        limits, before = _thinned(way.felt.limits()), len(self.trials)
         low, high = -1, len(limits)
         while high - low > 1 and len(self.trials) < self.budget:
-            if self._hopeless(template, felt.kept(limits[high - 1])):
-                return
+            if self._hopeless(way, warmup, limits[high - 1]):
+                break
             middle = (low + high) // 2
-            trial = self._try(template, felt, limits[middle])
+            trial = self._try(way, warmup, limits[middle])
             if self.goal.met(trial) == (self.goal.psnr is not None):
                 low = middle
             else:
                 high = middle
+        met = [trial for trial in self.trials[before:] if self.goal.met(trial)]
+        return min(met, key=self.goal.rank, default=None)
 
-    def _hopeless(self, template: AccelConfig, kept: float) -> bool:
+    def _hopeless(self, way: Way, warmup: float, limit: float) -> bool:
         """Whether even the cheapest choice that is left costs more than the best one so far."""
         if self.best is None or self.goal.psnr is None:
             return False
-        dense = template.schedule.dense_steps(self.study.steps) / self.study.steps
-        share = self.study.share
-        return share * (dense + (1 - dense) * kept) + 1 - share >= self.best.work
+        steps, share, keep = self.study.steps, self.study.share, way.template.method.keep
+        kept = way.felt.planned(way.at(warmup, steps).schedule, limit, keep, steps)
+        return share * kept + 1 - share >= self.best.work
 
-    def _try(self, template: AccelConfig, felt: Sensitivity, limit: float) -> Trial:
-        schedule = felt.schedule(template.schedule, limit)
-        name = f"{template.method.name}, warm-up {schedule.warmup:g}, error ≤ {limit:.3f}"
+    def _try(self, way: Way, warmup: float, limit: float) -> Trial:
+        template = way.at(warmup, self.study.steps)
+        schedule = way.felt.schedule(template.schedule, limit)
+        name = f"{way.name}, warm-up {warmup:g}, error ≤ {limit:.3f}"
         row = Row(name, template.method.name, replace(template, schedule=schedule))
         self.progress("trying configurations", len(self.trials), self.budget)
         trial = score(self.study, row, self.prompts, self.seeds)
@@ -141,8 +170,9 @@ def tune(
     seeds: Sequence[int] = (0,),
     methods: Sequence[str] = METHODS,
     warmups: Sequence[float] = WARMUPS,
-    keeps: Sequence[float] = KEEPS,
+    keeps: Sequence[float] | None = None,
     trials: int = 24,
+    profile: str | Path | None = None,
     command: str = "",
     progress: ProgressFn = lambda phase, done, total: None,
     note: Callable[[str], None] = lambda line: None,
@@ -151,19 +181,29 @@ def tune(
 
     Every generation is booked in the study's folder, so an interrupted search goes on where it
     stopped. Returns what tuning.json holds; "chosen" is None when no trial met the goal, and then
-    no preset is written. Files: preset.json, tuning.json, frontier.svg. Raises ValueError for a
-    prompt in both lists, and for a model that attends densely whatever it is told.
+    no preset is written. Files: preset.json, tuning.json, frontier.svg. profile: a file of
+    `dit-accel profile`, in place of the dense run in which the methods run, too; its selector, its
+    orders of the heads' tokens and its keeps of the heads are tried, and more in the early steps.
+    keeps: that a layer can get; None: the usual, or the profile's. Raises ValueError for a
+    prompt in both lists, for a model that attends densely whatever it is told, and for the profile
+    of another model or without these keeps.
     """
-    check_search(prompts, held_out, methods, warmups, keeps, trials)
+    check_search(prompts, held_out, methods, warmups, keeps, trials, profile)
     search = Search(study, goal, prompts, seeds, trials, progress, note)
-    felt: dict[str, Sensitivity] = {}
-    tried = warmups_of(warmups, study.steps)
+    tried, felt = warmups_of(warmups, study.steps), {}
+    known = None if profile is None else read(profile, keeps)
+    if known is not None and profile is not None:
+        check_profile(known, profile, study.pipe)
     for name, method in _candidates(study, methods).items():
-        start = Schedule(warmup=tried[0])
-        config = replace(template, method=method, schedule=start)
-        felt[name] = _sensitivity(study, config, prompts[0], seeds[0], keeps, progress)
-        for warmup in tried:
-            search.bisect(replace(config, schedule=Schedule(warmup=warmup)), felt[name])
+        config = replace(template, method=method, schedule=Schedule(warmup=tried[0]))
+        if known is None or profile is None:
+            grid = KEEPS if keeps is None else keeps
+            errors = _sensitivity(study, config, prompts[0], seeds[0], grid, progress)
+            way, added = Way(method.name, config, errors), []
+        else:
+            way, added = begun(known, name, config), additions(known, profile, name)
+        felt[name] = way.felt
+        search.climb(way, added, tried)
     progress("trying configurations", trials, trials)
     data = {
         "command": command,
@@ -172,6 +212,7 @@ def tune(
         "prompts": list(prompts),
         "held_out": list(held_out),
         "seeds": list(seeds),
+        "profile": None if profile is None else str(profile),
         **_chosen(search, held_out),
         "frontier": [trial.to_dict() for trial in frontier(search.trials)],
         "trials": [trial.to_dict() for trial in search.trials],
@@ -192,12 +233,17 @@ def _candidates(study: Study, methods: Sequence[str]) -> dict[str, Method]:
 
 
 def _save(config: AccelConfig, folder: Path) -> None:
-    """preset.json, and beside it what a checkpoint's method has learned."""
+    """preset.json, and beside it what a checkpoint's method has learned, and the profile that its
+    orders are read from."""
     data, method = config.to_dict(), config.method
     if isinstance(method, Learned) and method.weights is None and method.tensors():
         data["method"]["weights"] = f"{method.name}.safetensors"
         with atomic(folder / data["method"]["weights"]) as temporary:
             method.save(temporary)
+    for path in method.sorting.files:
+        data["method"]["sort"] = f"per-head({ORDERS})"
+        with atomic(folder / ORDERS) as temporary:
+            temporary.write_bytes(path.read_bytes())
     with atomic(folder / "preset.json") as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
@@ -255,8 +301,9 @@ def check_search(
     held_out: Sequence[str],
     methods: Sequence[str],
     warmups: Sequence[float],
-    keeps: Sequence[float],
+    keeps: Sequence[float] | None,
     trials: int,
+    profile: str | Path | None = None,
 ) -> None:
     """ValueError for a search that cannot be made, whatever the model."""
     both = sorted(set(prompts) & set(held_out))
@@ -266,11 +313,14 @@ def check_search(
         raise ValueError("tuning needs prompts to tune on and others to check with")
     if trials < 1:
         raise ValueError(f"trials is a number ≥ 1, not {trials}")
-    for what, values in (("methods", methods), ("warmups", warmups), ("keeps", keeps)):
+    grid = KEEPS if keeps is None else keeps
+    for what, values in (("methods", methods), ("warmups", warmups), ("keeps", grid)):
         if not values:
             raise ValueError(f"{what} names none: leave it out, or name some")
+    if profile is not None:
+        read(profile, keeps)
     for name in methods:
-        for keep in keeps:
+        for keep in grid:
             replace(named(name), keep=keep)
     for warmup in warmups:
         Schedule(warmup=warmup)

@@ -36,6 +36,7 @@ class Profile:
         mass: as `heads`, with the share of the attention that the chosen blocks hold instead of
             the error.
         linear: layer → ‖O − O_lin Wᵀ − b‖² / ‖O‖² of linear attention, at each look's best W and b.
+        model: class of the transformer; empty in files older than it.
     """
 
     method: str
@@ -46,6 +47,7 @@ class Profile:
     linear: dict[str, float] = field(default_factory=dict)
     layers: dict[str, dict[str, float]] = field(default_factory=dict)
     mass: dict[str, dict[str, list[dict[str, float]]]] = field(default_factory=dict)
+    model: str = ""
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", "utf-8")

@@ -84,7 +84,8 @@ def cases(part: str, dry: bool) -> list[Case]:
 @dataclass(frozen=True)
 class Budgeted(Course):
     """A keep for each head of every layer, the row's on the mean: 0.5 and 1.5 times it in turn, so
-    that all processes have as much to do, or, not level, in halves."""
+    that all processes have as much to do as they come, or, not level, in halves, which Ulysses
+    deals out."""
 
     level: bool = True
 

@@ -164,11 +164,15 @@ class Plan:
 
     def _own(self, layer: int, keep: float) -> float | tuple[float, ...]:
         """What stands for the method's `keep` of this step in a layer, or in each of its heads."""
-        heads = {i % self.layers: k for i, k in self.schedule.head_keep}.get(layer)
+        heads = self.budget(layer)
         if heads is not None:
             return tuple(min(1.0, share * (keep / self.keep)) for share in heads)
         own = {i % self.layers: k for i, k in self.schedule.layer_keep}.get(layer)
         return keep if own is None else own * (keep / self.keep)
+
+    def budget(self, layer: int) -> tuple[float, ...] | None:
+        """The keep of each head of a layer, where it has its own."""
+        return {i % self.layers: k for i, k in self.schedule.head_keep}.get(layer)
 
     def sparse_layers(self) -> tuple[int, ...]:
         """The layers that run sparse at the steps that are not dense altogether."""

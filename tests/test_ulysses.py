@@ -16,11 +16,14 @@ from dit_accel.config import named
 from dit_accel.generation.boost import compiled_blocks
 from dit_accel.parallel import sharing, ulysses
 from dit_accel.parallel.context import Split
+from dit_accel.pipelines.base import Geometry
 from dit_accel.pruning import criteria, select
 from dit_accel.table import block_count, kept_blocks
 
 NOW = Schedule(warmup=0)
 HEADS = Schedule(warmup=0, head_keep=((0, (0.1, 0.6)), (1, (0.7, 0.2))))
+UNLEVEL = Schedule(warmup=0, head_keep=((0, (0.6, 0.5, 0.2, 0.1)), (1, (0.1, 0.7, 0.2, 0.6))))
+ODD = Schedule(warmup=0, head_keep=((0, (0.6, 0.5, 0.1)), (1, (0.1, 0.1, 0.5))))
 WAN = {"build": "wan", "num_frames": 9, "max_sequence_length": 16}
 FLUX = {"build": "flux", "max_sequence_length": 16}
 CASES = {
@@ -32,6 +35,10 @@ CASES = {
     "wan-pooled": {**WAN, "method": "pooled"},
     "wan-sla": {**WAN, "method": "sla"},
     "wan-heads": {**WAN, "options": {"schedule": HEADS}},
+    "wan-level": {**WAN, "heads": 4, "options": {"schedule": UNLEVEL}},
+    "wan-level-shared": {**WAN, "heads": 4, "method": "shared", "options": {"schedule": UNLEVEL}},
+    "wan-level-odd": {**WAN, "heads": 3, "anything": True, "options": {"schedule": ODD}},
+    "wan-shards-odd": {**WAN, "heads": 3, "anything": True, "select": "shards"},
     "wan-shards": {**WAN, "select": "shards"},
     "wan-anything": {**WAN, "anything": True},
     "wan-vsa": {**WAN, "method": "vsa", "gated": True},
@@ -84,6 +91,7 @@ def generate(
     compiled=False,
     gated=False,
     select="means",
+    heads=2,
     **kwargs,
 ):
     """Latents of three steps, and the report; stock for "dense"."""
@@ -123,6 +131,29 @@ def generate(
         return call(), handle.report()
 
 
+def in_another_order(rank):
+    """Each head, and its gate, comes to whom it is dealt to, and back; its error."""
+    pipe = tiny_wan(heads=4)
+    sharing.share(pipe)
+    config = pipe.transformer.blocks[0].attn1.processor._parallel_config
+    q = torch.arange(4.0).expand(1, 3, 4)[..., None] * torch.ones(8)
+    seen = []
+
+    def inner(q, k, v, mask, gate):
+        seen.extend(int(x) for x in q[0, 0, :, 0])
+        assert torch.equal(q, v) and torch.equal(2 * k, gate)
+        return q + gate
+
+    geometry = Geometry((1, 2, 3))
+
+    def run(q, k, v, gate):
+        return ulysses.gathered(q, k, v, None, config, geometry, inner, gate)
+
+    out = ulysses.dealt(q, q, q, 2 * q, (0, 3, 1, 2), run)
+    assert seen == [[0, 3], [1, 2]][rank]
+    return float((out - 3 * q).abs().max())
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -130,7 +161,8 @@ def work(rank, folder):
     )
     found = {}
     for name, case in CASES.items():
-        pipe = tiny_wan() if case["build"] == "wan" else tiny_flux()
+        heads = case.get("heads", 2)
+        pipe = tiny_wan(heads=heads) if case["build"] == "wan" else tiny_flux()
         whole = select.pick
         if "prune" in case:
             select.pick = in_halves(TokenPruning(**case["prune"]))
@@ -153,6 +185,7 @@ def work(rank, folder):
             generate(pipe, build, prune=prune)
         except RuntimeError as error:
             found["refused"][says] = str(error)
+    found["order"] = in_another_order(rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
@@ -177,6 +210,10 @@ def test_two_processes_give_what_one_gives(found, name):
             together = sum(other[name]["kept"][1] for other in found) / 2
             assert together < 0.9 and together == pytest.approx(alone, abs=0.05)
             assert result["unplanned"] == {}
+
+
+def test_heads_are_dealt_out_and_come_back(found):
+    assert [rank["order"] for rank in found] == [0, 0]
 
 
 def test_pruning_of_shared_tokens_is_refused_by_reason(found):

@@ -211,12 +211,12 @@ class Ring:
 class Shard:
     """What this process has of an attention call.
 
-    rank, ranks: of the heads. first, rows, queries: its `rows` visual queries begin at `first` of
-    `queries`; None where it has all of them. ring: by which the keys come, which else are here.
+    heads: their numbers in the model. first, rows, queries: its `rows` visual queries begin at
+    `first` of `queries`. None where it has all of them. ring: by which the keys come, which else
+    are here.
     """
 
-    rank: int = 0
-    ranks: int = 1
+    heads: tuple[int, ...] | None = None
     first: int = 0
     rows: int | None = None
     queries: int | None = None

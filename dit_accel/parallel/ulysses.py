@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models._modeling_parallel import ParallelConfig
 
 Inner = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def place(config: ParallelConfig) -> tuple[int, int]:
@@ -30,6 +31,20 @@ def place(config: ParallelConfig) -> tuple[int, int]:
 
     context = context_of(config)
     return dist.get_rank(context._ulysses_mesh.get_group()), context.ulysses_degree or 1
+
+
+def dealt(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, heads: tuple[int, ...], run: Run
+) -> Tensor:
+    """Run `gathered` on heads in another order, that in which they are dealt out.
+
+    q, k, v, gate [B, N, H, D] → [B, N, H, D]; heads: all their numbers.
+    """
+    if heads == tuple(range(len(heads))):
+        return run(q, k, v, gate)
+    order, back = head_places(heads, q.device)
+    q, k, v = (x.index_select(2, order) for x in (q, k, v))
+    return run(q, k, v, None if gate is None else gate.index_select(2, order)).index_select(2, back)
 
 
 def gathered(
@@ -151,6 +166,13 @@ def _exchanged(
     got, work = start(out.transpose(0, 1).unflatten(0, (ranks, n)))
     work.wait()
     return got.permute(2, 1, 0, 3, 4).reshape(batch, n, heads, d)
+
+
+@cached_tensors(256)
+def head_places(heads: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [H]: the order of the heads, and what undoes it."""
+    order = torch.tensor(heads, device="cpu")
+    return order.to(device), order.argsort().to(device)
 
 
 @cached_tensors(64)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dit_accel.config import CROSSOVER
 from dit_accel.forward.keys import Keys, Tokens, text_blocks
 from dit_accel.methods import Call
+from dit_accel.parallel.level import Held, dealt, in_turn
 from dit_accel.parallel.sharded import ALL, Shard
 from dit_accel.runtime.interception import interceptor
 from dit_accel.schedule import Action
@@ -25,16 +26,15 @@ def circumstances(
     number: int,
     action: Action,
     tokens: Tokens,
-    given: tuple[int, int, torch.device],
+    given: tuple[int, torch.device],
     keys: Keys,
     scale: float | None,
     shard: Shard,
 ) -> Call:
-    """Of call `number` of a layer in this forward. given: how many keys and heads it has, and
-    where."""
+    """Of call `number` of a layer in this forward. given: how many keys it has, and where."""
     assert action.keep is not None, "a planned dense call does not come here"
     here, book, size = engine.here, engine.books.layers[layer], engine.config.method.block_k
-    blocks = (given[0], tokens.geometry.n_visual, size, keys.text_first, given[2])
+    blocks = (given[0], tokens.geometry.n_visual, size, keys.text_first, given[1])
     forced, n_forced = text_blocks(*blocks)
     stateless = engine.stateless_from
     # beside what layers keep, which are counted from 0
@@ -63,14 +63,19 @@ def circumstances(
         sections=here.geometry.sections,
         first=shard.first,
         queries=shard.queries,
-        heads=_heads(given[1], shard),
+        heads=shard.heads,
         ring=shard.ring,
     )
 
 
-def _heads(n: int, shard: Shard) -> tuple[int, ...] | None:
-    """The numbers of n heads, where they are some of the model's."""
-    return None if shard.ranks == 1 else tuple(range(shard.rank * n, (shard.rank + 1) * n))
+def held(engine: Engine, layer: int, heads: int, ranks: int) -> Held:
+    """The heads of a layer that each of `ranks` processes has, level in their budgets: the same at
+    every step, for what a layer remembers is by its heads."""
+    book = engine.books.layers[layer]
+    budget = engine.plans[book.part].budget(book.number)
+    if budget is None or len(budget) != heads:
+        return in_turn(heads, ranks)
+    return dealt(budget, ranks)
 
 
 def why_dense(engine: Engine, tokens: Tokens, queries: int, n: int, device: torch.device) -> str:

@@ -157,7 +157,7 @@ class Engine:
             self.span.observer.watch_attention(q, k, mask)
             k, v, mask = self.span.keys((layer, number), k, v, mask)
             n = k.shape[1] if shard.ring is None else n  # with those of pruned tokens
-        action = self.action(layer, shard.rank, shard.ranks)
+        action = self.action(layer, shard.heads)
         obstacle = why_dense(self, tokens, q.shape[1], n, q.device)
         if self.config.method.stateful and not obstacle:
             rows = shard.rows or tokens.geometry.n_visual
@@ -170,7 +170,7 @@ class Engine:
             books.dense(layer, keys, planned=action.keep is None)
             return dense(q, k, v, mask)
         order = None if shard.rows is not None else order  # its queries came in that order
-        given = (n, q.shape[2], k.device)
+        given = (n, k.device)
         call = circumstances(self, layer, number, action, tokens, given, keys, scale, shard)
         call.dense = dense if self.backends else None
         with dispatch.recording() as used:
@@ -217,14 +217,13 @@ class Engine:
         pruned = self.span.tokens() if self.span is not None else None
         return pruned or Tokens(self.here.geometry, self.here.geometry.n_visual)
 
-    def action(self, layer: int, rank: int = 0, ranks: int = 1) -> Action:
-        """What is planned for a layer now."""
+    def action(self, layer: int, heads: tuple[int, ...] | None = None) -> Action:
+        """What is planned for a layer now, or for some of its heads."""
         book = self.books.layers[layer]
         action = self.plans[book.part].action(self.here.step, self.here.steps, book.number)
-        if not isinstance(action.keep, tuple) or ranks == 1:
+        if heads is None or not isinstance(action.keep, tuple) or max(heads) >= len(action.keep):
             return action
-        heads = len(action.keep) // ranks
-        return action._replace(keep=action.keep[rank * heads : (rank + 1) * heads])
+        return action._replace(keep=tuple(action.keep[head] for head in heads))
 
     def bypass(self, layer: int, reason: str) -> None:
         """Book a dense call of `layer` that did not come through `attend`."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from dit_accel.parallel import sharded, ulysses
 from dit_accel.parallel.context import config_of, is_ring, obstacle
 from dit_accel.parallel.sharded import ALL, Shard
-from dit_accel.runtime.circumstances import rounds
+from dit_accel.runtime.circumstances import held, rounds
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
 
@@ -92,8 +92,15 @@ class Layer:
         if why or place is None:
             self.engine.bypass(self.index, why)
             return self.dense(q, k, v, mask, scale, shared)
-        heads = partial(decide, shard=Shard(*ulysses.place(shared)))
-        return ulysses.gathered(q, k, v, mask, shared, place.geometry, heads, gate)
+        rank, ranks = ulysses.place(shared)
+        by_rank = held(self.engine, self.index, q.shape[2], ranks)
+        mine = partial(decide, shard=Shard(heads=by_rank[rank]))
+        geometry = place.geometry
+
+        def run(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+            return ulysses.gathered(q, k, v, mask, shared, geometry, mine, gate)
+
+        return ulysses.dealt(q, k, v, gate, sum(by_rank, ()), run)
 
     def _in_ring(
         self,

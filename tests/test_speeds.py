@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from runs import run
@@ -97,3 +98,16 @@ def test_the_script_takes_the_least_work_that_reaches_each_floor(tmp_path, monke
     assert list(data["profiles"]) == list(speeds.NAMES) and data["measured_by"]["torch"]
     with pytest.raises(SystemExit, match="no candidate reaches the 38.0 dB"):
         profiles.profiles(rows[-3:], 0.5)
+
+
+def test_the_kinds_of_steps_are_read_from_what_their_forwards_did():
+    def forward(step, sparse, dense, kept):
+        return {"step": step, "sparse": sparse, "dense": dense, "kept": kept}
+
+    # two guidance passes of four layers: dense, full, sparse, skipped after the first block,
+    # and a pass alone that skips
+    ran = [(0, 4, 1.0), (4, 0, 1.0), (4, 0, 0.1), (1, 0, 0.1), (4, 0, 0.1)]
+    steps = [forward(n, *ran[n]) for n in range(5) for _ in range(2)]
+    steps[-1] = forward(4, 1, 0, 0.1)
+    found = profiles.kinds(SimpleNamespace(steps=steps))
+    assert found == ["dense", "full", "sparse", "skipped", "skipped"]

@@ -104,9 +104,9 @@ def test_the_kinds_of_steps_are_read_from_what_their_forwards_did():
     def forward(step, sparse, dense, kept):
         return {"step": step, "sparse": sparse, "dense": dense, "kept": kept}
 
-    # two guidance passes of four layers: dense, full, sparse, skipped after the first block,
-    # and a pass alone that skips
-    ran = [(0, 4, 1.0), (4, 0, 1.0), (4, 0, 0.1), (1, 0, 0.1), (4, 0, 0.1)]
+    # two guidance passes of four layers: dense, full but for the first layer, sparse, skipped
+    # after the first block, and one pass alone that skips
+    ran = [(0, 4, 1.0), (4, 0, 0.8), (4, 0, 0.1), (1, 0, 1.0), (4, 0, 0.1)]
     steps = [forward(n, *ran[n]) for n in range(5) for _ in range(2)]
     steps[-1] = forward(4, 1, 0, 0.1)
     found = profiles.kinds(SimpleNamespace(steps=steps))

@@ -27,8 +27,8 @@ class Offload:
     """What of a pipeline is on the GPU at a time.
 
     blocks: so many blocks of each transformer, and of the other parts the layer that runs. One is
-    followed by the next while it runs; more are waited for, as diffusers prefetches single ones.
-    None: the whole part that runs.
+    followed by the next while it runs; more are waited for, and copied back, which is slow, as
+    diffusers prefetches single ones. None: the whole part that runs.
     """
 
     blocks: int | None = None

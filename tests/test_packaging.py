@@ -49,6 +49,7 @@ def test_linked_rooms_are_whole(names, room):
 
 def test_the_embedded_model_ships_and_its_training_does_not(names):
     assert "dit_accel/assets/emoji/model_index.json" in names
+    assert "dit_accel/assets/emoji-sla/lora/pytorch_lora_weights.safetensors" in names
     assert not any("assets/training" in name for name in names)
     assert "dit_accel/cli/main.py" in names
 

@@ -119,7 +119,10 @@ class Clock:
             return int(fields["step_index"]), fields.get("num_inference_steps") or steps
         if timesteps is not None and timestep is not None and not hasattr(scheduler, "step_index"):
             index = _nearest(timesteps, timestep)  # DDIM, DDPM, CogVideoX: a device synchronisation
-        return (0 if index is None else max(0, index - begin)), steps
+        step = 0 if index is None else max(0, index - begin)
+        if steps is not None and step >= steps and not runs.itself:
+            return 0, None  # the scheduler's run is over: this forward is none of its steps
+        return step, steps
 
 
 def weakly(pipe: object) -> Callable[[], object]:

@@ -1,16 +1,21 @@
 """The committed model: size, genuineness, defaults."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import WanPipeline
 
+from dit_accel import accelerated
+from dit_accel.config import AccelConfig, resolve
+from dit_accel.generation.boost import Boost
 from dit_accel.inputs.scene import Vocabulary
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 MODEL = ASSETS / "emoji"
+SLA = ASSETS / "emoji-sla"
 
 
 def test_model_is_small() -> None:
@@ -93,3 +98,43 @@ def test_prompts_decide_the_background(pipe: WanPipeline) -> None:
         corners[colour] = frame[:, :16, :16].mean((1, 2))
     assert corners["yellow"][0] > corners["yellow"][2] + 0.2
     assert corners["blue"][2] > corners["blue"][0] + 0.2
+
+
+def tuned(preset: str) -> AccelConfig:
+    return resolve(SLA / preset)
+
+
+@pytest.mark.parametrize(("preset", "keep"), [("preset.json", 0.05), ("preset-10.json", 0.1)])
+def test_the_fine_tuned_sla_fits_the_model_and_changes_it(
+    pipe: WanPipeline, preset: str, keep: float
+) -> None:
+    config, shape = tuned(preset), (1, 16, 5, 8, 8)
+    layers = len(pipe.transformer.blocks)
+    config.method.check(pipe.transformer.config.attention_head_dim, layers)
+    assert sorted(config.method._learned) == [(0, layer) for layer in range(layers)]
+    assert config.method.keep == keep and config.schedule.warmup == 0 and config.min_tokens == 0
+    dense = velocity(pipe, shape)
+    with Boost(lora=str(SLA / "lora")).switch_on(pipe):
+        adapted = velocity(pipe, shape)
+    assert adapted.isfinite().all() and not torch.equal(adapted, dense)
+    assert torch.equal(velocity(pipe, shape), dense)
+
+
+@pytest.mark.slow
+def test_the_fine_tuned_sla_is_nearer_to_dense_than_untrained(pipe: WanPipeline) -> None:
+    config, shape = tuned("preset.json"), (1, 16, 5, 48, 48)
+    dense = velocity(pipe, shape)
+    with Boost(lora=str(SLA / "lora")).switch_on(pipe), accelerated(pipe, config):
+        found = velocity(pipe, shape)
+    untrained = replace(resolve("topk/sub@0.05").method, block_q=64)
+    with accelerated(pipe, replace(config, method=untrained)):
+        plain = velocity(pipe, shape)
+    assert torch.dist(found, dense) < 0.6 * torch.dist(plain, dense)
+
+
+def velocity(pipe: WanPipeline, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of pure noise at a level that it was trained at."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    text, _ = pipe.encode_prompt("a large fox on a blue background", "", False)
+    with torch.no_grad():
+        return pipe.transformer(noise, torch.tensor([950.0]), text, return_dict=False)[0]

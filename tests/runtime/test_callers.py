@@ -130,6 +130,21 @@ def test_a_loop_of_ones_own_after_a_short_run():
     assert handle.report().fallbacks == EXPECTED
 
 
+def test_a_forward_after_a_run_is_none_of_its_steps():
+    pipe, given = tiny_flux(), []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs), with_kwargs=True
+    )
+    flux(pipe, steps=3)
+    hook.remove()
+    handle = dit_accel.accelerate(pipe, "topk", schedule=Schedule(cooldown=1), min_tokens=0)
+    with torch.no_grad():
+        for _ in range(2):
+            pipe.transformer(**given[0])
+    report = handle.report()
+    assert not report.fallbacks and report.kept < 0.5
+
+
 def test_a_copy_of_a_pipeline_with_its_own_scheduler():
     pipe = tiny_flux()
     handle = dit_accel.accelerate(pipe, "topk", **QUARTER)

@@ -36,8 +36,8 @@ MODELS = {
 }
 OPERATORS = {"first": "^(reuse|tiles)", "rest": "^(lazy|tail|branch|selector|orders)"}
 # In the order of their turns, with the most seconds that each may take.
-TURNS = {"qwen-1328": 20, "wan14b-720p": 125, "first": 60, "wan1.3b-480p": 60,
-         "hunyuan-720p": 100, "rest": 120}  # fmt: skip
+TURNS = {"qwen-1328": 20, "wan14b-720p": 125, "first": 60, "wan1.3b-480p": 60, "rest": 80,
+         "hunyuan-720p": 110}  # fmt: skip
 AHEAD = 130  # seconds after which the turns begin, whoever is ready
 
 

@@ -9,7 +9,7 @@ kinds     a step of each kind that a profile makes (dense, full, sparse, skipped
           (`fast` differs from it in how many are skipped) and, for small models, `conservative`.
           Whether the step cache skips is said here: it depends on weights.
 compiled  `balanced` with compiled blocks
-offload   a step of --offload-row without offload, and with blocks:1, 2 and 4: seconds, seconds that
+offload   a step of --offload-row without offload, and with blocks:1 and 2: seconds, seconds that
           were waited for weights, and the peak of memory. The first one of each does not count.
 
 Each case is written as it ends. --wait is for gpu_all.py: all is built and compiled, then the turn
@@ -209,7 +209,7 @@ def kernels(m: Model, row: str) -> dict[str, Any]:
 def offload(r: Run, m: Model, window: Any, row: str) -> None:
     """The row without offload, then with fewer and more blocks on the GPU."""
     r.case("offload none", lambda: m.offloaded(row, None))
-    for blocks in (1, 2, 4):
+    for blocks in (1, 2):
         if blocks > 1:
             window = m.renewed(blocks)
         m.pipe.register_modules(transformer=window)

@@ -194,7 +194,9 @@ def sweep_backward(r: Run, shape: tuple[int, ...]) -> Plan:
     capability = capability_of(torch.empty(0, device=r.device))
     plan: Plan = []
     for block in (64,) if r.dry else (64, 128):
-        rows = {op: find(op, capability, shape[3], block) for op in ("dq", "dkdv")}
+        rows = {
+            op: find(op, capability, shape[3], block, specialized=False) for op in ("dq", "dkdv")
+        }
         for tile, warps, stages in product((32, 64), (4, 8), (2,)):
             if r.dry and (tile, warps, stages) != (64, 4, 2):
                 continue

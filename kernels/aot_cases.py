@@ -14,12 +14,12 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from dit_accel.kernels import aot_linear, aot_ragged, aot_tables
+from dit_accel.kernels import aot_backward, aot_linear, aot_ragged, aot_tables
 from dit_accel.kernels.aot import Report, report
 from dit_accel.kernels.aot_inputs import SHAPE, Case, empty, table, tokens
 from dit_accel.kernels.block_sparse_attention import gluon as hopper
+from dit_accel.kernels.block_sparse_attention import gluon_backward as hopper_backward
 from dit_accel.kernels.block_sparse_attention import triton as forward
-from dit_accel.kernels.block_sparse_attention import triton_backward as backward
 from dit_accel.kernels.block_table.select import select_launch
 from dit_accel.kernels.int8_attention import gluon as int8_hopper
 from dit_accel.kernels.int8_attention import quantize as int8_keys
@@ -51,29 +51,6 @@ def forward_case(launch: Launch, head_dim: int, dtype: torch.dtype, extra: str =
         linear = hopper.Linear(state, total, bias, 1e-9, "softmax") if extra == "linear" else None
         return hopper._block_sparse_attention_hopper_fwd_kernel, hopper.forward(*call, linear)[1]
     return forward._block_sparse_attention_fwd_kernel, forward.forward(*call)[1]
-
-
-def dq_case(launch: Launch, head_dim: int, dtype: torch.dtype, extra: str = "") -> Case:
-    """The dq kernel; `extra` is "" or "pool"."""
-    x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
-    lse = empty(*SHAPE)
-    tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
-    means = empty(*SHAPE[:2], 640, head_dim, dtype=dtype)
-    pool = (means, means, empty(*SHAPE[:2], kept.query_blocks, 20, dtype=torch.int32))
-    given = pool if extra == "pool" else None
-    _, arguments, _ = backward.dq_launch(tensors, kept, None, None, launch, x, None, x, given)
-    return backward._block_sparse_attention_bwd_dq_kernel, arguments
-
-
-def dkdv_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Case:
-    """The dk and dv kernel."""
-    x, kept = tokens(head_dim, dtype), table(launch.block, launch.block)
-    lse = empty(*SHAPE)
-    tensors = {"q": x, "k": x, "v": x, "do": x, "lse": lse, "delta": lse}
-    counts = empty(*SHAPE[:2], kept.key_blocks, dtype=torch.int32)
-    transposed = (counts.long(), counts, empty(kept.indices.numel(), dtype=torch.int32))
-    _, arguments, _ = backward.dkdv_launch(tensors, kept, None, None, launch, transposed, x, x)
-    return backward._block_sparse_attention_bwd_dkdv_kernel, arguments
 
 
 def pool_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Case:
@@ -140,12 +117,11 @@ def int8_quantize_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Cas
 
 CASES: dict[str, Callable[..., Case]] = {
     "forward": forward_case,
-    "dq": dq_case,
-    "dkdv": dkdv_case,
     "pool": pool_case,
     "coefficients": coefficients_case,
     "int8": int8_case,
     "int8_quantize": int8_quantize_case,
+    **aot_backward.CASES,
     **aot_tables.CASES,
     **aot_linear.CASES,
     **aot_ragged.CASES,
@@ -172,10 +148,15 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
 
     The op "forward+" is the forward kernel with the narrower heads and the extras, "hopper" the
     candidates of its specialized form, "hopper+" those with the extras and heads of 64; "int8+" is
-    the candidates of the specialized form in eight bits, with heads of 128 and 64.
+    the candidates of the specialized form in eight bits, with heads of 128 and 64; "backward+" is
+    those of the specialized gradients.
     """
     for row in int8_hopper.CANDIDATES:
         if "int8+@90" in wanted:
+            yield row, 128, {}
+            yield row, 64, {}
+    for row in hopper_backward.CANDIDATES:
+        if "backward+@90" in wanted:
             yield row, 128, {}
             yield row, 64, {}
     for row in hopper.CANDIDATES:
@@ -200,7 +181,7 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
             yield row, row.head_dim, {"extra": "parts"}
         if row.op == "linear_backward" and (not wanted or row.op + place in wanted):
             yield row, row.head_dim, {"extra": "keys"}
-        if row.op == "dq" and (not wanted or "dq+" + place in wanted):
+        if row.op == "dq" and not row.specialized and (not wanted or "dq+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}
         if row.op == "forward" and (not wanted or "forward+" + place in wanted):
             yield row, row.head_dim, {"extra": "pool"}

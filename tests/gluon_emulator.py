@@ -19,8 +19,8 @@ import torch
 from gluon_machine import Barrier, Machine, Role, machine, start
 from torch import Tensor
 
-# Of our own code, what the kernels share.
-PARTS = "dit_accel.kernels.block_sparse_attention.gluon_parts"
+# Of our own code, what the kernels share; the second takes from the first.
+PARTS = [f"dit_accel.kernels.block_sparse_attention.gluon_{x}parts" for x in ("", "backward_")]
 
 
 class Value(torch.Tensor):
@@ -39,6 +39,7 @@ class Layout:
 
     parent = property(lambda self: self)
     layout = property(lambda self: self)
+    tensor_type = property(lambda self: self)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         pass
@@ -56,6 +57,9 @@ class Pointer:
 
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.base, self.offset + more)
+
+    def to(self, _: torch.dtype) -> Pointer:
+        return self
 
     def at(self, mask: Any) -> tuple[Tensor, Tensor]:
         offset = value(self.offset).long()
@@ -85,8 +89,8 @@ class Shared:
         return Shared(lambda: self.data.permute(order))
 
     def reinterpret(self, dtype: torch.dtype, shape: list[int], _: Layout) -> Shared:
-        if len(shape) == len(self.shape):  # panels of 64 columns as tiles
-            return Shared(lambda: _tiles_of(self.data, *shape))
+        if len(shape) == len(self.shape):  # panels of 64 columns as tiles, or the reverse
+            return Shared(lambda: _seen_as(self.data, *shape))
         return Shared(self.data.view(shape))
 
     def load(self, _: Layout) -> Value:
@@ -98,11 +102,11 @@ class Shared:
         self.data.copy_(x)
 
 
-def _tiles_of(panels: Tensor, stages: int, tile: int, d: int) -> Tensor:
-    """[N, R, 64] as NVMMASharedLayout has tiles [tile, d]: all rows of a panel, then the next."""
-    rows = panels.shape[1]
-    parts = panels.view(stages, d // 64, tile // rows, rows, 64)
-    return parts.permute(0, 2, 3, 1, 4).reshape(stages, tile, d)
+def _seen_as(x: Tensor, n: int, rows: int, d: int) -> Tensor:
+    """[N, R, C] as NVMMASharedLayout has it, all rows of a panel of 64 columns, then the next, read
+    as [n, rows, d]."""
+    panels = x.view(x.shape[0], x.shape[1], -1, 64).transpose(1, 2).reshape(n, d // 64, rows, 64)
+    return panels.transpose(1, 2).reshape(n, rows, d)
 
 
 class Barriers(list):
@@ -131,14 +135,15 @@ class Descriptor:
 class Product:
     """An asynchronous product; it reads shared memory when it happens, at the last at its wait."""
 
-    def __init__(self, a: Tensor, b: Shared, acc: Tensor, use_acc: bool) -> None:
+    def __init__(self, a: Tensor | Shared, b: Shared, acc: Tensor, use_acc: bool) -> None:
         self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
         self.result: Value | None = None
         self.type = Layout()
 
     def happen(self) -> None:
         if self.result is None:
-            product = self.a.float() @ self.b.data.float()
+            left = self.a.data if isinstance(self.a, Shared) else self.a
+            product = left.float() @ self.b.data.float()
             if isinstance(self.acc, Product):
                 self.acc = self.acc.result  # products happen in the order in which they are issued
             self.result = value(self.acc + product if self.use_acc else product)
@@ -240,6 +245,25 @@ def _store(pointer: Pointer, x: Tensor, mask: Any = None) -> None:
     pointer.base.view(-1)[offset[mask]] = x[mask]
 
 
+def _asm(asm: str, _: str, args: list, dtype: torch.dtype, is_pure: bool, pack: int) -> None:
+    """Addition of four numbers of a thread at the place of the first: of an accumulator it has
+    two rows, eight apart, and two columns of each."""
+    assert asm.startswith("red") and ".add.v4.f32" in asm and pack == 4
+    pointer, x = args
+    rows, columns = (torch.arange(size) for size in x.shape)
+    nth = (rows % 16 // 8 * 2)[:, None] + columns % 2
+    offset, _ = (pointer + nth).at(None)
+    pointer.base.view(-1).index_put_((offset,), x, accumulate=True)
+
+
+def _atomic_add(pointer: Pointer, x: Any, sem: str) -> Value:
+    """Of a scalar; what was there before."""
+    offset, _ = pointer.at(None)
+    before = pointer.base.view(-1)[offset].clone()
+    pointer.base.view(-1)[offset] += x
+    return value(before)
+
+
 def _specialize(roles: list[tuple], warps: list[int], registers: list[int]) -> None:
     assert len(roles) == len(warps) + 1 == len(registers) + 1
     threads = [Role(*role) for role in roles]
@@ -257,14 +281,15 @@ def _language() -> types.SimpleNamespace:
         constexpr=lambda x: x, shared_memory_descriptor=Shared, allocate_shared_memory=_allocate,
         program_id=lambda _: value(machine().program),
         num_programs=lambda _: value(machine().programs),
-        load=_load, store=_store, warp_specialize=_specialize, static_range=range,
+        load=_load, store=_store, inline_asm_elementwise=_asm, atomic_add=_atomic_add,
+        warp_specialize=_specialize, static_range=range,
         convert_layout=lambda x, _: x, cdiv=lambda a, b: -(-a // b),
         zeros=lambda shape, dtype, _: value(torch.zeros(shape, dtype=dtype)),
         full=lambda shape, x, dtype, _: value(torch.full(shape, x, dtype=dtype)),
         arange=lambda first, last, layout: value(torch.arange(first, last, dtype=torch.int32)),
         where=lambda c, a, b: torch.where(value(c), value(a), value(b)),
         maximum=lambda a, b: torch.maximum(*torch.broadcast_tensors(value(a), value(b))),
-        minimum=lambda a, b: torch.minimum(*torch.broadcast_tensors(value(a), value(b))),
+        minimum=lambda a, b, **_: torch.minimum(*torch.broadcast_tensors(value(a), value(b))),
         max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
         exp=torch.exp, exp2=torch.exp2, log2=torch.log2, split=lambda x: x.unbind(-1),
         abs=torch.abs, fma=lambda a, b, c: a * b + c, float8e4nv=torch.float8_e4m3fn,
@@ -307,14 +332,15 @@ def emulated(path: Path, kernel: str, change: tuple[str, str] | None = None) -> 
     """The kernel of that name in the file, to be called as kernel(arguments, programs, seed), and
     what it takes from PARTS; `change` replaces a text of either, to see that an error would be
     noticed."""
-    parts = Path(find_spec(PARTS).origin)
-    texts = [file.read_text() for file in (parts, path)]
+    files = [*(Path(find_spec(name).origin) for name in PARTS), path]
+    texts = [file.read_text() for file in files]
     if change:
         assert any(change[0] in text for text in texts)
         texts = [text.replace(*change) for text in texts]
     fakes = _modules()
-    fakes[PARTS] = types.SimpleNamespace(**_executed(parts, texts[0], fakes))
-    space = _executed(path, texts[1], fakes)
+    for name, file, text in zip(PARTS, files, texts, strict=False):
+        fakes[name] = types.SimpleNamespace(**_executed(file, text, fakes))
+    space = _executed(path, texts[-1], fakes)
     names = space[kernel].__code__.co_varnames[: space[kernel].__code__.co_argcount]
 
     def run(arguments: dict[str, Any], programs: int, seed: int = 0) -> None:

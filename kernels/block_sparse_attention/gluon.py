@@ -63,6 +63,13 @@ def unserved(
     linear: Linear | None = None,
 ) -> str | None:
     """Why this kernel cannot serve a call of `forward`, or None."""
+    if linear is not None and (lse is not None or pool or rectify):
+        return "it adds a linear branch to nothing but the plain output, without LSE"
+    return unknown(q, table, kv_len) or unreadable(q, k, v, out)
+
+
+def unknown(q: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> str | None:
+    """Why no kernel here is for this machine, head and table, or None."""
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 6):
         return f"it needs triton 3.6 or newer, not {triton.__version__}"
     if capability_of(q) != 90:
@@ -73,12 +80,13 @@ def unserved(
         return f"it has blocks of 64 and 128, not {table.block_q} and {table.block_k}"
     if isinstance(kv_len, Tensor) or kv_len == 0:
         return "it takes kv_len as a positive integer"
-    if table.indices.shape[-1] == 0:
-        return "the table has no column"
-    if linear is not None and (lse is not None or pool or rectify):
-        return "it adds a linear branch to nothing but the plain output, without LSE"
-    step = 16 // q.element_size()
-    for x in (q, k, v, out):
+    return "the table has no column" if table.indices.shape[-1] == 0 else None
+
+
+def unreadable(*tensors: Tensor) -> str | None:
+    """Why TMA cannot read or write one of these, or None."""
+    for x in tensors:
+        step = 16 // x.element_size()
         whole = all(s > 0 and s % step == 0 for s in x.stride()[:-1])
         if x.stride(-1) != 1 or x.data_ptr() % 16 or not whole:
             return f"TMA cannot read strides {x.stride()}"

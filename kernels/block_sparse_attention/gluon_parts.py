@@ -70,9 +70,10 @@ def box(x_s, desc):
 
 @gluon.jit
 def whole(x_s, TILE: gl.constexpr, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """The panels [ROWS, 64] of copied tiles as the tiles [TILE, D] that are multiplied."""
-    ROWS: gl.constexpr = x_s.shape[1]
-    shape: gl.constexpr = [x_s.shape[0] * ROWS * 64 // (TILE * D), TILE, D]
+    """The panels [ROWS, 64] of copied tiles as the tiles [TILE, D] that are multiplied, or the
+    reverse."""
+    SIZE: gl.constexpr = x_s.shape[0] * x_s.shape[1] * x_s.shape[2]
+    shape: gl.constexpr = [SIZE // (TILE * D), TILE, D]
     return _seen_as(x_s, shape, LAYOUT)
 
 

@@ -4,10 +4,13 @@
     dq = scale·dS·k,  dk = scale·dSᵀ·q,  dv = Pᵀ·dO
 
 dq runs over the rows of the table, dk and dv over its transpose, so both loops visit kept blocks
-only. No atomics: the result does not depend on the order of programs.
+only. No atomics: the result does not depend on the order of programs. Hopper has kernels of its own
+(gluon_backward.py).
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import triton
@@ -276,11 +279,14 @@ def backward(
     kv_len: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the layouts of q, k and v; P is recomputed from LSE, sums are in float32."""
+    hopper = specialized(q, k, v, grad_out, table, kv_len)
+    if hopper is not None:
+        return hopper.backward(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     tensors = {"q": q, "k": k, "v": v, "do": grad_out, "lse": lse.contiguous(), "delta": delta}
     launches = [
-        find(op, capability_of(q), q.shape[-1], block)
+        find(op, capability_of(q), q.shape[-1], block, specialized=False)
         for op, block in (("dq", table.block_q), ("dkdv", table.block_k))
     ]
     common = (tensors, table, scale, kv_len)
@@ -291,6 +297,21 @@ def backward(
         *dkdv_launch(*common, launches[1], transposed, dk, dv),
     )
     return dq, dk, dv
+
+
+def specialized(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, table: BlockTable, kv_len: int | Tensor | None
+) -> ModuleType | None:
+    """Hopper's kernels, where the launch table names them and they serve the call."""
+    if not q.is_cuda:
+        return None
+    if not find("dkdv", capability_of(q), q.shape[-1], table.block_k).specialized:
+        return None
+    from dit_accel.kernels.block_sparse_attention import gluon_backward
+
+    if gluon_backward.unserved(q, k, v, grad, table, kv_len) is not None:
+        return None
+    return gluon_backward
 
 
 def dq_launch(

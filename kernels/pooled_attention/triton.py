@@ -20,6 +20,7 @@ from dit_accel.kernels.block_sparse_attention.triton_backward import (
     dot_add,
     dq_launch,
     load_lse,
+    specialized,
 )
 from dit_accel.kernels.block_table.pool import kept_bits, pooled_blocks
 from dit_accel.kernels.block_table.transpose import transpose_table
@@ -147,7 +148,7 @@ def backward(
     delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
     tensors = {"q": q, "k": k, "v": v, "do": grad_out, "lse": lse.contiguous(), "delta": delta}
     rows = [
-        find(op, capability_of(q), q.shape[-1], block)
+        find(op, capability_of(q), q.shape[-1], block, specialized=False)
         for op, block in (("dq", table.block_q), ("dkdv", table.block_k), ("pool", table.block_q))
     ]
     common = (tensors, table, scale, kv_len)
@@ -155,8 +156,14 @@ def backward(
     dq_call = dq_launch(*common, rows[0], out, grad_lse, dq, pool)
     run(_block_sparse_attention_bwd_dq_kernel, *dq_call)
     grads = _pool_gradients(*common, rows[2], pool)
-    dkdv_call = dkdv_launch(*common, rows[1], transpose_table(table), dk, dv, grads)
-    run(_block_sparse_attention_bwd_dkdv_kernel, *dkdv_call)
+    turned = transpose_table(table)
+    hopper = specialized(q, k, v, grad_out, table, kv_len)
+    if hopper is not None:
+        x = hopper.prepare(grad_out, grad_lse, q, k, v, out, lse, table, scale, kv_len)
+        hopper.keys_and_values(x, turned, dk, dv, grads)
+    else:
+        dkdv_call = dkdv_launch(*common, rows[1], turned, dk, dv, grads)
+        run(_block_sparse_attention_bwd_dkdv_kernel, *dkdv_call)
     return dq, dk, dv
 
 

@@ -3,6 +3,7 @@
 from interpreter import interpreted, quick
 
 with interpreted():
+    import dit_accel.kernels.block_sparse_attention.triton_ends
     import dit_accel.kernels.block_table.triton
     import dit_accel.kernels.int8_attention.triton
     import dit_accel.kernels.pooled_attention.triton

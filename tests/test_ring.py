@@ -233,9 +233,3 @@ def test_parts_are_merged_by_their_log_sum_exp():
 def test_another_kv_is_refused():
     with pytest.raises(ValueError, match="kv is 'gather', 'ring' or None"):
         share(tiny_wan(), kv="all")
-
-
-def test_a_ring_is_not_trained_through():
-    x = torch.randn(1, 8, 1, 4, requires_grad=True)
-    with pytest.raises(RuntimeError, match="a ring is for inference"):
-        sharded.attended(x, x, x, None, None, None, None, (64, 64), None, None)

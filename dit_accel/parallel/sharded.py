@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.machine import cached_tensors
+from dit_accel.parallel import collectives
 from dit_accel.parallel.context import Split, context_of, kv_of, ring_group
 from dit_accel.pipelines.base import Geometry
 from dit_accel.table import block_count
@@ -57,12 +58,7 @@ class Route(NamedTuple):
 
 
 def _exchange(x: Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> Tensor:
-    import torch.distributed as dist
-
-    x = x.transpose(0, 1).contiguous()
-    came = x.new_empty(sum(got), *x.shape[1:])
-    dist.all_to_all_single(came, x, got, sent, group=group)
-    return came.transpose(0, 1)
+    return collectives.exchanged(x.transpose(0, 1), sent, got, group).transpose(0, 1)
 
 
 @cached_tensors(64)
@@ -131,11 +127,15 @@ def gathered(tensors: list[Tensor], split: Split, group: dist.ProcessGroup) -> l
     for x in tensors:  # the next one is copied while one travels
         mine = x.new_zeros(most, x.shape[0], *x.shape[2:])
         mine[: x.shape[1]] = x.transpose(0, 1)
+        if collectives.learned(mine):
+            begun.append((collectives.gathered(mine, group), None))
+            continue
         whole = x.new_empty(split.ranks * most, *mine.shape[1:])
         begun.append((whole, dist.all_gather_into_tensor(whole, mine, group=group, async_op=True)))
     found = []
     for whole, work in begun:
-        work.wait()
+        if work is not None:
+            work.wait()
         found.append((whole if index is None else whole.index_select(0, index)).transpose(0, 1))
     return found
 
@@ -285,13 +285,11 @@ def attended(
     q, k, v, result [B, n, H, D] of the tokens it holds; mask [B, 1, 1, n] or of all keys. inner
     (q, k, v, mask, shard=) is given its text queries and whole blocks of visual ones, in `order`,
     and all keys in the order of one device or, where they go round and `rounds` (of the mask and
-    the number of all keys) allows it, this process's part of them, in `order`. sizes: tokens in a
-    query and a key block. Raises RuntimeError where gradients are wanted.
+    the number of all keys) allows it, this process's part of them, in `order`; with gradients they
+    are gathered, for the merge of parts has none. sizes: tokens in a query and a key block.
     """
     import torch.distributed as dist
 
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        raise RuntimeError("a ring is for inference: train on one device, or data-parallel")
     split, group = _whole(k, config, geometry)
     rank = dist.get_rank(group)
     there = route(split, order, False, sizes[0], rank, q.device)
@@ -302,7 +300,8 @@ def attended(
     queries = torch.cat(parts if split.text_first else parts[::-1], 1)
     whole_mask = _mask(mask, k, split, group)
     enough = block_count(split.n, sizes[1]) >= split.ranks
-    if kv_of(config) == "ring" and enough and rounds(whole_mask, split.n):
+    goes = kv_of(config) == "ring" and enough and not collectives.learned(q, k, v)
+    if goes and rounds(whole_mask, split.n):
         ways = route(split, order, True, sizes[1], rank, q.device)
         shard = replace(shard, ring=Ring(group, rank, ways.bounds))
         out = inner(queries, *(ways.go(x, group) for x in (k, v)), None, shard=shard)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.machine import cached_tensors
+from dit_accel.parallel import collectives
 from dit_accel.parallel.context import Split, context_of
 from dit_accel.pipelines.base import Geometry
 
@@ -78,11 +79,12 @@ def gathered(
         return out.index_select(1, back)
 
     even = not context_of(config).ulysses_anything
-    learned = _differentiable(q, k, v)
-    if even and q.shape == k.shape == v.shape and not learned:
+    if even and q.shape == k.shape == v.shape:
         return _exchanged(q, k, v, mask, config, ordered, gate)
-    if gate is not None and (even or learned):
-        raise RuntimeError("a gated method is trained on one device, or data-parallel")
+    if gate is not None and (even or collectives.learned(q, k, v)):
+        raise RuntimeError(
+            "a gated method is trained on one device, or where heads and tokens divide"
+        )
     from diffusers.models import attention_dispatch
 
     d = q.shape[-1]
@@ -121,10 +123,6 @@ def _whole_mask(mask: Tensor | None, n: int, config: ParallelConfig) -> Tensor |
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
 
-def _differentiable(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _exchanged(
     q: Tensor,
     k: Tensor,
@@ -146,8 +144,12 @@ def _exchanged(
     group, ranks = context._ulysses_mesh.get_group(), context.ulysses_degree or 1
     batch, n, heads, d = q.shape
 
-    def start(x: Tensor) -> tuple[Tensor, dist.Work]:
+    def start(x: Tensor) -> tuple[Tensor, dist.Work | None]:
         """[ranks, …] of what goes to each rank → what comes from each, once it is there."""
+        if collectives.learned(x):
+            each = [n] * ranks
+            came = collectives.exchanged(x.flatten(0, 1), each, each, group)
+            return came.unflatten(0, (ranks, n)), None
         x, got = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         return got, dist.all_to_all_single(got, x, group=group, async_op=True)
 
@@ -159,12 +161,14 @@ def _exchanged(
         dist.all_gather(masks, mask.contiguous(), group=group)
         mask = torch.cat(masks, -1)
     for _, work in begun:
-        work.wait()
+        if work is not None:
+            work.wait()
     # [ranks, n, B, H_local, D] → [B, N, H_local, D] and back
     q, k, v, *rest = (got.flatten(0, 1).transpose(0, 1) for got, _ in begun)
     out = attend(q, k, v, mask, *rest)
     got, work = start(out.transpose(0, 1).unflatten(0, (ranks, n)))
-    work.wait()
+    if work is not None:
+        work.wait()
     return got.permute(2, 1, 0, 3, 4).reshape(batch, n, heads, d)
 
 

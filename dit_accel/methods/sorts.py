@@ -216,7 +216,18 @@ def in_order(method: Method, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Ten
 
 
 def put(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, H, N, D] with the tokens of each head in this order."""
+    """x [B, H, N, D] with the tokens of each head in this order, laid out as x is.
+
+    A token of a head is a row of D channels, and rows are read whole; `take_along_dim` would look
+    each channel up.
+    """
     if index.shape[:2] == (1, 1):
         return x.index_select(2, index[0, 0])
-    return x.take_along_dim(index[..., None], 2)
+    b, h, n, d = x.shape
+    batch, head = (torch.arange(size, device=x.device) for size in (b, h))
+    if x.transpose(1, 2).is_contiguous():  # [B, N, H, D], as diffusers has it
+        rows = (batch[:, None, None] * n + index.transpose(1, 2)) * h + head
+        found = x.transpose(1, 2).reshape(-1, d).index_select(0, rows.flatten())
+        return found.view(b, n, h, d).transpose(1, 2)
+    rows = (batch[:, None, None] * h + head[:, None]) * n + index
+    return x.reshape(-1, d).index_select(0, rows.flatten()).view(b, h, n, d)

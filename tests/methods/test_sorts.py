@@ -15,7 +15,7 @@ from dit_accel.generation.recipe import _spelled
 from dit_accel.methods import Call, find
 from dit_accel.methods.budget import Profile
 from dit_accel.methods.reuse import Reuse
-from dit_accel.methods.sorts import Sort, clustered
+from dit_accel.methods.sorts import Sort, clustered, put
 from dit_accel.methods.topk import TopK
 
 GRID, N = (5, 8, 8), 320
@@ -45,6 +45,19 @@ def ordered(kind, q, k, v, first=0):
     keys = torch.arange(k.shape[2])
     keys[first : first + N] = first + index
     return q[:, :, index], k[:, :, keys], v[:, :, keys], index.argsort()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 3)])
+def test_tokens_are_put_as_they_are_laid_out(shape):
+    index = torch.rand(*shape, 20).argsort(-1)
+    for x in (torch.randn(2, 20, 3, 8).transpose(1, 2), torch.randn(2, 3, 20, 8)):
+        x.requires_grad_()
+        out = put(x, index)
+        wanted = x.take_along_dim(index[..., None], 2)
+        assert torch.equal(out, wanted) and (shape == (1, 1) or out.stride() == x.stride())
+        weight = torch.randn_like(out)
+        mine, other = (torch.autograd.grad(y, x, weight)[0] for y in (out, wanted))
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("name", TAKERS)

@@ -176,7 +176,9 @@ def test_a_profile_of_something_else_is_refused(loaded, path, tmp_path, model, c
     out = ["tune", "-o", str(tmp_path / "out"), "--profile", str(path)]
     assert cli.run([*out, *where, "--keeps", "0.2,0.3"]) == 2
     assert "measured at the keeps 0.2, 0.5, not at 0.3" in capsys.readouterr().err
-    (tmp_path / "none.json").write_text(json.dumps({**json.loads(path.read_text()), "heads": {}}))
-    with pytest.raises(ValueError, match="no errors of heads"):
-        profiled.read(tmp_path / "none.json", None)
+    for heads in ({}, {"sub": {}}):
+        none = {**json.loads(path.read_text()), "heads": heads}
+        (tmp_path / "none.json").write_text(json.dumps(none))
+        with pytest.raises(ValueError, match="no errors of heads"):
+            profiled.read(tmp_path / "none.json", None)
     assert set(profiled.read(path, (0.5,)).curves("sub")[0, 0]) == {0.5}

@@ -117,7 +117,7 @@ def check_profile(profile: Profile, path: str | Path, pipe: DiffusionPipeline) -
 def read(path: str | Path, keeps: Sequence[float] | None) -> Profile:
     """A profile at these keeps alone, None: at all of its own; ValueError for one without them."""
     profile = Profile.load(path)
-    if not profile.heads:
+    if not profile.heads or not all(profile.heads.values()):
         raise ValueError(f"{path} has no errors of heads: make another with dit-accel profile")
     if keeps is None:
         return profile

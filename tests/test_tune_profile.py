@@ -18,7 +18,7 @@ from dit_accel.generation.request import Request
 from dit_accel.methods.budget import Profile
 from dit_accel.schedule import Plan, Schedule
 
-GENERATION = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
+GENERATION = {"height": 64, "width": 128, "num_frames": 9, "num_inference_steps": 2, "fps": 8}
 TEMPLATE = AccelConfig(dit_accel.TopK(), min_tokens=0)
 
 
@@ -144,7 +144,7 @@ def test_what_does_not_go_with_a_method_is_not_tried(tmp_path):
 
 def test_the_preset_holds_its_orders_and_no_method_was_thrown_away(loaded, path, tmp_path):
     study = Study(*loaded, Request("-"), tmp_path / "tuned")
-    options = {"methods": ["topk"], "warmups": [0.0], "trials": 4, "profile": path}
+    options = {"methods": ["topk"], "warmups": [0.0], "trials": 3, "profile": path}
     done = tune.tune(study, tune.Goal(psnr=10.0), ["a cat"], ["a dog"], TEMPLATE, **options)
     assert "sensitivity" not in (tmp_path / "tuned" / "cells.jsonl").read_text()
     assert done["profile"] == str(path) and set(done["sensitivity"]["topk"]["0"]) == {"0.2", "0.5"}

@@ -39,6 +39,8 @@ def candidates(keep: float) -> dict[str, Method]:
     plain = {"mass": 0.0, "neighbours": None}
     return {
         "topk": TopK(keep),
+        "topk, int8": TopK(keep, precision="int8"),
+        "topk, int8-hadamard": TopK(keep, precision="int8-hadamard"),
         "rectified, top-k only": Rectified(keep, gapr=False, **plain),
         "rectified, top-k only, GAPR": Rectified(keep, **plain),
         "rectified as published": Rectified(keep),
@@ -60,12 +62,12 @@ def remembering(keep: float) -> dict[str, Method]:
 class Books:
     """Runs the candidates on what a layer was given and notes (layer, step, kept, error)."""
 
-    def __init__(self, only: Sequence[str]) -> None:
-        self.only = only
+    def __init__(self, only: Sequence[str], keeps: Sequence[float] = KEEPS) -> None:
+        self.only, self.keeps = only, keeps
         self.entries: dict[str, list] = defaultdict(list)
 
     def see(self, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, call: Call) -> None:
-        for keep in KEEPS:
+        for keep in self.keeps:
             for name, method in candidates(keep).items():
                 if self.only and name not in self.only:
                     continue
@@ -86,11 +88,11 @@ class Books:
         self.entries[key].append((call.layer, call.step, share, error))
 
 
-def measure(pipe, defaults, order: str, only: Sequence[str]) -> dict[str, list]:
-    books = Books(only)
+def measure(pipe, defaults, order: str, only: Sequence[str], keeps, size) -> dict[str, list]:
+    books = Books(only, keeps)
     with accelerated(pipe, Probe(see=books.see), schedule=Schedule(), order=order, min_tokens=0):
         for prompt in PROMPTS:
-            values = arguments(pipe, defaults, Request(prompt, seed=11, guidance=1.0))
+            values = arguments(pipe, defaults, Request(prompt, seed=11, guidance=1.0, **size))
             pipe(**values, output_type="latent")
             print(f"{order}: {prompt}", file=sys.stderr)
     return books.entries
@@ -117,6 +119,9 @@ def main() -> None:
     parser.add_argument("--model", help="folder or id; the embedded model when left out")
     parser.add_argument("--order", nargs="+", default=["raster", "tile"])
     parser.add_argument("--only", nargs="+", default=(), help="methods of the table, by name")
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--side", type=int, help="of the picture, pixels; the model's own")
+    parser.add_argument("--frames", type=int, help="the model's own")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/cpu-attention-error.json")
     )
@@ -124,8 +129,10 @@ def main() -> None:
     pipe, defaults = load_pipeline(options.model)
     pipe.set_progress_bar_config(disable=True)
     rows = []
+    size = {"height": options.side, "width": options.side, "frames": options.frames}
     for order in options.order:
-        for key, entries in measure(pipe, defaults, order, options.only).items():
+        found = measure(pipe, defaults, order, options.only, options.keeps, size)
+        for key, entries in found.items():
             keep, _, name = key.partition("/")
             rows.append({"order": order, "keep": float(keep), "method": name, **summary(entries)})
     data = {

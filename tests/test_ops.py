@@ -312,7 +312,7 @@ def test_int8_in_a_layout_of_its_own(monkeypatch: pytest.MonkeyPatch):
 def test_what_precision_refuses():
     q, k, v = qkv()
     table = ops.block_table(q, k, 0.5)
-    with pytest.raises(ValueError, match="'int8' or None"):
+    with pytest.raises(ValueError, match="'int8', 'int8-hadamard' or None"):
         ops.block_sparse_attention(q, k, v, table, precision="fp4")
     with pytest.raises(ValueError, match="no gradient"):
         ops.block_sparse_attention(q.requires_grad_(), k, v, table, precision="int8")

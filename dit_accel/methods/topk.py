@@ -20,7 +20,8 @@ class TopK(Method):
 
     Args:
         rounding: of the number of blocks kept, "up" or "down".
-        precision: None, or "int8" for attention in eight bits (ops.block_sparse_attention).
+        precision: None, or attention in eight bits: "int8", or "int8-hadamard", which turns q and k
+            first (ops.block_sparse_attention).
     """
 
     name: ClassVar[str] = "topk"

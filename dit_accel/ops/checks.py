@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dit_accel.table import BlockMeans, BlockTable, Keep, block_count
 
-PRECISIONS = (None, "int8")
+PRECISIONS = (None, "int8", "int8-hadamard")
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -80,7 +80,10 @@ def same_len(k: Tensor, made: int | Tensor | None, given: int | Tensor | None) -
 
 def check_precision(precision: str | None, *tensors: Tensor) -> None:
     if precision not in PRECISIONS:
-        raise ValueError(f"precision is 'int8' or None (that of the inputs), not {precision!r}")
+        raise ValueError(
+            "precision is 'int8', 'int8-hadamard' or None (that of the inputs), not "
+            f"{precision!r}"
+        )
     if precision and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(
             f"precision={precision!r} is for inference and has no gradient: train with "

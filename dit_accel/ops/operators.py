@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from dit_accel.kernels.int8_attention.rotate import rotated
 from dit_accel.kernels.pooled_attention.line import tail_line
 from dit_accel.kernels.rectified_attention.torch import coefficients, rectify
 from dit_accel.ops import registration, tables
@@ -193,7 +194,8 @@ def block_sparse_attention(
         precision: None multiplies in the dtype of the inputs. "int8" rounds q and k to 8-bit
             integers and the weights and v to e4m3 (on a GPU before compute capability 8.9 these
             two stay as they are); inference only. Off the GPU it rounds q, k and v alike, to show
-            the effect, and is no faster.
+            the effect, and is no faster. "int8-hadamard" turns q and k by a Hadamard matrix first,
+            which spreads channels that stand out and leaves the logits (arXiv 2404.00456).
 
     Returns [B, H, N_q, D] in the dtype and memory layout of q, and LSE [B, H, N_q] float32. A row
     with no valid key gives zeros and −inf. Raises ValueError for shapes that do not fit together.
@@ -203,11 +205,11 @@ def block_sparse_attention(
     length, limit = split_kv_len(kv_len, k)
     check_precision(precision, q, k, v)
     sizes = (table.block_q, table.block_k)
-    exact = registration.block_sparse_attention
-    run = registration.int8_attention if precision == "int8" else exact
-    out, lse = run(
-        q, k, v, table.indices, table.counts, *sizes, default_scale(scale, q), length, limit
-    )
+    run = registration.int8_attention if precision else registration.block_sparse_attention
+    scale = default_scale(scale, q)
+    if precision == "int8-hadamard":
+        q, k, scale = rotated(q, k, scale)
+    out, lse = run(q, k, v, table.indices, table.counts, *sizes, scale, length, limit)
     return (out, lse) if return_lse else out
 
 

@@ -47,7 +47,9 @@ PROMPTS = (
 
 CACHES = (0.05, 0.1, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
-SAFE, BALANCED = ({"method": f"shared:{preset}"} for preset in ("safe", "balanced"))
+SAFE, BALANCED, FAST = (
+    {"method": f"shared:{preset}"} for preset in ("safe", "balanced", "fast")
+)
 # Full steps early; beside a step cache some of them have none to serve.
 EARLY = {"method": "shared", "keep": 0.05}
 POOLED = {"method": "pooled", "select": "sub", "keep": 0.3}
@@ -59,6 +61,7 @@ CANDIDATES: list[dict[str, Any]] = [
         for base in (SAFE, BALANCED)
         for more in ({}, *({"step_cache": x} for x in CACHES))
     ),
+    {**FAST, "step_cache": 0.1},
     *(
         {**EARLY, **more}
         for more in ({}, {"step_cache": 0.1}, {"order": "tile", "step_cache": 0.1})

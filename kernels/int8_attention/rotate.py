@@ -7,13 +7,13 @@ whole row, is spread over all of them, as QuaRot does for weights and activation
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
+from dit_accel.machine import cached_tensors
 
-@cache
+
+@cached_tensors(64)
 def hadamard(
     d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:

@@ -47,9 +47,7 @@ PROMPTS = (
 
 CACHES = (0.05, 0.1, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
-SAFE, BALANCED, FAST = (
-    {"method": f"shared:{preset}"} for preset in ("safe", "balanced", "fast")
-)
+SAFE, BALANCED, FAST = ({"method": f"shared:{preset}"} for preset in ("safe", "balanced", "fast"))
 # Full steps early; beside a step cache some of them have none to serve.
 EARLY = {"method": "shared", "keep": 0.05}
 POOLED = {"method": "pooled", "select": "sub", "keep": 0.3}

@@ -81,8 +81,7 @@ def same_len(k: Tensor, made: int | Tensor | None, given: int | Tensor | None) -
 def check_precision(precision: str | None, *tensors: Tensor) -> None:
     if precision not in PRECISIONS:
         raise ValueError(
-            "precision is 'int8', 'int8-hadamard' or None (that of the inputs), not "
-            f"{precision!r}"
+            f"precision is 'int8', 'int8-hadamard' or None (that of the inputs), not {precision!r}"
         )
     if precision and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError(

@@ -10,23 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_accel.machine import cached_tensors
 
-
-@cached_tensors(64)
 def hadamard(
     d: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, float]:
     """R [d, d] with entries 0 and ±2^-n, exact in every dtype, and c in R·Rᵀ = c·1.
 
-    Sylvester's matrix of the largest power of two that divides d, once for each part of d.
+    Sylvester's matrix of the largest power of two that divides d, up to 256, once for each part of
+    d: an entry is negative where its row and column have an odd number of bits in common.
     """
-    size = d & -d
-    part, n = torch.ones(1, 1), size.bit_length() - 1
-    for _ in range(n):
-        part = torch.cat([torch.cat([part, part], 1), torch.cat([part, -part], 1)])
-    whole = torch.block_diag(*[part * 2.0 ** -(n // 2)] * (d // size))
-    return whole.to(device, dtype), 2.0 ** (n % 2)
+    size = min(d & -d, 256)
+    n, o = size.bit_length() - 1, torch.arange(d, device=device)
+    bits = o[:, None] & o[None, :] & (size - 1)
+    for shift in (4, 2, 1):
+        bits = bits ^ (bits >> shift)
+    signs = 1 - 2 * (bits & 1)
+    here = o[:, None] // size == o[None, :] // size
+    return (here * signs).to(dtype) * 2.0 ** -(n // 2), 2.0 ** (n % 2)
 
 
 def rotated(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor, float]:

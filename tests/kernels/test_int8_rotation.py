@@ -21,6 +21,23 @@ def test_it_leaves_the_logits(d):
     assert not torch.allclose(q1, q)
 
 
+def test_the_matrix_is_sylvesters():
+    part = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    turn, _ = hadamard(8)
+    assert torch.equal(turn, torch.kron(part, torch.kron(part, part)) / 2)
+
+
+def test_it_is_whole_under_compile():
+    q, k, v = (torch.randn(1, 1, 130, 64) for _ in "qkv")
+    table = ops.block_table(q, k, 0.5)
+
+    def attend(q, k, v):
+        return ops.block_sparse_attention(q, k, v, table, precision=TURNED)
+
+    whole = torch.compile(attend, fullgraph=True, backend="eager")
+    assert torch.equal(whole(q, k, v), attend(q, k, v))
+
+
 def attended(q, k, v, precision):
     table = ops.block_table(q, k, 0.5)
     return ops.block_sparse_attention(q, k, v, table, return_lse=True, precision=precision)

@@ -148,10 +148,9 @@ def dq_launch(
     table = x.table
     indices, width = table_rows(table)
     counts = valid_counts(table, x.n_valid)
-    tokens = (x.n_valid,)
     arguments = {
         "d_q": descriptor(x.q, x.q.shape[2], 64), "d_do": descriptor(x.do, x.q.shape[2], 64),
-        "d_k": descriptor(x.k, *tokens, 64), "d_v": descriptor(x.v, *tokens, 64),
+        "d_k": descriptor(x.k, x.n_valid, 64), "d_v": descriptor(x.v, x.n_valid, 64),
         "d_dq": descriptor(dq, dq.shape[2], 64), "indices": indices, "counts": counts,
         "width": width, "n_x": x.n_valid, **_common(x, launch, table.query_blocks),
     }  # fmt: skip

@@ -19,20 +19,18 @@ from pathlib import Path
 
 from dit_accel import Schedule
 from dit_accel.config import AccelConfig, resolve
+from dit_accel.evaluate.profiled import falling
 from dit_accel.methods import Method
 from dit_accel.methods.budget import Profile
 
 METHODS = ("shared", "topk", "pooled")
-STEPS, FIRST, EARLY = 20, 3, 5  # of a run; its first sparse step; how many of these keep more
-MORE = 2.2  # times the mean keep in the early steps
-FULL = (FIRST, 5, 8, 13)  # full steps of `shared`, which by itself has 3, 8, 13 and 18
+STEPS = 20  # of a run
+FULL = (3, 5, 8, 13)  # full steps of `shared`, which by itself has 3, 8, 13 and 18
 
 
 def curve(keep: float) -> Schedule:
     """More in the first sparse steps, less in the others, `keep` on average."""
-    late = STEPS - FIRST - EARLY
-    rest = keep * (STEPS - FIRST - MORE * EARLY) / late
-    return Schedule(step_keep=((FIRST, MORE * keep), (FIRST + EARLY, rest)))
+    return falling(Schedule(), keep, STEPS)
 
 
 def files(keep: float, profile: Path | None) -> dict[str, AccelConfig]:

@@ -4,6 +4,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -132,3 +133,55 @@ def test_closeness():
             measured = (tuned if name == "sla" else found).get(f"{name} {kept.replace(' ', '')}")
             assert cell == "" or same(cell.removesuffix(" dB"), measured), (label, kept, cell)
     assert len(shown) == 7
+
+
+CHOICE = "docs/understand/methods/choice.md"
+CHOSEN = {  # line of the tables of choices → what its rows are named by
+    "4": "reuse-4",
+    "8": "reuse-8",
+    "layers:0,2,4,6,8 of 10": "layers2",
+    'order="time"': "order-time",
+    'select="per-head(…)"': "select-heads",
+    'sort="per-head(…)"': "sort-heads",
+    "… and more of the work early": "sort-heads-steps",
+    "the best: PSNR of all 64": "sort-heads-steps",
+}
+PLAIN = {"shared 20": "shared 20%", "pooled 20": "pooled/sub 20%", "topk 20": "topk/sub 20%"}
+
+
+@cache
+def clips() -> dict[str, dict[str, float]]:
+    """Row → prompt → PSNR."""
+    both = raw("h200-evaluate-choice")["psnr"] | raw("h200-evaluate-choice-2")["psnr"]
+    return {row: {prompt: psnr for prompt, _, psnr in cells} for row, cells in both.items()}
+
+
+@pytest.mark.parametrize("first", ["reuse", ""])
+def test_differences_of_the_same_clips(first):
+    (found,) = [
+        rows for rows in tables(CHOICE) if rows[0][0] == first and rows[0][2].startswith("20 % ¹")
+    ]
+    counts = {"¹": 48, "²": 32}
+    for place, title in enumerate(found[0][1:], 1):
+        method = ("shared", "pooled", "topk")[(place - 1) // 2]
+        keep = re.search(r"\d+", title)[0]
+        plain = clips()[PLAIN.get(f"{method} {keep}", f"{method}-reuse-none-{keep}")]
+        assert len(plain) == counts.get(title[-1], 64)
+        for label, *cells in found[2:]:
+            cell = cells[place - 1].replace("−", "-")
+            if label.startswith("sub itself"):
+                assert same(cell, fmean(plain.values())), (label, title)
+                continue
+            name = CHOSEN[label]
+            if method == "shared":
+                name = name.removesuffix("-steps")
+            if cell in ("–", "its default"):
+                continue
+            row = clips()[f"{method}-{name}-{keep}"]
+            if label.startswith("the best"):
+                assert same(cell, fmean(row.values())) and len(row) == 64, (label, title)
+                continue
+            gains = [row[prompt] - psnr for prompt, psnr in plain.items()]
+            mean, error = cell.split(" ± ")
+            assert same(mean, fmean(gains)), (label, title)
+            assert same(error, stdev(gains) / len(gains) ** 0.5), (label, title)

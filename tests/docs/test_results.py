@@ -115,6 +115,67 @@ def figures(row: dict, asked: dict[str, str]) -> dict[str, str]:
     return {k: v if same(v, values[k]) else f"{values[k]}" for k, v in shown.items()}
 
 
+def steps(file: str, case: str) -> dict[str, float]:
+    (found,) = [x for x in raw(file)["cases"] if x["case"] == case]
+    return found["step_seconds"]
+
+
+KINDS = ["dense", "full", "sparse", "skipped"]
+STEPS = {  # row of the table of steps → file and case
+    "Wan2.1 1.3B, 480p, balanced": ("h200-steps-wan1.3b", "kinds balanced"),
+    "… compiled": ("h200-steps-wan1.3b", "kinds balanced, compiled"),
+    "… conservative": ("h200-steps-wan1.3b", "kinds conservative"),
+    "Wan2.1 14B, 720p, balanced": ("h200-steps-wan14b", "kinds balanced"),
+    "HunyuanVideo, 720p, 129 frames, balanced": ("h200-steps-hunyuan-2", "kinds balanced"),
+}
+
+
+def test_the_steps_of_a_profile():
+    (found,) = [rows for rows in tables("docs/results.md") if rows[0][1:] == KINDS]
+    assert [row[0] for row in found[2:]] == list(STEPS)
+    for label, *cells in found[2:]:
+        measured = {"dense": steps("h200-steps-wan1.3b", "kinds balanced")["dense"]}
+        measured |= steps(*STEPS[label])
+        for kind, cell in zip(KINDS, cells, strict=True):
+            assert same(cell, measured[kind]), (label, kind, cell)
+
+
+def test_times_what_a_run_is_made_of():
+    caches = {"conservative": "safe 0.05", "balanced": "balanced 0.1", "fast": "balanced 0.15"}
+    columns = [STEPS[label] for label in STEPS if "conservative" not in label]
+    (found,) = [rows for rows in tables("docs/results.md") if rows[0][1] == ", ".join(KINDS)]
+    for label, counted, *cells in found[2:]:
+        preset, cache = caches[label].split()
+        name = f"--method shared:{preset} --step-cache {cache}"
+        counts = [row["steps"] for row in raw("cpu-profile-steps")["rows"] if row["name"] == name]
+        shown = [[int(n) for n in cell.split(" to ")] for cell in counted.split(", ")]
+        ranges = [[min(c[kind] for c in counts), max(c[kind] for c in counts)] for kind in KINDS]
+        assert [[cell[0], cell[-1]] for cell in shown] == ranges
+        for cell, (file, case) in zip(cells, columns, strict=True):
+            seconds = steps(file, case)
+            if (label, (file, case)) == ("conservative", columns[0]):  # the others: a bound
+                seconds = seconds | steps(file, "kinds conservative")
+            dense = 20 * steps(file, "kinds balanced")["dense"]
+            times = [dense / sum(seconds[kind] * n for kind, n in row.items()) for row in counts]
+            low, high = re.findall(r"[\d.]+", cell)
+            assert same(low, min(times)) and same(high, max(times)), (label, case, cell)
+
+
+def test_what_a_table_costs():
+    page = tables("docs/understand/methods/choice.md")
+    (found,) = [rows for rows in page if rows[0][1] == "kernels, ms"]
+    cases = {
+        case["case"].partition(": ")[2].replace("PROFILE", "profile.json"): case
+        for case in raw("h200-operators-rest")["cases"]
+        if case["case"].startswith("selector")
+    }
+    assert [row[0] for row in found[2:]] == sorted(cases, key=lambda name: cases[name]["us"])
+    for name, kernels, called, memory in found[2:]:
+        case = cases[name]
+        assert same(kernels, case["us"] / 1e3) and same(called, case["ms"]), name
+        assert same(memory.removesuffix(" MB"), case["peak_bytes"] / 1e6), name
+
+
 def test_closeness():
     families = {
         "shared (default)": "shared",

@@ -7,6 +7,7 @@ import torch
 
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import triton as kernel
+from dit_accel.kernels.launch import LAUNCHES
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import WIDER, assert_close, references
 
@@ -189,7 +190,8 @@ def test_lazy_rescaling_is_off_and_keeps_an_earlier_maximum(device):
 
 def test_who_can_rescale_lazily():
     rows = [kernel.find("forward", 90, 128, 128), kernel.find("forward", 90, 128, 64)]
-    assert [row.specialized for row in rows] == [True, False] and not any(r.lazy for r in rows)
+    assert [row.specialized for row in rows] == [True, False]
+    assert not any(row.lazy for row in LAUNCHES)  # slower, by 17 to 26 % on an H200
     for row, lazy in ((rows[0], 8.0), (rows[1], -1.0)):
         with pytest.raises(ValueError, match="only the plain forward kernel rescales lazily"):
             replace(row, lazy=lazy)

@@ -88,6 +88,9 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(lambda: self.data.permute(order))
 
+    def slice(self, first: int, length: int, dim: int) -> Shared:
+        return Shared(lambda: self.data.narrow(dim, first, length))
+
     def reinterpret(self, dtype: torch.dtype, shape: list[int], _: Layout) -> Shared:
         if len(shape) == len(self.shape):  # panels of 64 columns as tiles, or the reverse
             return Shared(lambda: _seen_as(self.data, *shape))

@@ -9,8 +9,9 @@ blocks of its list go by, so that with S = a·xᵀ and dP = b·yᵀ
 One warp copies by TMA, warpgroups of 64 rows of a and b multiply: two of a block of 128 (PARTS), or
 one each of two blocks of 64 (LANES), which share nothing. What is beyond a tensor reads as zero and
 adds nothing, as its weights stay finite: no tile is masked. If there is a sum for dq, the second
-kernel also adds dSᵀ·k to it, in any order: its two warpgroups leave dS of two tiles in shared
-memory, and each multiplies that of one.
+kernel also adds dSᵀ·k to it, in any order: its two warpgroups leave dS of a tile in shared memory,
+and in the next tile each multiplies it, for half of the columns, so that the addition happens under
+that tile's last products. At a row's first tile this is done, too, and nothing added.
 
 Barriers, each with two phases, waited for in turn by the parity of its uses:
     held_full: completes its u-th phase when all rows of the u-th a and b have landed;
@@ -18,11 +19,11 @@ Barriers, each with two phases, waited for in turn by the parity of its uses:
     full[s]: completes its u-th phase when x, y (and δ, LSE) of tile u·STAGES + s have landed;
     empty[s]: completes its u-th phase when every warpgroup has read tile u·STAGES + s;
     ds_full[t]: completes its u-th phase when dS of tile 2u + t is there from both warpgroups;
-    ds_empty[t]: completes its u-th phase when warpgroup t has multiplied dS of tile 2u + t;
+    ds_empty[t]: completes its u-th phase when both have multiplied dS of tile 2u + t (for t = 1, of
+        tile 2u − 1);
     order[t]: completes its u-th phase when the other warpgroup has begun S and dP of tile u, or,
         for t = 0, of tile u − 1 (TURNS: one after the other, so that the weights of one are made
         under the products of the other).
-Only the other warpgroup waits for ds_empty[t]; t itself writes after its product.
 """
 
 from __future__ import annotations
@@ -105,10 +106,10 @@ def _consume_dq(
 
 @gluon.jit
 def _dkdv_step(
-    g, PART: gl.constexpr, PLACE: gl.constexpr, b_dk, b_dv, memory, exchange, phase, scale,
+    g, PART: gl.constexpr, b_dk, b_dv, memory, exchange, n_before, p_before, scale,
     TURNS: gl.constexpr,
 ):  # fmt: skip
-    """dk and dv of tile g; its dS left in shared memory, at that place of a pair, unless None."""
+    """dk and dv of tile g; where dS is exchanged, dq of the tile before it, unless a row begins."""
     k_s, v_s, q_s, do_s, stats_s, row_s, held_full, held_empty, full, empty, order = memory
     ds_s, ds_full, ds_empty = exchange
     STAGES: gl.constexpr = q_s.shape[0]
@@ -125,51 +126,57 @@ def _dkdv_step(
     b_w = weights(b_s, b_lse[None, :], scale)
     b_p = operand(b_w, dtype, D)
     b_delta = stats_s.index(2 * st + 1).load(COLUMN)
-    if PLACE is None:
-        # [64, 64] @ [64, D] -> [64, D]; with a sum for dq no register is left for this under dS
+    # [64, 64] @ [64, D] -> [64, D]
+    if ds_s is None:
         v_token = warpgroup_mma(b_p, do_s.index(st), b_dv, is_async=True)
         b_dp = warpgroup_mma_wait(1, (p_token,))
+        b_ds = operand(b_w * (b_dp - b_delta[None, :]), dtype, D)
+        k_token = warpgroup_mma(b_ds, q_s.index(st), b_dk, is_async=True)
     else:
         b_dp = warpgroup_mma_wait(0, (p_token,))
-    b_w = (b_w * (b_dp - b_delta[None, :])).to(dtype)
-    b_ds = operand(b_w, dtype, D)
-    if PLACE is not None:
+        b_w = (b_w * (b_dp - b_delta[None, :])).to(dtype)
+        b_ds = operand(b_w, dtype, D)
+        q_token = _begin_dq(g - 1, PART, k_s, exchange)
         v_token = warpgroup_mma(b_p, do_s.index(st), b_dv, is_async=True)
-    # [64, 64] @ [64, D] -> [64, D]
-    k_token = warpgroup_mma(b_ds, q_s.index(st), b_dk, is_async=True)
-    if PLACE is not None:
-        if PLACE != PART:
-            mbarrier.wait(ds_empty.index(PLACE), phase ^ 1)
-        ds_s.index(PLACE * 2 + PART).store(b_w)
+        k_token = warpgroup_mma(b_ds, q_s.index(st), b_dk, is_async=True)
+        mbarrier.wait(ds_empty.index(g & 1), (g + 1) // 2 + 1 & 1)
+        ds_s.index((g & 1) * 2 + PART).store(b_w)
         fence_async_shared()
-        mbarrier.arrive(ds_full.index(PLACE), count=1)
+        mbarrier.arrive(ds_full.index(g & 1), count=1)
+        b_dq = warpgroup_mma_wait(2, (q_token,))
+        mbarrier.arrive(ds_empty.index((g & 1) ^ 1), count=1)
+        _add_dq(PART, gl.where(n_before > 0, b_dq, 0.0), p_before)
     b_dv, b_dk = warpgroup_mma_wait(0, (v_token, k_token))
     mbarrier.arrive(empty.index(st), count=1)
     return b_dk, b_dv
 
 
 @gluon.jit
-def _add_dq(PART: gl.constexpr, k_s, exchange, phase, p_total):
-    """Add dSᵀ·k of the tile of a pair that is this warpgroup's to its sum."""
+def _begin_dq(g, PART: gl.constexpr, k_s, exchange):
+    """dSᵀ·k of tile g, this warpgroup's half of the columns."""
     ds_s, ds_full, ds_empty = exchange
-    D: gl.constexpr = k_s.shape[2]
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    mbarrier.wait(ds_full.index(PART), phase)
-    b_dq = gl.zeros([64, D], gl.float32, MMA)
-    # [64, 64] @ [64, D] -> [64, D], twice
-    token = warpgroup_mma(
-        ds_s.index(PART * 2).permute((1, 0)), k_s.index(0), b_dq, use_acc=False, is_async=True
-    )
-    token = warpgroup_mma(
-        ds_s.index(PART * 2 + 1).permute((1, 0)), k_s.index(1), token, is_async=True
-    )
-    b_dq = warpgroup_mma_wait(0, (token,))
-    mbarrier.arrive(ds_empty.index(PART), count=1)
-    o_q = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, MMA))
+    HALF: gl.constexpr = k_s.shape[2] // 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    mbarrier.wait(ds_full.index(g & 1), g >> 1 & 1)
+    b_dq = gl.zeros([64, HALF], gl.float32, MMA)
+    for part in gl.static_range(2):
+        # [64, 64] @ [64, D / 2] -> [64, D / 2]
+        b_dq = warpgroup_mma(
+            ds_s.index((g & 1) * 2 + part).permute((1, 0)),
+            k_s.index(part).slice(PART * HALF, HALF, 1), b_dq, use_acc=part > 0, is_async=True,
+        )  # fmt: skip
+    return b_dq
+
+
+@gluon.jit
+def _add_dq(PART: gl.constexpr, b_dq, p_total):
+    """Add a half of the columns to the sum of a tile."""
+    HALF: gl.constexpr = b_dq.shape[1]
+    o_q = gl.arange(0, 64, layout=gl.SliceLayout(1, b_dq.type.layout))
+    o_d = gl.arange(0, HALF, layout=gl.SliceLayout(0, b_dq.type.layout))
     # four numbers of a thread, of rows o_q and o_q + 8 and columns o_d and o_d + 1, in one place
-    b_q, b_d = o_q // 16 * (16 * D) + o_q % 8 * 16, o_d // 8 * 128 + o_d % 8 // 2 * 4
-    b_at = b_q[:, None] + b_d[None, :]
+    b_q, b_d = o_q // 16 * (32 * HALF) + o_q % 8 * 16, o_d // 8 * 128 + o_d % 8 // 2 * 4
+    b_at = b_q[:, None] + (b_d + PART * HALF * 16)[None, :]
     gl.inline_asm_elementwise(
         _ADD, "=r,=r,=r,=r,l,l,l,l,r,r,r,r", [(p_total + b_at).to(gl.int64), b_dq], dtype=gl.int32,
         is_pure=False, pack=4,
@@ -195,23 +202,20 @@ def _consume_dkdv(
         p_idx = indices + start(starts, i_row, width)
         b_dk = gl.zeros([64, D], gl.float32, MMA_O)
         b_dv = gl.zeros([64, D], gl.float32, MMA_O)
-        if total is None:
-            for _ in range(gl.maximum(n_tiles, 1)):
-                b_dk, b_dv = _dkdv_step(
-                    g, PART, None, b_dk, b_dv, memory, exchange, 0, scale2, TURNS
-                )
-                g += 1
-        else:
+        p_head, i_q = total, i_row * 0
+        if total is not None:
             p_head = total + (i_row // m_rows).to(gl.int64) * n_stats * 64 * D
-            for j in range(PART, gl.maximum(n_tiles, 1) + PART, 2):
-                pair = g // 2 & 1
-                for t in gl.static_range(2):
-                    b_dk, b_dv = _dkdv_step(
-                        g + t, PART, t, b_dk, b_dv, memory, exchange, pair, scale2, TURNS
-                    )
+        for j in range(gl.maximum(n_tiles, 1)):
+            p_before = None if total is None else p_head + i_q.to(gl.int64) * D
+            b_dk, b_dv = _dkdv_step(
+                g, PART, b_dk, b_dv, memory, exchange, j, p_before, scale2, TURNS
+            )
+            if total is not None:
                 i_q = tile(p_idx, j, n_tiles, 0, BLOCK, SPLIT)
-                _add_dq(PART, k_s, exchange, pair, p_head + i_q.to(gl.int64) * D)
-                g += 2
+            g += 1
+        if total is not None:
+            b_dq = warpgroup_mma_wait(0, (_begin_dq(g - 1, PART, k_s, exchange),))
+            _add_dq(PART, b_dq, p_head + i_q.to(gl.int64) * D)
         mbarrier.arrive(held_empty, count=1)
         i_b, i_h, i_m = place(i_row, m_rows, n_heads)
         i_k = (i_m * PARTS + PART) * 64
@@ -245,7 +249,7 @@ def _exchange(dtype: gl.constexpr):
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
-        mbarrier.init(ds_empty.index(i), count=1)
+        mbarrier.init(ds_empty.index(i), count=2)
     return ds_s, ds_full, ds_empty
 
 
@@ -267,7 +271,7 @@ def _block_sparse_attention_hopper_bwd_dq_kernel(
         gl.warp_specialize([
             (_consume_dq, (0, d_dq, o0, stats, m0, table, scale2, scale, SPLIT, TURNS)),
             (_consume_dq, (1, d_dq, o0, stats, m0, table, scale2, scale, SPLIT, TURNS)),
-            (produce, (0, 1, d_q, d_do, d_k, d_v, None, m0, table, BLOCK_K, SPLIT, 1)),
+            (produce, (0, 1, d_q, d_do, d_k, d_v, None, m0, table, BLOCK_K, SPLIT)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         m1, o1 = allocated(d_k.dtype, PARTS, D, STAGES, False)
@@ -275,8 +279,8 @@ def _block_sparse_attention_hopper_bwd_dq_kernel(
         gl.warp_specialize([
             (_consume_dq, (0, d_dq, o0, stats, m0, table, scale2, scale, SPLIT, False)),
             (_consume_dq, (0, d_dq, o1, stats, m1, table, scale2, scale, SPLIT, False)),
-            (produce, (0, 2, d_q, d_do, d_k, d_v, None, m0, table, BLOCK_K, SPLIT, 1)),
-            (produce, (1, 2, d_q, d_do, d_k, d_v, None, m1, table, BLOCK_K, SPLIT, 1)),
+            (produce, (0, 2, d_q, d_do, d_k, d_v, None, m0, table, BLOCK_K, SPLIT)),
+            (produce, (1, 2, d_q, d_do, d_k, d_v, None, m1, table, BLOCK_K, SPLIT)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
@@ -289,7 +293,6 @@ def _block_sparse_attention_hopper_bwd_dkdv_kernel(
 ):  # fmt: skip
     PARTS: gl.constexpr = BLOCK_K // 64
     SPLIT: gl.constexpr = BLOCK_Q // 64
-    TILES: gl.constexpr = 1 if total is None else 2
     table = (indices, starts, counts, taken, width, m_rows, n_heads, n_rows, n_x, n_stats)
     pool = (pool_dk, pool_dv, n_pool)
     dtype: gl.constexpr = d_k.dtype
@@ -304,7 +307,7 @@ def _block_sparse_attention_hopper_bwd_dkdv_kernel(
                              scale, BLOCK_Q, SPLIT, TURNS)),
             (_consume_dkdv, (1, d_dk, d_dv, o0, total, pool, m0, e0, table, n_valid, scale2,
                              scale, BLOCK_Q, SPLIT, TURNS)),
-            (produce, (0, 1, d_k, d_v, d_q, d_do, stats, m0, table, BLOCK_Q, SPLIT, TILES)),
+            (produce, (0, 1, d_k, d_v, d_q, d_do, stats, m0, table, BLOCK_Q, SPLIT)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.static_assert(total is None)
@@ -315,6 +318,6 @@ def _block_sparse_attention_hopper_bwd_dkdv_kernel(
                              scale, BLOCK_Q, SPLIT, False)),
             (_consume_dkdv, (0, d_dk, d_dv, o1, total, pool, m1, e0, table, n_valid, scale2,
                              scale, BLOCK_Q, SPLIT, False)),
-            (produce, (0, 2, d_k, d_v, d_q, d_do, stats, m0, table, BLOCK_Q, SPLIT, 1)),
-            (produce, (1, 2, d_k, d_v, d_q, d_do, stats, m1, table, BLOCK_Q, SPLIT, 1)),
+            (produce, (0, 2, d_k, d_v, d_q, d_do, stats, m0, table, BLOCK_Q, SPLIT)),
+            (produce, (1, 2, d_k, d_v, d_q, d_do, stats, m1, table, BLOCK_Q, SPLIT)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip

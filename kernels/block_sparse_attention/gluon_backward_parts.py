@@ -20,7 +20,7 @@ _KEEP_NAN = gl.constexpr(PropagateNan.ALL)
 @gluon.jit
 def produce(
     LANE: gl.constexpr, LANES: gl.constexpr, d_a, d_b, d_x, d_y, stats, memory, table,
-    BLOCK: gl.constexpr, SPLIT: gl.constexpr, TILES: gl.constexpr,
+    BLOCK: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     a_s, b_s, x_s, y_s, stats_s, row_s, held_full, held_empty, full, empty, order = memory
     indices, starts, counts, taken, width, m_rows, n_heads, n_rows, n_x, n_stats = table
@@ -43,7 +43,7 @@ def produce(
         for part in gl.static_range(PARTS):
             copy(d_a, i_b, i_h, (i_m * PARTS + part) * 64, held_full, a_s.index(part))
             copy(d_b, i_b, i_h, (i_m * PARTS + part) * 64, held_full, b_s.index(part))
-        for j in range(gl.maximum((n_tiles + TILES - 1) // TILES, 1) * TILES):
+        for j in range(gl.maximum(n_tiles, 1)):
             i_x = tile(p_idx, j, n_tiles, n_x, BLOCK, SPLIT)
             st = g % STAGES
             if stats is not None:

@@ -51,8 +51,7 @@ CASES = (
 
 
 def name_of(row: Launch) -> str:
-    turns = ", in turns" if row.turns else ""
-    return f"{row.op}, blocks of {row.block}, {row.stages} stages{turns}"
+    return f"{row.op}, blocks of {row.block}, {row.stages} stages"
 
 
 def kernel_of(row: Launch) -> Any:

@@ -25,6 +25,7 @@ _H100 = "fastest of a sweep on an H100: benchmarks/results/h100-sweeps.json"
 _GLUON = "fastest of a sweep on an H100: benchmarks/results/h100-gluon-2.json"
 _MEANS = "fastest of a sweep on an H100: benchmarks/results/h100-table-parts-3.json"
 _STATES = "fastest of a sweep on an H100: benchmarks/results/h100-kernels-5.json"
+_BACKWARD = "fastest of a sweep on an H200: benchmarks/results/h200-backward.json"
 _LEVELS = "fastest of a sweep on an H200: benchmarks/results/h200-select-2.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
 _INT8_GLUON = "fastest of a sweep on an H200: benchmarks/results/h200-int8.json"
@@ -45,7 +46,6 @@ class Launch:
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
         specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
         pairs: a tile of a specialized kernel is two groups of 64 keys, perhaps of two blocks.
-        turns: the warpgroups of a specialized gradient begin their products one after the other.
         precision: of float32 products, "bf16x3" in three of bfloat16; half-width inputs always
             multiply exactly.
         bits: width of the input's dtype.
@@ -64,7 +64,6 @@ class Launch:
     descriptors: bool = False
     specialized: bool = False
     pairs: bool = False
-    turns: bool = False
     precision: str = "ieee"
     bits: int = 16
     lazy: float = 0.0
@@ -108,14 +107,18 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("dq", 80, 128, 128, 16, warps=8, stages=2),
     Launch("dq", 90, 128, 64, 64, warps=4, stages=2, provenance=_H100),
     Launch("dq", 90, 128, 128, 64, warps=8, stages=2, provenance=_H100),
+    _specialized("dq", 90, 128, 128, 64, warps=4, stages=3, provenance=_BACKWARD),
     Launch("dq", 120, 128, 64, 32, warps=4, stages=2),
     Launch("dq", 120, 128, 128, 16, warps=8, stages=2),
     Launch("dkdv", 80, 128, 64, 32, warps=8, stages=2),
     Launch("dkdv", 80, 128, 128, 16, warps=8, stages=2),
     Launch("dkdv", 90, 128, 64, 64, warps=4, stages=2, provenance=_H100),
     Launch("dkdv", 90, 128, 128, 64, warps=8, stages=2, provenance=_H100),
+    _specialized("dkdv", 90, 128, 64, 64, warps=4, stages=2, provenance=_BACKWARD),
+    _specialized("dkdv", 90, 128, 128, 64, warps=4, stages=3, provenance=_BACKWARD),
     Launch("dkdv", 120, 128, 64, 32, warps=8, stages=2),
     Launch("dkdv", 120, 128, 128, 16, warps=8, stages=2),
+    _specialized("gradients", 90, 128, 128, 64, warps=4, stages=2, provenance=_BACKWARD),
     Launch("ragged", 80, 128, 64, 64, warps=4, stages=3),
     Launch("ragged", 80, 128, 128, 32, warps=8, stages=3),
     Launch("ragged", 90, 128, 64, 64, warps=4, stages=2),

@@ -34,10 +34,9 @@ _candidate = partial(
 )  # fmt: skip
 # What benchmarks/gpu_backward.py tries; the launch table has the fastest.
 CANDIDATES = (
-    *(_candidate("gradients", block=128, stages=2, turns=x) for x in (False, True)),
-    _candidate("gradients", block=128, stages=3),
-    *(_candidate("dq", block=128, stages=3, turns=x) for x in (False, True)),
-    *(_candidate("dkdv", block=128, stages=3, turns=x) for x in (False, True)),
+    *(_candidate("gradients", block=128, stages=x) for x in (2, 3)),
+    _candidate("dq", block=128, stages=3),
+    _candidate("dkdv", block=128, stages=3),
     _candidate("dq", block=64, stages=2),
     _candidate("dkdv", block=64, stages=2),
 )
@@ -211,7 +210,6 @@ def _common(x: Gradient, launch: Launch, rows: int) -> dict[str, object]:
         "stats": x.stats, "m_rows": rows, "n_heads": heads, "n_rows": batch * heads * rows,
         "n_stats": x.stats.shape[2], "scale2": log2_scale(x.scale, x.q), "scale": x.scale,
         "BLOCK_Q": x.table.block_q, "BLOCK_K": x.table.block_k, "D": d, "STAGES": launch.stages,
-        "TURNS": launch.turns,
     }  # fmt: skip
 
 

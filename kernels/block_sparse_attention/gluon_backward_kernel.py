@@ -21,9 +21,6 @@ Barriers, each with two phases, waited for in turn by the parity of its uses:
     ds_full[t]: completes its u-th phase when dS of tile 2u + t is there from both warpgroups;
     ds_empty[t]: completes its u-th phase when both have multiplied dS of tile 2u + t (for t = 1, of
         tile 2u − 1);
-    order[t]: completes its u-th phase when the other warpgroup has begun S and dP of tile u, or,
-        for t = 0, of tile u − 1 (TURNS: one after the other, so that the weights of one are made
-        under the products of the other).
 """
 
 from __future__ import annotations
@@ -58,9 +55,8 @@ _ADD = gl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};
 @gluon.jit
 def _consume_dq(
     PART: gl.constexpr, d_dq, o_s, stats, memory, table, scale2, scale, SPLIT: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
-    q_s, do_s, k_s, v_s, stats_s, row_s, held_full, held_empty, full, empty, order = memory
+    q_s, do_s, k_s, v_s, stats_s, row_s, held_full, held_empty, full, empty = memory
     indices, starts, counts, taken, width, m_rows, n_heads, n_rows, n_x, n_stats = table
     PARTS: gl.constexpr = q_s.shape[0]
     D: gl.constexpr = q_s.shape[2]
@@ -84,9 +80,7 @@ def _consume_dq(
         for _ in range(n_tiles):
             st = g % STAGES
             mbarrier.wait(full.index(st), g // STAGES & 1)
-            s_token, p_token = products(
-                g, PART, b_q, k_s.index(st), b_do, v_s.index(st), order, TURNS
-            )
+            s_token, p_token = products(b_q, k_s.index(st), b_do, v_s.index(st))
             b_s = warpgroup_mma_wait(1, (s_token,))
             b_p = weights(b_s, b_lse[:, None], scale2)
             b_dp = warpgroup_mma_wait(0, (p_token,))
@@ -107,19 +101,16 @@ def _consume_dq(
 @gluon.jit
 def _dkdv_step(
     g, PART: gl.constexpr, b_dk, b_dv, memory, exchange, n_before, p_before, scale,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of tile g; where dS is exchanged, dq of the tile before it, unless a row begins."""
-    k_s, v_s, q_s, do_s, stats_s, row_s, held_full, held_empty, full, empty, order = memory
+    k_s, v_s, q_s, do_s, stats_s, row_s, held_full, held_empty, full, empty = memory
     ds_s, ds_full, ds_empty = exchange
     STAGES: gl.constexpr = q_s.shape[0]
     D: gl.constexpr = k_s.shape[2]
     dtype: gl.constexpr = k_s.dtype
     st = g % STAGES
     mbarrier.wait(full.index(st), g // STAGES & 1)
-    s_token, p_token = products(
-        g, PART, k_s.index(PART), q_s.index(st), v_s.index(PART), do_s.index(st), order, TURNS
-    )
+    s_token, p_token = products(k_s.index(PART), q_s.index(st), v_s.index(PART), do_s.index(st))
     COLUMN: gl.constexpr = gl.SliceLayout(0, s_token.type.tensor_type.layout)
     b_lse = stats_s.index(2 * st).load(COLUMN)
     b_s = warpgroup_mma_wait(1, (s_token,))
@@ -186,9 +177,9 @@ def _add_dq(PART: gl.constexpr, b_dq, p_total):
 @gluon.jit
 def _consume_dkdv(
     PART: gl.constexpr, d_dk, d_dv, o_s, total, pool, memory, exchange, table, n_valid, scale2,
-    scale, BLOCK: gl.constexpr, SPLIT: gl.constexpr, TURNS: gl.constexpr,
+    scale, BLOCK: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    k_s, v_s, q_s, do_s, stats_s, row_s, held_full, held_empty, full, empty, order = memory
+    k_s, v_s, q_s, do_s, stats_s, row_s, held_full, held_empty, full, empty = memory
     indices, starts, counts, taken, width, m_rows, n_heads, n_rows, n_x, n_stats = table
     PARTS: gl.constexpr = k_s.shape[0]
     D: gl.constexpr = k_s.shape[2]
@@ -207,9 +198,7 @@ def _consume_dkdv(
             p_head = total + (i_row // m_rows).to(gl.int64) * n_stats * 64 * D
         for j in range(gl.maximum(n_tiles, 1)):
             p_before = None if total is None else p_head + i_q.to(gl.int64) * D
-            b_dk, b_dv = _dkdv_step(
-                g, PART, b_dk, b_dv, memory, exchange, j, p_before, scale2, TURNS
-            )
+            b_dk, b_dv = _dkdv_step(g, PART, b_dk, b_dv, memory, exchange, j, p_before, scale2)
             if total is not None:
                 i_q = tile(p_idx, j, n_tiles, 0, BLOCK, SPLIT)
             g += 1
@@ -260,7 +249,7 @@ _SIZES = ["width", "m_rows", "n_heads", "n_rows", "n_x", "n_stats"]
 def _block_sparse_attention_hopper_bwd_dq_kernel(
     d_q, d_do, d_k, d_v, d_dq, stats, indices, counts, taken, width, m_rows, n_heads, n_rows, n_x,
     n_stats, scale2, scale, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = BLOCK_Q // 64
     SPLIT: gl.constexpr = BLOCK_K // 64
@@ -269,16 +258,16 @@ def _block_sparse_attention_hopper_bwd_dq_kernel(
     if PARTS == 2:
         fence_async_shared()
         gl.warp_specialize([
-            (_consume_dq, (0, d_dq, o0, stats, m0, table, scale2, scale, SPLIT, TURNS)),
-            (_consume_dq, (1, d_dq, o0, stats, m0, table, scale2, scale, SPLIT, TURNS)),
+            (_consume_dq, (0, d_dq, o0, stats, m0, table, scale2, scale, SPLIT)),
+            (_consume_dq, (1, d_dq, o0, stats, m0, table, scale2, scale, SPLIT)),
             (produce, (0, 1, d_q, d_do, d_k, d_v, None, m0, table, BLOCK_K, SPLIT)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         m1, o1 = allocated(d_k.dtype, PARTS, D, STAGES, False)
         fence_async_shared()
         gl.warp_specialize([
-            (_consume_dq, (0, d_dq, o0, stats, m0, table, scale2, scale, SPLIT, False)),
-            (_consume_dq, (0, d_dq, o1, stats, m1, table, scale2, scale, SPLIT, False)),
+            (_consume_dq, (0, d_dq, o0, stats, m0, table, scale2, scale, SPLIT)),
+            (_consume_dq, (0, d_dq, o1, stats, m1, table, scale2, scale, SPLIT)),
             (produce, (0, 2, d_q, d_do, d_k, d_v, None, m0, table, BLOCK_K, SPLIT)),
             (produce, (1, 2, d_q, d_do, d_k, d_v, None, m1, table, BLOCK_K, SPLIT)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
@@ -289,7 +278,6 @@ def _block_sparse_attention_hopper_bwd_dkdv_kernel(
     d_k, d_v, d_q, d_do, d_dk, d_dv, total, pool_dk, pool_dv, stats, indices, starts, counts,
     taken, width, m_rows, n_heads, n_rows, n_x, n_stats, n_valid, n_pool, scale2, scale,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = BLOCK_K // 64
     SPLIT: gl.constexpr = BLOCK_Q // 64
@@ -304,9 +292,9 @@ def _block_sparse_attention_hopper_bwd_dkdv_kernel(
         fence_async_shared()
         gl.warp_specialize([
             (_consume_dkdv, (0, d_dk, d_dv, o0, total, pool, m0, e0, table, n_valid, scale2,
-                             scale, BLOCK_Q, SPLIT, TURNS)),
+                             scale, BLOCK_Q, SPLIT)),
             (_consume_dkdv, (1, d_dk, d_dv, o0, total, pool, m0, e0, table, n_valid, scale2,
-                             scale, BLOCK_Q, SPLIT, TURNS)),
+                             scale, BLOCK_Q, SPLIT)),
             (produce, (0, 1, d_k, d_v, d_q, d_do, stats, m0, table, BLOCK_Q, SPLIT)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
@@ -315,9 +303,9 @@ def _block_sparse_attention_hopper_bwd_dkdv_kernel(
         fence_async_shared()
         gl.warp_specialize([
             (_consume_dkdv, (0, d_dk, d_dv, o0, total, pool, m0, e0, table, n_valid, scale2,
-                             scale, BLOCK_Q, SPLIT, False)),
+                             scale, BLOCK_Q, SPLIT)),
             (_consume_dkdv, (0, d_dk, d_dv, o1, total, pool, m1, e0, table, n_valid, scale2,
-                             scale, BLOCK_Q, SPLIT, False)),
+                             scale, BLOCK_Q, SPLIT)),
             (produce, (0, 2, d_k, d_v, d_q, d_do, stats, m0, table, BLOCK_Q, SPLIT)),
             (produce, (1, 2, d_k, d_v, d_q, d_do, stats, m1, table, BLOCK_Q, SPLIT)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip

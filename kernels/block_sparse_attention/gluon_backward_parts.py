@@ -22,7 +22,7 @@ def produce(
     LANE: gl.constexpr, LANES: gl.constexpr, d_a, d_b, d_x, d_y, stats, memory, table,
     BLOCK: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    a_s, b_s, x_s, y_s, stats_s, row_s, held_full, held_empty, full, empty, order = memory
+    a_s, b_s, x_s, y_s, stats_s, row_s, held_full, held_empty, full, empty = memory
     indices, starts, counts, taken, width, m_rows, n_heads, n_rows, n_x, n_stats = table
     PARTS: gl.constexpr = a_s.shape[0]
     D: gl.constexpr = a_s.shape[2]
@@ -101,17 +101,13 @@ def tile(p_idx, j, n_tiles, n_x, BLOCK: gl.constexpr, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def products(g, PART: gl.constexpr, b_a, x_s, b_b, y_s, order, TURNS: gl.constexpr):
-    """a·xᵀ and b·yᵀ of tile g, begun; with TURNS, after those of the other warpgroup."""
+def products(b_a, x_s, b_b, y_s):
+    """a·xᵀ and b·yᵀ of a tile, begun."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    if TURNS:
-        mbarrier.wait(order.index(PART), (g & 1) ^ (1 - PART))
     # [64, D] @ [D, 64] -> [64, 64]
     b_zero = gl.zeros([64, 64], gl.float32, MMA)
     a_token = warpgroup_mma(b_a, x_s.permute((1, 0)), b_zero, use_acc=False, is_async=True)
     b_token = warpgroup_mma(b_b, y_s.permute((1, 0)), b_zero, use_acc=False, is_async=True)
-    if TURNS:
-        mbarrier.arrive(order.index(1 - PART), count=1)
     return a_token, b_token
 
 
@@ -158,12 +154,9 @@ def allocated(
     held_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for i in gl.static_range(2):
-        mbarrier.init(order.index(i), count=1)
     mbarrier.init(held_full, count=2)
     mbarrier.init(held_empty, count=PARTS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=2 if STATS else 1)
         mbarrier.init(empty.index(i), count=PARTS)
-    return (a_s, b_s, x_s, y_s, stats_s, row_s, held_full, held_empty, full, empty, order), o_s
+    return (a_s, b_s, x_s, y_s, stats_s, row_s, held_full, held_empty, full, empty), o_s

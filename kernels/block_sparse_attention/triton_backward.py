@@ -305,8 +305,9 @@ def specialized(
     """Hopper's kernels, where the launch table names them and they serve the call."""
     if not q.is_cuda:
         return None
-    if not find("dkdv", capability_of(q), q.shape[-1], table.block_k).specialized:
-        return None
+    for op, block in (("dq", table.block_q), ("dkdv", table.block_k)):
+        if not find(op, capability_of(q), q.shape[-1], block).specialized:
+            return None
     from dit_accel.kernels.block_sparse_attention import gluon_backward
 
     if gluon_backward.unserved(q, k, v, grad, table, kv_len) is not None:

@@ -1,6 +1,7 @@
 """The Hopper kernel of block-sparse attention: checks that may hang apart, then times.
 
     python benchmarks/gpu_gluon.py --out gluon.json             two minutes on an H100
+    python benchmarks/gpu_gluon.py --out gluon.json --block 64   query blocks of 64 alone
     python benchmarks/gpu_gluon.py --out /tmp/x.json --dry-run   compiles only, without a GPU
 
 First processes compile every case. Then each candidate is checked in a process of its own, which is
@@ -146,10 +147,12 @@ def times(
     return {"ms": ms, "kept_tflops": {name: kept / x for name, x in ms.items()}}
 
 
-def timings(r: Run, passed: list[Launch]) -> Plan:
+def timings(r: Run, passed: list[Launch], blocks: list[int]) -> Plan:
     plan: Plan = []
     for (name, shape), keep in product(WIDTHS.items(), (0.05, 0.1)):
         for block_q, block_k in ((128, 128), (128, 64), (64, 64), (64, 128)):
+            if block_q not in blocks:
+                continue
             rows = [x for x in passed if x.block == block_q and (x.pairs or x.tile <= block_k)]
             label = f"times {name} keep {keep} blocks {block_q}x{block_k}"
             plan.append((label, lambda a=(shape, keep, block_q, block_k, rows): times(r, *a)))
@@ -163,9 +166,10 @@ def spawn(options: argparse.Namespace, *arguments: str) -> subprocess.Popen:
 
 def apart(r: Run, options: argparse.Namespace) -> list[Launch]:
     """Check every candidate in its own process; those that passed whole."""
-    children = [spawn(options, "--check", str(i)) for i in range(len(gluon.CANDIDATES))]
+    rows = [row for row in gluon.CANDIDATES if row.block in options.block]
+    children = [spawn(options, "--check", str(gluon.CANDIDATES.index(row))) for row in rows]
     passed, deadline = [], time.monotonic() + SECONDS
-    for row, child in zip(gluon.CANDIDATES, children, strict=True):
+    for row, child in zip(rows, children, strict=True):
         try:
             output = child.communicate(timeout=max(1, deadline - time.monotonic()))[0]
             end = f"exit {child.returncode}"
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=150, help="seconds")
     parser.add_argument("--dry-run", action="store_true", help="compile ahead of time only")
+    parser.add_argument("--block", type=int, nargs="+", default=[64, 128], help="of queries")
     parser.add_argument("--check", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -207,10 +212,11 @@ def main() -> None:
         for name, fn in checks(r, gluon.CANDIDATES[options.check]):
             r.case(name, fn)
         return r.path.unlink()
-    pairs = [(i, j) for i, row in enumerate(gluon.CANDIDATES) for j in range(len(kinds(row)))]
+    wanted = [(i, row) for i, row in enumerate(gluon.CANDIDATES) if row.block in options.block]
+    pairs = [(i, j) for i, row in wanted for j in range(len(kinds(row)))]
     for child in [spawn(options, "--compile", f"{i}/{j}") for i, j in pairs]:
         child.communicate()
-    for name, fn in timings(r, apart(r, options)):
+    for name, fn in timings(r, apart(r, options), options.block):
         r.case(name, fn)
     failed = [line["case"] for line in r.cases if line.get("failed") or "error" in line]
     print(f"{len(r.cases)} cases, {len(failed)} failed: {failed}")

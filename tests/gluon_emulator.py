@@ -65,8 +65,14 @@ class Pointer:
         offset = value(self.offset).long()
         mask = value(True if mask is None else mask).expand(offset.shape)
         used = offset[mask]
-        assert not used.numel() or 0 <= used.min() <= used.max() < self.base.numel(), used
+        assert not used.numel() or 0 <= used.min() <= used.max() < self.memory.numel(), used
         return offset, mask
+
+    @property
+    def memory(self) -> Tensor:
+        """All elements from the tensor's first on, as they lie."""
+        size = self.base.untyped_storage().nbytes() // self.base.element_size()
+        return self.base.as_strided((size - self.base.storage_offset(),), (1,))
 
 
 class Shared:
@@ -239,13 +245,13 @@ def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
     offset, mask = pointer.at(mask)
-    read = pointer.base.reshape(-1)[offset.where(mask, 0)]
+    read = pointer.memory[offset.where(mask, 0)]
     return value(torch.where(mask, read, value(other, read.dtype)))
 
 
 def _store(pointer: Pointer, x: Tensor, mask: Any = None) -> None:
     offset, mask = pointer.at(mask)
-    pointer.base.view(-1)[offset[mask]] = x[mask]
+    pointer.memory[offset[mask]] = x[mask].to(pointer.base.dtype)
 
 
 def _asm(asm: str, _: str, args: list, dtype: torch.dtype, is_pure: bool, pack: int) -> None:
@@ -256,14 +262,14 @@ def _asm(asm: str, _: str, args: list, dtype: torch.dtype, is_pure: bool, pack: 
     rows, columns = (torch.arange(size) for size in x.shape)
     nth = (rows % 16 // 8 * 2)[:, None] + columns % 2
     offset, _ = (pointer + nth).at(None)
-    pointer.base.view(-1).index_put_((offset,), x, accumulate=True)
+    pointer.memory.index_put_((offset,), x, accumulate=True)
 
 
 def _atomic_add(pointer: Pointer, x: Any, sem: str) -> Value:
     """Of a scalar; what was there before."""
     offset, _ = pointer.at(None)
-    before = pointer.base.view(-1)[offset].clone()
-    pointer.base.view(-1)[offset] += x
+    before = pointer.memory[offset].clone()
+    pointer.memory[offset] += x
     return value(before)
 
 

@@ -25,16 +25,12 @@ CANDIDATES = tuple(
     Launch("forward", 90, 128, block, tile, 4, stages, True, True, provenance="a candidate")
     for block, tile, stages in (
         *((128, 128, 2), (128, 64, 3), (128, 64, 4), (128, 64, 5)),
-        (64, 64, 2),
+        *((64, 64, 2), (64, 64, 3)),
     )
 )
 CANDIDATES += (replace(CANDIDATES[0], pairs=True),)
 # The numbers of the feature maps in the kernel.
 _FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
-# Bytes of shared memory of a multiprocessor, less what its programs lose to barriers.
-_SHARED = 225 * 1024
-# The compiler's registers per thread where two programs share a multiprocessor.
-_HALF = 128
 
 
 class Linear(NamedTuple):
@@ -115,7 +111,7 @@ def forward(
     """Grid, arguments and launch, as of forward in triton.py, for calls that `unserved` accepts."""
     batch, heads, n_q, d = q.shape
     n_valid = k.shape[2] if kv_len is None else min(kv_len, k.shape[2])
-    # half as many programs' registers, the pooled loop and the epilogue leave none for more
+    # a second lane leaves no memory for more, the pooled loop and the epilogue no registers
     narrow = table.block_q == 64 or pool or rectify or linear
     rows = tile = min(launch.tile, table.block_k, 64 if narrow else 128)
     # a state takes the place of a tile of values: as many rows as columns, or two tiles
@@ -135,11 +131,12 @@ def forward(
         total, bias, eps = linear.total, linear.bias, linear.eps
         phi = _FEATURES[linear.feature_map]
     n_rows = counts.numel()
-    shared = 2 * d * (2 * table.block_q + 2 * stages * tile)
-    per_sm = 2 if table.block_q == 64 and 2 * shared <= _SHARED else 1
+    lanes = 128 // table.block_q
     arguments = {
         "d_q": descriptor(q, n_q, 64), "d_k": descriptor(k, n_valid, rows, 64),
-        "d_v": descriptor(v, n_valid, rows, 64), "d_o": descriptor(out, n_q, 64),
+        "d_v": descriptor(v, n_valid, rows, 64),
+        "o": out if lanes == 2 else descriptor(out, n_q, 64),
+        "s_o": out.stride()[:3] if lanes == 2 else None,
         "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], rows, 64),
         "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], rows, 64),
         "lse": lse, "bits": bits, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
@@ -152,9 +149,7 @@ def forward(
         "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile,
         "ROWS": rows, "D": d, "STAGES": stages, "PHI": phi,
     }  # fmt: skip
-    if table.block_q == 64:
-        arguments["maxnreg"] = _HALF
-    return (min(n_rows, per_sm * multiprocessors(q.device)),), arguments, launch
+    return (min(block_count(n_rows, lanes), multiprocessors(q.device)),), arguments, launch
 
 
 def valid_counts(table: BlockTable, n_valid: int) -> Tensor:

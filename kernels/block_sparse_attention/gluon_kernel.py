@@ -1,7 +1,8 @@
 """Block-sparse attention on Hopper, in Gluon: persistent programs whose warps have roles.
 
-One warp copies by TMA; one or two warpgroups of 64 query rows each (BLOCK_Q is 64 or 128) multiply.
-The tiles of all rows of a program are one stream: slot g of the ring of STAGES slots holds K of
+One warp copies by TMA, and two warpgroups of 64 query rows each multiply; for query blocks of 64,
+one row in each of two lanes, which have a warp that copies, and memory, of their own. The tiles of
+all rows of a lane are one stream: slot g of the ring of STAGES slots holds K of
 tile g and V of tile g − 1, so that q·kᵀ of a tile runs beside p·v of the one before, and the first
 tile of a row beside the last of the row before. A tile is one or two groups of ROWS keys, two
 perhaps of different blocks: only the producer sees them apart. A row's tiles go from its end to its
@@ -46,8 +47,8 @@ from dit_accel.kernels.block_sparse_attention.gluon_parts import (
 
 @gluon.jit
 def _produce(
-    d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes, BLOCK_K: gl.constexpr, TILE: gl.constexpr,
-    LINEAR: gl.constexpr,
+    LANE: gl.constexpr, LANES: gl.constexpr, d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes,
+    BLOCK_K: gl.constexpr, TILE: gl.constexpr, LINEAR: gl.constexpr,
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
@@ -60,10 +61,10 @@ def _produce(
     STAGES: gl.constexpr = k_s.shape[0] // (GROUPS * D // 64)
     SPLIT: gl.constexpr = BLOCK_K // ROWS
     POOL: gl.constexpr = d_pk is not None
-    first, step = gl.program_id(0), gl.num_programs(0)
+    first, step = gl.program_id(0) * LANES + LANE, gl.num_programs(0) * LANES
     g, phase = 0, 0
     v_b, v_h, v_0, v_1, v_pool = 0, 0, n_valid, n_valid, 0
-    n_next = gl.load(counts + first)
+    n_next = gl.load(counts + gl.minimum(first, n_rows - 1))
     # one step more than rows: see _consume
     for i_step in range(first, n_rows + step, step):
         live = i_step < n_rows
@@ -224,8 +225,9 @@ def _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    PART: gl.constexpr, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
-    BLOCK_K: gl.constexpr, ROWS: gl.constexpr, PHI: gl.constexpr,
+    LANE: gl.constexpr, LANES: gl.constexpr, PART: gl.constexpr, o, o_s, s_o, lse, bits, ratio,
+    shift, linear, memory, table, sizes, BLOCK_K: gl.constexpr, ROWS: gl.constexpr,
+    PHI: gl.constexpr,
 ):  # fmt: skip
     q_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
@@ -247,10 +249,11 @@ def _consume(
     b_o = gl.zeros([64, D], gl.float32, MMA_O)
     b_m = gl.full([64], -float("inf"), gl.float32, ROW)
     b_l = gl.zeros([64], gl.float32, ROW)
-    first, step = gl.program_id(0), gl.num_programs(0)
+    first, step = gl.program_id(0) * LANES + LANE, gl.num_programs(0) * LANES
     g, phase = 0, 0
-    n_kept = gl.load(counts + first)
-    p_last = indices + first.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
+    i_next = gl.minimum(first, n_rows - 1)
+    n_kept = gl.load(counts + i_next)
+    p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
     n_left = n_valid - gl.load(p_last) * BLOCK_K
     mbarrier.wait(full.index(0), 0)
     # a step starts its row and finishes the one before, so that there is one step more than rows
@@ -273,8 +276,8 @@ def _consume(
             i_done = i_row - step
             i_q = (i_done % m_q * PARTS + PART) * 64
             finish(
-                d_o, o_s.index(PART), lse, ratio, shift, bias, b_o, b_m, b_l, i_done, i_q, n_q,
-                m_q, n_heads, D,
+                o, o_s, s_o, lse, ratio, shift, bias, b_o, b_m, b_l, i_done, i_q, n_q, m_q,
+                n_heads, D,
             )  # fmt: skip
         b_o = gl.zeros([64, D], gl.float32, MMA_O)
         b_m, b_l = b_m1, b_l1
@@ -310,27 +313,17 @@ def _consume(
     tma.store_wait(0)
 
 
-_SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_pool_tiles"]
-_SIZES += ["n_words", "last"]
-
-
-@gluon.jit(do_not_specialize=_SIZES)
-def _block_sparse_attention_hopper_fwd_kernel(
-    d_q, d_k, d_v, d_o, d_pk, d_pv, lse, bits, ratio, shift, total, bias, indices, counts,
-    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, n_words, last,
-    scale, eps,
-    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, PHI: gl.constexpr,
+@gluon.jit
+def _allocated(
+    dtype: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    gl.static_assert(STAGES > 1)
-    LINEAR: gl.constexpr = total is not None
-    PARTS: gl.constexpr = BLOCK_Q // 64
-    dtype: gl.constexpr = d_k.dtype
+    """Shared memory and barriers of a producer and its warpgroups, as it is copied to and as it is
+    multiplied."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
-    o_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
     PANELS: gl.constexpr = STAGES * (TILE // ROWS) * (D // 64)
+    q_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
     k_s = gl.allocate_shared_memory(dtype, [PANELS, ROWS, 64], SHARED)
     v_s = gl.allocate_shared_memory(dtype, [PANELS, ROWS, 64], SHARED)
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
@@ -342,26 +335,51 @@ def _block_sparse_attention_hopper_fwd_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
-    fence_async_shared()
     copied = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
     k_s, v_s = whole(k_s, TILE, D, SHARED), whole(v_s, TILE, D, SHARED)
-    memory = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
+    return copied, (q_s, q_full, q_empty, (k_s, v_s, full, empty))
+
+
+_SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_pool_tiles"]
+_SIZES += ["n_words", "last"]
+
+
+@gluon.jit(do_not_specialize=_SIZES)
+def _block_sparse_attention_hopper_fwd_kernel(
+    d_q, d_k, d_v, o, s_o, d_pk, d_pv, lse, bits, ratio, shift, total, bias, indices, counts,
+    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, n_words, last,
+    scale, eps,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, PHI: gl.constexpr,
+):  # fmt: skip
+    gl.static_assert(STAGES > 1)
+    LINEAR: gl.constexpr = total is not None
     table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, n_words, last, scale)
     linear = (total, bias, eps)
-    if PARTS == 2:
+    if BLOCK_Q == 128:
+        dtype: gl.constexpr = d_k.dtype
+        SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+        o_s = gl.allocate_shared_memory(dtype, [2, 64, D], SHARED)
+        copied, memory = _allocated(dtype, 2, D, TILE, ROWS, STAGES)
+        fence_async_shared()
         gl.warp_specialize([
-            (_consume, (0, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, ROWS, PHI)),
-            (_consume, (1, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
-                        BLOCK_K, ROWS, PHI)),
-            (_produce, (d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
+            (_consume, (0, 1, 0, o, o_s.index(0), None, lse, bits, ratio, shift, linear, memory,
+                        table, sizes, BLOCK_K, ROWS, PHI)),
+            (_consume, (0, 1, 1, o, o_s.index(1), None, lse, bits, ratio, shift, linear, memory,
+                        table, sizes, BLOCK_K, ROWS, PHI)),
+            (_produce, (0, 1, d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
                         LINEAR)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
+        c0, m0 = _allocated(d_k.dtype, 1, D, TILE, ROWS, STAGES)
+        c1, m1 = _allocated(d_k.dtype, 1, D, TILE, ROWS, STAGES)
+        fence_async_shared()
         gl.warp_specialize([
-            (_consume, (0, d_o, o_s, lse, bits, ratio, shift, linear, memory, table, sizes,
+            (_consume, (0, 2, 0, o, None, s_o, lse, bits, ratio, shift, linear, m0, table, sizes,
                         BLOCK_K, ROWS, PHI)),
-            (_produce, (d_q, d_k, d_v, d_pk, d_pv, copied, table, sizes, BLOCK_K, TILE,
-                        LINEAR)),
-        ], [1], [40])  # fmt: skip
+            (_consume, (1, 2, 0, o, None, s_o, lse, bits, ratio, shift, linear, m1, table, sizes,
+                        BLOCK_K, ROWS, PHI)),
+            (_produce, (0, 2, d_q, d_k, d_v, d_pk, d_pv, c0, table, sizes, BLOCK_K, TILE, LINEAR)),
+            (_produce, (1, 2, d_q, d_k, d_v, d_pk, d_pv, c1, table, sizes, BLOCK_K, TILE, LINEAR)),
+        ], [4, 1, 1], [240, 24, 24])  # fmt: skip

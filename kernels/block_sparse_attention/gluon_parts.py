@@ -96,10 +96,11 @@ def copy_tile(desc, i_b, i_h, i_0, i_1, bar, x_s, st, GROUPS: gl.constexpr, D: g
 
 @gluon.jit
 def finish(
-    d_o, o_s, lse, ratio, shift, bias, b_o, b_m, b_l, i_row, i_q, n_q, m_q, n_heads,
+    o, o_s, s_o, lse, ratio, shift, bias, b_o, b_m, b_l, i_row, i_q, n_q, m_q, n_heads,
     D: gl.constexpr,
 ):  # fmt: skip
-    """Store 64 rows: r·O + C, and their LSE; zeros and -inf without a valid key."""
+    """Store 64 rows: r·O + C, and their LSE; zeros and -inf without a valid key. By o's descriptor
+    through shared memory, or, without that, to o at strides s_o."""
     i_b, i_h, _ = place(i_row, m_q, n_heads)
     b_full = gl.where(b_l > 0, b_l, 1.0)
     if lse is not None:
@@ -116,8 +117,15 @@ def finish(
     if bias is not None:
         o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
         b_o += gl.load(bias + o_d).to(gl.float32)[None, :]
-    # the store before this one may still read the memory
-    tma.store_wait(0)
-    o_s.store(b_o.to(o_s.dtype))
-    fence_async_shared()
-    box_out(d_o, [i_b, i_h, i_q, 0], box(o_s, d_o))
+    if o_s is None:
+        o_q = i_q + gl.arange(0, 64, layout=gl.SliceLayout(1, b_o.type.layout))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_o.type.layout))
+        p_o = o + i_b.to(gl.int64) * s_o[0] + i_h.to(gl.int64) * s_o[1]
+        p_o += (o_q.to(gl.int64) * s_o[2])[:, None] + o_d[None, :]
+        gl.store(p_o, b_o, mask=(o_q < n_q)[:, None])
+    else:
+        # the store before this one may still read the memory
+        tma.store_wait(0)
+        o_s.store(b_o.to(o_s.dtype))
+        fence_async_shared()
+        box_out(o, [i_b, i_h, i_q, 0], box(o_s, o))

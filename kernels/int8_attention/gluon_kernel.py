@@ -246,7 +246,7 @@ def _consume(
             b_top = _above(b_m) - 8.807354922057604 + e_o + b_shift
             b_top = gl.where(b_l > 0, b_top, -float("inf"))
             finish(
-                d_o, o_s.index(PART), lse, None, None, None, b_o, b_top, b_l * gl.exp2(-e_o),
+                d_o, o_s.index(PART), None, lse, None, None, None, b_o, b_top, b_l * gl.exp2(-e_o),
                 i_done, i_q, n_q, m_q, n_heads, D,
             )  # fmt: skip
         b_o = gl.zeros([64, D], gl.float32, MMA_O)

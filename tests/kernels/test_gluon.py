@@ -48,7 +48,7 @@ ERRORS = [
     ("mbarrier.expect(bar, 4 * TILE * D)", "mbarrier.expect(bar, TILE * D)"),
     ("b_s = warpgroup_mma_wait(1,", "b_s = warpgroup_mma_wait(2,"),
     ("warpgroup_mma_wait(0, (o_token,))", "warpgroup_mma_wait(1, (o_token,))"),
-    ("    tma.store_wait(0)\n    o_s", "    o_s"),
+    ("        tma.store_wait(0)\n        o_s", "        o_s"),
 ]
 
 
@@ -90,6 +90,17 @@ def test_any_order_of_the_roles_gives_the_attention(case, seed, pairs):
     outs = emulate(case, *args, seed=100 * seed, pairs=pairs)
     check(outs, reference.block_sparse_attention, *args, None, True)
     assert not outs[0][0, 0, : case[3]].any() and (outs[1][0, 0, : case[3]] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("programs", [1, 2])
+def test_a_lane_may_have_no_row(programs):
+    case = (150, 200, 128, 64, 64, 64, 3, programs)
+    q, k, v, table = inputs(*case[:5])
+    one = replace(table, indices=table.indices[:, :1], counts=table.counts[:, :1])
+    for seed in range(4):
+        args = (q[:, :1], k[:, :1], v[:, :1], one)
+        outs = emulate(case, *args, seed=seed)
+        check(outs, reference.block_sparse_attention, *args, None, True)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.4, 2.0])
@@ -271,7 +282,7 @@ def check_compiled(row: dict) -> None:
     version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
     if not row["pairs"]:  # these spill outside of their loop: see below
         assert row["stack"] <= (0 if version == (3, 6) else 24), row
-    assert row["shared"] <= 227 * 1024 // (1 if row["block"] == 128 else 2), row
+    assert row["shared"] <= 227 * 1024, row
     assert row["tma"] > 5 and row["cp_async"] == 0 and row["wgmma"] >= 16, row
 
 

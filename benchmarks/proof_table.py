@@ -1,6 +1,7 @@
 """The journals of several `dit-accel evaluate` folders as one table, one plot and one JSON file.
 
-    python benchmarks/proof_table.py out/p9/* --out h200-evaluate.json --plot frontier.svg
+    python benchmarks/proof_table.py out/p9/* --out h200-evaluate.json
+    python benchmarks/proof_table.py --tables h200-evaluate-a.json … --plot frontier.svg
 
 Each folder holds some of the prompts, or some of the rows, of one setting. Of every clip the JSON
 keeps the PSNR and what was recognised, of every row the means over all its clips. Rows that were
@@ -22,8 +23,11 @@ FAMILIES = (
     (r"dense, \d+ of \d+ steps", "fewer steps"),
     (r"dense\+cache@.*", "step cache"),
     (r"shared-q64-tile-steps-\d+ \+ cache@.*", "shared + step cache"),
-    (r"(shared|pooled|topk)-q64-tile-steps-\d+", r"\1, every choice"),
-    (r"(shared|rectified) \d+%", r"\1, means"),
+    (r"shared-sort-heads-\d+", "shared, own orders"),
+    (r"pooled-sort-heads-steps-\d+", "pooled, own orders"),
+    (r"shared (20|50)%|shared-reuse-none-\d+", "shared, as it comes"),
+    (r"rettention \d+%", "rettention"),
+    (r"sla \d+%, sla\d+.*", "SLA, fine-tuned"),
 )  # a row's name → its line of the plot
 
 
@@ -62,12 +66,24 @@ def family(name: str) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("folders", type=Path, nargs="*")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tables", type=Path, nargs="+", help="what --out wrote, for the plot")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--command", default="", help="that made the folders, for the record")
     parser.add_argument("--least", type=int, help="clips of a row; default: as many as the most")
     args = parser.parse_args()
+    if args.folders and args.out:
+        tabulate(args)
+    elif not (args.tables and args.plot):
+        parser.error("give folders and --out, or --tables and --plot")
+    if args.plot:
+        tables = args.tables or [args.out]
+        args.plot.write_text(plot([json.loads(path.read_text()) for path in tables]))
+
+
+def tabulate(args: argparse.Namespace) -> None:
+    """Write --out and print the table."""
     setting, cells, dense = read(args.folders)
     table = summary(cells)
     least = args.least or max(row["cells"] for row in table)
@@ -86,13 +102,20 @@ def main() -> None:
     record = {"command": args.command, "setting": setting, "dense": whole, "rows": table}
     args.out.write_text(json.dumps({**record, "psnr": clips}, indent=None) + "\n")
     print(markdown([{**row, "seconds": None} for row in table], whole))
-    if args.plot:
-        points = [
-            Point(row["family"], row["row"], row["work_kept"] * 100, row["psnr"])
-            for row in sorted(table, key=lambda row: row["work_kept"])
-            if row["family"]
-        ]
-        args.plot.write_text(scatter(points, "work kept (% of FLOPs)", "PSNR to dense (dB)", 100))
+
+
+def plot(records: list[dict[str, Any]]) -> str:
+    """The families' lines over the work kept; of a row in several files, the first."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for row in record["rows"]:
+            rows.setdefault(row["row"], row)
+    points = [
+        Point(line, row["row"], row["work_kept"] * 100, row["psnr"])
+        for row in sorted(rows.values(), key=lambda row: row["work_kept"])
+        if (line := family(row["row"]))
+    ]
+    return scatter(points, "work kept (% of FLOPs)", "PSNR to dense (dB)", 100)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,16 @@ def test_journals_become_one_table(tmp_path, monkeypatch, capsys):
     assert line["row"] == "shared-q64-tile-steps-5 + cache@0.1" and line["psnr"] == 35
     assert line["family"] == "shared + step cache" and "seconds" not in line
     assert "35.00" in capsys.readouterr().out and "shared + step cache" in plot.read_text()
+    later = {
+        "rows": [{**line, "psnr": 1.0}, {"row": "dense+cache@0.1", "work_kept": 0.5, "psnr": 9}]
+    }
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    drawn = plot.read_text()
+    argv = ["x", "--tables", str(out), str(tmp_path / "later.json"), "--plot", str(plot)]
+    monkeypatch.setattr(sys, "argv", argv)
+    proof_table.main()
+    assert plot.read_text().count("<circle") == drawn.count("<circle") + 2  # and its legend
+    assert "step cache</text>" in plot.read_text() and ">1.0" not in plot.read_text()
     with pytest.raises(ValueError, match="another setting"):
         proof_table.read([one, journal(tmp_path / "3", 4, [])])
 

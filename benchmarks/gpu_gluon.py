@@ -1,7 +1,7 @@
 """The Hopper kernel of block-sparse attention: checks that may hang apart, then times.
 
     python benchmarks/gpu_gluon.py --out gluon.json             two minutes on an H100
-    python benchmarks/gpu_gluon.py --out gluon.json --block 64   query blocks of 64 alone
+    python benchmarks/gpu_gluon.py --out gluon.json --match "64x64|pairs"   some candidates
     python benchmarks/gpu_gluon.py --out /tmp/x.json --dry-run   compiles only, without a GPU
 
 First processes compile every case. Then each candidate is checked in a process of its own, which is
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -32,7 +33,7 @@ from dit_accel.kernels.launch import Launch, capability_of, find
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
-from dit_accel.table import BlockTable
+from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
 
 LENGTHS = (1, 63, 64, 65, 1000, 4100)
@@ -41,10 +42,12 @@ KINDS = tuple(product((128, 64), (128, 64)))
 WIDTHS = SHAPES | {"flux-1024": (1, 24, 4608, 128), "cogvideox-5b": (1, 48, 17776, 64)}
 EXTRAS = {"": LENGTHS, "kv_len": LENGTHS, "pool": FEW, "rectify": FEW}
 SECONDS = 60
+UNEQUAL = {"unequal heads": (0.8, 0.0), "unequal rows": (0.8, 0.6)}
 
 
 def name_of(row: Launch) -> str:
-    return f"{row.block}x{row.tile}, {row.stages} stages{', pairs' if row.pairs else ''}"
+    more = [name for name in ("pairs", "counter") if getattr(row, name)]
+    return ", ".join([f"{row.block}x{row.tile}, {row.stages} stages", *more])
 
 
 def kinds(row: Launch) -> list[tuple[int, int]]:
@@ -127,12 +130,29 @@ def compile_cases(r: Run, row: Launch, kind: tuple[int, int]) -> None:
             attend_plainly(call)
 
 
+def unequal_table(
+    q: Tensor, block_q: int, block_k: int, keep: float, heads: float, rows: float
+) -> BlockTable:
+    """Blocks at random, as many as log-normal shares of the heads and of the rows say: σ of each."""
+    (b, h, n, _), sizes = q.shape, (block_q, block_k)
+    m_q, m_k = (block_count(n, size) for size in sizes)
+    each = torch.randn(b, h, 1, 1, device=q.device) * heads
+    each = each + torch.randn(b, h, m_q, 1, device=q.device) * rows
+    shares = (each - (heads**2 + rows**2) / 2).exp() * keep
+    kept = torch.rand(b, h, m_q, m_k, device=q.device) < shares
+    return BlockTable.from_mask(kept, *sizes, n, n)
+
+
 def times(
-    r: Run, shape: tuple[int, ...], keep: float, block_q: int, block_k: int, rows: list[Launch]
-) -> dict[str, Any]:
+    r: Run, shape: tuple[int, ...], keep: float, block_q: int, block_k: int, rows: list[Launch],
+    unequal: tuple[float, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The plain kernel and the candidates at one table; results are compared first."""
     q, k, v = (r.tokens(*shape) for _ in range(3))
-    table = random_table(r, q, shape[2], block_q, block_k, keep)
+    if unequal is None:
+        table = random_table(r, q, shape[2], block_q, block_k, keep)
+    else:
+        table = unequal_table(q, block_q, block_k, keep, *unequal)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=r.device)
     plain = find("forward", capability_of(q), shape[3], block_q, specialized=False)
     kept = 4e-9 * shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
@@ -147,15 +167,19 @@ def times(
     return {"ms": ms, "kept_tflops": {name: kept / x for name, x in ms.items()}}
 
 
-def timings(r: Run, passed: list[Launch], blocks: list[int]) -> Plan:
+def timings(r: Run, passed: list[Launch]) -> Plan:
     plan: Plan = []
     for (name, shape), keep in product(WIDTHS.items(), (0.05, 0.1)):
         for block_q, block_k in ((128, 128), (128, 64), (64, 64), (64, 128)):
-            if block_q not in blocks:
-                continue
             rows = [x for x in passed if x.block == block_q and (x.pairs or x.tile <= block_k)]
+            if not rows:
+                continue
             label = f"times {name} keep {keep} blocks {block_q}x{block_k}"
             plan.append((label, lambda a=(shape, keep, block_q, block_k, rows): times(r, *a)))
+            if name in SHAPES and keep == 0.05:
+                for what, sigmas in UNEQUAL.items():
+                    a = (shape, keep, block_q, block_k, rows, sigmas)
+                    plan.append((f"{label}, {what}", lambda a=a: times(r, *a)))
     return plan
 
 
@@ -164,12 +188,17 @@ def spawn(options: argparse.Namespace, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def wanted(options: argparse.Namespace) -> list[tuple[int, Launch]]:
+    """The candidates of --match, with their numbers."""
+    rows = enumerate(gluon.CANDIDATES)
+    return [(i, row) for i, row in rows if re.search(options.match, name_of(row))]
+
+
 def apart(r: Run, options: argparse.Namespace) -> list[Launch]:
     """Check every candidate in its own process; those that passed whole."""
-    rows = [row for row in gluon.CANDIDATES if row.block in options.block]
-    children = [spawn(options, "--check", str(gluon.CANDIDATES.index(row))) for row in rows]
+    children = [(row, spawn(options, "--check", str(i))) for i, row in wanted(options)]
     passed, deadline = [], time.monotonic() + SECONDS
-    for row, child in zip(rows, children, strict=True):
+    for row, child in children:
         try:
             output = child.communicate(timeout=max(1, deadline - time.monotonic()))[0]
             end = f"exit {child.returncode}"
@@ -194,14 +223,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", type=float, default=150, help="seconds")
     parser.add_argument("--dry-run", action="store_true", help="compile ahead of time only")
-    parser.add_argument("--block", type=int, nargs="+", default=[64, 128], help="of queries")
+    parser.add_argument("--match", default="", help="a part of the candidates' names")
     parser.add_argument("--check", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--compile", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
     r = Run(options.out, options.budget, options.dry_run)
     if options.dry_run:
-        for row in gluon.CANDIDATES:
+        for _, row in wanted(options):
             r.case(f"compile {name_of(row)}", lambda row=row: vars(compile_row(row)))
         return
     if options.compile:
@@ -212,11 +241,10 @@ def main() -> None:
         for name, fn in checks(r, gluon.CANDIDATES[options.check]):
             r.case(name, fn)
         return r.path.unlink()
-    wanted = [(i, row) for i, row in enumerate(gluon.CANDIDATES) if row.block in options.block]
-    pairs = [(i, j) for i, row in wanted for j in range(len(kinds(row)))]
+    pairs = [(i, j) for i, row in wanted(options) for j in range(len(kinds(row)))]
     for child in [spawn(options, "--compile", f"{i}/{j}") for i, j in pairs]:
         child.communicate()
-    for name, fn in timings(r, apart(r, options), options.block):
+    for name, fn in timings(r, apart(r, options)):
         r.case(name, fn)
     failed = [line["case"] for line in r.cases if line.get("failed") or "error" in line]
     print(f"{len(r.cases)} cases, {len(failed)} failed: {failed}")

@@ -46,6 +46,8 @@ class Launch:
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
         specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
         pairs: a tile of a specialized kernel is two groups of 64 keys, perhaps of two blocks.
+        counter: the programs of a specialized forward take the next row of a counter, for rows of
+            unlike length, instead of every p-th.
         precision: of float32 products, "bf16x3" in three of bfloat16; half-width inputs always
             multiply exactly.
         bits: width of the input's dtype.
@@ -64,6 +66,7 @@ class Launch:
     descriptors: bool = False
     specialized: bool = False
     pairs: bool = False
+    counter: bool = False
     precision: str = "ieee"
     bits: int = 16
     lazy: float = 0.0

@@ -28,7 +28,7 @@ CANDIDATES = tuple(
         *((64, 64, 2), (64, 64, 3)),
     )
 )
-CANDIDATES += (replace(CANDIDATES[0], pairs=True),)
+CANDIDATES += tuple(replace(CANDIDATES[0], pairs=True, counter=x) for x in (True, False))
 # The numbers of the feature maps in the kernel.
 _FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
 
@@ -140,7 +140,9 @@ def forward(
         "d_pk": None if pool_k is None else descriptor(pool_k, pool_k.shape[2], rows, 64),
         "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], rows, 64),
         "lse": lse, "bits": bits, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
-        "indices": indices, "counts": counts, "n_q": n_q, "n_valid": n_valid,
+        "indices": indices, "counts": counts,
+        "taken": torch.zeros(1, dtype=torch.int32, device=q.device) if launch.counter else None,
+        "n_q": n_q, "n_valid": n_valid,
         "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": n_rows,
         "n_pool": live, "n_pool_tiles": pool_tiles,
         "n_words": 0 if bits is None else bits.shape[-1],

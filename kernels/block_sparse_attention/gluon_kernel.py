@@ -1,16 +1,18 @@
 """Block-sparse attention on Hopper, in Gluon: persistent programs whose warps have roles.
 
 One warp copies by TMA, and two warpgroups of 64 query rows each multiply; for query blocks of 64,
-one row in each of two lanes, which have a warp that copies, and memory, of their own. The tiles of
-all rows of a lane are one stream: slot g of the ring of STAGES slots holds K of
-tile g and V of tile g − 1, so that q·kᵀ of a tile runs beside p·v of the one before, and the first
-tile of a row beside the last of the row before. A tile is one or two groups of ROWS keys, two
-perhaps of different blocks: only the producer sees them apart. A row's tiles go from its end to its
-start: the only tile with a masked token comes first. Coordinates beyond a tensor read as zeros, and
-serve where there is no tile or group: V before the first, K after the last, a row without a block.
+one row in each of two lanes, which have a warp that copies, and memory, of their own. The rows of a
+lane, every p-th of the table or the next of a counter, are one stream of tiles: slot g of the ring
+of STAGES slots holds K of tile g and V of tile g − 1, so that q·kᵀ of a tile runs beside p·v of the
+one before, and the first tile of a row beside the last of the row before. A tile is one or two
+groups of ROWS keys, two perhaps of different blocks: only the producer sees them apart. A row's
+tiles go from its end to its start: the only tile with a masked token comes first. Coordinates
+beyond a tensor read as zeros, and serve where there is no tile or group: V before the first, K
+after the last, a row without a block.
 
 Barriers, each with two phases, waited for in turn by the parity of its uses:
-    q_full: completes its u-th phase when all rows of the u-th q have landed;
+    q_full: completes its u-th phase when all rows of the u-th q have landed (and it is told which
+        row of the table they are, where rows are taken from a counter);
     q_empty: completes its u-th phase when every warpgroup holds the u-th q in registers;
     full[s]: completes its u-th phase when K and V of slot u·STAGES + s have landed;
     empty[s]: completes its u-th phase when every warpgroup has read slot u·STAGES + s.
@@ -39,7 +41,9 @@ from dit_accel.kernels.block_sparse_attention.gluon_parts import (
     finish,
     group,
     place,
+    tell,
     tiles,
+    told,
     whole,
     words,
 )
@@ -50,9 +54,9 @@ def _produce(
     LANE: gl.constexpr, LANES: gl.constexpr, d_q, d_k, d_v, d_pk, d_pv, memory, table, sizes,
     BLOCK_K: gl.constexpr, TILE: gl.constexpr, LINEAR: gl.constexpr,
 ):  # fmt: skip
-    q_s, q_full, q_empty, ring = memory
+    q_s, row_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
-    indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
+    indices, counts, taken, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, n_words, last, scale = sizes
     PARTS: gl.constexpr = q_s.shape[0]
     D: gl.constexpr = q_s.shape[2]
@@ -64,19 +68,28 @@ def _produce(
     first, step = gl.program_id(0) * LANES + LANE, gl.num_programs(0) * LANES
     g, phase = 0, 0
     v_b, v_h, v_0, v_1, v_pool = 0, 0, n_valid, n_valid, 0
+    i_step, live = first, True
     n_next = gl.load(counts + gl.minimum(first, n_rows - 1))
     # one step more than rows: see _consume
-    for i_step in range(first, n_rows + step, step):
+    while live:
+        i_next = i_step + step
+        if taken is not None:
+            i_next = step + gl.atomic_add(taken, 1, sem="relaxed")
         live = i_step < n_rows
         i_row = gl.minimum(i_step, n_rows - 1)
         n_kept = gl.where(live, n_next, 0)
-        n_next = gl.load(counts + gl.minimum(i_row + step, n_rows - 1))
+        n_next = gl.load(counts + gl.minimum(i_next, n_rows - 1))
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
-        n_tiles, n_groups, _ = tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
+        n_tiles, n_groups, n_first = tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
         i_b, i_h, i_m = place(i_row, m_q, n_heads)
         mbarrier.wait(q_empty, phase ^ 1)
         phase ^= 1
+        if taken is not None:
+            tell(row_s, 0, i_step)
+            tell(row_s, 1, n_tiles)
+            tell(row_s, 2, n_first)
+            mbarrier.arrive(q_full, count=1)
         mbarrier.expect(q_full, PARTS * 64 * D * 2)
         for part in gl.static_range(PARTS):
             i_q = gl.where(live, (i_m * PARTS + part) * 64, n_q)
@@ -115,6 +128,7 @@ def _produce(
                 copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
             v_b, v_h, v_0, v_1 = i_b, i_h, i_0, i_1
             g += 1
+        i_step = i_next
 
 
 @gluon.jit
@@ -229,9 +243,9 @@ def _consume(
     shift, linear, memory, table, sizes, BLOCK_K: gl.constexpr, ROWS: gl.constexpr,
     PHI: gl.constexpr,
 ):  # fmt: skip
-    q_s, q_full, q_empty, ring = memory
+    q_s, row_s, q_full, q_empty, ring = memory
     k_s, v_s, full, empty = ring
-    indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows = table
+    indices, counts, taken, width, n_q, n_valid, m_q, n_heads, n_rows = table
     n_pool, n_pool_tiles, n_words, last, scale = sizes
     total, bias, eps = linear
     PARTS: gl.constexpr = q_s.shape[0]
@@ -251,18 +265,23 @@ def _consume(
     b_l = gl.zeros([64], gl.float32, ROW)
     first, step = gl.program_id(0) * LANES + LANE, gl.num_programs(0) * LANES
     g, phase = 0, 0
+    i_row, i_done, live = first, first * 0 - 1, True
     i_next = gl.minimum(first, n_rows - 1)
     n_kept = gl.load(counts + i_next)
     p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
     n_left = n_valid - gl.load(p_last) * BLOCK_K
     mbarrier.wait(full.index(0), 0)
     # a step starts its row and finishes the one before, so that there is one step more than rows
-    for i_row in range(first, n_rows + step, step):
-        live = i_row < n_rows
-        n_kept = gl.where(live, n_kept, 0)
-        n_tiles, _, n_first = tiles(n_left, n_kept, ROWS, SPLIT, TILE // ROWS)
+    while live:
         mbarrier.wait(q_full, phase)
         phase ^= 1
+        if taken is not None:
+            i_row, n_tiles, n_first = told(row_s, 0), told(row_s, 1), told(row_s, 2)
+            live = i_row < n_rows
+        else:
+            live = i_row < n_rows
+            n_kept = gl.where(live, n_kept, 0)
+            n_tiles, _, n_first = tiles(n_left, n_kept, ROWS, SPLIT, TILE // ROWS)
         b_q = q_s.index(PART).load(gl.DotOperandLayout(0, MMA_S, 2))
         fence_async_shared()
         mbarrier.arrive(q_empty, count=1)
@@ -272,8 +291,7 @@ def _consume(
             g, b_q, b_p, b_o, b_none, b_zero, o_k, n_first, None, live, ring, scale
         )
         g += 1
-        if i_row >= step:
-            i_done = i_row - step
+        if i_done >= 0:
             i_q = (i_done % m_q * PARTS + PART) * 64
             finish(
                 o, o_s, s_o, lse, ratio, shift, bias, b_o, b_m, b_l, i_done, i_q, n_q, m_q,
@@ -281,9 +299,10 @@ def _consume(
             )  # fmt: skip
         b_o = gl.zeros([64, D], gl.float32, MMA_O)
         b_m, b_l = b_m1, b_l1
-        # read early what the next step needs: the tiles of this row hide the latency
-        i_next = gl.minimum(i_row + step, n_rows - 1)
-        n_kept = gl.load(counts + i_next)
+        if taken is None:
+            # read early what the next step needs: the tiles of this row hide the latency
+            i_next = gl.minimum(i_row + step, n_rows - 1)
+            n_kept = gl.load(counts + i_next)
         if bits is not None:
             p_bits = bits + gl.minimum(i_row, n_rows - 1).to(gl.int64) * n_words
             w = words(p_bits, TILE)
@@ -308,15 +327,18 @@ def _consume(
                 p_z = total + (i_row // m_q).to(gl.int64) * D
                 b_p, b_l, b_o = _linear(g, b_q, b_p, b_o, b_l, p_z, eps, ring, PHI)
                 g += 1
-        p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
-        n_left = n_valid - gl.load(p_last) * BLOCK_K
+        i_done = i_row
+        if taken is None:
+            p_last = indices + i_next.to(gl.int64) * width + gl.maximum(n_kept - 1, 0)
+            n_left = n_valid - gl.load(p_last) * BLOCK_K
+            i_row = i_row + step
     tma.store_wait(0)
 
 
 @gluon.jit
 def _allocated(
     dtype: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr, TILE: gl.constexpr,
-    ROWS: gl.constexpr, STAGES: gl.constexpr,
+    ROWS: gl.constexpr, STAGES: gl.constexpr, COUNTED: gl.constexpr,
 ):  # fmt: skip
     """Shared memory and barriers of a producer and its warpgroups, as it is copied to and as it is
     multiplied."""
@@ -326,18 +348,19 @@ def _allocated(
     q_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
     k_s = gl.allocate_shared_memory(dtype, [PANELS, ROWS, 64], SHARED)
     v_s = gl.allocate_shared_memory(dtype, [PANELS, ROWS, 64], SHARED)
+    row_s = gl.allocate_shared_memory(gl.int32, [3, 32], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_full, count=2 if COUNTED else 1)
     mbarrier.init(q_empty, count=PARTS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
-    copied = (q_s, q_full, q_empty, (k_s, v_s, full, empty))
+    copied = (q_s, row_s, q_full, q_empty, (k_s, v_s, full, empty))
     k_s, v_s = whole(k_s, TILE, D, SHARED), whole(v_s, TILE, D, SHARED)
-    return copied, (q_s, q_full, q_empty, (k_s, v_s, full, empty))
+    return copied, (q_s, row_s, q_full, q_empty, (k_s, v_s, full, empty))
 
 
 _SIZES = ["n_q", "n_valid", "width", "m_q", "n_heads", "n_rows", "n_pool", "n_pool_tiles"]
@@ -347,21 +370,22 @@ _SIZES += ["n_words", "last"]
 @gluon.jit(do_not_specialize=_SIZES)
 def _block_sparse_attention_hopper_fwd_kernel(
     d_q, d_k, d_v, o, s_o, d_pk, d_pv, lse, bits, ratio, shift, total, bias, indices, counts,
-    n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, n_words, last,
+    taken, n_q, n_valid, width, m_q, n_heads, n_rows, n_pool, n_pool_tiles, n_words, last,
     scale, eps,
     BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr, TILE: gl.constexpr, ROWS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, PHI: gl.constexpr,
 ):  # fmt: skip
     gl.static_assert(STAGES > 1)
     LINEAR: gl.constexpr = total is not None
-    table = (indices, counts, width, n_q, n_valid, m_q, n_heads, n_rows)
+    COUNTED: gl.constexpr = taken is not None
+    table = (indices, counts, taken, width, n_q, n_valid, m_q, n_heads, n_rows)
     sizes = (n_pool, n_pool_tiles, n_words, last, scale)
     linear = (total, bias, eps)
     if BLOCK_Q == 128:
         dtype: gl.constexpr = d_k.dtype
         SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
         o_s = gl.allocate_shared_memory(dtype, [2, 64, D], SHARED)
-        copied, memory = _allocated(dtype, 2, D, TILE, ROWS, STAGES)
+        copied, memory = _allocated(dtype, 2, D, TILE, ROWS, STAGES, COUNTED)
         fence_async_shared()
         gl.warp_specialize([
             (_consume, (0, 1, 0, o, o_s.index(0), None, lse, bits, ratio, shift, linear, memory,
@@ -372,8 +396,8 @@ def _block_sparse_attention_hopper_fwd_kernel(
                         LINEAR)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
-        c0, m0 = _allocated(d_k.dtype, 1, D, TILE, ROWS, STAGES)
-        c1, m1 = _allocated(d_k.dtype, 1, D, TILE, ROWS, STAGES)
+        c0, m0 = _allocated(d_k.dtype, 1, D, TILE, ROWS, STAGES, COUNTED)
+        c1, m1 = _allocated(d_k.dtype, 1, D, TILE, ROWS, STAGES, COUNTED)
         fence_async_shared()
         gl.warp_specialize([
             (_consume, (0, 2, 0, o, None, s_o, lse, bits, ratio, shift, linear, m0, table, sizes,

@@ -33,6 +33,19 @@ def tiles(n_left, n_kept, ROWS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.co
 
 
 @gluon.jit
+def tell(row_s, i: gl.constexpr, x):
+    """Leave number i for the warpgroups."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    row_s.index(i).store(gl.full([32], 0, gl.int32, LAYOUT) + x)
+
+
+@gluon.jit
+def told(row_s, i: gl.constexpr):
+    """Number i that the producer left."""
+    return gl.max(row_s.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def words(p_bits, TILE: gl.constexpr):
     """The bits of a tile of blocks, 32 a word."""
     w = (gl.load(p_bits), gl.load(p_bits + 1))

@@ -133,7 +133,7 @@ def compile_cases(r: Run, row: Launch, kind: tuple[int, int]) -> None:
 def unequal_table(
     q: Tensor, block_q: int, block_k: int, keep: float, heads: float, rows: float
 ) -> BlockTable:
-    """Blocks at random, as many as log-normal shares of the heads and of the rows say: σ of each."""
+    """Random blocks, as many as log-normal shares of heads and of rows say: the σ of each."""
     (b, h, n, _), sizes = q.shape, (block_q, block_k)
     m_q, m_k = (block_count(n, size) for size in sizes)
     each = torch.randn(b, h, 1, 1, device=q.device) * heads

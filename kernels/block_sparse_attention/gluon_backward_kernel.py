@@ -38,7 +38,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dit_accel.kernels.block_sparse_attention.gluon_backward_parts import (
     allocated,
     leave,
-    named_row,
     operand,
     produce,
     products,
@@ -46,7 +45,7 @@ from dit_accel.kernels.block_sparse_attention.gluon_backward_parts import (
     tile,
     weights,
 )
-from dit_accel.kernels.block_sparse_attention.gluon_parts import place
+from dit_accel.kernels.block_sparse_attention.gluon_parts import place, told
 
 # Adds four numbers of a thread to the place of the first.
 _ADD = gl.constexpr("red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11};")
@@ -67,7 +66,7 @@ def _consume_dq(
     o_q = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA_S))
     g, phase = 0, 1
     mbarrier.wait(held_full, 0)
-    i_row = named_row(row_s)
+    i_row = told(row_s, 0)
     while i_row < n_rows:
         n_tiles = gl.maximum(gl.load(counts + i_row) * SPLIT, 1)
         p_stats = stats + (i_row * PARTS + PART).to(gl.int64) * 128 + o_q
@@ -94,7 +93,7 @@ def _consume_dq(
         leave(d_dq, o_s.index(PART), b_dq * scale, i_b, i_h, (i_m * PARTS + PART) * 64)
         mbarrier.wait(held_full, phase)
         phase ^= 1
-        i_row = named_row(row_s)
+        i_row = told(row_s, 0)
     tma.store_wait(0)
 
 
@@ -187,7 +186,7 @@ def _consume_dkdv(
     o_k = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA_O))
     g, phase = 0, 1
     mbarrier.wait(held_full, 0)
-    i_row = named_row(row_s)
+    i_row = told(row_s, 0)
     while i_row < n_rows:
         n_tiles = gl.load(counts + i_row) * SPLIT
         p_idx = indices + start(starts, i_row, width)
@@ -224,7 +223,7 @@ def _consume_dkdv(
         leave(d_dv, o_s.index(PART), b_dv, i_b, i_h, i_k)
         mbarrier.wait(held_full, phase)
         phase ^= 1
-        i_row = named_row(row_s)
+        i_row = told(row_s, 0)
     tma.store_wait(0)
 
 

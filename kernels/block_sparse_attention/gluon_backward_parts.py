@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language import PropagateNan
 
-from dit_accel.kernels.block_sparse_attention.gluon_parts import box, box_out, copy, place
+from dit_accel.kernels.block_sparse_attention.gluon_parts import box, box_out, copy, place, tell
 
 _KEEP_NAN = gl.constexpr(PropagateNan.ALL)
 
@@ -38,7 +38,8 @@ def produce(
         i_b, i_h, i_m = place(i_row, m_rows, n_heads)
         mbarrier.wait(held_empty, phase ^ 1)
         phase ^= 1
-        _name_row(i_row, row_s, held_full)
+        tell(row_s, 0, i_row)
+        mbarrier.arrive(held_full, count=1)
         mbarrier.expect(held_full, PARTS * 64 * D * 4)
         for part in gl.static_range(PARTS):
             copy(d_a, i_b, i_h, (i_m * PARTS + part) * 64, held_full, a_s.index(part))
@@ -64,22 +65,8 @@ def produce(
             g += 1
         i_row = i_next
     mbarrier.wait(held_empty, phase ^ 1)
-    _name_row(n_rows, row_s, held_full)
-    mbarrier.arrive(held_full, count=1)
-
-
-@gluon.jit
-def _name_row(i_row, row_s, held_full):
-    """Tell the warpgroups the row that lands next; n_rows is none."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    row_s.store(gl.full([32], 0, gl.int32, LAYOUT) + i_row)
-    mbarrier.arrive(held_full, count=1)
-
-
-@gluon.jit
-def named_row(row_s):
-    """The row that has landed."""
-    return gl.max(row_s.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    tell(row_s, 0, n_rows)
+    mbarrier.arrive(held_full, count=2)
 
 
 @gluon.jit
@@ -149,7 +136,7 @@ def allocated(
     y_s = gl.allocate_shared_memory(dtype, [STAGES, 64, D], SHARED)
     o_s = gl.allocate_shared_memory(dtype, [PARTS, 64, D], SHARED)
     stats_s = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 64], VECTOR)
-    row_s = gl.allocate_shared_memory(gl.int32, [32], VECTOR)
+    row_s = gl.allocate_shared_memory(gl.int32, [1, 32], VECTOR)
     held_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     held_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)

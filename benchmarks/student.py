@@ -1,12 +1,12 @@
 """A student of few steps beside its teacher, on the embedded model: recognised, PSNR, seconds.
 
     python benchmarks/student.py out/few4 --prompts 64 --batch 8 --out student.json
-    python benchmarks/student.py assets/emoji-few --prompts 3 --out cpu-student.json    # on a CPU
+    python benchmarks/student.py assets/emoji-sla --sampler own --prompts 1 --out cpu.json  # on a CPU
 
 Rows: the dense model as it ships, the dense model in as many steps as the student has, by its own
-scheduler and by the student's sampler, and the student (what `dit-accel finetune --few-steps`
-wrote). PSNR is to the dense clip of the same noise. Seconds are medians of a clip's share of a
-call, after one that is not timed: of the loop, and of the whole clip.
+scheduler and by the student's sampler, if that is another, and the student (what `dit-accel
+finetune` wrote). PSNR is to the dense clip of the same noise. Seconds are medians of a clip's share
+of a call, after one that is not timed: of the loop, and of the whole clip.
 """
 
 from __future__ import annotations
@@ -42,21 +42,22 @@ DENSE = AccelConfig(Dense(), Schedule())
 def rows(folder: Path, steps: int, sampler: str) -> dict[str, tuple[AccelConfig, Boost, dict]]:
     """Name → configuration, LoRA and what of the request differs."""
     student = replace(resolve(folder / "preset.json"), min_tokens=0)
-    few = {"steps": steps, "guidance": 1.0}
-    return {
+    few: dict[str, object] = {"steps": steps, "guidance": 1.0}
+    found = {
         "dense": (DENSE, Boost(), {}),
         f"dense, {steps} steps": (DENSE, Boost(), {"steps": steps}),
-        f"dense, {steps} steps, {sampler}": (DENSE, Boost(), {**few, "sampler": sampler}),
-        f"student, {steps} steps": (student, Boost(lora=f"{folder}/lora"),
-                                    {**few, "sampler": sampler}),
-    }  # fmt: skip
+    }
+    if sampler != "own":
+        few["sampler"] = sampler
+        found[f"dense, {steps} steps, {sampler}"] = DENSE, Boost(), few
+    return {**found, f"student, {steps} steps": (student, Boost(lora=f"{folder}/lora"), few)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("student", type=Path)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--sampler", default="flow:3")
+    parser.add_argument("--sampler", default="flow:3", help="own: the model's scheduler")
     parser.add_argument("--size", help="WxH; the model's own")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)

@@ -1,7 +1,7 @@
 """A student of few steps beside its teacher, on the embedded model: recognised, PSNR, seconds.
 
     python benchmarks/student.py out/few4 --prompts 64 --batch 8 --out student.json
-    python benchmarks/student.py assets/emoji-sla --sampler own --prompts 1 --out cpu.json  # on a CPU
+    python benchmarks/student.py assets/emoji-sla --sampler own --prompts 1 --out x.json  # a CPU
 
 Rows: the dense model as it ships, the dense model in as many steps as the student has, by its own
 scheduler and by the student's sampler, if that is another, and the student (what `dit-accel

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dit_accel.inputs import fields
 
-FEW_STEPS = 8  # a run of so many is one of a model distilled to few: a dense step is a great share
+FEW_STEPS = 8  # of so many or fewer each dense step is a great share of the run
 
 
 class Action(NamedTuple):
@@ -51,7 +51,7 @@ class Schedule:
             method.
 
     The first steps decide the picture's layout, so a run with no dense step at all ends in another
-    picture; a share (not a number) keeps few-step distilled models fast: 15 % of 4 steps is one.
+    picture; a share (not a number) keeps few-step models fast: 15 % of 4 steps is one, of 8 two.
     Raises ValueError for a value outside its range.
     """
 

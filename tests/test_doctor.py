@@ -108,19 +108,29 @@ def test_few_steps(loaded, given_times):
     who = sample.from_pipeline(*loaded, REQUEST)
     found = doctor.examine(who, steps=4)
     said = next(note for note in found.notes if "--warmup 0" in note)
-    assert said.startswith("of 4 steps the usual warm-up makes 1 dense") and "shared" in said
+    assert said.startswith("dense of 4 steps: 1, with ") and "with shared 2" in said
     slow = replace(found, bound=1.05)
     assert "fewer steps" not in recommend(slow)
     assert "fewer steps" in recommend(replace(slow, steps=20))
     usual = doctor.examine(who, steps=20)
     ceiling = {n: {o.method: o.ceiling for o in d.outlook} for n, d in ((4, found), (20, usual))}
     share = found.attention_share
-    assert ceiling[4]["topk"] == pytest.approx(1 / (1 - share + share * 0.25))  # none is dense
+    usual_of_4 = pytest.approx(1 / (1 - share + share * (0.25 + 0.75 * 0.25)))
+    assert (found.dense_steps, ceiling[4]["topk"]) == (1, usual_of_4)
     share = usual.attention_share
     assert ceiling[20]["topk"] == pytest.approx(1 / (1 - share + share * (0.15 + 0.85 * 0.25)))
     worth = replace(found, bound=9.0, outlook=[Outlook("topk", 0.25, 3.0, 2.0)])
-    assert "Take topk at keep 0.25 and --warmup 0" in recommend(worth)
-    assert "warmup" not in recommend(replace(worth, steps=20))
+    assert "Take topk at keep 0.25, with" in recommend(worth)
+    assert "Take topk at keep 0.25 and --warmup 0" in recommend(replace(worth, dense_steps=0))
+
+
+def test_the_schedule_of_a_checkpoint(loaded, given_times):
+    who = sample.from_pipeline(*loaded, REQUEST)
+    found = doctor.examine(who, steps=4, schedule=dit_accel.Schedule(warmup=0))
+    ceiling = {o.method: o.ceiling for o in found.outlook}
+    share = found.attention_share
+    assert ceiling["topk"] == pytest.approx(1 / (1 - share + share * 0.25))
+    assert found.dense_steps == 0 and any("steps: 0, with" in note for note in found.notes)
 
 
 def test_more_tokens_than_were_timed(loaded, given_times):

@@ -16,7 +16,7 @@ from dit_accel.evaluate.probe import watching
 from dit_accel.evaluate.profiled import Way
 from dit_accel.evaluate.rows import Row
 from dit_accel.evaluate.sensitivity import Sensitivity, measure
-from dit_accel.evaluate.tune import WARMUPS, warmups_of
+from dit_accel.evaluate.tune import warmups_of
 from dit_accel.generation.loading import load_pipeline
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
@@ -51,9 +51,18 @@ def test_a_limit_decides_every_layer():
 
 
 def test_warm_ups_that_differ():
-    assert warmups_of(WARMUPS, 20) == [0.15, 0.3, 0.45]
-    assert warmups_of(WARMUPS, 4) == [0.0, 0.15, 0.3]  # of 4 steps none, one, two
+    assert warmups_of(None, 20) == [0.15, 0.3, 0.45]
+    assert warmups_of(None, 9) == [0.15, 0.3, 0.45]
     assert warmups_of([0.3, 0.25], 4) == [0.25, 0.3]
+    assert warmups_of([1, 0, 2, 0.3], 4) == [0, 1, 2]  # two steps, by number or by share
+
+
+@pytest.mark.parametrize(
+    ("steps", "trained", "tried"),
+    [(8, False, [1, 2, 0]), (4, True, [0, 1, 2]), (2, False, [1, 0]), (1, False, [0])],
+)
+def test_warm_ups_of_few_steps(steps, trained, tried):
+    assert warmups_of(None, steps, trained) == tried
 
 
 def test_watching_changes_nothing(loaded):
@@ -210,6 +219,14 @@ def test_the_preset_is_what_was_measured(loaded, tmp_path):
     assert (tmp_path / "cells.jsonl").read_bytes() == before  # nothing was run twice
     assert again == done
     assert (tmp_path / "frontier.svg").read_text().startswith("<svg")
+
+
+def test_what_is_tried_of_few_steps(loaded, tmp_path):
+    study = Study(*loaded, Request("-", steps=2), tmp_path)
+    goal, options = tune.Goal(psnr=12.0), {"keeps": [0.5], "trials": 1}
+    done = tune.tune(study, goal, ["a cat"], ["a dog"], TEMPLATE, **options)
+    assert list(done["sensitivity"]) == ["shared", "pooled", "topk"]
+    assert done["trials"][0]["config"]["schedule"]["warmup"] == 1
 
 
 def test_a_model_that_stays_dense_is_said(loaded, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import checked, option
 from dit_accel.generation import options as say
@@ -47,8 +47,8 @@ def doctor(
 
     what, how = What(PROMPT, steps=steps, size=size, frames=frames), How(order=order)
     with Progress() as progress, checked():
-        sample, count = _sample(what, how, where, config_only, progress)
-        found = examine(sample, steps=count, order=order or "raster", progress=progress)
+        sample, run = _sample(what, how, where, config_only, progress)
+        found = examine(sample, **run, order=order or "raster", progress=progress)
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:
@@ -57,8 +57,8 @@ def doctor(
 
 def _sample(
     what: What, how: How, where: Where, config_only: bool, progress: Progress
-) -> tuple[Sample, int]:
-    """What to examine, and the steps of a run."""
+) -> tuple[Sample, dict[str, Any]]:
+    """What to examine, and the steps of a run and the schedule of a checkpoint, if any."""
     import torch
 
     from dit_accel.cli.session import load
@@ -78,11 +78,14 @@ def _sample(
         width, height = parse_size(what.size) if what.size is not None else usual[:0:-1]
         asked = (what.frames or usual[0], height, width)
         progress("building a layer", 0, None)
-        return sample.from_config(config, asked, device, kind), what.steps or STEPS
-    pipe, defaults, *_ = load(where, request, how, progress)
+        return sample.from_config(config, asked, device, kind), {"steps": what.steps or STEPS}
+    pipe, defaults, _, trained = load(where, request, how, progress)
     progress("reading the model", 0, None)
-    count = arguments(pipe, defaults, request).get("num_inference_steps") or STEPS
-    return sample.from_pipeline(pipe, defaults, request), count
+    count = arguments(pipe, defaults, request).get("num_inference_steps")
+    run: dict[str, Any] = {"steps": count or STEPS}
+    if trained is not None and trained.config is not None:
+        run["schedule"] = trained.config.schedule
+    return sample.from_pipeline(pipe, defaults, request), run
 
 
 def _print(found: Diagnosis) -> None:

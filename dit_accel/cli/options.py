@@ -7,7 +7,7 @@ Where`, see command.py); what only it has it describes itself, with `option`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -61,7 +61,7 @@ def seeds(text: str) -> list[int]:
     return found
 
 
-def numbers(text: str, kind: type, name: str) -> list[Any]:
+def numbers(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
     """ "0.1,0.2" as numbers; ValueError names the option."""
     try:
         found = [kind(part) for part in words(text)]

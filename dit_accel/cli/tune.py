@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dit_accel.cli.options import PROMPTS, SEEDS, checked, numbers, option, seeds, words
-from dit_accel.generation.options import Clips, Where
+from dit_accel.generation.options import Clips, Where, parse_warmup
 
 if TYPE_CHECKING:
     from dit_accel.evaluate.tune import Goal
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _WHAT, _HOW = "What to reach", "How to search"
 NOT_REACHED = 1
+METHODS = "pooled,topk"
+WARMUPS = ".15,.3,.45"
 KEEPS = ".1,.2,.3,.5"
 BUILT_IN = 3  # prompts of each of the package's lists
 
@@ -40,8 +42,12 @@ class AimOptions:
 class SearchOptions:
     """What is tried."""
 
-    methods: Annotated[str, option("Methods. \\[pooled,topk]", _HOW)] = "pooled,topk"
-    warmups: Annotated[str, option("Shares of dense steps. \\[.15,.3,.45]", _HOW)] = ".15,.3,.45"
+    methods: Annotated[str, option("Methods. \\[pooled,topk; of few steps shared, too]", _HOW)] = (
+        METHODS
+    )
+    warmups: Annotated[
+        str, option("Shares or numbers of dense steps. \\[.15,.3,.45; of few steps 1,2,0]", _HOW)
+    ] = WARMUPS
     keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = KEEPS
     trials: Annotated[int, option("Configurations to try at most. \\[24]", _HOW)] = 24
     profile: Annotated[
@@ -51,9 +57,10 @@ class SearchOptions:
     def values(self) -> dict[str, Any]:
         """Arguments of evaluate.tune; ValueError for what are no numbers."""
         own = self.profile is not None and self.keeps == KEEPS  # then the profile's
+        warmups = numbers(self.warmups, parse_warmup, "warmups")
         return {
-            "methods": words(self.methods),
-            "warmups": numbers(self.warmups, float, "warmups"),
+            "methods": None if self.methods == METHODS else words(self.methods),
+            "warmups": None if self.warmups == WARMUPS else warmups,
             "keeps": None if own else numbers(self.keeps, float, "keeps"),
             "trials": self.trials,
             "profile": self.profile,

@@ -68,6 +68,7 @@ class Diagnosis:
         square and the rest in proportion.
     layers, heads, head_dim: of the model's attention.
     steps: of a run.
+    dense_steps: how many of them the schedule makes dense in all layers.
     forward_seconds: of one transformer forward.
     attention_share: of it, spent in attention's core.
     bound: speed-up if attention took no time at all.
@@ -90,6 +91,7 @@ class Diagnosis:
     heads: int
     head_dim: int
     steps: int
+    dense_steps: int
     forward_seconds: float
     attention_share: float
     bound: float
@@ -113,18 +115,22 @@ def diagnose(
     geometry: Geometry,
     reasons: list[str],
     steps: int,
+    schedule: Schedule,
 ) -> Diagnosis:
     """Put together what was found.
 
     times: method → seconds of each kind of block, or why it did not run. seen: shape of q
-    [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were.
+    [B, H, N, D] and its dtype, None when every call was dense. reasons: why calls were. schedule:
+    of a run of so many steps.
     """
     model: Any = sample.transformer
     forward = sum(layer.count * layer.dense for layer in layers)
     share = 1 - sum(layer.count * layer.hollow for layer in layers) / forward
-    outlook = [_outlook(name, found, layers, share, steps) for name, found in times.items()]
+    outlook = [
+        _outlook(name, found, layers, share, steps, schedule) for name, found in times.items()
+    ]
     obstacles, notes = _obstacles(sample, geometry, reasons)
-    notes += _few(steps)
+    notes += _few(steps, schedule)
     q, dtype = seen or (None, model.dtype)
     tokens = round(geometry.n_visual * sample.scale)
     count = sum(layer.count for layer in layers)
@@ -141,6 +147,7 @@ def diagnose(
         heads=q[1] if q else 0,
         head_dim=q[3] if q else 0,
         steps=steps,
+        dense_steps=schedule.dense_steps(steps),
         forward_seconds=forward,
         attention_share=share,
         bound=1 / (1 - share) if share < 1 else float("inf"),
@@ -155,22 +162,17 @@ def diagnose(
     return replace(found, recommendation=recommend(found))
 
 
-def _few(steps: int) -> list[str]:
-    """What a dense step costs where there are few."""
+def _few(steps: int, schedule: Schedule) -> list[str]:
+    """How many steps are dense where there are few, and what for."""
     if steps > FEW_STEPS:
         return []
-    usual, bare = USUAL.dense_steps(steps), Schedule(warmup=0)
-    full = {name: dense_steps(named(name), steps, bare) for name in infos()}
-    states = [f"{name} then {n} full" for name, n in full.items() if n]
+    dense = schedule.dense_steps(steps)
+    full = {name: dense_steps(named(name), steps, schedule) for name in infos()}
+    counts = ", ".join([str(dense), *(f"with {m} {n}" for m, n in full.items() if n > dense)])
     return [
-        f"of {steps} steps the usual warm-up makes {usual} dense; a model distilled to few runs "
-        f"with --warmup 0 ({', '.join(states)})"
+        f"dense of {steps} steps: {counts}; a model that was trained with sparse attention needs "
+        "none (--warmup 0), any other comes much closer with one"
     ]
-
-
-def _schedule(steps: int) -> Schedule:
-    """What a run of so many steps is advised to take."""
-    return Schedule(warmup=0) if steps <= FEW_STEPS else USUAL
 
 
 def _outlook(
@@ -179,11 +181,11 @@ def _outlook(
     layers: list[BlockTimes],
     share: float,
     steps: int,
+    schedule: Schedule,
 ) -> Outlook:
-    """Ceiling and prediction of a whole run under the method's usual schedule; of few steps, with
-    none that is dense."""
+    """Ceiling and prediction of a whole run under a schedule."""
     method = named(name)
-    dense = dense_steps(method, steps, _schedule(steps)) / steps
+    dense = dense_steps(method, steps, schedule) / steps
     kept = dense + (1 - dense) * method.keep
     ceiling = 1 / (1 - share + share * kept)
     if isinstance(found, str):
@@ -246,8 +248,8 @@ def recommend(found: Diagnosis) -> str:
     gains = {o.method: o.predicted for o in found.outlook if o.predicted}
     if found.obstacles and not gains:
         return f"Leave it dense: {found.obstacles[0]}."
-    few = found.steps <= FEW_STEPS
-    fewer = "" if few else "; try fewer steps first: dit-accel evaluate shows what they cost"
+    many = found.steps > FEW_STEPS
+    fewer = "; try fewer steps first: dit-accel evaluate shows what they cost" if many else ""
     if found.bound < WORTH:
         return f"Leave attention dense: {share}, so that no method gains a tenth{fewer}."
     if not gains:
@@ -260,7 +262,7 @@ def recommend(found: Diagnosis) -> str:
         )
     pick = "pooled" if gains.get("pooled", 0.0) > 0.9 * gains[best] else best
     keep = next(o.keep for o in found.outlook if o.method == pick)
-    bare = " and --warmup 0" if few else ""
+    bare = "" if found.dense_steps else " and --warmup 0"
     low = f", with --min-tokens {found.tokens}" if found.tokens < (found.crossover or 0) else ""
     return (
         f"Take {pick} at keep {keep:g}{bare}{low}: {share}, and a whole run should be "

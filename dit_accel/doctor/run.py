@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dit_accel.api import Handle, accelerated
 from dit_accel.config import AccelConfig, named
-from dit_accel.doctor.diagnosis import BlockTimes, Diagnosis, diagnose
+from dit_accel.doctor.diagnosis import USUAL, BlockTimes, Diagnosis, diagnose
 from dit_accel.doctor.sample import Enough, Sample
 from dit_accel.machine import Stopwatch
 from dit_accel.methods import Call, Method, infos
@@ -101,10 +101,12 @@ def examine(
     sample: Sample,
     *,
     steps: int,
+    schedule: Schedule = USUAL,
     order: str = "raster",
     progress: Callable[[str, int, int | None], None] = lambda phase, done, total: None,
 ) -> Diagnosis:
-    """Time a block of each kind and say what it means for a run of `steps` steps.
+    """Time a block of each kind and say what it means for a run of `steps` steps under a
+    schedule.
 
     Each kind of run has its turn in each round, and its fastest turn counts, so that a busy machine
     disturbs little. Raises ValueError for a model that has no adapter, with the reason.
@@ -147,7 +149,7 @@ def examine(
     ]
     seen = hollow.seen[0] if hollow.seen else None
     times = {name: refused.get(name) or best[name] for name in configs if name not in ("", "dense")}
-    return diagnose(sample, layers, times, seen, geometry, list(reasons), steps)
+    return diagnose(sample, layers, times, seen, geometry, list(reasons), steps, schedule)
 
 
 def _configs(hollow: Hollow, order: str) -> dict[str, AccelConfig]:

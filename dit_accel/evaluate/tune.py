@@ -31,6 +31,7 @@ from dit_accel.generation.run import ProgressFn
 from dit_accel.inputs import fields
 from dit_accel.media.files import atomic
 from dit_accel.methods import Method
+from dit_accel.methods.dense import Dense
 from dit_accel.methods.learned import Learned
 from dit_accel.pages.scatter import Point, scatter
 from dit_accel.schedule import FEW_STEPS, Schedule, count_steps
@@ -38,6 +39,9 @@ from dit_accel.schedule import FEW_STEPS, Schedule, count_steps
 KEEPS = (0.1, 0.2, 0.3, 0.5)
 METHODS = ("pooled", "topk")
 WARMUPS = (0.15, 0.3, 0.45)
+# Of few steps `shared` is the closest, and a dense step in front is worth much.
+FEW_METHODS = ("shared", *METHODS)
+FEW_WARMUPS = (1, 2, 0)
 ORDERS = "orders.json"  # the profile of a preset's orders, beside it
 FILES = ("preset.json", "tuning.json", "frontier.svg", ORDERS)
 CHOICES = 15  # values of the error limit that are tried for: four generations find the best one
@@ -108,7 +112,7 @@ class Search:
         met = [trial for trial in self.trials if self.goal.met(trial)]
         return min(met, key=self.goal.rank, default=None)
 
-    def climb(self, way: Way, added: Sequence[Addition], warmups: Sequence[float]) -> None:
+    def climb(self, way: Way, added: Sequence[Addition], warmups: Sequence[float | int]) -> None:
         """A way at the first warm-up; then with each addition, which stays if it is better; then
         at the other warm-ups."""
         found = self.bisect(way, warmups[0])
@@ -122,7 +126,7 @@ class Search:
         for warmup in warmups[1:]:
             self.bisect(way, warmup)
 
-    def bisect(self, way: Way, warmup: float) -> Trial | None:
+    def bisect(self, way: Way, warmup: float | int) -> Trial | None:
         """The best trial that meets the goal: that of the largest error limit that reaches the
         PSNR, or of the smallest that is fast enough. None: there is none, or none that beats the
         best one so far."""
@@ -140,7 +144,7 @@ class Search:
         met = [trial for trial in self.trials[before:] if self.goal.met(trial)]
         return min(met, key=self.goal.rank, default=None)
 
-    def _hopeless(self, way: Way, warmup: float, limit: float) -> bool:
+    def _hopeless(self, way: Way, warmup: float | int, limit: float) -> bool:
         """Whether even the cheapest choice that is left costs more than the best one so far."""
         if self.best is None or self.goal.psnr is None:
             return False
@@ -148,7 +152,7 @@ class Search:
         kept = way.felt.planned(way.at(warmup, steps).schedule, limit, keep, steps)
         return share * kept + 1 - share >= self.best.work
 
-    def _try(self, way: Way, warmup: float, limit: float) -> Trial:
+    def _try(self, way: Way, warmup: float | int, limit: float) -> Trial:
         template = way.at(warmup, self.study.steps)
         schedule = way.felt.schedule(template.schedule, limit)
         name = f"{way.name}, warm-up {warmup:g}, error ≤ {limit:.3f}"
@@ -168,8 +172,8 @@ def tune(
     template: AccelConfig,
     *,
     seeds: Sequence[int] = (0,),
-    methods: Sequence[str] = METHODS,
-    warmups: Sequence[float] = WARMUPS,
+    methods: Sequence[str] | None = None,
+    warmups: Sequence[float | int] | None = None,
     keeps: Sequence[float] | None = None,
     trials: int = 24,
     profile: str | Path | None = None,
@@ -184,13 +188,13 @@ def tune(
     no preset is written. Files: preset.json, tuning.json, frontier.svg. profile: a file of
     `dit-accel profile`, in place of the dense run in which the methods run, too; its selector, its
     orders of the heads' tokens and its keeps of the heads are tried, and more in the early steps.
-    keeps: that a layer can get; None: the usual, or the profile's. Raises ValueError for a
-    prompt in both lists, for a model that attends densely whatever it is told, and for the profile
-    of another model or without these keeps.
+    methods, warmups (shares or numbers of steps): to try; None: the usual. keeps: that a layer can
+    get; None: the usual, or the profile's. Raises ValueError for a prompt in both lists, a model
+    that attends densely whatever it is told, a profile of another model or without these keeps.
     """
     check_search(prompts, held_out, methods, warmups, keeps, trials, profile)
     search = Search(study, goal, prompts, seeds, trials, progress, note)
-    tried, felt = warmups_of(warmups, study.steps), {}
+    tried, felt = warmups_of(warmups, study.steps, _own(study) is not None), {}
     known = None if profile is None else read(profile, keeps)
     if known is not None and profile is not None:
         check_profile(known, profile, study.pipe)
@@ -222,11 +226,19 @@ def tune(
     return data
 
 
-def _candidates(study: Study, methods: Sequence[str]) -> dict[str, Method]:
-    """By name; that of the pipeline's checkpoint before others, if it chooses blocks by a share and
-    can be tried in the middle of a dense run, which tiles and gates cannot."""
-    found = {name: named(name) for name in methods}
+def _own(study: Study) -> Method | None:
+    """The method that the checkpoint in the pipeline was trained for; None: there is none."""
     own = study.trained.method if study.trained is not None else None
+    return None if isinstance(own, Dense) else own
+
+
+def _candidates(study: Study, methods: Sequence[str] | None) -> dict[str, Method]:
+    """By name, None: the usual; that of the pipeline's checkpoint before others, if it chooses
+    blocks by a share and can be tried in the middle of a dense run, which tiles and gates cannot.
+    """
+    usual = FEW_METHODS if study.steps <= FEW_STEPS else METHODS
+    found = {name: named(name) for name in (usual if methods is None else methods)}
+    own = _own(study)
     if own is None or own.keep == 1 or own.reads_input or own.layout is not None:
         return found
     return {"checkpoint": own} | found
@@ -248,13 +260,16 @@ def _save(config: AccelConfig, folder: Path) -> None:
         temporary.write_text(json.dumps(data, indent=2) + "\n", "utf-8")
 
 
-def warmups_of(warmups: Sequence[float], steps: int) -> list[float]:
-    """Those of different numbers of steps, the smallest first; of the usual ones in a run of few
-    steps none at all, too."""
-    usual = tuple(warmups) == WARMUPS and steps <= FEW_STEPS
-    shares = sorted((0.0, *warmups) if usual else warmups)
-    counts = [count_steps(share, steps) for share in shares]
-    return [share for i, share in enumerate(shares) if counts[i] not in counts[:i]]
+def warmups_of(
+    warmups: Sequence[float | int] | None, steps: int, trained: bool = False
+) -> list[float | int]:
+    """Those of different numbers of steps, the smallest first; None: the usual ones, which in a run
+    of few steps begin with one step, for a model that was trained for its method with none."""
+    if warmups is None and steps <= FEW_STEPS:
+        usual = sorted(FEW_WARMUPS) if trained else FEW_WARMUPS
+        return [count for count in usual if count < steps]
+    found = {count_steps(warmup, steps): warmup for warmup in reversed(warmups or WARMUPS)}
+    return [found[count] for count in sorted(found)]
 
 
 def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, object]:
@@ -299,8 +314,8 @@ def frontier(trials: Sequence[Trial]) -> list[Trial]:
 def check_search(
     prompts: Sequence[str],
     held_out: Sequence[str],
-    methods: Sequence[str],
-    warmups: Sequence[float],
+    methods: Sequence[str] | None,
+    warmups: Sequence[float | int] | None,
     keeps: Sequence[float] | None,
     trials: int,
     profile: str | Path | None = None,
@@ -314,6 +329,8 @@ def check_search(
     if trials < 1:
         raise ValueError(f"trials is a number ≥ 1, not {trials}")
     grid = KEEPS if keeps is None else keeps
+    methods = METHODS if methods is None else methods
+    warmups = WARMUPS if warmups is None else warmups
     for what, values in (("methods", methods), ("warmups", warmups), ("keeps", grid)):
         if not values:
             raise ValueError(f"{what} names none: leave it out, or name some")

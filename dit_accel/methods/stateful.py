@@ -29,8 +29,8 @@ class Remembering(Method):
     Args:
         period: a full step comes at the latest this long after the last one: a share of the run
             (float in (0, 1]) or a number of steps (int); or a tuple of such, the places in the run
-            where full steps come, of two in a row the first alone. A schedule's `refresh` can ask
-            for more.
+            where full steps come, of two in a row the first alone. The run's last step is none:
+            nothing would use what it finds. A schedule's `refresh` can ask for more.
         residual: how R is kept: "full" (the model's dtype), "fp8" (a scale per row), "pooled" (one
             mean per query block) or "none" (not at all).
 
@@ -58,13 +58,17 @@ class Remembering(Method):
 
     def due(self, step: int, last: int, steps: int | None) -> bool:
         """Whether a full step is due in a run of so many (unknown: 20), the last one being `last`;
-        of a share not before the second step after it, for else none would be sparse."""
+        of a share not before the second step after it, for else none would be sparse. One that
+        falls on the run's last step is not, but one that was skipped before it is made up for."""
         count = _UNKNOWN if steps is None else steps
         if isinstance(self.period, tuple):
-            return any(last + 1 < count_steps(place, count) <= step for place in self.period)
-        if isinstance(self.period, int):
-            return step - last >= self.period
-        return step - last >= max(2, count_steps(self.period, count))
+            counted = (count_steps(place, count) for place in self.period)
+            places = [place for place in counted if place > last + 1]
+        elif isinstance(self.period, int):
+            places = [last + self.period]
+        else:
+            places = [last + max(2, count_steps(self.period, count))]
+        return any(place <= step and place + 1 != steps for place in places)
 
     def full_steps(self, first: int, steps: int) -> list[int]:
         """The full steps of a run whose first sparse step is `first`."""

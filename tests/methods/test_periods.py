@@ -17,7 +17,12 @@ from dit_accel.config import AccelConfig
         ((0.25, 0.4, 0.65), 3, 20, [3, 5, 8, 13]),
         ((0.25, 0.4, 0.65), 8, 50, [8, 13, 20, 33]),
         ((0.25, 0.4, 0.65), 0, 8, [0, 2, 4, 6]),
+        ((0.25, 0.4, 0.65), 1, 8, [1, 4, 6]),
         ((0.25, 0.4, 0.65), 0, 4, [0, 2]),
+        ((0.25, 0.4, 0.65), 1, 4, [1]),  # of the last step nothing is used
+        (0.25, 0, 5, [0, 2]),
+        (3, 0, 7, [0, 3]),
+        ((12,), 3, 13, [3]),
         ((12,), 3, 10, [3]),
         ((1, 4, 5), 0, 10, [0, 4]),
         (5, 10, 10, []),
@@ -31,15 +36,25 @@ def test_a_place_that_a_step_cache_skipped_is_made_up_for():
     method = SharedResidual(period=(0.5,))
     assert not method.due(9, 3, 20)
     assert method.due(12, 3, 20) and not method.due(13, 12, 20)
+    assert SharedResidual(period=5).due(19, 13, 20)  # that of 18, at the last step
+    assert not SharedResidual(period=5).due(19, 14, 20)
 
 
-def test_the_default_has_them_early_and_runs_so():
+@pytest.mark.parametrize("steps", [4, 10])
+def test_the_default_has_them_early_and_runs_so(steps):
     pipe = tiny_wan()
     with on(pipe, SharedResidual(keep=0.3), schedule=Schedule(warmup=1)) as handle:
-        run(pipe, steps=10, guidance=1.0)
-        steps = handle.report().steps
-    full = [n for n, step in enumerate(steps) if step["kept"] == 1]
-    assert full == [0, *SharedResidual().full_steps(1, 10)]
+        run(pipe, steps=steps, guidance=1.0)
+        ran = handle.report().steps
+    full = [n for n, step in enumerate(ran) if step["kept"] == 1]
+    assert full == [0, *SharedResidual().full_steps(1, steps)]
+
+
+def test_a_schedule_makes_the_last_step_full_where_it_asks():
+    pipe, asked = tiny_wan(), Schedule(warmup=1, refresh=2)
+    with on(pipe, SharedResidual(keep=0.3), schedule=asked) as handle:
+        run(pipe, steps=4, guidance=1.0)
+        assert [step["kept"] == 1 for step in handle.report().steps] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("period", [0, 1.5, True, (), (0.5, 0), (0.5, "2")])

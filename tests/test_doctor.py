@@ -122,6 +122,8 @@ def test_few_steps(loaded, given_times):
     worth = replace(found, bound=9.0, outlook=[Outlook("topk", 0.25, 3.0, 2.0)])
     assert "Take topk at keep 0.25, with" in recommend(worth)
     assert "Take topk at keep 0.25 and --warmup 0" in recommend(replace(worth, dense_steps=0))
+    slower = [Outlook("topk", 0.25, 3.0, 1.11), Outlook("pooled", 0.25, 3.0, 1.05)]
+    assert "Take topk" in recommend(replace(worth, outlook=slower))  # pooled gains no tenth
 
 
 def test_the_schedule_of_a_checkpoint(loaded, given_times):

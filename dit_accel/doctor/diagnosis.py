@@ -260,7 +260,7 @@ def recommend(found: Diagnosis) -> str:
             f"Leave attention dense at this size: {share}, and the fastest method ({best}) "
             f"gives {gains[best]:.2f}×{fewer}."
         )
-    pick = "pooled" if gains.get("pooled", 0.0) > 0.9 * gains[best] else best
+    pick = "pooled" if gains.get("pooled", 0.0) > max(WORTH, 0.9 * gains[best]) else best
     keep = next(o.keep for o in found.outlook if o.method == pick)
     bare = "" if found.dense_steps else " and --warmup 0"
     low = f", with --min-tokens {found.tokens}" if found.tokens < (found.crossover or 0) else ""

@@ -56,6 +56,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gate": {"combine": "gate"},
     **{name: {"branch": name} for name in ("decay", "gated", "rala", "rms", "gated & rms")},
+    "rala & rms": {"branch": "rala & rms"},
     **{name: {"branch": name} for name in ("conv", "decay & conv", "memory", "latents")},
     "conv alone": {"linear": None, "branch": "conv"},
     "sub": {"select": "sub"},
@@ -68,8 +69,8 @@ WHOLE = {
     **{"train": "lora", "size": 512, "frames": 33, "keep": 0.05, "select": "sub", "block_q": 64},
     **{"precision": "bf16", "batch": 8, "steps": 200, "lr_decay": 0.3, "ema": 0.998},
     **{"samples": 160, "scenes": 256, "clips": 32},
-    "rows": "plain;rms;conv;gated & rms;linear layers;learned;rala;gated;gate;conv alone;memory;"
-    "latents;decay",
+    "rows": "plain;rms;conv;gated & rms;linear layers;learned;rala & rms;gate;conv alone;rala;"
+    "gated;memory;latents;decay",
 }
 TEMPLATE = AccelConfig(Dense(), Schedule(warmup=0), min_tokens=0)
 _PLACES = ("out", "folder", "rows", "data", "row", "budget", "ready")

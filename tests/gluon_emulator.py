@@ -20,7 +20,10 @@ from gluon_machine import Barrier, Machine, Role, machine, start
 from torch import Tensor
 
 # Of our own code, what the kernels share; the second takes from the first.
-PARTS = [f"dit_accel.kernels.block_sparse_attention.gluon_{x}parts" for x in ("", "backward_")]
+PARTS = [
+    f"dit_accel.kernels.block_sparse_attention.gluon_{name}"
+    for name in ("parts", "backward_parts", "additions")
+]
 
 
 class Value(torch.Tensor):

@@ -4,7 +4,9 @@
         --frames 65 --batch 1 8 --compile 0 1 --out times.json
 
 Medians of --rounds generations after one that is not timed, and that one's own seconds, in which a
-row compiles. A row that fails holds its error. Every figure is written as it is found.
+row compiles; with CUDA graphs after a second one, which is recorded, and how far the latents of the
+last one, which was replayed, are from the first's. A row that fails holds its error. Every figure
+is written as it is found.
 """
 
 from __future__ import annotations
@@ -43,11 +45,22 @@ def timed(pipe, defaults, row: Row, base: Request, batch: int, rounds: int) -> d
     ]
     with row.boost.switch_on(pipe), accelerated(pipe, row.config) as handle:
         began = time.monotonic()
-        clips.make(pipe, defaults, asked)
-        first = time.monotonic() - began
-        seconds = [clips.make(pipe, defaults, asked)[0].seconds for _ in range(rounds)]
-        unplanned = handle.report().unplanned
-    return {"seconds": median(seconds), "all": seconds, "first_call": first, "unplanned": unplanned}
+        ran = clips.make(pipe, defaults, asked)
+        told = {"first_call": time.monotonic() - began}
+        if row.boost.graphs:
+            began = time.monotonic()
+            clips.make(pipe, defaults, asked)
+            told["recorded"] = time.monotonic() - began
+        found = [clips.make(pipe, defaults, asked) for _ in range(rounds)]
+        seconds = [made[0].seconds for made in found]
+        told |= {"apart": apart(ran, found[-1]), "unplanned": handle.report().unplanned}
+    return {"seconds": median(seconds), "all": seconds, **told}
+
+
+def apart(some: list[clips.Clip], others: list[clips.Clip]) -> float:
+    """The largest relative difference of two calls' latents."""
+    pairs = [(x.latents.float(), y.latents.float()) for x, y in zip(some, others, strict=True)]
+    return max(float((x - y).norm() / x.norm()) for x, y in pairs)
 
 
 def main() -> None:
@@ -58,6 +71,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--compile", type=int, nargs="+", default=[0], help="0, 1 or both")
+    parser.add_argument("--graphs", type=int, nargs="+", default=[0], help="0, 1 or both")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=9.0, help="no row begins after these")
     parser.add_argument("--out", type=Path, required=True)
@@ -70,12 +84,13 @@ def main() -> None:
     found = rows(names, (0.1,), args.steps, AccelConfig(Dense(), Schedule()))
     record = {"machine": describe(device), "command": shlex.join(sys.argv), "rows": []}
     record |= {"size": args.size, "frames": args.frames, "steps": args.steps}
-    for compiled, batch, row in product(args.compile, args.batch, found):
+    for compiled, batch, row, graphs in product(args.compile, args.batch, found, args.graphs):
         if time.monotonic() - began > 60 * args.minutes:
             break
-        line = {"row": row.name, "batch": batch, "compiled": bool(compiled)}
-        row = replace(row, boost=replace(row.boost, compile=bool(compiled)))
+        line = {"row": row.name, "batch": batch, "compiled": bool(compiled), "graphs": graphs > 0}
         try:
+            boost = replace(row.boost, compile=bool(compiled), graphs=graphs > 0)
+            row = replace(row, boost=boost)
             line |= timed(pipe, defaults, row, base, batch, args.rounds)
         except (RuntimeError, ValueError) as error:
             line["error"] = str(error).splitlines()[0]

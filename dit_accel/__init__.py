@@ -10,7 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what an editor and a type checker know of the names below
-    from dit_accel.api import accelerate, accelerated, attention, register_adapter, restore
+    from dit_accel.api import (
+        accelerate,
+        accelerated,
+        attention,
+        graphed,
+        register_adapter,
+        restore,
+    )
     from dit_accel.checkpoints import load_checkpoint
     from dit_accel.config import AccelConfig
     from dit_accel.generation.at_speed import at_speed
@@ -45,6 +52,7 @@ _HOME = {
     "accelerated": "api",
     "at_speed": "generation.at_speed",
     "attention": "api",
+    "graphed": "api",
     "load_checkpoint": "checkpoints",
     "register_adapter": "api",
     "restore": "api",
@@ -68,6 +76,7 @@ __all__ = [
     "accelerated",
     "at_speed",
     "attention",
+    "graphed",
     "load_checkpoint",
     "methods",
     "register_adapter",

@@ -19,7 +19,7 @@ from dit_accel.pipelines.denoisers import Pipe, denoisers, transformers_of
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.config import resolve as pruning
 from dit_accel.pruning.span import Span
-from dit_accel.runtime import patch
+from dit_accel.runtime import graphs, patch
 from dit_accel.runtime.assemble import Assembly, assemble
 from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
@@ -58,6 +58,10 @@ class Handle:
         """Call `hear` with the number of the layer and the block table of every sparse call from
         now on; None ends it. Layers are numbered as in the report; tables are not to be changed."""
         self._engine.books.watcher = hear
+
+    def forget(self) -> None:
+        """Begin the report anew."""
+        self._engine.books.clear()
 
     def restore(self) -> None:
         """Give the pipeline back exactly as it was. Doing it twice does nothing."""
@@ -141,6 +145,18 @@ def accelerated(
         yield handle
     finally:
         handle.restore()
+
+
+@contextmanager
+def graphed(pipe: Pipe) -> Iterator[None]:
+    """The forwards of `pipe`'s transformers as CUDA graphs, for the length of a with block.
+
+    For where Python takes longer to launch kernels than these take: short clips, small models, few
+    blocks. The second generation of a kind records, the third replays; see `runtime.graphs.graphed`
+    for what is raised, and for what it costs.
+    """
+    with graphs.graphed(list(_denoisers(pipe).values())):
+        yield
 
 
 def attention(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
@@ -28,7 +29,35 @@ def free_bytes(device: torch.device) -> int | None:
 def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """lru_cache for functions that return tensors: these are made outside of inference mode, for
     what a validation made is trained with later."""
-    return lambda make: lru_cache(maxsize)(torch.inference_mode(False)(make))
+
+    def decorated(make: Callable[..., T]) -> Callable[..., T]:
+        kept = lru_cache(maxsize)(torch.inference_mode(False)(make))
+
+        @wraps(make)
+        def found(*args: Any, **kwargs: Any) -> T:
+            value = kept(*args, **kwargs)
+            for held in _HOLDERS:
+                held.append(value)
+            return value
+
+        return found
+
+    return decorated
+
+
+_HOLDERS: list[list[object]] = []
+
+
+@contextmanager
+def holding() -> Iterator[list[object]]:
+    """Collects what functions of `cached_tensors` return in this block: a CUDA graph reads it after
+    the cache has let it go."""
+    held: list[object] = []
+    _HOLDERS.append(held)
+    try:
+        yield held
+    finally:
+        _HOLDERS.remove(held)
 
 
 class Machine(TypedDict):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from dit_accel.cli.options import Metadata, checked, option
-from dit_accel.generation.options import WHAT, How, Kv, Ulysses, What, Where
+from dit_accel.generation.options import HOW, WHAT, How, Kv, Ulysses, What, Where
 from dit_accel.parallel import launcher
 
 if TYPE_CHECKING:
@@ -20,12 +21,18 @@ Output = Annotated[
 ]
 
 
+Graphs = Annotated[
+    bool, option("Both sides as CUDA graphs, for what waits for Python on a GPU.", HOW)
+]
+
+
 def compare(
     what: What,
     how: How,
     where: Where,
     ulysses: Ulysses = 1,
     kv: Kv = None,
+    graphs: Graphs = False,
     output: Output = None,
     metadata: Metadata = True,
 ) -> None:
@@ -44,7 +51,7 @@ def compare(
     from dit_accel.generation.loading import find_model
 
     with checked():
-        request, _, boost = what.request(), how.config(), how.boost()
+        request, _, boost = what.request(), how.config(), replace(how.boost(), graphs=graphs)
         folder = output or free_name(f"compare-{slug(request)}", "", _is_of(request))
         check_output(folder)
         launcher.check(ulysses, kv)

@@ -80,8 +80,9 @@ class Row:
         """Same configuration, learned weights, boost and steps, same digest."""
         beside = [] if self.boost == Boost() else [asdict(self.boost)]
         facts: list[Any] = [self.config.to_dict(), self.steps, *beside]
-        for part, name in ((facts[0], "dense"), (facts[-1], "quantize")):  # younger than some cells
-            if isinstance(part, dict) and part.get(name, 0) is None:
+        younger = ((facts[0], "dense"), (facts[-1], "quantize"), (facts[-1], "graphs"))
+        for part, name in younger:  # than some cells
+            if isinstance(part, dict) and part.get(name, 0) in (None, False):
                 del part[name]
         text = json.dumps(facts, sort_keys=True).encode()
         weights = getattr(self.config.method, "weights", None)

@@ -1,5 +1,5 @@
-"""What goes beside sparse attention and is not ours: compiled blocks, linear layers in eight bits,
-a step cache, a LoRA."""
+"""What goes beside sparse attention: compiled blocks, CUDA graphs, linear layers in eight bits, a
+step cache, a LoRA."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dit_accel.api import graphed
 from dit_accel.generation import quantize
 from dit_accel.generation.quantize import check_kind
 from dit_accel.inputs import fields
@@ -35,15 +36,17 @@ class Boost:
             same as before but for so much (relative) skips the others. None: no cache.
         lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
         quantize: "int8" or "fp8": the blocks' linear layers in eight bits (torchao).
+        graphs: replay the transformer's forwards as CUDA graphs, see `dit_accel.graphed`.
 
-    Raises ValueError for a threshold that is not positive, for an unknown number format, and for a
-    LoRA with compiled or quantised blocks.
+    Raises ValueError for a threshold that is not positive, for an unknown number format, for a
+    LoRA with compiled or quantised blocks, and for a step cache with graphs.
     """
 
     compile: bool = False
     step_cache: float | None = None
     lora: str | None = None
     quantize: str | None = None
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         fields.check(self)
@@ -57,12 +60,20 @@ class Boost:
         check_kind(self.quantize)
         if self.lora is not None and self.quantize is not None:
             raise ValueError("a LoRA cannot join weights in eight bits: fuse it, pipe.fuse_lora()")
+        if self.graphs and self.step_cache is not None:
+            raise ValueError(
+                "a step cache decides from what the GPU has computed, and CUDA graphs do not wait "
+                "for it: leave out step_cache or graphs"
+            )
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError where the pipeline has no step caches, or cannot take the LoRA or be
         quantised."""
         if self.lora is not None:
             _check_lora(pipe, Path(self.lora))
+        if self.graphs:
+            with graphed(pipe):
+                pass
         for transformer in transformers_of(pipe):
             if self.quantize is not None:
                 quantize.check(self.quantize, transformer, _blocks(transformer))
@@ -90,11 +101,13 @@ class Boost:
 
     @contextmanager
     def compiled(self, pipe: DiffusionPipeline) -> Iterator[None]:
-        """Compiled blocks, if they are wanted, for the length of a block."""
+        """Compiled blocks and CUDA graphs, as they are wanted, for the length of a block."""
         with ExitStack() as stack:
             for transformer in transformers_of(pipe) if self.compile else ():
                 below = self.step_cache is not None
                 stack.enter_context(compiled_blocks(transformer, below=below))
+            if self.graphs:
+                stack.enter_context(graphed(pipe))
             yield
 
     @contextmanager

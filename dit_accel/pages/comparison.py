@@ -85,6 +85,7 @@ def _settings(data: dict[str, Any], side: str) -> dict[str, Any]:
     method, prune, cache = config["method"], config.get("prune"), boost.get("step_cache")
     beside = [f"{prune['keep']:.0%} of the tokens in pruned steps"] if prune else []
     beside += ["compiled blocks, dense run too"] if boost.get("compile") else []
+    beside += ["CUDA graphs, dense run too"] if boost.get("graphs") else []
     beside += [f"step cache at {cache:g}, {side} run only"] if cache is not None else []
     eight = boost.get("quantize")
     beside += [f"linear layers in {eight}, {side} run only"] if eight else []

@@ -65,6 +65,29 @@ class Books:
         layers = [LayerBook(book.name, book.number, book.part) for book in self.layers]
         return Books(self.strict, layers)
 
+    def clear(self) -> None:
+        """Count anew."""
+        new = self.blank()
+        self.layers, self.forwards, self.reasons = new.layers, new.forwards, new.reasons
+        self.unplanned, self.implementations = new.unplanned, new.implementations
+
+    def add(self, other: Books) -> None:
+        """Count what other books of the same layers have, those of one forward."""
+        here: tuple[LayerBook | StepBook, ...] = (*self.layers, self.forwards[-1])
+        there: tuple[LayerBook | StepBook, ...] = (*other.layers, other.forwards[-1])
+        for book, more in zip(here, there, strict=True):
+            book.sparse += more.sparse
+            book.dense += more.dense
+            if more.sparse:
+                book.kept = book.kept + more.kept
+        self.unplanned |= other.unplanned
+        for mine, its in (
+            (self.reasons, other.reasons),
+            (self.implementations, other.implementations),
+        ):
+            for name, count in its.items():
+                mine[name] = mine.get(name, 0) + count
+
     def _open(self, layer: int) -> list[LayerBook | StepBook]:
         """Where a call of `layer` is written: its own book, and that of the forward."""
         return [self.layers[layer], *self.forwards[-1:]]

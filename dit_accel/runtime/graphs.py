@@ -1,0 +1,337 @@
+"""Whole transformer forwards as CUDA graphs: recorded once, replayed without Python.
+
+Where a forward's kernels take less time than Python takes to launch them (a short clip, a small or
+distilled model, few kept blocks), the GPU waits. A graph launches them at once.
+
+What an accelerated forward does depends on those before it in its generation: methods keep a state.
+So the forwards that were seen form a tree: from a node, what may come next, by what it is given and
+where the generation stands. A forward that comes for the first time runs as ever, which compiles
+its kernels. When it comes again, and all before it in this generation were replayed, it is
+recorded; from then on it is replayed. Its state is kept with it, so that after it any forward can
+run as ever. A stock transformer has no state: each of its forwards hangs at the root.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import MethodType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from dit_accel.machine import holding
+from dit_accel.parallel.context import config_of
+from dit_accel.runtime import patch
+from dit_accel.runtime.books import Books
+from dit_accel.runtime.engine import Engine
+
+Forward = Callable[..., Any]
+MOST = 8  # ways to begin that are kept: shapes, numbers of steps
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class Recorder(Protocol):
+    """What records; `Cuda`, and an emulation on the CPU in the tests."""
+
+    def check(self, transformer: nn.Module) -> None:
+        """ValueError for one whose forwards it cannot record."""
+
+    def reads(self, x: Tensor) -> bool:
+        """Whether a replay reads this argument again; what others hold is part of the key."""
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What `run` returned, not computed yet, and what computes it again in the same memory."""
+
+
+class Cuda:
+    """CUDA graphs, which share their memory: of what a graph computes only what is still referred
+    to afterwards outlives it."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def check(self, transformer: nn.Module) -> None:
+        """See Recorder."""
+        where = {x.device.type for x in transformer.parameters()}
+        if where != {"cuda"}:
+            raise ValueError(
+                f"CUDA graphs are for transformers on a CUDA GPU, and this "
+                f"{type(transformer).__name__} is on {', '.join(sorted(where))}: leave graphs out"
+            )
+
+    def reads(self, x: Tensor) -> bool:
+        """See Recorder."""
+        return x.is_cuda
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """See Recorder. RuntimeError where `run` waits for the GPU or copies from the host."""
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed"):
+                out = run()
+        except RuntimeError as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(
+                f"this forward cannot be recorded as a CUDA graph: {why}; leave graphs out"
+            ) from error
+        return out, graph.replay
+
+
+class Given(NamedTuple):
+    """The arguments of a forward. leaves: tensors and plain values, spec: how they lie. read: of
+    each leaf, whether a replay reads it. keys: of each, what one graph serves."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+    read: list[bool]
+    keys: tuple[Hashable, ...]
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any, recorder: Recorder) -> Given:
+        """TypeError for an argument that is neither a tensor nor a plain value."""
+        leaves, spec = tree_flatten((args, kwargs))
+        read = [isinstance(x, Tensor) and recorder.reads(x) for x in leaves]
+        return cls(leaves, spec, read, tuple(map(_key, leaves, read)))
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A forward that can be replayed. inputs: where it reads its arguments; held: tensors that it
+    reads, too, and that nobody else may hold."""
+
+    inputs: list[Any]
+    output: list[Any]
+    spec: TreeSpec
+    replay: Callable[[], None]
+    held: list[object]
+    after: After | None
+
+
+@dataclass(eq=False)
+class After:
+    """How a forward left its engine, and what was booked in it."""
+
+    state: dict[Any, Any]
+    together: dict[Any, Any]
+    stateless_from: int | None
+    books: Books
+
+    @classmethod
+    def of(cls, engine: Engine, books: Books) -> After:
+        """Of a forward that has just been recorded with these books."""
+        state, together = _copied(engine.state), _copied(engine.together)
+        return cls(state, together, engine.stateless_from, books)
+
+    def restore(self, engine: Engine) -> None:
+        """As if the forward had run."""
+        for own, left in ((engine.state, self.state), (engine.together, self.together)):
+            own.clear()
+            own.update(_copied(left))
+        engine.stateless_from = self.stateless_from
+        engine.books.add(self.books)
+
+
+@dataclass(eq=False)
+class Node:
+    """A forward that was seen, and what came next."""
+
+    next: dict[Hashable, Node] = field(default_factory=dict)
+    recorded: Recorded | None = None
+
+
+@dataclass(eq=False)
+class Tree:
+    """The forwards of one engine. at: where its generation stands; replayed: all of it so far."""
+
+    root: Node = field(default_factory=Node)
+    at: Node = field(default_factory=Node)
+    generation: int | None = None
+    replayed: bool = True
+
+    def begin(self, generation: int) -> None:
+        """Back to the root where a new generation starts."""
+        if generation != self.generation:
+            self.at, self.generation, self.replayed = self.root, generation, True
+
+    def go(self, key: Hashable) -> tuple[Node, bool]:
+        """On to what comes next, and whether it was seen before."""
+        ways, known = self.at.next, key in self.at.next
+        node = ways.setdefault(key, Node())
+        while self.at is self.root and len(ways) > MOST:
+            del ways[next(iter(ways))]
+        self.at = node
+        return node, known
+
+
+class Graphs:
+    """The forwards of the transformers of one pipeline. inputs: where graphs read arguments; those
+    that are given alike share their place, for each fills it first."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.inputs: dict[Hashable, Tensor] = {}
+        self.stock = Node()
+        self.trees: weakref.WeakKeyDictionary[Engine, Tree] = weakref.WeakKeyDictionary()
+
+    def forward(self, transformer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What the transformer's own forward returns."""
+        own: Any = type(transformer).forward
+        run, entry = own.__get__(transformer), patch.of(transformer)
+        engine = None if entry is None else entry.engine
+        tree = self._tree(engine)
+        watched = engine is not None and engine.books.watcher is not None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched:
+            tree.replayed = False
+            return run(*args, **kwargs)
+        if engine is not None and engine.span is not None:
+            raise RuntimeError(
+                "token pruning decides on the way which tokens run, and CUDA graphs have decided: "
+                "leave out prune or graphs"
+            )
+        given = Given.of(args, kwargs, self.recorder)
+        at = None if engine is None else engine.here
+        where = None if at is None else (at.step, at.steps, at.passname)
+        key = (id(transformer), _weights(transformer), _mode(), where, str(given.spec), given.keys)
+        node, known = tree.go(key)
+        if not known or not tree.replayed:
+            tree.replayed = False
+            return run(*args, **kwargs)
+        tree.replayed = False  # until it has been
+        if node.recorded is None:
+            node.recorded = self._record(run, given, engine)
+        out = _replay(node.recorded, given, engine)
+        tree.replayed = True
+        return out
+
+    def _tree(self, engine: Engine | None) -> Tree:
+        """Where the forward at hand belongs, and where it stands there."""
+        if engine is None:
+            return Tree(self.stock, self.stock)
+        tree = self.trees.setdefault(engine, Tree())
+        tree.begin(engine.clock.generation)
+        return tree
+
+    def _record(self, run: Forward, given: Given, engine: Engine | None) -> Recorded:
+        inputs = [self._input(i, given) for i in range(len(given.leaves))]
+        args, kwargs = tree_unflatten(inputs, given.spec)
+        with holding() as held, _apart(engine) as books:
+            out, replay = self.recorder.record(lambda: run(*args, **kwargs))
+        output, spec = tree_flatten(out)
+        if strange := [x for x in output if not isinstance(x, (Tensor, *_PLAIN))]:
+            raise RuntimeError(
+                f"a transformer that returns {type(strange[0]).__name__} cannot be recorded as a "
+                "CUDA graph: leave graphs out"
+            )
+        held += [] if engine is None else [engine.here, engine.order.pair]
+        after = None if engine is None else After.of(engine, books)
+        return Recorded(inputs, output, spec, replay, held, after)
+
+    def _input(self, i: int, given: Given) -> Any:
+        """Argument i as a graph reads it."""
+        x, key = given.leaves[i], (i, given.keys[i])
+        if not given.read[i]:
+            return x
+        if key not in self.inputs:
+            with torch.inference_mode(False):
+                self.inputs[key] = torch.empty_like(x)
+        return self.inputs[key].copy_(x)
+
+
+@contextmanager
+def graphed(transformers: list[nn.Module], recorder: Recorder | None = None) -> Iterator[None]:
+    """Forwards without gradients as CUDA graphs, for the length of a block.
+
+    A forward is recorded the second time that a generation comes by it with the same shapes, steps
+    and weights, and replayed from the third on; the first runs as ever. Each way to begin (a size,
+    a number of steps) keeps the memory of its activations once; the oldest go when there are more
+    than 8. While tables are watched (`Handle.watch`) forwards run as ever.
+
+    recorder: None takes CUDA graphs. Raises ValueError for a transformer that is not whole on a
+    GPU, is offloaded, shares its sequence with other processes or is here already; RuntimeError at
+    a forward that cannot be recorded, for it waits for the GPU or prunes tokens.
+    """
+    graphs, done = Graphs(recorder or Cuda()), list[nn.Module]()
+    for transformer in transformers:
+        graphs.recorder.check(transformer)
+        processors = (getattr(m, "processor", None) for m in transformer.modules())
+        shared = any(config_of(processor) is not None for processor in processors)
+        if shared or "forward" in vars(transformer) or hasattr(transformer, "_hf_hook"):
+            what = "sequence is shared by processes" if shared else "forward has been replaced"
+            raise ValueError(
+                f"CUDA graphs are for a transformer as it is, without offload, step caches or "
+                f"context parallelism, and this {type(transformer).__name__}'s {what}: leave "
+                "graphs out"
+            )
+
+    def forward(transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return graphs.forward(transformer, args, kwargs)
+
+    try:
+        for transformer in transformers:
+            vars(transformer)["forward"] = MethodType(forward, transformer)
+            done.append(transformer)
+        yield
+    finally:
+        for transformer in done:
+            vars(transformer).pop("forward", None)
+
+
+def _weights(transformer: nn.Module) -> int:
+    """Of where they lie: what is moved, exchanged or adapted needs a graph of its own."""
+    return hash(tuple(x.data_ptr() for x in (*transformer.parameters(), *transformer.buffers())))
+
+
+def _mode() -> Hashable:
+    kind = "cuda"
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.is_inference_mode_enabled(), cast
+
+
+def _key(x: object, read: bool) -> Hashable:
+    if isinstance(x, Tensor):
+        held = None if read else str(x.tolist())
+        return tuple(x.shape), x.stride(), x.dtype, str(x.device), held
+    if isinstance(x, _PLAIN):
+        return type(x), x
+    raise TypeError(
+        f"a forward that is given {type(x).__name__} cannot be a CUDA graph: leave graphs out"
+    )
+
+
+@contextmanager
+def _apart(engine: Engine | None) -> Iterator[Books]:
+    """What is booked in a block, in books of its own."""
+    if engine is None:
+        yield Books()
+        return
+    real = engine.books
+    engine.books = books = real.blank()
+    books.forwards = [replace(real.forwards[-1], sparse=0, dense=0, kept=0.0)]
+    try:
+        yield books
+    finally:
+        engine.books = real
+
+
+def _replay(recorded: Recorded, given: Given, engine: Engine | None) -> Any:
+    for own, x, read in zip(recorded.inputs, given.leaves, given.read, strict=True):
+        if read:
+            own.copy_(x)
+    recorded.replay()
+    if recorded.after is not None and engine is not None:
+        recorded.after.restore(engine)
+    out = [x.clone() if isinstance(x, Tensor) else x for x in recorded.output]
+    return tree_unflatten(out, recorded.spec)
+
+
+def _copied(x: Any) -> Any:
+    """Dictionaries and lists anew, what they hold as it is."""
+    if isinstance(x, dict):
+        return {key: _copied(value) for key, value in x.items()}
+    return [_copied(value) for value in x] if isinstance(x, list) else x

@@ -268,11 +268,12 @@ def _asm(asm: str, _: str, args: list, dtype: torch.dtype, is_pure: bool, pack: 
     pointer.memory.index_put_((offset,), x, accumulate=True)
 
 
-def _atomic_add(pointer: Pointer, x: Any, sem: str) -> Value:
-    """Of a scalar; what was there before."""
-    offset, _ = pointer.at(None)
-    before = pointer.memory[offset].clone()
-    pointer.memory[offset] += x
+def _atomic_add(pointer: Pointer, x: Any, mask: Any = None, *, sem: str) -> Value:
+    """What was there before, where the mask is true; elsewhere a number that nobody may read."""
+    offset, mask = pointer.at(mask)
+    before = pointer.memory[offset.where(mask, 0)].masked_fill(~mask, 2**20)
+    x = value(x, before.dtype).expand(offset.shape)[mask]
+    pointer.memory.index_put_((offset[mask],), x, accumulate=True)
     return value(before)
 
 

@@ -2,13 +2,16 @@
 
 One warp copies by TMA, and two warpgroups of 64 query rows each multiply; for query blocks of 64,
 one row in each of two lanes, which have a warp that copies, and memory, of their own. The rows of a
-lane, every p-th of the table or the next of a counter, are one stream of tiles: slot g of the ring
-of STAGES slots holds K of tile g and V of tile g − 1, so that q·kᵀ of a tile runs beside p·v of the
-one before, and the first tile of a row beside the last of the row before. A tile is one or two
-groups of ROWS keys, two perhaps of different blocks: only the producer sees them apart. A row's
-tiles go from its end to its start: the only tile with a masked token comes first. Coordinates
-beyond a tensor read as zeros, and serve where there is no tile or group: V before the first, K
-after the last, a row without a block.
+lane are one stream of tiles: slot g of the ring of STAGES slots holds K of tile g and V of tile
+g − 1, so that q·kᵀ of a tile runs beside p·v of the one before, and the first tile of a row beside
+the last of the row before. A tile is one or two groups of ROWS keys, two perhaps of different
+blocks: only the producer sees them apart. A row's tiles go from its end to its start: the only tile
+with a masked token comes first. Coordinates beyond a tensor read as zeros, and serve where there is
+no tile or group: V before the first, K after the last, a row without a block.
+
+Of p lanes each has every p-th row of the table, or after its first one the next of a counter. The
+producer asks for that number as a row begins and reads the next row's count in its middle, so that
+both come while it copies.
 
 Barriers, each with two phases, waited for in turn by the parity of its uses:
     q_full: completes its u-th phase when all rows of the u-th q have landed (and it is told which
@@ -41,7 +44,9 @@ from dit_accel.kernels.block_sparse_attention.gluon_parts import (
     copy_tile,
     finish,
     group,
+    number,
     place,
+    take,
     tell,
     tiles,
     told,
@@ -69,17 +74,15 @@ def _produce(
     first, step = gl.program_id(0) * LANES + LANE, gl.num_programs(0) * LANES
     g, phase = 0, 0
     v_b, v_h, v_0, v_1, v_pool = 0, 0, n_valid, n_valid, 0
-    i_step, live = first, True
+    i_step, i_next, live = first, first, True
     n_next = gl.load(counts + gl.minimum(first, n_rows - 1))
     # one step more than rows: see _consume
     while live:
-        i_next = i_step + step
-        if taken is not None:
-            i_next = step + gl.atomic_add(taken, 1, sem="relaxed")
         live = i_step < n_rows
         i_row = gl.minimum(i_step, n_rows - 1)
         n_kept = gl.where(live, n_next, 0)
-        n_next = gl.load(counts + gl.minimum(i_next, n_rows - 1))
+        if taken is not None:
+            b_taken = take(taken)
         p_idx = indices + i_row.to(gl.int64) * width
         n_left = n_valid - gl.load(p_idx + gl.maximum(n_kept - 1, 0)) * BLOCK_K
         n_tiles, n_groups, n_first = tiles(n_left, n_kept, ROWS, SPLIT, GROUPS)
@@ -129,6 +132,9 @@ def _produce(
                 copy_tile(d_v, v_b, v_h, v_0, v_1, bar, v_s, st, GROUPS, D)
             v_b, v_h, v_0, v_1 = i_b, i_h, i_0, i_1
             g += 1
+            if i == n_all // 2:
+                i_next = step + (i_step if taken is None else number(b_taken))
+                n_next = gl.load(counts + gl.minimum(i_next, n_rows - 1))
         i_step = i_next
 
 

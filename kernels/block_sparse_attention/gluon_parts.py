@@ -33,6 +33,26 @@ def tiles(n_left, n_kept, ROWS: gl.constexpr, SPLIT: gl.constexpr, GROUPS: gl.co
 
 
 @gluon.jit
+def take(taken):
+    """Ask for the next number of a counter, in one thread of a warp.
+
+    A scalar would be waited for at once, to tell the other threads; so would one address for all,
+    which ptxas adds up over the warp first.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    o_t = gl.arange(0, 32, layout=LAYOUT)
+    b_one = gl.full([32], 1, gl.int32, LAYOUT)
+    return gl.atomic_add(taken + o_t, b_one, mask=o_t == 0, sem="relaxed")
+
+
+@gluon.jit
+def number(b_taken):
+    """What was asked for, in all threads."""
+    o_t = gl.arange(0, 32, layout=b_taken.type.layout)
+    return gl.max(gl.where(o_t == 0, b_taken, 0), 0)
+
+
+@gluon.jit
 def tell(row_s, i: gl.constexpr, x):
     """Leave number i for the warpgroups."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])

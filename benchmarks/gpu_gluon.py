@@ -6,14 +6,16 @@
 
 First processes compile every case. Then each candidate is checked in a process of its own, which is
 killed after a minute: a deadlock costs no more. At last those that passed are timed beside the
-plain kernel, in milliseconds and TFLOP/s of the kept work. Each case is written as it ends, with
-its error if it failed; no time starts after --budget seconds.
+plain kernel, in turns, in milliseconds and TFLOP/s of the kept work. Each case is written as it
+ends, with its error if it failed; no time starts after --budget seconds. The checks take rows from
+a counter, where a candidate has one, however few there are; the times as a launch would.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +23,8 @@ import time
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # a dry run compiles
 
 import torch
 from gpu_run import SHAPES, Plan, Run, random_table
@@ -33,6 +37,8 @@ from dit_accel.kernels.launch import Launch, capability_of, find
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
+from dit_accel.kernels.sparse_linear_attention import reference as linear
+from dit_accel.kernels.sparse_linear_attention.features import EPS, features
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close, references
 
@@ -40,7 +46,7 @@ LENGTHS = (1, 63, 64, 65, 1000, 4100)
 FEW = (65, 1000)
 KINDS = tuple(product((128, 64), (128, 64)))
 WIDTHS = SHAPES | {"flux-1024": (1, 24, 4608, 128), "cogvideox-5b": (1, 48, 17776, 64)}
-EXTRAS = {"": LENGTHS, "kv_len": LENGTHS, "pool": FEW, "rectify": FEW}
+EXTRAS = {"": LENGTHS, "kv_len": LENGTHS, "pool": FEW, "rectify": FEW, "linear": FEW}
 SECONDS = 60
 UNEQUAL = {"unequal heads": (0.8, 0.0), "unequal rows": (0.8, 0.6)}
 
@@ -74,7 +80,13 @@ def call_of(
         k[:, :, kv_len:], v[:, :, kv_len:] = torch.nan, torch.nan
     pool = pooled.pooled_keys(k, v, table, None, 128) if extra == "pool" else None
     pair = rectified.coefficients(q, k, v, table) if extra == "rectify" else None
-    return (q, k, v, out, lse, table, row, None, kv_len, pool, pair), kv_len
+    branch = None
+    if extra == "linear":
+        # of a weight that is the identity
+        fk, n, lse = features(k.float(), "softmax"), k.shape[2], None
+        state, total = (fk.mT @ v.float() / n).to(q.dtype), fk.sum(2) / n
+        branch = gluon.Linear(state, total, None, EPS / n, "softmax")
+    return (q, k, v, out, lse, table, row, None, kv_len, pool, pair, branch), kv_len
 
 
 def attend_plainly(call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -82,7 +94,7 @@ def attend_plainly(call: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     q, k, v, out, lse, table = call[:6]
     outs = torch.empty_like(out), torch.empty_like(lse)
     row = find("forward", capability_of(q), q.shape[-1], table.block_q, specialized=False)
-    sparse.attend(q, k, v, *outs, table, row, *call[7:])
+    sparse.attend(q, k, v, *outs, table, row, *call[7:11])
     return outs
 
 
@@ -99,6 +111,11 @@ def check(r: Run, row: Launch, n: int, d: int, block_k: int, extra: str) -> dict
         torch.testing.assert_close(out, plain[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(lse, plain[1], atol=1e-3, rtol=1e-3)
         return {"largest": (out - plain[0]).abs().max().item()}
+    if extra == "linear":
+        weight = torch.eye(d, device=r.device, dtype=q.dtype)
+        wide, same = references(linear.sparse_linear_attention, q, k, v, table, weight)
+        assert_close("out", out, wide, same)
+        return {"largest": (out.float() - wide).abs().max().item()}
     naive = pooled_reference.pooled_attention if extra == "pool" else None
     naive = naive or reference.block_sparse_attention
     options = {"kv_len": kv_len, "return_lse": True}
@@ -147,7 +164,7 @@ def times(
     r: Run, shape: tuple[int, ...], keep: float, block_q: int, block_k: int, rows: list[Launch],
     unequal: tuple[float, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The plain kernel and the candidates at one table; results are compared first."""
+    """The plain kernel and the candidates at one table, in turns; results are compared first."""
     q, k, v = (r.tokens(*shape) for _ in range(3))
     if unequal is None:
         table = random_table(r, q, shape[2], block_q, block_k, keep)
@@ -156,14 +173,15 @@ def times(
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=r.device)
     plain = find("forward", capability_of(q), shape[3], block_q, specialized=False)
     kept = 4e-9 * shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
-    call = (q, k, v, out, lse, table, plain)
-    ms = {"plain": r.ms(lambda: sparse.attend(*call))}
+    call = (q, k, v, out, lse, table)
+    sparse.attend(*call, plain)
     expected = out.clone()
     for row in rows:
-        call = (q, k, v, out.fill_(torch.nan), lse, table, row)
-        gluon.attend(*call)
+        out.fill_(torch.nan)
+        gluon.attend(*call, row)
         torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
-        ms[name_of(row)] = r.ms(lambda call=call: gluon.attend(*call))
+    fns = {name_of(row): lambda row=row: gluon.attend(*call, row) for row in rows}
+    ms = r.in_turns({"plain": lambda: sparse.attend(*call, plain), **fns})
     return {"ms": ms, "kept_tflops": {name: kept / x for name, x in ms.items()}}
 
 
@@ -233,6 +251,8 @@ def main() -> None:
         for _, row in wanted(options):
             r.case(f"compile {name_of(row)}", lambda row=row: vars(compile_row(row)))
         return
+    if options.compile or options.check is not None:
+        gluon.COUNTED = 0
     if options.compile:
         row, kind = map(int, options.compile.split("/"))
         return compile_cases(r, gluon.CANDIDATES[row], kinds(gluon.CANDIDATES[row])[kind])

@@ -12,10 +12,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 import triton
@@ -64,13 +65,18 @@ class Run:
         record = {"environment": environment(), "command": shlex.join(sys.argv)}
         self.path.write_text(json.dumps({**record, "cases": self.cases}, indent=1))
 
-    def ms(self, fn: Callable[[], Any]) -> float:
-        """Median milliseconds."""
+    def ms(self, fn: Callable[[], Any], rep: int = 150) -> float:
+        """Median milliseconds, over `rep` of them."""
         if self.dry or self.once:
             began = time.perf_counter()
             fn()
             return 1e3 * (time.perf_counter() - began)
-        return triton.testing.do_bench(fn, warmup=30, rep=150, return_mode="median")
+        return triton.testing.do_bench(fn, warmup=rep // 5, rep=rep, return_mode="median")
+
+    def in_turns(self, fns: dict[str, Callable[[], Any]], rounds: int = 3) -> dict[str, float]:
+        """Median milliseconds of each, timed in turns: what the clock does meets all alike."""
+        found = [{name: self.ms(fn, 50) for name, fn in fns.items()} for _ in range(rounds)]
+        return {name: median(turn[name] for turn in found) for name in fns}
 
     def graph_ms(self, fn: Callable[[], Any]) -> float:
         """Median milliseconds of a replayed CUDA graph: no time of launches."""

@@ -165,9 +165,8 @@ def cases(wanted: set[str]) -> Iterator[tuple[Launch, int, dict[str, str]]]:
         if "hopper+@90" in wanted:
             yield row, 128, {"extra": "pool"}
             yield row, 128, {"extra": "rectify"}
+            yield row, 128, {"extra": "linear"}
             yield row, 64, {}
-            if row.block == 128:
-                yield row, 128, {"extra": "linear"}
     for row in (*LAUNCHES, select_launch(2048), select_launch(4096)):
         place = f"@{row.capability}"
         if row.op in CASES and (not wanted or row.op + place in wanted):

@@ -63,7 +63,8 @@ def test_hopper_tries_pairs_of_small_key_blocks_too():
     tried = {size: list(sweep.candidates(now, 128, size)) for size in (64, 128)}
     assert all(any(launch.pairs for launch in found) for found in tried.values())
     assert all(launch.pairs or launch.tile <= 64 for launch in tried[64])
-    assert "pairs=True" in sweep._written(asdict(tried[64][-1]))
+    assert all(x.specialized or not (x.pairs or x.counter) for x in tried[64])
+    assert "pairs=True, counter=True" in sweep._written(asdict(tried[64][-2]))
     assert ["lazy=8.0" in sweep._written(asdict(x)) for x in tried[64]].count(True) == 1
 
 

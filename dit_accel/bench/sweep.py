@@ -95,7 +95,10 @@ def candidates(now: Launch, head_dim: int, block_k: int) -> Iterator[Launch]:
     from dit_accel.kernels.launch import find
 
     tma = (True, False) if now.capability >= 90 and head_dim in (64, 128) else (False,)
-    plain = replace(now, head_dim=head_dim, specialized=False, provenance="a candidate")
+    plain = replace(
+        now, head_dim=head_dim, specialized=False, pairs=False, counter=False,
+        provenance="a candidate",
+    )  # fmt: skip
     for tile, warps, stages, loads in product((64, 32, 128, 16), (4, 8), (2, 3, 4), tma):
         if tile <= block_k:
             yield replace(plain, tile=tile, warps=warps, stages=stages, descriptors=loads)
@@ -202,7 +205,7 @@ def _written(launch: dict[str, object]) -> str:
     defaults = {f.name: f.default for f in fields(Launch)}
     first = ("op", "capability", "head_dim", "block", "tile", "warps", "stages")
     given = [repr(launch[name]) for name in first]
-    rest = ("descriptors", "specialized", "pairs", "precision", "bits", "lazy")
+    rest = ("descriptors", "specialized", "pairs", "counter", "precision", "bits", "lazy")
     given += [f"{n}={launch[n]!r}" for n in rest if launch[n] != defaults[n]]
     return f"Launch({', '.join(given)})"
 

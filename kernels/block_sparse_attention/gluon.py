@@ -28,7 +28,13 @@ CANDIDATES = tuple(
         *((64, 64, 2), (64, 64, 3)),
     )
 )
-CANDIDATES += tuple(replace(CANDIDATES[0], pairs=True, counter=x) for x in (True, False))
+CANDIDATES += (
+    replace(CANDIDATES[-2], counter=True),
+    *(replace(CANDIDATES[0], pairs=True, counter=x) for x in (True, False)),
+)
+# Rows of a lane from which on a counter deals them out: with 6 its zeroing costs more than it
+# gains, with 23 less (benchmarks/results/h200-gluon-counter.json).
+COUNTED = 16
 # The numbers of the feature maps in the kernel.
 _FEATURES = {"softmax": 0, "elu": 1, "relu": 2}
 
@@ -132,6 +138,8 @@ def forward(
         phi = _FEATURES[linear.feature_map]
     n_rows = counts.numel()
     lanes = 128 // table.block_q
+    programs = min(block_count(n_rows, lanes), multiprocessors(q.device))
+    counted = launch.counter and n_rows >= COUNTED * lanes * programs
     arguments = {
         "d_q": descriptor(q, n_q, 64), "d_k": descriptor(k, n_valid, rows, 64),
         "d_v": descriptor(v, n_valid, rows, 64),
@@ -141,7 +149,7 @@ def forward(
         "d_pv": None if pool_v is None else descriptor(pool_v, pool_v.shape[2], rows, 64),
         "lse": lse, "bits": bits, "ratio": ratio, "shift": shift, "total": total, "bias": bias,
         "indices": indices, "counts": counts,
-        "taken": torch.zeros(1, dtype=torch.int32, device=q.device) if launch.counter else None,
+        "taken": torch.zeros(1, dtype=torch.int32, device=q.device) if counted else None,
         "n_q": n_q, "n_valid": n_valid,
         "width": width, "m_q": counts.shape[2], "n_heads": heads, "n_rows": n_rows,
         "n_pool": live, "n_pool_tiles": pool_tiles,
@@ -151,7 +159,7 @@ def forward(
         "BLOCK_Q": table.block_q, "BLOCK_K": table.block_k, "TILE": tile,
         "ROWS": rows, "D": d, "STAGES": stages, "PHI": phi,
     }  # fmt: skip
-    return (min(block_count(n_rows, lanes), multiprocessors(q.device)),), arguments, launch
+    return (programs,), arguments, launch
 
 
 def valid_counts(table: BlockTable, n_valid: int) -> Tensor:

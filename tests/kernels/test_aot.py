@@ -34,7 +34,7 @@ def test_the_main_rows():
     linear = ("state@80", "state@90", "project@80", "block_state@80", "linear@80")
     linear += ("linear_backward@80",)
     rows = compiled(*wanted, *linear)
-    assert len(rows) == 30
+    assert len(rows) == 33
     for row in rows:
         check(row)
 

@@ -1,6 +1,10 @@
 """The Hopper kernel: emulated with its roles in random order, compiled, and on a GPU."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from gluon_machine import Deadlock
 from dit_accel.kernels.block_sparse_attention import gluon, reference
 from dit_accel.kernels.block_sparse_attention import triton as plain
 from dit_accel.kernels.block_table.pool import kept_bits
+from dit_accel.kernels.launch import find
 from dit_accel.kernels.pooled_attention import reference as pooled_reference
 from dit_accel.kernels.sparse_linear_attention import reference as linear_reference
 from dit_accel.kernels.sparse_linear_attention.features import EPS, FEATURE_MAPS, features
@@ -23,6 +28,7 @@ from dit_accel.testing import assert_close, references
 
 KERNEL = "_block_sparse_attention_hopper_fwd_kernel"
 TEXT = Path(gluon.__file__).with_name("gluon_kernel.py")
+ROOT = Path(__file__).parents[2]
 EMULATED = emulated(TEXT, KERNEL)
 HALF = torch.float16
 CASES = [
@@ -34,6 +40,8 @@ CASES = [
     (300, 700, 64, 128, 128, 128, 2, 2),
     (129, 330, 64, 64, 128, 64, 2, 2),
 ]
+# Query blocks, and whether key blocks go in pairs: of 128 two warpgroups a row, of 64 two lanes.
+FORMS = [(128, False), (128, True), (64, False)]
 # Each breaks the protocol in one place.
 ERRORS = [
     ("mbarrier.arrive(empty.index(st), count=1)", "pass"),
@@ -47,11 +55,17 @@ ERRORS = [
     ("(g + 1) // STAGES & 1, pred=more", "(g + 1) // STAGES & 1"),
     ("            mbarrier.arrive(q_full, count=1)\n", ""),
     ("count=2 if COUNTED else 1", "count=1"),
+    ("gl.where(o_t == 0, b_taken, 0)", "b_taken"),
     ("mbarrier.expect(bar, 4 * TILE * D)", "mbarrier.expect(bar, TILE * D)"),
     ("b_s = warpgroup_mma_wait(1,", "b_s = warpgroup_mma_wait(2,"),
     ("warpgroup_mma_wait(0, (o_token,))", "warpgroup_mma_wait(1, (o_token,))"),
     ("        tma.store_wait(0)\n        o_s", "        o_s"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def rows_from_a_counter_however_few(monkeypatch):
+    monkeypatch.setattr(gluon, "COUNTED", 0)
 
 
 def inputs(n_q, n_k, d, block_q, block_k, dtype=HALF, device="cpu", keep=0.5):
@@ -109,22 +123,24 @@ def test_a_lane_may_have_no_row(programs):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.4, 2.0])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_rows_of_no_block_of_few_and_of_all(keep, pairs):
-    case = (260, 500, 64, 128, 64, 64, 2, 2)
+@pytest.mark.parametrize("block_q,pairs", FORMS)
+def test_rows_of_no_block_of_few_and_of_all(keep, block_q, pairs):
+    case = (260, 500, 64, block_q, 64, 64, 2, 2)
     args = inputs(*case[:5], keep=keep)
-    outs = emulate(case, *args, pairs=pairs)
-    check(outs, reference.block_sparse_attention, *args, None, True)
+    for seed in range(2):
+        outs = emulate(case, *args, seed=seed, pairs=pairs)
+        check(outs, reference.block_sparse_attention, *args, None, True)
 
 
 @pytest.mark.parametrize("kv_len", [1, 64, 130, 999])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_keys_beyond_kv_len_are_not_read(kv_len, pairs):
-    case = (200, 300, 64, 128, 64, 64, 2, 1)
+@pytest.mark.parametrize("block_q,pairs", FORMS)
+def test_keys_beyond_kv_len_are_not_read(kv_len, block_q, pairs):
+    case = (200, 300, 64, block_q, 64, 64, 2, 1)
     q, k, v, table = inputs(*case[:5])
     k[:, :, kv_len:], v[:, :, kv_len:] = torch.nan, torch.nan
-    outs = emulate(case, q, k, v, table, kv_len=kv_len, pairs=pairs)
-    check(outs, reference.block_sparse_attention, q, k, v, table, None, True, min(kv_len, 300))
+    for seed in range(2):
+        outs = emulate(case, q, k, v, table, seed=seed, kv_len=kv_len, pairs=pairs)
+        check(outs, reference.block_sparse_attention, q, k, v, table, None, True, min(kv_len, 300))
 
 
 def means(x, block, n_valid):
@@ -135,27 +151,58 @@ def means(x, block, n_valid):
 
 
 @pytest.mark.parametrize("kv_len", [None, 200])
-@pytest.mark.parametrize("block_q,pairs", [(64, False), (128, False), (128, True)])
+@pytest.mark.parametrize("block_q,pairs", FORMS)
 def test_pooled_keys_follow_the_kept_ones(kv_len, block_q, pairs):
     case = (150, 300, 64, block_q, 64, 64, 2, 2)
     q, k, v, table = inputs(*case[:5])
     pool = (*(means(x, 64, kv_len or 300) for x in (k, v)), kept_bits(table, kv_len))
-    outs = emulate(case, q, k, v, table, kv_len=kv_len, pool=pool, pairs=pairs)
-    check(outs, pooled_reference.pooled_attention, q, k, v, table, None, kv_len, True)
+    for seed in range(2):
+        options = {"seed": seed, "kv_len": kv_len, "pool": pool, "pairs": pairs}
+        outs = emulate(case, q, k, v, table, **options)
+        check(outs, pooled_reference.pooled_attention, q, k, v, table, None, kv_len, True)
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_the_epilogue_rectifies(pairs):
-    case = (150, 300, 64, 128, 64, 64, 2, 1)
+@pytest.mark.parametrize("block_q,pairs", FORMS)
+def test_the_epilogue_rectifies(block_q, pairs):
+    case = (150, 300, 64, block_q, 64, 64, 2, 1)
     q, k, v, table = inputs(*case[:5])
-    ratio, shift = torch.rand(1, 2, 2), torch.randn(1, 2, 2, 64)
-    out, _ = emulate(case, q, k, v, table, rectify=(ratio, shift), pairs=pairs)
+    ratio, shift = torch.rand(1, 2, 150 // block_q + 1), torch.randn(1, 2, 150 // block_q + 1, 64)
     expected = [
-        x * ratio.repeat_interleave(128, 2)[:, :, :150, None].to(x.dtype)
-        + shift.repeat_interleave(128, 2)[:, :, :150].to(x.dtype)
+        x * ratio.repeat_interleave(block_q, 2)[:, :, :150, None].to(x.dtype)
+        + shift.repeat_interleave(block_q, 2)[:, :, :150].to(x.dtype)
         for x in references(reference.block_sparse_attention, q, k, v, table)
     ]
-    assert_close("out", out, *expected)
+    for seed in range(2):
+        out, _ = emulate(case, q, k, v, table, seed=seed, rectify=(ratio, shift), pairs=pairs)
+        assert_close("out", out, *expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_row_of_64_queries_in_the_launch_table(seed, monkeypatch):
+    row = find("forward", 90, 128, 64)
+    assert row.specialized and row.block == 64
+    assert not find("forward", 90, 64, 64).specialized  # no faster with heads of 64
+    q, k, v, table = inputs(330, 450, 128, 64, 64)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    monkeypatch.setattr(gluon, "multiprocessors", lambda _: 2)
+    grid, arguments, _ = gluon.forward(q, k, v, out, lse, table, row)
+    assert arguments["taken"] is not None and arguments["STAGES"] == row.stages
+    EMULATED(arguments, *grid, seed)
+    check((out, lse), reference.block_sparse_attention, q, k, v, table, None, True)
+
+
+def test_a_counter_is_for_lanes_of_many_rows(monkeypatch):
+    monkeypatch.undo()
+    for block, lanes in ((128, 1), (64, 2)):
+        many = gluon.COUNTED * lanes * gluon.multiprocessors(torch.device("cpu"))
+        row = find("forward", 90, 128, block)
+        for rows, counted in ((many - 2, False), (many, True)):
+            x = torch.empty(1, 2, 1, 128, dtype=HALF).expand(-1, -1, rows // 2 * block, -1)
+            indices = torch.zeros(1, 2, rows // 2, 1, dtype=torch.int32)
+            table = BlockTable(indices, indices[..., 0], block, 128, rows // 2 * block, x.shape[2])
+            for launch, expected in ((row, counted), (replace(row, counter=False), False)):
+                arguments = gluon.forward(x, x, x, x, None, table, launch)[1]
+                assert (arguments["taken"] is not None) == expected
 
 
 LINEAR = [
@@ -283,10 +330,10 @@ def test_a_declined_call_takes_the_plain_kernel(device):
 
 
 def check_compiled(row: dict) -> None:
-    # later compilers than that of triton 3.6 spill what a row's first tile leaves no place for
+    # compilers spill what a row's first tile leaves no place for, triton 3.6's less than later ones
     version = tuple(int(x) for x in re.findall(r"\d+", triton.__version__)[:2])
     if not row["pairs"]:  # these spill outside of their loop: see below
-        assert row["stack"] <= (0 if version == (3, 6) else 24), row
+        assert row["stack"] <= (8 if version == (3, 6) else 24), row
     assert row["shared"] <= 227 * 1024, row
     assert row["tma"] > 5 and row["cp_async"] == 0 and row["wgmma"] >= 16, row
 
@@ -313,14 +360,21 @@ def test_what_the_protocol_and_the_pipeline_ask_of_the_compiler():
     assert len(beside) == 4 and min(beside) >= 60, beside
 
 
+@pytest.mark.parametrize("candidate", [-1, -2], ids=["", "counter"])
 @pytest.mark.parametrize("extra", [(), ("linear",)], ids=str)
-def test_the_loop_over_pairs_keeps_everything_in_registers(extra):
-    _, code = listing(gluon.__name__, *extra, candidate=-1)
+def test_the_loop_over_pairs_keeps_everything_in_registers(extra, candidate):
+    _, code = listing(gluon.__name__, *extra, candidate=candidate)
     found = [body for body in loops(code) if count("HGMMA", body) == 16]
     assert len(found) == 2  # of each warpgroup
     for body in found:
         assert not count("LDL", body) + count("STL", body)
         assert count("WARPGROUP.DEPBAR", body) == 2
+
+
+def test_the_counter_is_waited_for_after_the_copies_that_it_may_hide_behind():
+    _, code = listing(gluon.__name__, candidate=-2)
+    after = code[code.index("ATOMG") :]
+    assert "SYNCS.PHASECHK" in after[: re.search(r"REDUX|SHFL", after).start()]
 
 
 def test_the_loop_over_pooled_keys_stores_no_register():
@@ -339,11 +393,18 @@ def test_products_of_the_linear_branch_are_waited_for_together():
     assert code.count("HGMMA") == 64 and code.count("WARPGROUP.DEPBAR") == 12
 
 
+def test_the_benchmark_compiles_without_a_gpu(tmp_path):
+    script, out = ROOT / "benchmarks/gpu_gluon.py", tmp_path / "out.json"
+    command = [sys.executable, script, "--dry-run", "--match", "64x64.*counter", "--out", out]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    (case,) = json.loads(out.read_text())["cases"]
+    assert "error" not in case and case["wgmma"] > 0
+
+
 @pytest.mark.slow
 def test_compiles_with_extras():
     rows = compiled("hopper+@90")
-    wide = [row for row in gluon.CANDIDATES if row.block == 128]
-    assert len(rows) == 3 * len(gluon.CANDIDATES) + len(wide)
+    assert len(rows) == 4 * len(gluon.CANDIDATES)
     for row in rows:
         check_compiled(row)
 

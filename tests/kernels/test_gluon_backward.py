@@ -15,11 +15,11 @@ from dit_accel.kernels.block_sparse_attention import gluon_backward as hopper
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.block_sparse_attention import triton_backward as plain
 from dit_accel.kernels.block_table.transpose import transpose_table
-from dit_accel.kernels.launch import LAUNCHES
+from dit_accel.kernels.launch import LAUNCHES, find
 from dit_accel.table import BlockTable, block_count
 from dit_accel.testing import assert_close
 
-RESULTS = Path(__file__).parents[2] / "benchmarks/results/h200-backward.json"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 TEXT = Path(hopper.__file__).with_name("gluon_backward_kernel.py")
 NAME = "_block_sparse_attention_hopper_bwd_{}_kernel"
 EMULATED = {op: emulated(TEXT, NAME.format(op)) for op in ("dq", "dkdv")}
@@ -208,7 +208,7 @@ def test_one_kernel_makes_all_unless_the_bits_must_be_the_same(monkeypatch, bloc
 
 
 def test_the_launch_table_has_the_fastest_of_them():
-    measured = json.loads(RESULTS.read_text())["runs"]
+    measured = json.loads((RESULTS / "h200-backward.json").read_text())["runs"]
     milliseconds = next(
         case["ms"]
         for case in measured[-1]["cases"]
@@ -223,17 +223,36 @@ def test_the_launch_table_has_the_fastest_of_them():
         assert replace(row, provenance="a candidate") in hopper.CANDIDATES
         if row.block == 128:
             assert fastest[row.op] == f"{row.op}, blocks of 128, {row.stages} stages"
-    # query blocks of 64 were not timed: they have the plain kernels
     assert sorted((row.op, row.block) for row in rows) == [
-        ("dkdv", 64), ("dkdv", 128), ("dq", 128), ("gradients", 128)
+        ("dkdv", 64), ("dkdv", 128), ("dq", 64), ("dq", 128), ("gradients", 128)
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("blocks,served", [
-    ((128, 128), True), ((128, 64), True), ((64, 64), False), ((64, 128), False),
+def test_blocks_of_64_are_faster_than_the_plain_kernels():
+    cases = json.loads((RESULTS / "h200-backward-2.json").read_text())["cases"]
+    kernels, operators = (
+        next(x["ms"] for x in cases if x["case"] == f"{what} wan1.3b-480p keep 0.05 blocks 64x64")
+        for what in ("kernels", "operators")
+    )
+    for op in ("dq", "dkdv"):
+        assert (
+            kernels[f"{op}, blocks of 64, {find(op, 90, 128, 64).stages} stages"]
+            < (kernels[f"plain {op}"])
+        )
+    for name in ("backward", "pooled", "SLA"):
+        assert operators[name] < operators[f"{name}, plain"]
+    assert not find("dq", 90, 64, 64).specialized  # a training step gained nothing by it
+
+
+@pytest.mark.parametrize("plain_row,served", [
+    (None, True), (("dq", 64), False), (("dkdv", 128), False), (("dkdv", 64), True),
 ])  # fmt: skip
-def test_both_of_its_blocks_decide(monkeypatch, blocks, served):
-    q, k, v, grad, table = inputs(64, 64, 64, *blocks)
+def test_both_of_its_blocks_decide(monkeypatch, plain_row, served):
+    def find(op, _, __, block):
+        return SimpleNamespace(specialized=(op, block) != plain_row)
+
+    q, k, v, grad, table = inputs(64, 64, 64, 64, 128)
+    monkeypatch.setattr(plain, "find", find)
     monkeypatch.setattr(plain, "capability_of", lambda _: 90)
     fake = SimpleNamespace(is_cuda=True, shape=q.shape)
     monkeypatch.setattr(hopper, "unserved", lambda *_: None)

@@ -155,7 +155,8 @@ def graphed(pipe: Pipe) -> Iterator[None]:
     blocks. The second generation of a kind records, the third replays; see `runtime.graphs.graphed`
     for what is raised, and for what it costs.
     """
-    with graphs.graphed(list(_denoisers(pipe).values())):
+    scheduler = getattr(pipe, "scheduler", None)
+    with graphs.graphed(list(_denoisers(pipe).values()), scheduler=scheduler):
         yield
 
 

@@ -32,6 +32,8 @@ from dit_accel.runtime.engine import Engine
 
 Forward = Callable[..., Any]
 MOST = 8  # ways to begin that are kept: shapes, numbers of steps
+# what PEFT's layers keep in plain attributes
+_ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
@@ -147,10 +149,12 @@ class Node:
 
 @dataclass(eq=False)
 class Tree:
-    """The forwards of one engine. at: where its generation stands; replayed: all of it so far."""
+    """The forwards of one engine. at: where its generation stands; replayed: all of it so far;
+    mark: an object of this generation, None where that is not known."""
 
     root: Node = field(default_factory=Node)
     at: Node = field(default_factory=Node)
+    mark: object = None
     generation: int | None = None
     replayed: bool = True
 
@@ -158,6 +162,7 @@ class Tree:
         """Back to the root where a new generation starts."""
         if generation != self.generation:
             self.at, self.generation, self.replayed = self.root, generation, True
+            self.mark = object()
 
     def go(self, key: Hashable) -> tuple[Node, bool]:
         """On to what comes next, and whether it was seen before."""
@@ -170,11 +175,17 @@ class Tree:
 
 
 class Graphs:
-    """The forwards of the transformers of one pipeline. inputs: where graphs read arguments; those
-    that are given alike share their place, for each fills it first."""
+    """The forwards of the transformers of one pipeline.
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    inputs: where graphs read arguments; those that are given alike share their place, for each
+    fills it first. scheduler: of the pipeline, has other timesteps in each generation. built: of a
+    transformer the mark of the generation in which it was looked at, and what it was then.
+    """
+
+    def __init__(self, recorder: Recorder, scheduler: object = None) -> None:
+        self.recorder, self.scheduler = recorder, scheduler
+        self.built: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]]
+        self.built = weakref.WeakKeyDictionary()
         self.inputs: dict[Hashable, Tensor] = {}
         self.stock = Node()
         self.trees: weakref.WeakKeyDictionary[Engine, Tree] = weakref.WeakKeyDictionary()
@@ -197,7 +208,8 @@ class Graphs:
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
-        key = (id(transformer), _weights(transformer), _mode(), where, str(given.spec), given.keys)
+        kind = (id(transformer), self._build(transformer, tree.mark), _mode())
+        key = (kind, where, str(given.spec), given.keys)
         node, known = tree.go(key)
         if not known or not tree.replayed:
             tree.replayed = False
@@ -212,10 +224,17 @@ class Graphs:
     def _tree(self, engine: Engine | None) -> Tree:
         """Where the forward at hand belongs, and where it stands there."""
         if engine is None:
-            return Tree(self.stock, self.stock)
+            return Tree(self.stock, self.stock, getattr(self.scheduler, "timesteps", None))
         tree = self.trees.setdefault(engine, Tree())
         tree.begin(engine.clock.generation)
         return tree
+
+    def _build(self, transformer: nn.Module, mark: object) -> int:
+        """Of what it is made, looked up once in a generation."""
+        then, build = self.built.get(transformer, (None, 0))
+        if mark is None or mark is not then:
+            self.built[transformer] = mark, (build := _build(transformer))
+        return build
 
     def _record(self, run: Forward, given: Given, engine: Engine | None) -> Recorded:
         inputs = [self._input(i, given) for i in range(len(given.leaves))]
@@ -244,7 +263,9 @@ class Graphs:
 
 
 @contextmanager
-def graphed(transformers: list[nn.Module], recorder: Recorder | None = None) -> Iterator[None]:
+def graphed(
+    transformers: list[nn.Module], recorder: Recorder | None = None, scheduler: object = None
+) -> Iterator[None]:
     """Forwards without gradients as CUDA graphs, for the length of a block.
 
     A forward is recorded the second time that a generation comes by it with the same shapes, steps
@@ -252,11 +273,15 @@ def graphed(transformers: list[nn.Module], recorder: Recorder | None = None) -> 
     a number of steps) keeps the memory of its activations once; the oldest go when there are more
     than 8. While tables are watched (`Handle.watch`) forwards run as ever.
 
-    recorder: None takes CUDA graphs. Raises ValueError for a transformer that is not whole on a
-    GPU, is offloaded, shares its sequence with other processes or is here already; RuntimeError at
-    a forward that cannot be recorded, for it waits for the GPU or prunes tokens.
+    A LoRA or weights that come, go or change are seen at the next generation; plain attributes of
+    modules are not.
+
+    recorder: None takes CUDA graphs. scheduler: that of the pipeline, if there is one. Raises
+    ValueError for a transformer that is not whole on a GPU, is offloaded, shares its sequence with
+    other processes or is here already; RuntimeError at a forward that cannot be recorded, for it
+    waits for the GPU or prunes tokens.
     """
-    graphs, done = Graphs(recorder or Cuda()), list[nn.Module]()
+    graphs, done = Graphs(recorder or Cuda(), scheduler), list[nn.Module]()
     for transformer in transformers:
         graphs.recorder.check(transformer)
         processors = (getattr(m, "processor", None) for m in transformer.modules())
@@ -282,9 +307,18 @@ def graphed(transformers: list[nn.Module], recorder: Recorder | None = None) -> 
             vars(transformer).pop("forward", None)
 
 
-def _weights(transformer: nn.Module) -> int:
-    """Of where they lie: what is moved, exchanged or adapted needs a graph of its own."""
-    return hash(tuple(x.data_ptr() for x in (*transformer.parameters(), *transformer.buffers())))
+def _build(transformer: nn.Module) -> int:
+    """Of its modules, what hangs on them, and where their tensors lie. Its own hooks run outside of
+    its forward."""
+    tensors = (*transformer.parameters(), *transformer.buffers())
+    inside = (m for m in transformer.modules() if m is not transformer)
+    return hash((*map(_module, inside), *(x.data_ptr() for x in tensors)))
+
+
+def _module(m: nn.Module) -> Hashable:
+    own, hooks = vars(m), (len(m._forward_hooks), len(m._forward_pre_hooks))
+    adapter = [str(own[name]) for name in _ADAPTER if name in own]
+    return id(m), id(own.get("processor")), hooks, *adapter
 
 
 def _mode() -> Hashable:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from graph_emulator import Emulated
-from tiny import tiny_flux, tiny_wan
+from tiny import saved_lora, tiny_flux, tiny_wan
 
 import dit_accel
 from dit_accel import AccelConfig, Pooled, Schedule, TokenPruning, accelerated, graphed
@@ -206,10 +206,8 @@ def test_what_has_no_graphs_is_refused_before_anything_runs():
 
 
 def test_a_comparison_with_graphs_times_what_is_replayed(tmp_path, monkeypatch):
-    pipe, defaults = (
-        tiny_wan(),
-        Defaults(height=256, width=256, num_frames=9, num_inference_steps=4),
-    )
+    pipe = tiny_wan()
+    defaults = Defaults(height=256, width=256, num_frames=9, num_inference_steps=4)
     request, config = Request("a cat"), AccelConfig(Pooled(0.3), Schedule(warmup=1), min_tokens=0)
     wanted = compare(pipe, defaults, request, config, tmp_path / "a").data
     made = []
@@ -224,3 +222,32 @@ def test_a_comparison_with_graphs_times_what_is_replayed(tmp_path, monkeypatch):
     told = {"layers", "fallbacks", "implementations"}
     assert [found["attention"][x] for x in told] == [wanted["attention"][x] for x in told]
     assert "CUDA graphs, dense run too" in (tmp_path / "b" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("scheduler", [True, False])
+def test_a_lora_that_comes_or_changes_has_graphs_of_its_own(tmp_path, scheduler):
+    pipe, recorder = tiny_wan(), Emulated()
+
+    def scaled(scale):
+        pipe.set_adapters(["it"], adapter_weights=[scale])
+        return latents(pipe)
+
+    folder, stock = saved_lora(tmp_path), latents(pipe)
+    pipe.load_lora_weights(folder, adapter_name="it")
+    expected = [scaled(1.0), scaled(0.3)]
+    pipe.unload_lora_weights()
+    with graphs.graphed([pipe.transformer], recorder, pipe.scheduler if scheduler else None):
+        for _ in range(2):
+            torch.testing.assert_close(latents(pipe), stock)
+        pipe.load_lora_weights(folder, adapter_name="it")
+        for _ in range(2):
+            torch.testing.assert_close([scaled(1.0), scaled(0.3)], expected)
+        pipe.disable_lora()
+        torch.testing.assert_close(latents(pipe), stock)
+        pipe.enable_lora()
+        pipe.fuse_lora()
+        torch.testing.assert_close(latents(pipe), expected[1])
+        pipe.unfuse_lora()
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(latents(pipe), stock)
+    assert recorder.recorded >= 4 and not torch.equal(stock, expected[0])

@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= a rocket above a crab on a blue to pink background, moving up
-# on a GPU a size at which attention matters there, both sides compiled
-LARGE  = python -c "import torch; print('--size 512x512 --frames 65 --compile' * torch.cuda.is_available())"
+# on a GPU a size at which attention matters there, both sides compiled and as CUDA graphs
+LARGE  = --method shared:balanced --size 512x512 --frames 65 --compile --graphs
+GPU    = import torch; print('$(LARGE)' if torch.cuda.is_available() else '--speed balanced')
 
 .PHONY: demo app test test-slow test-browser coverage lint docs bench clean
 
@@ -15,7 +16,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/dit-accel compare "$(PROMPT)" --speed balanced $$($(BIN)/$(LARGE)) -o out/demo
+	$(BIN)/dit-accel compare "$(PROMPT)" $$($(BIN)/python -c "$(GPU)") -o out/demo
 
 app: $(BIN)/.installed
 	$(BIN)/python app.py

@@ -149,7 +149,9 @@ def test_means_and_spread():
     assert (row["psnr"], row["cells"], row["flicker"]) == (25.0, 2, 1.5)
     assert row["psnr_sd"] == pytest.approx(50**0.5)
     assert "latent_error" not in row
-    assert "25.00 ± 7.07" in markdown([row])
+    assert "25.00 ± 7.07" in markdown([row]) and "calls" not in markdown([row])
+    (row,) = summary([{**one, "together": 8}, {**two, "together": 2}])
+    assert "r: measured in calls of 2 and 8 clips: the last may hold fewer" in markdown([row])
 
 
 def test_a_plot_escapes_and_places():

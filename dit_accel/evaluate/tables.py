@@ -118,8 +118,8 @@ def markdown(rows: Rows, dense: dict[str, object] | None = None, notes: Sequence
     below += [f"- {row['row']}: refused: {row['error']}" for row in rows if "error" in row]
     below += [f"- {row['row']}: partly dense: {why}" for row in good for why in row["unplanned"]]
     below += [
-        f"- {row['row']}: out of memory on the way, measured in calls of "
-        f"{' and '.join(map(str, row['mixed_calls']))} clips"
+        f"- {row['row']}: measured in calls of {' and '.join(map(str, row['mixed_calls']))} "
+        "clips: the last may hold fewer, and one that ran out of memory is halved"
         for row in good
         if "mixed_calls" in row
     ]

@@ -246,3 +246,49 @@ def test_differences_of_the_same_clips(first):
             mean, error = cell.split(" ± ")
             assert same(mean, fmean(gains)), (label, title)
             assert same(error, stdev(gains) / len(gains) ** 0.5), (label, title)
+
+
+BRANCHES = {  # row of the table of trained branches → its other name in the raw file
+    "untrained, top-k": "untrained",
+    "conv with linear=None": "conv alone",
+    'combine="gate"': "gate",
+    "[eight of ten layers linear](#layers-of-linear-attention-alone)": "linear layers",
+    "what ships, 1,500 steps": "shipped",
+}
+
+
+def paired(one: list[float], other: list[float]) -> tuple[float, float]:
+    """The mean difference of the same clips, and its standard error."""
+    gains = [a - b for a, b in zip(one, other, strict=True)]
+    return fmean(gains), stdev(gains) / len(gains) ** 0.5
+
+
+def gains(cell: str) -> list[str]:
+    """Mean and error that a cell says."""
+    return cell.replace("−", "-").split(" ± ")
+
+
+def test_branches_trained_alike():
+    found = raw("h200-finetune-branches")["rows"]
+    (shown,) = [t for t in tables("docs/understand/methods/sla.md") if "velocity error" in t[0]]
+    assert {BRANCHES.get(row[0], row[0]) for row in shown[2:]} == set(found)
+    plain = found["plain"]["clips"]["psnr_each"]
+    assert len(plain) == 32
+    for label, error, psnr, gain, asked, cost in shown[2:]:
+        row = found[BRANCHES.get(label, label)]
+        clips = row["clips"]
+        seen = [clips[name] for name in ("emoji", "place", "motion")]
+        for said, share in zip(asked.removesuffix(" %").split(", "), seen, strict=True):
+            assert same(said, 100 * share), label
+        if label == "untrained, top-k":
+            assert same(error, found["plain"]["before"])
+        else:
+            assert same(error, row["after"]) if "after" in row else error == "", label
+        assert psnr == "" or same(psnr.removesuffix(" dB"), clips["psnr"]), label
+        if gain:
+            for said, value in zip(gains(gain), paired(clips["psnr_each"], plain), strict=True):
+                assert same(said, value), label
+        if cost:
+            step, memory = cost.split(", ")
+            assert same(memory, row["peak_gib"]), label
+            assert step == "¹" or same(step, row["seconds_a_step"]), label

@@ -292,3 +292,37 @@ def test_branches_trained_alike():
             step, memory = cost.split(", ")
             assert same(memory, row["peak_gib"]), label
             assert step == "¹" or same(step, row["seconds_a_step"]), label
+
+
+def test_methods_without_a_state_at_17408_tokens():
+    later, first = raw("h200-evaluate-scenes-17408-2"), raw("h200-evaluate-scenes-17408")
+    clips = {
+        row: {prompt: psnr for prompt, _, psnr in cells}
+        for row, cells in (first["psnr"] | later["psnr"]).items()
+    }
+    rows = {row["row"]: row for row in later["rows"]}
+    page = tables("docs/measure/evaluate.md")
+    (shown,) = [t for t in page if t[0][1:] == ["all", "PSNR (dB)", "SSIM", "emoji, place, motion"]]
+    lines = {row[0].partition(",")[0]: row for row in shown[2:]}
+    for name, row in rows.items():
+        _, work, psnr, ssim, asked = lines[name]
+        assert same(work.removesuffix(" %"), 100 * row["work_kept"])
+        mean, spread = psnr.split(" ± ")
+        assert same(mean, row["psnr"]) and same(spread, row["psnr_sd"]) and same(ssim, row["ssim"])
+        seen = [row[key] for key in ("emoji", "place", "motion")]
+        for said, share in zip(asked.removesuffix(" %").split(", "), seen, strict=True):
+            assert same(said, 100 * share), name
+    (compared,) = [t for t in page if t[0][1:2] == ["work"] and "8 of 20" in t[0][2]]
+    controls = (
+        "dense, 8 of 20 steps",
+        "dense, 6 of 20 steps",
+        "shared-q64-tile-steps-5 + cache@0.1",
+    )
+    assert {row[0].partition(",")[0] for row in compared[2:]} == set(rows)
+    for label, _, *cells in compared[2:]:
+        mine = clips[label.partition(",")[0]]
+        assert label.endswith(f", {len(mine)} prompts") or len(mine) == 64
+        for control, cell in zip(controls, cells, strict=True):
+            measured = paired([*mine.values()], [clips[control][prompt] for prompt in mine])
+            for said, value in zip(gains(cell), measured, strict=True):
+                assert same(said, value), (label, control)

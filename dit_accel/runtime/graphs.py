@@ -29,9 +29,10 @@ from dit_accel.parallel.context import config_of
 from dit_accel.runtime import patch
 from dit_accel.runtime.books import Books
 from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.interception import interceptor
 
 Forward = Callable[..., Any]
-MOST = 8  # ways to begin that are kept: shapes, numbers of steps
+MOST = 8  # ways to begin, or to go on, that are kept: shapes, numbers of steps
 # what PEFT's layers keep in plain attributes
 _ADAPTER = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -168,10 +169,38 @@ class Tree:
         """On to what comes next, and whether it was seen before."""
         ways, known = self.at.next, key in self.at.next
         node = ways.setdefault(key, Node())
-        while self.at is self.root and len(ways) > MOST:
+        while len(ways) > MOST:
             del ways[next(iter(ways))]
         self.at = node
         return node, known
+
+
+class Build(NamedTuple):
+    """Of what a transformer is made. modules: those inside of it, for its own hooks run outside of
+    its forward; digest: of them, of their adapters and of where tensors lie."""
+
+    modules: list[nn.Module]
+    digest: int
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> Build:
+        """It takes a millisecond."""
+        modules = [m for m in transformer.modules() if m is not transformer]
+        tensors = (*transformer.parameters(), *transformer.buffers())
+        return cls(modules, hash((*map(_module, modules), *(x.data_ptr() for x in tensors))))
+
+    def hooks(self) -> Hashable:
+        """What hangs on the modules now; guidance hangs it there for one pass of a step."""
+        return tuple(
+            (id(m), len(m._forward_hooks), len(m._forward_pre_hooks), id(vars(m).get("forward")))
+            for m in self.modules
+            if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
+        )
+
+
+def _module(m: nn.Module) -> Hashable:
+    own = vars(m)
+    return id(m), id(own.get("processor")), *(str(own[name]) for name in _ADAPTER if name in own)
 
 
 class Graphs:
@@ -179,12 +208,12 @@ class Graphs:
 
     inputs: where graphs read arguments; those that are given alike share their place, for each
     fills it first. scheduler: of the pipeline, has other timesteps in each generation. built: of a
-    transformer the mark of the generation in which it was looked at, and what it was then.
+    transformer the mark of the generation in which it was looked at, and what was found.
     """
 
     def __init__(self, recorder: Recorder, scheduler: object = None) -> None:
         self.recorder, self.scheduler = recorder, scheduler
-        self.built: weakref.WeakKeyDictionary[nn.Module, tuple[object, int]]
+        self.built: weakref.WeakKeyDictionary[nn.Module, tuple[object, Build]]
         self.built = weakref.WeakKeyDictionary()
         self.inputs: dict[Hashable, Tensor] = {}
         self.stock = Node()
@@ -200,15 +229,16 @@ class Graphs:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched:
             tree.replayed = False
             return run(*args, **kwargs)
-        if engine is not None and engine.span is not None:
+        if why := _decides(transformer, engine):
             raise RuntimeError(
-                "token pruning decides on the way which tokens run, and CUDA graphs have decided: "
-                "leave out prune or graphs"
+                f"{why} decides on the way what runs, and CUDA graphs have decided: leave out one "
+                "of them"
             )
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
-        kind = (id(transformer), self._build(transformer, tree.mark), _mode())
+        build = self._build(transformer, tree.mark)
+        kind = (id(transformer), build.digest, build.hooks(), _mode())
         key = (kind, where, str(given.spec), given.keys)
         node, known = tree.go(key)
         if not known or not tree.replayed:
@@ -229,11 +259,11 @@ class Graphs:
         tree.begin(engine.clock.generation)
         return tree
 
-    def _build(self, transformer: nn.Module, mark: object) -> int:
+    def _build(self, transformer: nn.Module, mark: object) -> Build:
         """Of what it is made, looked up once in a generation."""
-        then, build = self.built.get(transformer, (None, 0))
-        if mark is None or mark is not then:
-            self.built[transformer] = mark, (build := _build(transformer))
+        then, build = self.built.get(transformer, (None, None))
+        if build is None or mark is None or mark is not then:
+            self.built[transformer] = mark, (build := Build.of(transformer))
         return build
 
     def _record(self, run: Forward, given: Given, engine: Engine | None) -> Recorded:
@@ -273,13 +303,14 @@ def graphed(
     a number of steps) keeps the memory of its activations once; the oldest go when there are more
     than 8. While tables are watched (`Handle.watch`) forwards run as ever.
 
-    A LoRA or weights that come, go or change are seen at the next generation; plain attributes of
-    modules are not.
+    A LoRA or weights that come, go or change are seen at the next generation, hooks at the next
+    forward; plain attributes of modules are not, and what hooks inside do in Python is not done
+    again.
 
     recorder: None takes CUDA graphs. scheduler: that of the pipeline, if there is one. Raises
     ValueError for a transformer that is not whole on a GPU, is offloaded, shares its sequence with
     other processes or is here already; RuntimeError at a forward that cannot be recorded, for it
-    waits for the GPU or prunes tokens.
+    waits for the GPU, prunes tokens or has a step cache.
     """
     graphs, done = Graphs(recorder or Cuda(), scheduler), list[nn.Module]()
     for transformer in transformers:
@@ -307,24 +338,17 @@ def graphed(
             vars(transformer).pop("forward", None)
 
 
-def _build(transformer: nn.Module) -> int:
-    """Of its modules, what hangs on them, and where their tensors lie. Its own hooks run outside of
-    its forward."""
-    tensors = (*transformer.parameters(), *transformer.buffers())
-    inside = (m for m in transformer.modules() if m is not transformer)
-    return hash((*map(_module, inside), *(x.data_ptr() for x in tensors)))
-
-
-def _module(m: nn.Module) -> Hashable:
-    own, hooks = vars(m), (len(m._forward_hooks), len(m._forward_pre_hooks))
-    adapter = [str(own[name]) for name in _ADAPTER if name in own]
-    return id(m), id(own.get("processor")), hooks, *adapter
+def _decides(transformer: nn.Module, engine: Engine | None) -> str:
+    """What makes each forward another one, or ""."""
+    if engine is not None and engine.span is not None:
+        return "token pruning"
+    return "a step cache" if getattr(transformer, "is_cache_enabled", False) else ""
 
 
 def _mode() -> Hashable:
     kind = "cuda"
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    return torch.is_inference_mode_enabled(), cast
+    return torch.is_inference_mode_enabled(), cast, interceptor()
 
 
 def _key(x: object, read: bool) -> Hashable:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from graph_emulator import Emulated
 from tiny import saved_lora, tiny_flux, tiny_wan
+from torch.overrides import TorchFunctionMode
 
 import dit_accel
 from dit_accel import AccelConfig, Pooled, Schedule, TokenPruning, accelerated, graphed
@@ -202,6 +204,12 @@ def test_what_has_no_graphs_is_refused_before_anything_runs():
         pytest.raises(RuntimeError, match="token pruning decides"),
     ):
         latents(pipe)
+    with graphs.graphed([pipe.transformer], Emulated()):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        with pytest.raises(RuntimeError, match="a step cache decides"):
+            latents(pipe)
+        pipe.transformer.disable_cache()
+        latents(pipe)
     assert "forward" not in vars(pipe.transformer)
 
 
@@ -251,3 +259,57 @@ def test_a_lora_that_comes_or_changes_has_graphs_of_its_own(tmp_path, scheduler)
         pipe.unload_lora_weights()
         torch.testing.assert_close(latents(pipe), stock)
     assert recorder.recorded >= 4 and not torch.equal(stock, expected[0])
+
+
+def test_a_pass_with_hooks_of_its_own_is_no_replay_of_another():
+    """Perturbed guidance: some passes skip a block, by a hook that hangs there meanwhile."""
+    pipe, recorder = tiny_wan(), Emulated()
+    x, text = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32)
+    block, given = pipe.transformer.blocks[0], (x, torch.tensor([500.0]), text)
+
+    def both():
+        whole = pipe.transformer(*given)[0]
+        hook = block.register_forward_hook(lambda m, args, out: args[0])
+        skipped = pipe.transformer(*given)[0]
+        hook.remove()
+        return whole, skipped
+
+    with torch.no_grad():
+        expected = both()
+        with graphs.graphed([pipe.transformer], recorder):
+            for _ in range(3):
+                torch.testing.assert_close(both(), expected)
+    assert not torch.equal(*expected) and recorder.recorded == 2
+
+
+def test_an_output_by_name_is_replayed_by_name():
+    pipe, recorder = tiny_wan(), Emulated()
+    x, text, t = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32), torch.tensor([500.0])
+    with torch.no_grad(), graphs.graphed([pipe.transformer], recorder):
+        found = [pipe.transformer(x * n, t, text, return_dict=True).sample for n in (1, 2, 3)]
+        again = pipe.transformer(x, t, text, return_dict=True).sample
+    torch.testing.assert_close(again, found[0])
+    assert recorder.replayed == 3 and not torch.equal(found[1], found[2])
+
+
+def test_attention_that_a_mode_intercepts_is_no_replay_of_attention():
+    pipe, recorder = tiny_wan(), Emulated()
+    x, text, t = torch.randn(1, 16, 3, 8, 8), torch.randn(1, 16, 32), torch.tensor([500.0])
+
+    class Values(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                return torch.zeros_like(kwargs["query"])
+            return func(*args, **(kwargs or {}))
+
+    def both():
+        plain = pipe.transformer(x, t, text)[0]
+        with Values():
+            return plain, pipe.transformer(x, t, text)[0]
+
+    with torch.no_grad():
+        expected = both()
+        with graphs.graphed([pipe.transformer], recorder):
+            for _ in range(3):
+                torch.testing.assert_close(both(), expected)
+    assert not torch.equal(*expected)

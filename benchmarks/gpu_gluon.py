@@ -7,8 +7,8 @@
 First processes compile every case. Then each candidate is checked in a process of its own, which is
 killed after a minute: a deadlock costs no more. At last those that passed are timed beside the
 plain kernel, in turns, in milliseconds and TFLOP/s of the kept work. Each case is written as it
-ends, with its error if it failed; no time starts after --budget seconds. The checks take rows from
-a counter, where a candidate has one, however few there are; the times as a launch would.
+ends, with its error if it failed; no time starts after --budget seconds. A candidate with a counter
+takes its rows from it at every table, as if that was uneven; in the checks however few there are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def problem(r: Run, row: Launch, n: int, d: int, block_k: int) -> tuple[Tensor, 
     table = random_table(r, q, n, row.block, block_k, 0.5)
     for i in range(min(3, table.counts.shape[2])):
         table.counts[0, 0, i] = min(i, int(table.counts[0, 0, i]))
-    return q, k, v, table
+    return q, k, v, replace(table, uneven=True)
 
 
 def call_of(
@@ -173,7 +174,7 @@ def times(
     out, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=r.device)
     plain = find("forward", capability_of(q), shape[3], block_q, specialized=False)
     kept = 4e-9 * shape[1] * shape[2] ** 2 * shape[3] * table.density().item()
-    call = (q, k, v, out, lse, table)
+    call = (q, k, v, out, lse, replace(table, uneven=True))
     sparse.attend(*call, plain)
     expected = out.clone()
     for row in rows:

@@ -139,7 +139,8 @@ def uneven(r: Run, shape: tuple[int, ...], block_q: int, kind: str) -> BlockTabl
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(columns, device=r.device).expand_as(order)
     )
-    return BlockTable.from_mask(rank < counts[None, ..., None], block_q, 64, shape[2], shape[2])
+    mask, sizes = rank < counts[None, ..., None], (block_q, 64, shape[2], shape[2])
+    return replace(BlockTable.from_mask(mask, *sizes), uneven=kind != "equal rows")
 
 
 def row_times(r: Run, shape: tuple[int, ...], block_q: int) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class BlockTable:
         block_q, block_k: tokens in a query and in a key block; the last block may be short.
         n_q, n_k: tokens, so Mq = ceil(n_q / block_q) and Mk = ceil(n_k / block_k).
         bits: the same, where known.
+        uneven: rows are of unlike length by choice (a keep for each head, a mass, any mask), which
+            kernels may ask without waiting for the device.
 
     Raises ValueError for shapes that do not fit together, TypeError for another dtype.
     """
@@ -100,6 +102,7 @@ class BlockTable:
     n_q: int
     n_k: int
     bits: BlockBits | None = None
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
@@ -172,13 +175,15 @@ class BlockTable:
         merged = merged.sort(-1).values[..., :blocks]
         counts = (merged < blocks).sum(-1, dtype=torch.int32)
         indices = merged.clamp(max=blocks - 1).contiguous()
-        return BlockTable(indices, counts, self.block_q, self.block_k, self.n_q, self.n_k)
+        sizes = (self.block_q, self.block_k, self.n_q, self.n_k)
+        return BlockTable(indices, counts, *sizes, uneven=self.uneven or other.uneven)
 
     def rows(self, first: int, n_q: int) -> BlockTable:
         """The rows of the n_q queries from `first` on, where a block begins."""
         rows = slice(first // self.block_q, block_count(first + n_q, self.block_q))
         indices, counts = self.indices[:, :, rows], self.counts[:, :, rows]
-        return BlockTable(indices, counts, self.block_q, self.block_k, n_q, self.n_k)
+        sizes = (self.block_q, self.block_k, n_q, self.n_k)
+        return BlockTable(indices, counts, *sizes, uneven=self.uneven)
 
     def columns(self, first: int, n_k: int) -> BlockTable:
         """What it keeps of the n_k keys from `first` on, where a block begins, as a table of these;
@@ -189,13 +194,14 @@ class BlockTable:
         here = here.masked_fill(~kept, blocks).sort(-1).values[..., :blocks]
         counts = kept.sum(-1, dtype=torch.int32)
         indices = here.clamp(max=blocks - 1).contiguous()
-        return BlockTable(indices, counts, self.block_q, self.block_k, self.n_q, n_k)
+        sizes = (self.block_q, self.block_k, self.n_q, n_k)
+        return BlockTable(indices, counts, *sizes, uneven=True)
 
     @classmethod
     def from_mask(
         cls, mask: Tensor, block_q: int, block_k: int, n_q: int, n_k: int, width: int | None = None
     ) -> BlockTable:
-        """The table of a [B, H, Mq, Mk] bool mask.
+        """The table of a [B, H, Mq, Mk] bool mask, uneven.
 
         width: columns, at least the largest count (None: just that, which waits for the device).
         """
@@ -208,4 +214,5 @@ class BlockTable:
         counts = mask.sum(-1, dtype=torch.int32)
         width = max(1, int(counts.max())) if width is None else width
         order = torch.sort(mask, dim=-1, descending=True, stable=True).indices
-        return cls(order[..., :width].int().contiguous(), counts, block_q, block_k, n_q, n_k)
+        indices, sizes = order[..., :width].int().contiguous(), (block_q, block_k, n_q, n_k)
+        return cls(indices, counts, *sizes, uneven=True)

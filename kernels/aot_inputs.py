@@ -25,11 +25,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def table(block_q: int, block_k: int) -> BlockTable:
-    """A table without memory, for the shape of this file."""
+    """An uneven table without memory, for the shape of this file."""
     batch, heads, n = SHAPE
     rows = block_count(n, block_q)
     indices = empty(batch, heads, rows, KEPT, dtype=torch.int32)
-    return BlockTable(indices, empty(batch, heads, rows, dtype=torch.int32), block_q, block_k, n, n)
+    counts, sizes = empty(batch, heads, rows, dtype=torch.int32), (block_q, block_k, n, n)
+    return BlockTable(indices, counts, *sizes, uneven=True)
 
 
 def tokens(head_dim: int, dtype: torch.dtype) -> Tensor:

@@ -49,6 +49,7 @@ def test_patterns_have_their_shapes():
     masks = {name: table.to_mask()[0] for name, table in found.items()}
     equal = {name for name, table in found.items() if len(table.counts.unique()) == 1}
     assert equal == {"topk", "random", "window", "stripe"}
+    assert equal == {name for name, table in found.items() if not table.uneven}
     assert masks["window"].diagonal(dim1=-2, dim2=-1).all()
     edges = (masks["window"].int().diff(dim=-1) != 0).sum(-1)
     assert edges.max() <= 2  # one run of blocks in each row

@@ -44,6 +44,25 @@ def test_a_share_for_each_head():
         assert torch.equal(table.to_mask()[:, h], ops.block_table(q, k, share).to_mask()[:, h])
 
 
+@pytest.mark.parametrize(
+    "keep,options,uneven",
+    [
+        (0.4, {}, False),
+        (0.4, {"forced": torch.arange(5) < 1, "near": torch.eye(4, 5).bool()}, False),
+        ((0.4, 0.4, 0.4), {}, False),
+        ((0.2, 0.4, 0.4), {}, True),
+        (0.4, {"mass": 0.5}, True),
+    ],
+)
+def test_shares_of_heads_and_a_mass_make_uneven_tables(keep, options, uneven):
+    q, k = qkv = qk()
+    scores = torch.rand(2, 3, 4, 5).softmax(-1)
+    means = ops.block_table(q, k, keep, return_means=True, **options)[0]
+    given = ops.choose_blocks(scores, keep, 200, 320, **options)
+    for table in (ops.block_table(*qkv, keep, **options), means, given):
+        assert table.uneven == uneven
+
+
 @pytest.mark.parametrize("kv_len", [None, 250, torch.tensor([320, 77])], ids=str)
 def test_compiles_whole(kv_len):
     forced = torch.tensor([True, False, False, False, False])

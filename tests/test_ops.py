@@ -10,7 +10,7 @@ from dit_accel import ops
 from dit_accel.kernels.block_sparse_attention import reference
 from dit_accel.kernels.pooled_attention import reference as pooled
 from dit_accel.kernels.rectified_attention import reference as rectified
-from dit_accel.ops import registration, tables
+from dit_accel.ops import dispatch, registration, tables
 from dit_accel.table import BlockTable
 from dit_accel.testing import assert_close
 
@@ -106,11 +106,12 @@ def test_gradients_with_checkpointing():
 @pytest.mark.parametrize(
     "kv_len", [None, 250, torch.tensor([300, 77])], ids=["all", "int", "batch"]
 )
-def test_compiles_whole(kv_len: int | torch.Tensor | None):
+@pytest.mark.parametrize("keep", [0.4, (0.2, 0.6)], ids=str)
+def test_compiles_whole(kv_len: int | torch.Tensor | None, keep: float | tuple[float, ...]):
     forced = torch.tensor([True, False, False, False, False])
 
     def model(q, k, v):
-        table = ops.block_table(q, k, 0.4, forced=forced, kv_len=kv_len)
+        table = ops.block_table(q, k, keep, forced=forced, kv_len=kv_len)
         out, lse = ops.block_sparse_attention(q, k, v, table, return_lse=True, kv_len=kv_len)
         return out.square().sum() + lse.sum() + table.density()
 
@@ -127,9 +128,11 @@ COMPENSATED = [ops.pooled_attention, ops.rectified_attention]
 
 
 @pytest.mark.parametrize("op", COMPENSATED)
-def test_compensated_operators_compile_whole(op):
+@pytest.mark.parametrize("mass", [0.0, 0.5])
+def test_compensated_operators_compile_whole(op, mass):
     def model(q, k, v):
-        return op(q, k, v, ops.block_table(q, k, 0.4, kv_len=250), kv_len=250).square().sum()
+        table = ops.block_table(q, k, 0.4, kv_len=250, mass=mass)
+        return op(q, k, v, table, kv_len=250).square().sum()
 
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     tensors = qkv()
@@ -187,6 +190,43 @@ def test_a_table_hands_on_its_bits_of_the_same_keys(monkeypatch, op, made, given
     assert bool(handed) == known and torch.equal(out, expected)
 
 
+LINEAR = {"weight": torch.eye(16), "linear": "all"}
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize(
+    "op,options",
+    [
+        (ops.block_sparse_attention, {}),
+        (ops.block_sparse_attention, {"precision": "int8"}),
+        (ops.pooled_attention, {}),
+        (ops.rectified_attention, {}),
+        (ops.sparse_linear_attention, LINEAR),
+        (ops.sparse_linear_attention, LINEAR | {"linear": "rest"}),
+    ],
+    ids=lambda x: getattr(x, "__name__", None) or ",".join(x) or "plain",
+)
+@pytest.mark.parametrize("wrap", [lambda fn: fn, torch.compile(backend="aot_eager")])
+def test_a_kernel_is_told_whether_rows_are_uneven(monkeypatch, op, options, uneven, wrap):
+    q, k, v = qkv()
+    table, told, real = ops.block_table(q, k, (0.2, 0.6) if uneven else 0.4), [], dispatch.select
+
+    def spy(name, *args, **features):
+        found = real(name, *args, **features)
+        if name.endswith("linear_branch"):
+            return found
+
+        def fn(q, k, v, table, *args, **options):
+            told.append(table.uneven)
+            return found.fn(q, k, v, table, *args, **options)
+
+        return replace(found, fn=fn)
+
+    monkeypatch.setattr(dispatch, "select", spy)
+    wrap(lambda *tensors: op(*tensors, table, **options))(q, k, v)
+    assert told == [uneven]
+
+
 def test_means_of_other_tensors_are_refused():
     q, k, v = qkv()
     table, means = ops.block_table(q, k, 0.4, kv_len=250, return_means=True)
@@ -237,12 +277,13 @@ def test_registration(means: bool, spreads: bool, length: torch.Tensor | None):
     torch.library.opcheck(tables.choose_blocks, (scores, *options))
     table, known = ops.block_table(q, k, 0.5, kv_len=length, return_means=True, spreads=True)
     tensors, rest = (q, k, v, table.indices, table.counts), (64, 64, 0.25)
-    torch.library.opcheck(registration.block_sparse_attention, (*tensors, *rest, length, None))
+    last = (length, None, *[True] * means)  # with means as of an uneven table
+    torch.library.opcheck(registration.block_sparse_attention, (*tensors, *rest, *last))
     given = (known.k, table.bits.words) if means else (None, None)
-    torch.library.opcheck(registration.pooled_attention, (*tensors, *given, *rest, length, None))
+    torch.library.opcheck(registration.pooled_attention, (*tensors, *given, *rest, *last))
     tensors = [x.detach() for x in tensors]
     known = [known.q, known.k, known.q_far, known.k_far][: 2 * (means + spreads)]
-    rest = (known, given[1], *rest, spreads, length, None)
+    rest = (known, given[1], *rest, spreads, *last)
     torch.library.opcheck(registration.rectified_attention, (*tensors, *rest))
 
 

@@ -56,6 +56,16 @@ def test_a_union_keeps_the_pairs_of_either():
     assert torch.equal(union.counts, (masks[0] | masks[1]).sum(-1).int())
 
 
+def test_parts_and_unions_of_an_uneven_table_are_uneven():
+    even = BlockTable(torch.arange(5).int().expand(1, 1, 4, 5), torch.full((1, 1, 4), 5).int(),
+                      64, 64, 256, 320)  # fmt: skip
+    uneven = BlockTable.from_mask(even.to_mask(), 64, 64, 256, 320)
+    assert uneven.uneven and uneven.rows(64, 128).uneven
+    assert even.union(uneven).uneven and uneven.union(even).uneven
+    assert not (even.uneven or even.union(even).uneven or even.rows(64, 128).uneven)
+    assert even.columns(64, 128).uneven  # a row may have all its blocks elsewhere
+
+
 def test_bad_tables_say_why():
     indices, counts = torch.zeros(1, 1, 2, 1).int(), torch.ones(1, 1, 2).int()
     with pytest.raises(TypeError, match="int32"):

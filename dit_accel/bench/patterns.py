@@ -7,6 +7,7 @@ that is kept, and on this shape: on whether rows are equally long, and what thei
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def top_p(q: Tensor, k: Tensor, keep: float, block: int) -> BlockTable:
     rows, blocks = _rows(q, block), block_count(k.shape[2], block)
     weights = torch.randn(rows, generator=_chance()).exp()
     counts = shared_out(kept_blocks(keep, blocks) * weights.numel(), weights, blocks)
-    return _drawn(q, k, counts, block)
+    return replace(_drawn(q, k, counts, block), uneven=True)
 
 
 PATTERNS: dict[str, Callable[[Tensor, Tensor, float, int], BlockTable]] = {

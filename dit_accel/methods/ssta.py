@@ -127,7 +127,7 @@ class SSTA(Method):
         rows = torch.cat([own, beside.expand(*own.shape[:3], -1)], -1).sort(-1).values
         counts = (rows < blocks).sum(-1, dtype=torch.int32).repeat_interleave(pieces, 2)
         indices = rows.clamp(max=blocks - 1).repeat_interleave(pieces, 2)
-        table = BlockTable(indices, counts, block, block, canvas.size, n)
+        table = BlockTable(indices, counts, block, block, canvas.size, n, uneven=chosen.uneven)
         call.note(table)
         return table
 

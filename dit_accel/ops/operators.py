@@ -106,10 +106,11 @@ def block_table(
         q.detach(), k.detach(), shares, block_q, block_k, forced, length, limit, max_forced,
         *critical, return_means, spreads, parts
     )  # fmt: skip
+    uneven = _uneven(shares, mass)
     if not return_means:
-        return BlockTable(indices, counts, *sizes)
+        return BlockTable(indices, counts, *sizes, uneven=uneven)
     words, *means = known
-    table = BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
+    table = BlockTable(indices, counts, *sizes, BlockBits(words, kv_len), uneven)
     return table, replace(BlockMeans(*means), kv_len=kv_len)
 
 
@@ -147,7 +148,13 @@ def choose_blocks(
         scores.detach(), shares, *sizes, forced, length, limit, max_forced, float(mass), near,
         max_near,
     )  # fmt: skip
-    return BlockTable(indices, counts, *sizes, bits=BlockBits(words, kv_len))
+    bits = BlockBits(words, kv_len)
+    return BlockTable(indices, counts, *sizes, bits, _uneven(shares, mass))
+
+
+def _uneven(shares: list[float], mass: float) -> bool:
+    """Whether rows are of unlike length; by forced and near blocks they hardly are."""
+    return mass > 0 or min(shares) < max(shares)
 
 
 def _words(k: Tensor, table: BlockTable, kv_len: int | Tensor | None) -> Tensor | None:
@@ -209,7 +216,8 @@ def block_sparse_attention(
     scale = default_scale(scale, q)
     if precision == "int8-hadamard":
         q, k, scale = rotated(q, k, scale)
-    out, lse = run(q, k, v, table.indices, table.counts, *sizes, scale, length, limit)
+    rows = (table.indices, table.counts)
+    out, lse = run(q, k, v, *rows, *sizes, scale, length, limit, table.uneven)
     return (out, lse) if return_lse else out
 
 
@@ -256,7 +264,7 @@ def sparse_linear_attention(
     if weight is not None and linear == "all" and not learning:
         branch = (weight, bias, feature_map, default_scale(scale, q))
         return registration.sparse_linear_attention(
-            q, k, v, table.indices, table.counts, *sizes, *branch, *valid
+            q, k, v, table.indices, table.counts, *sizes, *branch, *valid, table.uneven
         )
     base = block_sparse_attention(q, k, v, table, scale, kv_len=kv_len)
     if weight is None:
@@ -340,7 +348,7 @@ def pooled_attention(
     check_table(q, k, table)
     check_means(q, k, table, means, False, kv_len)
     length, limit = split_kv_len(kv_len, k)
-    sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit)
+    sizes = (table.block_q, table.block_k, default_scale(scale, q), length, limit, table.uneven)
     known = (None if means is None else means.k, _words(k, table, kv_len))
     rows = (table.indices, table.counts)
     out, lse = registration.pooled_attention(q, k, v, *rows, *known, *sizes)
@@ -382,4 +390,4 @@ def rectified_attention(
     if means is not None and gapr:
         found += [x for x in (means.q_far, means.k_far) if x is not None]
     rows, words = (table.indices, table.counts), _words(k, table, kv_len)
-    return registration.rectified_attention(q, k, v, *rows, found, words, *sizes)
+    return registration.rectified_attention(q, k, v, *rows, found, words, *sizes, table.uneven)

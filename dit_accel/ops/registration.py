@@ -75,8 +75,10 @@ def _attention_op(name: str) -> torch.library.CustomOpDef:
         scale: float,
         length: Tensor | None,
         limit: int | None,
+        uneven: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+        sizes = (block_q, block_k, q.shape[2], k.shape[2])
+        table = BlockTable(indices, counts, *sizes, uneven=uneven)
         kv_len = limit if length is None else length
         fn = dispatch.select(name, q, block_q=block_q, block_k=block_k).fn
         out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len)
@@ -95,7 +97,7 @@ def _with_gradient(op: torch.library.CustomOpDef, name: str) -> torch.library.Cu
     gradient = _gradient_op(name)
 
     def keep(ctx, inputs, output):
-        *tensors, ctx.block_q, ctx.block_k, ctx.scale, length, ctx.limit = inputs
+        *tensors, ctx.block_q, ctx.block_k, ctx.scale, length, ctx.limit, _ = inputs
         ctx.save_for_backward(*tensors[:5], length, *output)
         ctx.inputs = len(inputs)
 
@@ -129,10 +131,11 @@ def pooled_attention(
     scale: float,
     length: Tensor | None,
     limit: int | None,
+    uneven: bool = False,
 ) -> tuple[Tensor, Tensor]:
     kv_len = limit if length is None else length
     bits = None if words is None else BlockBits(words, kv_len)
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits, uneven)
     fn = dispatch.select("pooled_attention", q, block_q=block_q, block_k=block_k).fn
     out, lse = fn(q, k, v, table, scale, return_lse=True, kv_len=kv_len, k_mean=k_mean)
     return _laid_out_as(q, out), lse
@@ -161,10 +164,11 @@ def rectified_attention(
     gapr: bool,
     length: Tensor | None,
     limit: int | None,
+    uneven: bool = False,
 ) -> Tensor:
     kv_len = limit if length is None else length
     bits = None if words is None else BlockBits(words, kv_len)
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits)
+    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2], bits, uneven)
     fn = dispatch.select("rectified_attention", q, block_q=block_q, block_k=block_k).fn
     known = replace(BlockMeans(*means), kv_len=kv_len) if means else None
     return _laid_out_as(q, fn(q, k, v, table, scale, gapr=gapr, kv_len=kv_len, means=known))
@@ -216,9 +220,11 @@ def sparse_linear_attention(
     scale: float,
     length: Tensor | None,
     limit: int | None,
+    uneven: bool = False,
 ) -> Tensor:
     chosen = dispatch.select("sparse_linear_attention", q, block_q=block_q, block_k=block_k)
-    table = BlockTable(indices, counts, block_q, block_k, q.shape[2], k.shape[2])
+    sizes = (block_q, block_k, q.shape[2], k.shape[2])
+    table = BlockTable(indices, counts, *sizes, uneven=uneven)
     kv_len = limit if length is None else length
     options = (weight, bias, feature_map, None, scale, kv_len)
     return _laid_out_as(q, chosen.fn(q, k, v, table, *options))

@@ -16,6 +16,7 @@ from compiling import compiled, count, listing, loops
 from gluon_emulator import emulated
 from gluon_machine import Deadlock
 
+from dit_accel import ops
 from dit_accel.kernels.block_sparse_attention import gluon, reference
 from dit_accel.kernels.block_sparse_attention import triton as plain
 from dit_accel.kernels.block_table.pool import kept_bits
@@ -191,6 +192,20 @@ def test_the_row_of_64_queries_in_the_launch_table(seed, monkeypatch):
     check((out, lse), reference.block_sparse_attention, q, k, v, table, None, True)
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("keep,uneven", [(0.4, False), ((0.2, 0.6), True)])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_even_rows_of_one_lane_and_heads_of_128_are_dealt_out(d, keep, uneven, block_q):
+    case = (300, 500, d, block_q, 64, 64, 2, 2)
+    q, k, v, _ = inputs(*case[:5])
+    table, row = ops.block_table(q, k, keep, block_q, 64), launch_of(case, True, counter=True)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3])
+    grid, arguments, _ = gluon.forward(q, k, v, out, lse, table, row)
+    assert (arguments["taken"] is not None) == (uneven or block_q == 64 or d == 64)
+    EMULATED(arguments, min(2, *grid), 1)
+    check((out, lse), reference.block_sparse_attention, q, k, v, table, None, True)
+
+
 def test_a_counter_is_for_lanes_of_many_rows(monkeypatch):
     monkeypatch.undo()
     for block, lanes in ((128, 1), (64, 2)):
@@ -199,7 +214,8 @@ def test_a_counter_is_for_lanes_of_many_rows(monkeypatch):
         for rows, counted in ((many - 2, False), (many, True)):
             x = torch.empty(1, 2, 1, 128, dtype=HALF).expand(-1, -1, rows // 2 * block, -1)
             indices = torch.zeros(1, 2, rows // 2, 1, dtype=torch.int32)
-            table = BlockTable(indices, indices[..., 0], block, 128, rows // 2 * block, x.shape[2])
+            sizes = (block, 128, x.shape[2], x.shape[2])
+            table = BlockTable(indices, indices[..., 0], *sizes, uneven=True)
             for launch, expected in ((row, counted), (replace(row, counter=False), False)):
                 arguments = gluon.forward(x, x, x, x, None, table, launch)[1]
                 assert (arguments["taken"] is not None) == expected

@@ -62,6 +62,9 @@ def test_each_head_has_its_selectors_rows(tmp_path):
     for head, name in enumerate(own):
         alone = masks(name, q, k, v, replace(call, keep=shares))
         assert torch.equal(some[:, head], alone[:, head])
+    tables = (TopK(0.4, block_q=64, select=text).chosen(q, k, x, v)[0]
+              for x in (call, replace(call, keep=shares)))  # fmt: skip
+    assert [table.uneven for table in tables] == [False, True]
     part = replace(call, heads=(2, 3))  # a process's own heads
     assert torch.equal(masks(text, q[:, 2:], k[:, 2:], v[:, 2:], part), found[:, 2:])
 

@@ -122,7 +122,7 @@ def expanded(rows: BlockTable, batch: int, heads: int) -> BlockTable:
     shape = (batch, heads, -1, -1)
     indices = rows.indices.expand(shape).contiguous()
     counts = rows.counts.expand(shape[:3]).contiguous()
-    return BlockTable(indices, counts, rows.block_q, rows.block_k, rows.n_q, rows.n_k)
+    return replace(rows, indices=indices, counts=counts, bits=None)
 
 
 def with_mass(

@@ -111,5 +111,5 @@ def _merged(tables: list[BlockTable], places: list[int]) -> BlockTable:
     back = torch.tensor(places).argsort().tolist()
     indices = torch.cat(rows, 1)[:, back].contiguous()
     counts = torch.cat([table.counts for table in tables], 1)[:, back].contiguous()
-    first = tables[0]
-    return BlockTable(indices, counts, first.block_q, first.block_k, first.n_q, first.n_k)
+    uneven = any(x.uneven or x.indices.shape[-1] < width for x in tables)
+    return replace(tables[0], indices=indices, counts=counts, bits=None, uneven=uneven)

@@ -29,7 +29,7 @@ def test_it_is_the_published_form(grid, tile, text):
     noted = []
     out = method(q[:, :, :n], k, v, Call(keep=1.0, grid=grid, note=noted.append))
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert noted[0].density() <= 1
+    assert noted[0].density() <= 1 and noted[0].uneven
 
 
 def test_keep_lowers_the_number_and_text_may_come_first():

@@ -112,6 +112,7 @@ def test_a_window_stands_beside_the_scores_of_every_method(name):
     assert (union.sum() > scored.counts.sum()) and union.sum() < union.numel()
     table = method.table(q, k, Call(0.3, grid=GRID)) if name == "shared" else seen[-1]
     assert torch.equal(table.to_mask(), union) and out.isfinite().all()
+    assert window.uneven and not table.uneven  # a few blocks beside as many in each row
     alone = find(name)(0.3, **SIZES, **plain, select="window(t=1,h=3,w=3)")
     assert alone(q, k, v, Call(0.3, grid=GRID)).isfinite().all()
 

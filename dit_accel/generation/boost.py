@@ -62,8 +62,8 @@ class Boost:
             raise ValueError("a LoRA cannot join weights in eight bits: fuse it, pipe.fuse_lora()")
         if self.graphs and self.step_cache is not None:
             raise ValueError(
-                "a step cache decides from what the GPU has computed, and CUDA graphs do not wait "
-                "for it: leave out step_cache or graphs"
+                "a step cache (each profile of speed has one) decides from what the GPU has "
+                "computed, and CUDA graphs do not wait for it: leave out step_cache or graphs"
             )
 
     def check(self, pipe: DiffusionPipeline) -> None:

@@ -176,26 +176,47 @@ class Tree:
 
 
 class Build(NamedTuple):
-    """Of what a transformer is made. modules: those inside of it, for its own hooks run outside of
-    its forward; digest: of them, of their adapters and of where tensors lie."""
+    """Of what a transformer is made. modules: those inside of it; digest: of them, of their
+    adapters and of where tensors lie; shared: by other processes, too."""
 
     modules: list[nn.Module]
     digest: int
+    shared: bool
 
     @classmethod
     def of(cls, transformer: nn.Module) -> Build:
         """It takes a millisecond."""
         modules = [m for m in transformer.modules() if m is not transformer]
         tensors = (*transformer.parameters(), *transformer.buffers())
-        return cls(modules, hash((*map(_module, modules), *(x.data_ptr() for x in tensors))))
+        digest = hash((*map(_module, modules), *(x.data_ptr() for x in tensors)))
+        shared = any(config_of(getattr(m, "processor", None)) is not None for m in modules)
+        return cls(modules, digest, shared)
 
-    def hooks(self) -> Hashable:
-        """What hangs on the modules now; guidance hangs it there for one pass of a step."""
-        return tuple(
-            (id(m), len(m._forward_hooks), len(m._forward_pre_hooks), id(vars(m).get("forward")))
-            for m in self.modules
-            if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)
-        )
+    def hooked(self) -> list[nn.Module]:
+        """The modules on which something hangs now; guidance hangs it there for one pass of a step.
+        A transformer's own hooks run outside of its forward."""
+        found = ((m, vars(m)) for m in self.modules)
+        names = ("_forward_hooks", "_forward_pre_hooks")
+        return [m for m, own in found if own[names[0]] or own[names[1]] or "forward" in own]
+
+
+def _hooks(m: nn.Module) -> Hashable:
+    return id(m), len(m._forward_hooks), len(m._forward_pre_hooks), id(vars(m).get("forward"))
+
+
+def _obstacle(build: Build, hooked: list[nn.Module], engine: Engine | None = None) -> str:
+    """What makes of each forward another one, or "". hooked: what has hooks, the transformer's own
+    among them."""
+    if engine is not None and engine.span is not None:
+        return "token pruning decides on the way which tokens run"
+    if build.shared:
+        return "other processes share the sequence"
+    for own in map(vars, hooked):
+        if "_hf_hook" in own:
+            return "weights come and go by accelerate's offload"
+        if (registry := own.get("_diffusers_hook")) is not None and registry.hooks:
+            return f"diffusers' hook {next(iter(registry.hooks))!r} acts on the way"
+    return ""
 
 
 def _module(m: nn.Module) -> Hashable:
@@ -229,16 +250,14 @@ class Graphs:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched:
             tree.replayed = False
             return run(*args, **kwargs)
-        if why := _decides(transformer, engine):
-            raise RuntimeError(
-                f"{why} decides on the way what runs, and CUDA graphs have decided: leave out one "
-                "of them"
-            )
+        build = self._build(transformer, tree.mark)
+        hooked = build.hooked()
+        if why := _obstacle(build, [transformer, *hooked], engine):
+            raise RuntimeError(f"{why}, which CUDA graphs cannot follow: leave out one of them")
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
-        build = self._build(transformer, tree.mark)
-        kind = (id(transformer), build.digest, build.hooks(), _mode())
+        kind = (id(transformer), build.digest, tuple(map(_hooks, hooked)), _mode())
         key = (kind, where, str(given.spec), given.keys)
         node, known = tree.go(key)
         if not known or not tree.replayed:
@@ -310,19 +329,18 @@ def graphed(
     recorder: None takes CUDA graphs. scheduler: that of the pipeline, if there is one. Raises
     ValueError for a transformer that is not whole on a GPU, is offloaded, shares its sequence with
     other processes or is here already; RuntimeError at a forward that cannot be recorded, for it
-    waits for the GPU, prunes tokens or has a step cache.
+    waits for the GPU, prunes tokens, has a step cache or weights that have gone since.
     """
     graphs, done = Graphs(recorder or Cuda(), scheduler), list[nn.Module]()
     for transformer in transformers:
         graphs.recorder.check(transformer)
-        processors = (getattr(m, "processor", None) for m in transformer.modules())
-        shared = any(config_of(processor) is not None for processor in processors)
-        if shared or "forward" in vars(transformer) or hasattr(transformer, "_hf_hook"):
-            what = "sequence is shared by processes" if shared else "forward has been replaced"
+        build = Build.of(transformer)
+        why = _obstacle(build, [transformer, *build.hooked()])
+        why = why or ("its forward has been replaced" if "forward" in vars(transformer) else "")
+        if why:
             raise ValueError(
-                f"CUDA graphs are for a transformer as it is, without offload, step caches or "
-                f"context parallelism, and this {type(transformer).__name__}'s {what}: leave "
-                "graphs out"
+                f"CUDA graphs are for a transformer as it is, and in this "
+                f"{type(transformer).__name__} {why}: leave graphs out"
             )
 
     def forward(transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -336,13 +354,6 @@ def graphed(
     finally:
         for transformer in done:
             vars(transformer).pop("forward", None)
-
-
-def _decides(transformer: nn.Module, engine: Engine | None) -> str:
-    """What makes each forward another one, or ""."""
-    if engine is not None and engine.span is not None:
-        return "token pruning"
-    return "a step cache" if getattr(transformer, "is_cache_enabled", False) else ""
 
 
 def _mode() -> Hashable:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FirstBlockCacheConfig
 from graph_emulator import Emulated
 from tiny import saved_lora, tiny_flux, tiny_wan
@@ -206,11 +207,37 @@ def test_what_has_no_graphs_is_refused_before_anything_runs():
         latents(pipe)
     with graphs.graphed([pipe.transformer], Emulated()):
         pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        with pytest.raises(RuntimeError, match="a step cache decides"):
+        with pytest.raises(RuntimeError, match="diffusers' hook 'fbc_.*' acts on the way"):
             latents(pipe)
         pipe.transformer.disable_cache()
         latents(pipe)
     assert "forward" not in vars(pipe.transformer)
+
+
+@pytest.mark.parametrize("how", ["accelerate", "group"])
+def test_offload_is_refused_before_and_in_a_block(how):
+    """What is recorded reads weights where they lay."""
+    pipe = tiny_wan()
+
+    def offload():
+        if how == "accelerate":
+            add_hook_to_module(pipe.transformer.blocks[0], ModelHook())
+        else:
+            pipe.transformer.enable_group_offload(
+                torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
+            )
+
+    with graphs.graphed([pipe.transformer], Emulated()):
+        for _ in range(3):
+            latents(pipe)
+        offload()
+        with pytest.raises(RuntimeError, match="cannot follow: leave out one"):
+            latents(pipe)
+    with (
+        pytest.raises(ValueError, match="offload|group_offload.*leave graphs out"),
+        graphs.graphed([pipe.transformer], Emulated()),
+    ):
+        pass
 
 
 def test_a_comparison_with_graphs_times_what_is_replayed(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from dit_accel.methods import selectors
 from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors.base import Chosen, Selector
 from dit_accel.methods.selectors.means import Means
-from dit_accel.methods.sorts import Sort, check_sort
+from dit_accel.methods.sorts import Sort, check_sort, in_order
 from dit_accel.methods.traits import Traits
 from dit_accel.parallel.sharded import Ring
 from dit_accel.table import BlockTable, Keep, block_count
@@ -272,5 +272,10 @@ class Method(Traits):
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
     ) -> torch.Tensor:
-        """q [B, H, Nq, D], k and v [B, H, Nk, D] → [B, H, Nq, D]."""
+        """q [B, H, Nq, D], k and v [B, H, Nk, D] → [B, H, Nq, D], in the order of each head if the
+        method sorts."""
+        return in_order(self, q, k, v, call) if self.sorts(call) else self.attend(q, k, v, call)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        """The same, of tokens as they come."""
         raise TypeError(f"{type(self).__name__} defines no attention")

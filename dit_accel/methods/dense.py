@@ -27,9 +27,7 @@ class Dense(Method):
         if self.keep != 1:
             raise ValueError(f"Dense keeps everything: keep is 1, not {self.keep}; use TopK")
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         mask = None
         if call.kv_len is not None:
             valid = torch.as_tensor(call.kv_len, device=k.device).reshape(-1, 1)

@@ -9,7 +9,6 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method
-from dit_accel.methods.sorts import in_order
 from dit_accel.table import BlockTable
 
 TAILS = ("mean", "line")
@@ -47,11 +46,7 @@ class Pooled(Method):
         if self.tail not in TAILS:
             raise ValueError(f"tail is {' or '.join(map(repr, TAILS))}, not {self.tail!r}")
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> torch.Tensor:
-        if self.sorts(call):
-            return in_order(self, q, k, v, call)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         table, means = self.chosen(q, k, call, v, return_means=True)
         call.note(table)
         return ops.pooled_attention(

@@ -11,7 +11,6 @@ from dit_accel import ops
 from dit_accel.methods.base import Call, Method
 from dit_accel.methods.selectors.base import Chosen
 from dit_accel.methods.selectors.near import around
-from dit_accel.methods.sorts import in_order
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,7 @@ class Rectified(Method):
         critical = {"mass": self.mass, "near": near[0], "max_near": near[1]}
         return self.chosen(q, k, call, v, **critical, return_means=True, spreads=self.gapr)
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> torch.Tensor:
-        if self.sorts(call):
-            return in_order(self, q, k, v, call)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         table, means = self.choose(q, k, call, v)
         call.note(table)
         return ops.rectified_attention(

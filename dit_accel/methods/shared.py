@@ -13,7 +13,6 @@ from dit_accel.methods.dense import Dense
 from dit_accel.methods.pooled import Pooled
 from dit_accel.methods.selectors import Selector
 from dit_accel.methods.selectors.sub import Sub
-from dit_accel.methods.sorts import in_order
 from dit_accel.methods.stateful import Remembering
 from dit_accel.table import BlockTable
 
@@ -47,14 +46,12 @@ class SharedResidual(Remembering):
         "fast": {"keep": 0.05, "period": 0.4},
     }
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        if self.sorts(call):
-            return in_order(self, q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if call.stateless:
             sizes = (self.block_q, self.block_k)
             pooled = Pooled(self.keep, *sizes, select=self.select, reuse=self.reuse)
             return pooled(q, k, v, call)
-        return super().__call__(q, k, v, call)
+        return super().attend(q, k, v, call)
 
     def full(
         self, q: Tensor, k: Tensor, v: Tensor, table: BlockTable, call: Call

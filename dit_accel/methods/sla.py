@@ -18,7 +18,6 @@ from dit_accel.methods.branches.base import Branch
 from dit_accel.methods.learned import Learned
 from dit_accel.methods.linear import completed
 from dit_accel.methods.selectors.base import Chosen
-from dit_accel.methods.sorts import in_order
 from dit_accel.methods.trained import Parts
 from dit_accel.table import BlockTable
 
@@ -185,9 +184,7 @@ class SLA(Learned):
             call = replace(call, learned=self.of(call, q.device))
         return super().chosen(q, k, call, v, **rules)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-        if self.sorts(call):
-            return in_order(self, q, k, v, call)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         learned = self.of(call, q.device)
         if call.layer in self.linear_layers:
             out = forms.alone(self, q, k, v, call, learned)

@@ -86,7 +86,7 @@ class SSTA(Method):
         """Tokens in a block of the kernels."""
         return 64 if prod(self.tile) % 128 else 128
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         n = 0 if call.grid is None else prod(call.grid)
         if call.grid is None or q.shape[2] != n:
             raise ValueError(

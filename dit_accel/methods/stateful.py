@@ -103,7 +103,7 @@ class Remembering(Method):
         """r · O_partial, float32 or q's dtype: adding R rounds once either way."""
         raise TypeError(f"{type(self).__name__} defines no partial step")
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         state = call.state
         known = state.get("shape") == (q.shape, q.dtype) and not self._apart(call)
         if not known or call.refresh or self.due(call.step, state["step"], call.steps):

@@ -9,7 +9,6 @@ import torch
 
 from dit_accel import ops
 from dit_accel.methods.base import Call, Method, check_rounding
-from dit_accel.methods.sorts import in_order
 from dit_accel.ops.checks import check_precision
 from dit_accel.table import BlockTable
 
@@ -45,11 +44,7 @@ class TopK(Method):
     def rounds_down(self) -> bool:
         return self.rounding == "down"
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call
-    ) -> torch.Tensor:
-        if self.sorts(call):
-            return in_order(self, q, k, v, call)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
         table = self.table(q, k, call, v)
         return ops.block_sparse_attention(
             q, k, v, table, scale=call.scale, kv_len=call.kv_len, precision=self.precision

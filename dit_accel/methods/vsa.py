@@ -116,7 +116,7 @@ class VSA(Learned):
     def layout(self) -> Grid:
         return self.tile
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if isinstance(call.kv_len, int):  # the others are padding
             k, v = k[:, :, : call.kv_len], v[:, :, : call.kv_len]
         layout, gate = self._laid_out(call, q, k), call.gate

@@ -48,7 +48,7 @@ class Emulated:
     def reads(self, x: torch.Tensor) -> bool:
         return True
 
-    def record(self, run):
+    def record(self, run, device):
         with Noted() as noted:
             out = run()
         self.recorded += 1

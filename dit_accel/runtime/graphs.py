@@ -47,8 +47,11 @@ class Recorder(Protocol):
     def reads(self, x: Tensor) -> bool:
         """Whether a replay reads this argument again; what others hold is part of the key."""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """What `run` returned, not computed yet, and what computes it again in the same memory."""
+    def record(
+        self, run: Callable[[], Any], device: torch.device
+    ) -> tuple[Any, Callable[[], None]]:
+        """What `run` returned, which works on one device, not computed yet, and what computes it
+        again in the same memory."""
 
 
 class Cuda:
@@ -56,27 +59,33 @@ class Cuda:
     to afterwards outlives it."""
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.pools: dict[torch.device, Any] = {}
 
     def check(self, transformer: nn.Module) -> None:
         """See Recorder."""
-        where = {x.device.type for x in transformer.parameters()}
-        if where != {"cuda"}:
+        where = sorted({str(x.device) for x in transformer.parameters()})
+        if len(where) != 1 or torch.device(where[0]).type != "cuda":
             raise ValueError(
-                f"CUDA graphs are for transformers on a CUDA GPU, and this "
-                f"{type(transformer).__name__} is on {', '.join(sorted(where))}: leave graphs out"
+                f"CUDA graphs are for transformers on one CUDA GPU, and this "
+                f"{type(transformer).__name__} is on {', '.join(where)}: leave graphs out"
             )
 
     def reads(self, x: Tensor) -> bool:
         """See Recorder."""
         return x.is_cuda
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def record(
+        self, run: Callable[[], Any], device: torch.device
+    ) -> tuple[Any, Callable[[], None]]:
         """See Recorder. RuntimeError where `run` waits for the GPU or copies from the host."""
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        pool = self.pools.setdefault(device, torch.cuda.graph_pool_handle())
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="relaxed"):
+            # the stream of a capture is one of the current device
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"),
+            ):
                 out = run()
         except RuntimeError as error:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -265,7 +274,7 @@ class Graphs:
             return run(*args, **kwargs)
         tree.replayed = False  # until it has been
         if node.recorded is None:
-            node.recorded = self._record(run, given, engine)
+            node.recorded = self._record(transformer, run, given, engine)
         out = _replay(node.recorded, given, engine)
         tree.replayed = True
         return out
@@ -285,11 +294,14 @@ class Graphs:
             self.built[transformer] = mark, (build := Build.of(transformer))
         return build
 
-    def _record(self, run: Forward, given: Given, engine: Engine | None) -> Recorded:
+    def _record(
+        self, transformer: nn.Module, run: Forward, given: Given, engine: Engine | None
+    ) -> Recorded:
+        device = next(transformer.parameters()).device
         inputs = [self._input(i, given) for i in range(len(given.leaves))]
         args, kwargs = tree_unflatten(inputs, given.spec)
         with holding() as held, _apart(engine) as books:
-            out, replay = self.recorder.record(lambda: run(*args, **kwargs))
+            out, replay = self.recorder.record(lambda: run(*args, **kwargs), device)
         output, spec = tree_flatten(out)
         if strange := [x for x in output if not isinstance(x, (Tensor, *_PLAIN))]:
             raise RuntimeError(

@@ -184,11 +184,11 @@ def test_what_waits_for_the_gpu_is_refused_in_a_sentence():
 def test_what_has_no_graphs_is_refused_before_anything_runs():
     pipe = tiny_wan()
     with (
-        pytest.raises(ValueError, match="are for transformers on a CUDA GPU.*on cpu"),
+        pytest.raises(ValueError, match="are for transformers on one CUDA GPU.*on cpu"),
         graphed(pipe),
     ):
         pass
-    with pytest.raises(ValueError, match="on a CUDA GPU"):
+    with pytest.raises(ValueError, match="on one CUDA GPU"):
         Boost(graphs=True).check(pipe)
     with pytest.raises(ValueError, match="leave out step_cache or graphs"):
         Boost(graphs=True, step_cache=0.1)

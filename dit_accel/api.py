@@ -61,7 +61,10 @@ class Handle:
 
     def forget(self) -> None:
         """Begin the report anew."""
-        self._engine.books.clear()
+        engine = self._engine
+        engine.books.clear()
+        for choice in engine.backends.choices.values() if engine.backends is not None else ():
+            choice.calls = 0
 
     def restore(self) -> None:
         """Give the pipeline back exactly as it was. Doing it twice does nothing."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dit_accel.machine import holding
+from dit_accel.ops.backends import Choice
 from dit_accel.parallel.context import config_of
 from dit_accel.runtime import patch
 from dit_accel.runtime.books import Books
@@ -127,18 +128,20 @@ class Recorded:
 
 @dataclass(eq=False)
 class After:
-    """How a forward left its engine, and what was booked in it."""
+    """How a forward left its engine, and what was booked in it; dense: calls of each kind that a
+    dense backend served."""
 
     state: dict[Any, Any]
     together: dict[Any, Any]
     stateless_from: int | None
     books: Books
+    dense: dict[Any, int]
 
     @classmethod
-    def of(cls, engine: Engine, books: Books) -> After:
+    def of(cls, engine: Engine, books: Books, dense: dict[Any, int]) -> After:
         """Of a forward that has just been recorded with these books."""
         state, together = _copied(engine.state), _copied(engine.together)
-        return cls(state, together, engine.stateless_from, books)
+        return cls(state, together, engine.stateless_from, books, dense)
 
     def restore(self, engine: Engine) -> None:
         """As if the forward had run."""
@@ -147,6 +150,8 @@ class After:
             own.update(_copied(left))
         engine.stateless_from = self.stateless_from
         engine.books.add(self.books)
+        for key, calls in self.dense.items():
+            _choices(engine)[key].calls += calls
 
 
 @dataclass(eq=False)
@@ -300,7 +305,7 @@ class Graphs:
         device = next(transformer.parameters()).device
         inputs = [self._input(i, given) for i in range(len(given.leaves))]
         args, kwargs = tree_unflatten(inputs, given.spec)
-        with holding() as held, _apart(engine) as books:
+        with holding() as held, _apart(engine) as (books, dense):
             out, replay = self.recorder.record(lambda: run(*args, **kwargs), device)
         output, spec = tree_flatten(out)
         if strange := [x for x in output if not isinstance(x, (Tensor, *_PLAIN))]:
@@ -309,7 +314,7 @@ class Graphs:
                 "CUDA graph: leave graphs out"
             )
         held += [] if engine is None else [engine.here, engine.order.pair]
-        after = None if engine is None else After.of(engine, books)
+        after = None if engine is None else After.of(engine, books, dense)
         return Recorded(inputs, output, spec, replay, held, after)
 
     def _input(self, i: int, given: Given) -> Any:
@@ -386,18 +391,27 @@ def _key(x: object, read: bool) -> Hashable:
 
 
 @contextmanager
-def _apart(engine: Engine | None) -> Iterator[Books]:
-    """What is booked in a block, in books of its own."""
+def _apart(engine: Engine | None) -> Iterator[tuple[Books, dict[Any, int]]]:
+    """What is counted in a block, in books of its own; the calls of dense backends once it ends."""
+    dense: dict[Any, int] = {}
     if engine is None:
-        yield Books()
+        yield Books(), dense
         return
-    real = engine.books
+    real, choices = engine.books, _choices(engine)
+    before = {key: choice.calls for key, choice in choices.items()}
     engine.books = books = real.blank()
     books.forwards = [replace(real.forwards[-1], sparse=0, dense=0, kept=0.0)]
     try:
-        yield books
+        yield books, dense
     finally:
         engine.books = real
+        for key, choice in choices.items():
+            dense[key] = choice.calls - before.get(key, 0)
+            choice.calls -= dense[key]
+
+
+def _choices(engine: Engine) -> dict[Any, Choice]:
+    return {} if engine.backends is None else engine.backends.choices
 
 
 def _replay(recorded: Recorded, given: Given, engine: Engine | None) -> Any:

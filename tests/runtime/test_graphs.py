@@ -29,9 +29,9 @@ def latents(pipe, seed=0, steps=5, **more):
     return pipe("a cat", **{"height": 64, "width": 64} | call).images
 
 
-def sparse(pipe, method, **schedule):
-    schedule = Schedule(**{"warmup": 1, "cooldown": 0} | schedule)
-    return accelerated(pipe, method, min_tokens=0, schedule=schedule)
+def sparse(pipe, method, **more):
+    schedule = Schedule(warmup=1, cooldown=0)
+    return accelerated(pipe, method, min_tokens=0, schedule=schedule, **more)
 
 
 def told(handle):
@@ -41,15 +41,17 @@ def told(handle):
     return report
 
 
+@pytest.mark.parametrize("dense", [None, "native"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_generation_that_is_replayed_is_that_which_ran(method):
+def test_a_generation_that_is_replayed_is_that_which_ran(method, dense):
     """With another seed, so that what is replayed cannot be what was recorded."""
     pipe = tiny_wan()
-    with sparse(pipe, method) as handle:
+    with sparse(pipe, method, dense=dense) as handle:
         expected = [latents(pipe, seed) for seed in range(4)]
         wanted = told(handle)
     recorder = Emulated()
-    with sparse(pipe, method) as handle, graphs.graphed([pipe.transformer], recorder):
+    together = graphs.graphed([pipe.transformer], recorder)
+    with sparse(pipe, method, dense=dense) as handle, together:
         found = [latents(pipe, seed) for seed in range(4)]
         assert told(handle) == wanted
     torch.testing.assert_close(found, expected)
@@ -243,7 +245,10 @@ def test_offload_is_refused_before_and_in_a_block(how):
 def test_a_comparison_with_graphs_times_what_is_replayed(tmp_path, monkeypatch):
     pipe = tiny_wan()
     defaults = Defaults(height=256, width=256, num_frames=9, num_inference_steps=4)
-    request, config = Request("a cat"), AccelConfig(Pooled(0.3), Schedule(warmup=1), min_tokens=0)
+    request, config = (
+        Request("a cat"),
+        AccelConfig(Pooled(0.3), Schedule(warmup=1), min_tokens=0, dense="native"),
+    )
     wanted = compare(pipe, defaults, request, config, tmp_path / "a").data
     made = []
     monkeypatch.setattr(graphs, "Cuda", lambda: made.append(Emulated()) or made[-1])
@@ -254,7 +259,7 @@ def test_a_comparison_with_graphs_times_what_is_replayed(tmp_path, monkeypatch):
     assert found["kept"] == pytest.approx(wanted["kept"]) and found["kept"] < 1
     assert found["quality"]["psnr_mean"] == pytest.approx(wanted["quality"]["psnr_mean"], rel=1e-3)
     assert found["quality"]["psnr_mean"] < 100
-    told = {"layers", "fallbacks", "implementations"}
+    told = ("layers", "fallbacks", "implementations", "backends")
     assert [found["attention"][x] for x in told] == [wanted["attention"][x] for x in told]
     assert "CUDA graphs, dense run too" in (tmp_path / "b" / "report.html").read_text("utf-8")
 

@@ -18,7 +18,7 @@ from dit_accel.generation.loading import Defaults, load_pipeline
 from dit_accel.generation.request import Request, arguments, granularity, unknown_words
 from dit_accel.generation.run import generate
 from dit_accel.media import video
-from dit_accel.pages import charts
+from dit_accel.pages import charts, figures
 from dit_accel.pages import comparison as html
 
 ROOT = Path(__file__).parents[1]
@@ -263,3 +263,11 @@ def test_chart_ticks_enclose_the_values(low, high):
     drawn = charts.lines({"fast": [low, high]}, "frame", "dB")
     places = [float(y) for y in re.findall(r"cy=([\d.]+)", drawn)]
     assert all(0 <= y <= charts.HEIGHT for y in places)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0 ms"), (0.0059, "5.9 ms"), (0.0131, "13 ms"), (0.264, "0.26 s"), (3.61, "3.6 s")],
+)
+def test_seconds_have_the_digits_that_matter(value, shown):
+    assert figures.seconds(value) == shown

@@ -39,7 +39,10 @@ def decibels(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """As many digits as matter: "190 s", "16.6 s", "0.06 s"."""
+    """As many digits as matter: "190 s", "16.6 s", "0.26 s", "13 ms", "5.9 ms"."""
+    if value < 0.1:
+        ms = 1e3 * value
+        return f"{ms:.{0 if ms >= 10 or not ms else 1}f} ms"
     return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 2}f} s"
 
 

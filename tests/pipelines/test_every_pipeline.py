@@ -7,11 +7,13 @@ from collections import Counter
 import pytest
 import torch
 from drive import build, pipelines, run
+from graph_emulator import Emulated
 from support import left_on
 
 import dit_accel
 from dit_accel import Schedule, TokenPruning, TopK
 from dit_accel.pipelines.denoisers import denoisers
+from dit_accel.runtime.graphs import graphed
 
 QUICK = (
     "AuraFlowPipeline",
@@ -126,6 +128,45 @@ def test_orders_change_nothing_and_pruned_steps_are_finite_or_refused(name):
     except (ValueError, RuntimeError) as refused:
         assert "cannot run token pruning: " in str(refused)
     assert torch.equal(run(pipe, name), stock)
+
+
+# what no CUDA graph holds: masks that are read on the way, a cache of keys, processors of each call
+READ = (
+    *("BriaFiboEdit", "BriaFibo", "Chroma", "ErnieImage", "HiDreamImage", "HunyuanImage"),
+    *("HunyuanImageRefiner", "HunyuanSkyreelsImageToVideo", "HunyuanVideo15ImageToVideo"),
+    *("HunyuanVideo15", "HunyuanVideoFramepack", "HunyuanVideoImageToVideo", "HunyuanVideo"),
+    *("Ideogram4", "JoyImageEditPlus", "Krea2", "Lumina", "Mochi", "MotifVideoImage2Video"),
+    *("MotifVideo", "PRX", "PRXPixel"),
+)
+CACHED = ("GlmImage", "QwenImage21")
+EXCHANGED = (
+    *("HunyuanDiTPAG", "PixArtSigmaPAG", "StableDiffusion3PAG", "StableDiffusion3PAGImg2Img"),
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [slow(name) for name in sorted(pipelines())])
+def test_as_cuda_graphs_a_call_gives_what_it_gave_or_is_refused(name):
+    """Emulated on the CPU, with a method that remembers."""
+    pipe, kind = build(name), name.removesuffix("Pipeline")
+    with dit_accel.accelerated(pipe, "shared", **NOW):
+        expected = run(pipe, name)
+    pipe, recorder = build(name), Emulated()
+    models = list(denoisers(pipe).values())
+    made, refused = [], ""
+    with (
+        dit_accel.accelerated(pipe, "shared", **NOW),
+        graphed(models, recorder, getattr(pipe, "scheduler", None)),
+    ):
+        try:
+            made = [run(pipe, name) for _ in range(3)]
+        except (RuntimeError, TypeError) as error:
+            refused = str(error)
+    assert ("capturing" in refused, "KVCache" in refused) == (kind in READ, kind in CACHED)
+    for latents in made:
+        torch.testing.assert_close(latents, expected)
+    replays = kind not in READ + CACHED + EXCHANGED
+    assert (recorder.replayed > 0) == replays and bool(made) == (not refused)
 
 
 def test_all_pipelines_of_the_page_are_driven():

@@ -65,7 +65,7 @@ class Settings:
         shift: of the student's noise levels, as in the sampler "flow:3"; None: 3.
         guidance: of the dense model; None: the model's own.
 
-    Raises ValueError for a value outside its range.
+    Raises ValueError for a value outside its range, and for what goes with another one.
     """
 
     out: str
@@ -143,6 +143,9 @@ class Settings:
                 f"device is cpu or left out, not {self.device!r}: CUDA_VISIBLE_DEVICES picks a GPU"
             )
         self._check_few()
+        for name in ("rank", "adapt") if self.train != "lora" else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{name} is of a LoRA, and train is {self.train!r}: leave it out")
         if self.method.keep >= 1:
             raise ValueError("keep = 1 is dense attention: there is nothing to train")
         if not self.method.parts and self.train == "projection":

@@ -134,9 +134,10 @@ def settings(args: argparse.Namespace, name: str) -> Settings:
         out=str(home(args, name)), model=args.model, data=data_of(args), clips=0,
         device="cpu" if args.device == "cpu" else None, method=method(args, name),
         size=(args.size, args.size), frames=args.frames, batch=args.batch, steps=args.steps,
-        train=args.train, precision=args.precision, lr=args.lr, lr_projection=args.lr,
+        train=args.train, precision=args.precision, lr_projection=args.lr,
         lr_warmup=max(5, args.steps // 15), lr_decay=args.lr_decay,
         ema=args.ema, save_every=args.steps, validate_every=args.steps,
+        **({} if args.train == "projection" else {"lr": args.lr}),
         **({"rank": args.rank} if args.train == "lora" else {}),
     )  # fmt: skip
 

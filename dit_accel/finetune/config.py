@@ -155,6 +155,11 @@ class Settings:
             )
         rate = _RATES[self.train] if self.lr is None else self.lr
         object.__setattr__(self, "lr", rate)
+        if self.train == "projection" and rate:
+            raise ValueError(
+                "lr is of the model's weights, and train is 'projection', which trains none of "
+                "them: lr_projection is of the method's tensors"
+            )
         if self.train != "projection" and not rate > 0:
             raise ValueError(f"lr is a number > 0, not {rate}")
 

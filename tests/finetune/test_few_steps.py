@@ -124,6 +124,7 @@ def test_a_resumed_run_is_the_same_run(settings, done, tmp_path):
         (["--few-steps", "4", "--train", "lora", "--shift", "-1"], "shift is a number > 0"),
         (["--few-steps", "4", "--train", "lora", "--guidance", "nan"], "guidance is a finite"),
         (["--substeps", "4"], "substeps is of a student of few steps"),
+        (["--lr", "1e-3"], "lr_projection is of the method's tensors"),
         (["--rank", "8"], "rank is of a LoRA, and train is 'projection': leave it out"),
         (["--adapt", "blocks", "--train", "full"], "adapt is of a LoRA, and train is 'full'"),
     ],

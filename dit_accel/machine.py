@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,19 +45,24 @@ def cached_tensors(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T
     return decorated
 
 
+@contextmanager
+def among(lists: list[list[T]]) -> Iterator[list[T]]:
+    """A new list that is one of `lists` in this block: who writes to each of them is heard."""
+    found: list[T] = []
+    lists.append(found)
+    try:
+        yield found
+    finally:
+        del lists[next(i for i, x in enumerate(lists) if x is found)]
+
+
 _HOLDERS: list[list[object]] = []
 
 
-@contextmanager
-def holding() -> Iterator[list[object]]:
-    """Collects what functions of `cached_tensors` return in this block: a CUDA graph reads it after
+def holding() -> AbstractContextManager[list[object]]:
+    """Collects what functions of `cached_tensors` return in a block: a CUDA graph reads it after
     the cache has let it go."""
-    held: list[object] = []
-    _HOLDERS.append(held)
-    try:
-        yield held
-    finally:
-        _HOLDERS.remove(held)
+    return among(_HOLDERS)
 
 
 class Machine(TypedDict):

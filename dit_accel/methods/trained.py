@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_accel.forward.place import in_backward
+from dit_accel.machine import among
 from dit_accel.methods.texts import Named
 
 if TYPE_CHECKING:
@@ -62,16 +63,10 @@ def learns(parts: Parts, *names: str) -> bool:
 _HEARD: list[list[Tensor]] = []
 
 
-@contextmanager
-def lessons() -> Iterator[list[Tensor]]:
-    """Collect the losses of what learns beside the model's own, in a forward inside this block; its
+def lessons() -> AbstractContextManager[list[Tensor]]:
+    """Collect the losses of what learns beside the model's own, in a forward inside a block; its
     backward pass belongs inside, too."""
-    losses: list[Tensor] = []
-    _HEARD.append(losses)
-    try:
-        yield losses
-    finally:
-        _HEARD.remove(losses)
+    return among(_HEARD)
 
 
 def learn(loss: Callable[[], Tensor]) -> None:

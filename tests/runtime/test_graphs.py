@@ -15,7 +15,7 @@ from dit_accel.generation.comparison import compare
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
 from dit_accel.runtime import graphs
-from dit_accel.runtime.graphs import MOST
+from dit_accel.runtime.recorded import MOST
 
 METHODS = ("topk/sub@0.3", "shared@0.3", "pooled@0.3", "rettention@0.3", "rectified@0.3", "sla@0.3")
 WAN = {"height": 64, "width": 64, "num_frames": 9}

@@ -12,8 +12,9 @@ ways: Wan 14B and HunyuanVideo at 720p by Ulysses and with queries that stay, th
 going round: dense and by each method, with budgets for each head, compiled and not.
 joint: a Flux of few layers, its text dividing by the GPUs and not: distance of the outputs.
 
-Rows are written to --out as they end, and rows that it holds are not run again. No row begins after
---minutes. A process that fails costs its row; the others are started anew for the rows after it.
+Rows are written to --out as they end, and rows that it holds are not run again; nor is what one GPU
+gives of a row, which a folder beside --out holds. No row begins after --minutes. A process that
+fails costs its row; the others are started anew for the rows after it.
 NCCL's variables are passed on as they are. Beside this package it imports torch, diffusers,
 transformers, accelerate, tokenizers, ftfy and, for "batch", typer, rich, imageio[pyav].
 """
@@ -161,7 +162,9 @@ def shared(
     setting = record.setting
     wanted = [case for case in cases(part, setting["dry"]) if case.name.startswith(begins)]
     names = [(case.name, row) for case in wanted for row in case.rows if not only or row in only]
-    spec = {"part": part, "until": until, **{n: setting[n] for n in ("rounds", "dry")}}
+    beside = record.path.resolve().with_suffix(".alone")  # what one GPU gives, for the next time
+    spec = {"part": part, "until": until, "references": str(beside)}
+    spec |= {n: setting[n] for n in ("rounds", "dry")}
     todo = record.missing(part, names)
     while todo:
         begun: dict[tuple[str, str], dict[str, Any]] = {}

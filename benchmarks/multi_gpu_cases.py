@@ -20,12 +20,15 @@ COMPILED = tuple(f"{name}+compile" for name in ("stock", *SPARSE[:3]))
 COMPILED += tuple(f"{name}+prune" for name in COMPILED[1:])
 VIDEO = ("stock", *SPARSE[:2], PRUNED[0], *SPARSE[2:], *PRUNED[1:], *COMPILED)
 BUDGETS = (" budgets", " budgets unlevel")  # a keep for each head
-WAYS = (None, "gather", "ring")  # Ulysses, and how keys travel where queries stay
-STAY = (
-    "stock",
-    *SPARSE[:6],
-    *(name + more for name in SPARSE[:2] for more in BUDGETS),
-    *COMPILED[:4],
+ROUND = ("stock", "topk@0.1", "pooled@0.1", "sla@0.1")  # for which keys go round: others gather
+STAY = (*ROUND, "rectified@0.1", "shared@0.1", "rettention@0.1")
+# Ulysses (None), and how keys travel where queries stay; what matters least comes last. A budget
+# for each head is Ulysses' affair.
+WAYS = (
+    (None, (*STAY, *(f"topk@0.1{more}" for more in BUDGETS), *COMPILED[:3])),
+    ("gather", (*STAY, "topk@0.1+compile", "stock+compile")),
+    ("ring", (*ROUND, "topk@0.1+compile")),
+    (None, (*(f"pooled@0.1{more}" for more in BUDGETS), *SPARSE[6:])),
 )
 EQUAL = ("stock", *SPARSE)  # in float32 rounding hides least
 FEW = {"num_layers": 2, "num_single_layers": 4}
@@ -53,15 +56,9 @@ def cases(part: str, dry: bool) -> list[Case]:
             tiny = {**model.tiny, "config": small, "size": (128, 128, 17)}
             models[at] = replace(model, tiny=tiny)
         return [
-            Case(
-                f"{model.name}, {kv or 'ulysses'}",
-                model,
-                half,
-                STAY + SPARSE[6:] * (kv is None),
-                kv,
-            )
+            Case(f"{model.name}, {kv or 'ulysses'}", model, half, rows, kv)
             for model in models
-            for kv in WAYS
+            for kv, rows in WAYS
         ]
     if part == "ulysses":
         small, large = MODELS["wan1.3b-480p"], MODELS["wan14b-720p"]

@@ -4,7 +4,9 @@ with keys that are gathered or go round.
 A row is one model under one method, measured three times: on one GPU; there again with the output
 of every linear layer moved by up to half a unit in its last place, which tells what rounding alone
 does to this model's output; and on all GPUs. The last must differ from the first by at most MARGIN
-times what rounding does.
+times what rounding does. What one GPU gives comes first, for all rows of a model: each process
+takes the next row that none has begun, and leaves what it found in a file, for all processes and
+for those that are started anew.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from dit_accel.api import accelerated
 from dit_accel.bench.models import build, inputs
 from dit_accel.bench.rows import switched_on
+from dit_accel.parallel import plans
 from dit_accel.parallel.sharing import share
 
 MARK = "ROW "
@@ -53,7 +57,7 @@ class Place:
         device = torch.device("cpu") if dry else torch.device("cuda", rank)
         if not dry:
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if dry else "nccl", timeout=timedelta(minutes=3))
+        dist.init_process_group("gloo" if dry else "nccl", timeout=timedelta(minutes=10))
         return cls(rank, dist.get_world_size(), device)
 
     def all(self, value: Any) -> list[Any]:
@@ -233,6 +237,57 @@ def split(case: Case, pipe: Any, world: int, dry: bool) -> nn.Module:
     return twin
 
 
+@dataclass(frozen=True)
+class References:
+    """What one GPU gives of each row, in a file each: facts, the output, and what rounding does to
+    it; or why it failed."""
+
+    folder: Path
+
+    def begin(self) -> None:
+        """Forget what processes before these have begun, and what failed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for claim in self.folder.glob("*.claim"):
+            claim.unlink()
+        for path in self.folder.glob("*.pt"):
+            if "failed" in torch.load(path):
+                path.unlink()
+
+    def path(self, case: Case, row: str) -> Path:
+        name = f"{case.model.name} {case.dtype} {row}"
+        return self.folder / (
+            "".join(c if c.isalnum() or c in ".@+" else "-" for c in name) + ".pt"
+        )
+
+    def claim(self, case: Case, row: str) -> bool:
+        """Whether this process is the one that makes it."""
+        path = self.path(case, row)
+        try:
+            path.with_suffix(".claim").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return not path.exists()
+
+    def write(self, case: Case, row: str, found: dict[str, Any]) -> None:
+        path = self.path(case, row)
+        torch.save(found, part := path.with_suffix(".part"))
+        part.replace(path)
+
+    def read(self, case: Case, row: str) -> dict[str, Any] | None:
+        path = self.path(case, row)
+        return torch.load(path) if path.exists() else None
+
+
+def dearest_first(rows: list[str]) -> list[str]:
+    """So that no process is left with a long row at the end."""
+
+    def cost(name: str) -> int:
+        row, _ = course_of(name, 1)
+        return 3 * (row.method is None) + 2 * len(row.kinds()) + ("compile" in row.added)
+
+    return sorted(rows, key=cost, reverse=True)
+
+
 @dataclass
 class Bench:
     """One model on one GPU and on all."""
@@ -241,13 +296,13 @@ class Bench:
     case: Case
     rounds: int
     dry: bool
-    stock: Tensor | None = None
-    known: dict[str, tuple[Run, Run, dict[str, Any]]] = field(default_factory=dict)
+    references: References
 
     def __post_init__(self) -> None:
         self.pipe = build(self.case.model, self.place.device, self.case.dtype, self.dry)
         self.call = inputs(self.case.model, self.pipe, self.place.device, self.dry)
         self.alone = self.pipe.transformer
+        plans.prepare(self.alone)  # one GPU, too, goes without the padding of the prompt
         self.take(self.case)
         self.scale = self.case.model.passes / self.case.model.timed
 
@@ -256,12 +311,39 @@ class Bench:
         self.case = case
         self.twin = split(case, self.pipe, self.place.world, self.dry)
 
+    def refer(self, rows: list[str], until: float) -> None:
+        """These rows on one GPU, as many beside each other as there are processes."""
+        longest = 0.0
+        for name in dearest_first(rows):
+            began = time.time()
+            if began + longest < until and self.references.claim(self.case, name):
+                self.references.write(self.case, name, self._alone(name))
+                longest = max(longest, time.time() - began)
+        self.place.all(None)  # all are there
+
+    def _alone(self, name: str) -> dict[str, Any]:
+        """What one GPU gives of a row, as it is and rounded anew."""
+        place, cycles = self.place, self.rounds + 2
+        one = attempt(place, self.pipe, self.call, name, cycles - 1, cycles)
+        if isinstance(one, str):
+            return {"failed": one}
+        with rounded_anew(self.alone):
+            moved = attempt(place, self.pipe, self.call, name, 1, cycles)
+        if isinstance(moved, str):
+            return {"failed": moved}
+        found = {"facts": one.facts(self.rounds, self.scale), "output": one.output}
+        return {**found, "kinds": one.kinds, "rounding": relative(moved.output, one.output)}
+
     def row(self, name: str) -> None:
-        """All measurements of a row; what there is is said after each GPU count."""
-        place = self.place
+        """All GPUs, beside one; what is known of one is said before."""
+        place, alone = self.place, self.references.read(self.case, name)
         found: dict[str, Any] = {"case": self.case.name, "row": name, "gpus": place.world}
-        one, moved, alone = self._alone(name)
-        found |= alone
+        if alone is None:
+            place.say({**found, "skipped": "no time left"})
+            return
+        found |= (
+            {"alone_error": alone["failed"]} if "failed" in alone else {"alone": alone["facts"]}
+        )
         place.say(found)
         self.pipe.transformer = self.twin
         cycles, dense = self.rounds + 2, self.case.kv is not None
@@ -277,40 +359,24 @@ class Bench:
             place.clean()
         found["together"] = slowest(place.all(both.facts(self.rounds, self.scale)))
         if "alone" in found:
-            found |= self._compare(found, one, moved, both)
+            found |= self._compare(found, alone, both)
         place.say(found)
 
-    def _alone(self, name: str) -> tuple[Run, Run, dict[str, Any]]:
-        """On one GPU, as it is and rounded anew, and what is said of it; once for all ways."""
-        if name in self.known:
-            return self.known[name]
-        place, cycles = self.place, self.rounds + 2
-        one = attempt(place, self.pipe, self.call, name, cycles - 1, cycles)
-        with rounded_anew(self.alone):
-            moved = attempt(place, self.pipe, self.call, name, 1, cycles)
-        said = next((run for run in (one, moved) if isinstance(run, str)), None)
-        failed = next((text for text in place.all(said) if text), None)
-        found: dict[str, Any] = {"alone_error": failed}
-        if failed is None:
-            facts = place.all(one.facts(self.rounds, self.scale))
-            found = {"alone": min(facts, key=lambda facts: sum(facts["seconds"].values()))}
-        self.known[name] = one, moved, found
-        return self.known[name]
-
-    def _compare(self, found: dict[str, Any], one: Run, moved: Run, both: Run) -> dict[str, Any]:
+    def _compare(self, found: dict[str, Any], alone: dict[str, Any], both: Run) -> dict[str, Any]:
         """Speed-up of each kind of step, and the distance of the outputs; off_stock: what the
         method does to the output, beside which an error can be seen to be small."""
-        if found["row"] == "stock":
-            self.stock = one.output
-        elif self.stock is not None and len(one.kinds) == 1:  # otherwise a later step
-            found["off_stock"] = relative(one.output, self.stock)
-        rounding = max(self.place.all(relative(moved.output, one.output)))
-        error = max(self.place.all(relative(both.output, one.output)))
+        stock = self.references.read(self.case, "stock")
+        if found["row"] != "stock" and stock and "output" in stock and len(alone["kinds"]) == 1:
+            found["off_stock"] = relative(
+                alone["output"], stock["output"]
+            )  # otherwise a later step
+        rounding = alone["rounding"]
+        error = max(self.place.all(relative(both.output, alone["output"])))
         pairs = {
             k: (s, found["together"]["seconds"][k]) for k, s in found["alone"]["seconds"].items()
         }
         faster = {"speedup": {kind: round(a / b, 3) for kind, (a, b) in pairs.items()}}
-        if "pruned" in one.kinds:  # each GPU chooses among its own tokens: another choice
+        if "pruned" in alone["kinds"]:  # each GPU chooses among its own tokens: another choice
             return faster
         return {
             **faster,
@@ -322,21 +388,31 @@ class Bench:
 
 
 def work(spec: dict[str, Any]) -> None:
-    """The rows of `spec`: part, todo ([case, row] pairs), rounds, until (Unix time), dry."""
-    place = Place.join(spec["dry"])
+    """The rows of `spec`: part, todo ([case, row] pairs), rounds, until (Unix time), dry, and
+    references, a folder."""
+    place, references = Place.join(spec["dry"]), References(Path(spec["references"]))
     if spec["dry"]:
         torch.set_num_threads(1)
+    if place.rank == 0:
+        references.begin()
+    place.all(None)
     longest, bench = 0.0, None
-    for case in cases(spec["part"], spec["dry"]):
-        rows = [row for name, row in spec["todo"] if name == case.name]
+    todo = {(name, row) for name, row in spec["todo"]}
+    wanted = [
+        (case, [row for row in case.rows if (case.name, row) in todo])
+        for case in cases(spec["part"], spec["dry"])
+    ]
+    for case, rows in wanted:
         if not rows:
             continue
-        if bench is not None and (bench.case.model, bench.case.dtype) == (case.model, case.dtype):
+        if bench is not None and same_model(bench.case, case):
             bench.take(case)
         else:
             bench = None  # its memory goes before the next one's comes
             place.clean()
-            bench = Bench(place, case, spec["rounds"], spec["dry"])
+            bench = Bench(place, case, spec["rounds"], spec["dry"], references)
+            every = dict.fromkeys(row for c, of in wanted if same_model(c, case) for row in of)
+            bench.refer(list(every), spec["until"])
             longest = 0.0
         for row in rows:
             began = time.time()
@@ -347,6 +423,10 @@ def work(spec: dict[str, Any]) -> None:
             longest = max(longest, time.time() - began)
         place.clean()
     dist.destroy_process_group()
+
+
+def same_model(one: Case, other: Case) -> bool:
+    return (one.model, one.dtype) == (other.model, other.dtype)
 
 
 if __name__ == "__main__":

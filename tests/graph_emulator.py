@@ -2,11 +2,14 @@
 the memory that it took, with nothing of Python between."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from dit_accel.runtime.recorder import Recording
 
 # of what has been computed; numbers of layers lie on the host
 WAITS = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero"}
@@ -49,13 +52,27 @@ class Emulated:
         return True
 
     def record(self, run, device):
-        with Noted() as noted:
-            out = run()
+        pieces, asked = [Noted()], []
+
+        def ask(x, decide):
+            pieces[-1].__exit__(None, None, None)
+            pieces.append(Noted())
+            pieces[-1].made |= pieces[-2].made
+            asked.append(x)
+            try:
+                return decide(x.item())
+            finally:
+                pieces[-1].__enter__()
+
+        pieces[-1].__enter__()
+        try:
+            out = run(ask)
+        finally:
+            pieces[-1].__exit__(None, None, None)
         self.recorded += 1
+        return Recording(out, [partial(self._replay, noted) for noted in pieces], asked)
 
-        def replay() -> None:
-            self.replayed += 1
-            with torch.no_grad():
-                noted.replay()
-
-        return out, replay
+    def _replay(self, noted: Noted) -> None:
+        self.replayed += 1
+        with torch.no_grad():
+            noted.replay()

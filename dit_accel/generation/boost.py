@@ -38,8 +38,8 @@ class Boost:
         quantize: "int8" or "fp8": the blocks' linear layers in eight bits (torchao).
         graphs: replay the transformer's forwards as CUDA graphs, see `dit_accel.graphed`.
 
-    Raises ValueError for a threshold that is not positive, for an unknown number format, for a
-    LoRA with compiled or quantised blocks, and for a step cache with graphs.
+    Raises ValueError for a threshold that is not positive, for an unknown number format, and for a
+    LoRA with compiled or quantised blocks.
     """
 
     compile: bool = False
@@ -60,11 +60,6 @@ class Boost:
         check_kind(self.quantize)
         if self.lora is not None and self.quantize is not None:
             raise ValueError("a LoRA cannot join weights in eight bits: fuse it, pipe.fuse_lora()")
-        if self.graphs and self.step_cache is not None:
-            raise ValueError(
-                "a step cache (each profile of speed has one) decides from what the GPU has "
-                "computed, and CUDA graphs do not wait for it: leave out step_cache or graphs"
-            )
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError where the pipeline has no step caches, or cannot take the LoRA or be

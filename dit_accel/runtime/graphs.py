@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dit_accel.machine import holding
 from dit_accel.runtime import patch
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.kinds import PLAIN, Build, Given, hooks, mode, obstacle
-from dit_accel.runtime.recorded import After, Node, Recorded, Tree, apart
-from dit_accel.runtime.recorder import Cuda, Recorder
+from dit_accel.runtime.recorded import After, Node, Recorded, State, Tree, apart
+from dit_accel.runtime.recorder import Ask, Cuda, Recorder
+from dit_accel.runtime.skipping import StepCache, Unseen, unkept
 
 
 class Graphs:
@@ -59,23 +60,40 @@ class Graphs:
             return run(*args, **kwargs)
         build = self._build(transformer, tree.mark)
         hooked = build.hooked()
-        if why := obstacle(build, [transformer, *hooked], engine):
+        cache = StepCache.of(hooked)
+        if why := obstacle(build, [transformer, *hooked], engine) or unkept(cache, engine):
             raise RuntimeError(f"{why}, which CUDA graphs cannot follow: leave out one of them")
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
         kind = (id(transformer), build.digest, tuple(map(hooks, hooked)), mode())
         key = (kind, where, str(given.spec), given.keys)
+        if cache is not None and tree.at is tree.root and not cache.fresh:
+            tree.replayed = False  # it was left by a generation that ended midway
         node, known = tree.go(key)
-        if not known or not tree.replayed:
-            tree.replayed = False
-            return run(*args, **kwargs)
-        tree.replayed = False  # until it has been
-        if node.recorded is None:
-            node.recorded = self._record(transformer, run, given, engine)
-        out = node.recorded.again(given, engine)
+        replayed, tree.replayed = known and tree.replayed, False  # until it has been
+        found = self._known(node, given, cache) if replayed else None
+        if replayed and found is None:
+            found = self._record(node, transformer, run, given, engine, cache)
+        if found is None:
+            out = run(*args, **kwargs)
+            tree.went(node, None if cache is None else cache.computes)
+            node.ran.add(node.last)
+            return out
+        out = found.finish(engine, cache)
+        tree.went(node, found.answer)
         tree.replayed = True
         return out
+
+    def _known(self, node: Node, given: Given, cache: StepCache | None) -> Recorded | None:
+        """The recording that does what this forward does, begun, if there is one. Most often it
+        does what it did the last time."""
+        found = node.recorded.get(node.last)
+        if found is not None and (answer := found.begin(given, cache)) != found.answer:
+            found = node.recorded.get(answer)
+            if found is not None:
+                found.begin(given, cache)
+        return found
 
     def _tree(self, engine: Engine | None) -> Tree:
         """Where the forward at hand belongs, and where it stands there."""
@@ -93,22 +111,43 @@ class Graphs:
         return build
 
     def _record(
-        self, transformer: nn.Module, run: Callable[..., Any], given: Given, engine: Engine | None
-    ) -> Recorded:
+        self,
+        node: Node,
+        transformer: nn.Module,
+        run: Callable[..., Any],
+        given: Given,
+        engine: Engine | None,
+        cache: StepCache | None,
+    ) -> Recorded | None:
+        """This forward, begun; None where its step cache decides as it did not before."""
         device = next(transformer.parameters()).device
         inputs = [self._input(i, given) for i in range(len(given.leaves))]
         args, kwargs = tree_unflatten(inputs, given.spec)
-        with holding() as held, apart(engine) as (books, dense):
-            out, replay = self.recorder.record(lambda: run(*args, **kwargs), device)
-        output, spec = tree_flatten(out)
-        if strange := [x for x in output if not isinstance(x, (Tensor, *PLAIN))]:
+
+        def forward(ask: Ask) -> Any:
+            with nullcontext() if cache is None else cache.asking(ask, node.ran):
+                return run(*args, **kwargs)
+
+        before = None if engine is None else State.of(engine, cache)
+        try:
+            with holding() as held, apart(engine) as (books, dense):
+                made = self.recorder.record(forward, device)
+        except Unseen:
+            if before is not None and engine is not None:
+                before.restore(engine, cache)
+                engine.here.calls.clear()  # its layers will come for the first time
+            return None
+        if strange := [x for x in tree_leaves(made.out) if not isinstance(x, (Tensor, *PLAIN))]:
             raise RuntimeError(
                 f"a transformer that returns {type(strange[0]).__name__} cannot be recorded as a "
                 "CUDA graph: leave graphs out"
             )
         held += [] if engine is None else [engine.here, engine.order.pair]
-        after = None if engine is None else After.of(engine, books, dense)
-        return Recorded(inputs, output, spec, replay, held, after)
+        after = None if engine is None else After(State.of(engine, cache), books, dense)
+        answer = None if cache is None else cache.computes
+        found = Recorded(inputs, made, held, after, answer)
+        node.recorded[found.answer] = found
+        return found
 
     def _input(self, i: int, given: Given) -> Any:
         """Argument i as a graph reads it."""
@@ -136,10 +175,14 @@ def graphed(
     forward; plain attributes of modules are not, and what hooks inside do in Python is not done
     again.
 
+    First-Block-Cache decides as ever, each time: a forward is recorded up to there and from there
+    on, once for each decision. What follows decisions that have not come before runs as ever.
+
     recorder: None takes CUDA graphs. scheduler: that of the pipeline, if there is one. Raises
     ValueError for a transformer that is not whole on a GPU, is offloaded, shares its sequence with
     other processes or is here already; RuntimeError at a forward that cannot be recorded, for it
-    waits for the GPU, prunes tokens, has a step cache or weights that have gone since.
+    waits for the GPU, prunes tokens, has another step cache (or any without `accelerate`) or
+    weights that have gone since.
     """
     graphs, done = Graphs(recorder or Cuda(), scheduler), list[nn.Module]()
     for transformer in transformers:

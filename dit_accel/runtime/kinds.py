@@ -13,6 +13,7 @@ from dit_accel.parallel.context import config_of
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
 from dit_accel.runtime.recorder import Recorder
+from dit_accel.runtime.skipping import HOOKS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 # what PEFT's layers keep in plain attributes
@@ -76,8 +77,9 @@ def obstacle(build: Build, hooked: list[nn.Module], engine: Engine | None = None
     for own in map(vars, hooked):
         if "_hf_hook" in own:
             return "weights come and go by accelerate's offload"
-        if (registry := own.get("_diffusers_hook")) is not None and registry.hooks:
-            return f"diffusers' hook {next(iter(registry.hooks))!r} acts on the way"
+        acting = set(getattr(own.get("_diffusers_hook"), "hooks", ())) - HOOKS
+        if acting:
+            return f"diffusers' hook {min(acting)!r} acts on the way"
     return ""
 
 

@@ -2,44 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dit_accel.ops.backends import Choice
 from dit_accel.runtime.books import Books
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.kinds import Given
+from dit_accel.runtime.recorder import Recording
+from dit_accel.runtime.skipping import StepCache
 
 MOST = 8  # ways to begin, or to go on, that are kept: shapes, numbers of steps
 
 
 @dataclass(eq=False)
 class Recorded:
-    """A forward that can be replayed. inputs: where it reads its arguments; held: tensors that it
-    reads, too, and that nobody else may hold."""
+    """A forward that can be replayed. inputs: where it reads its arguments; made: its pieces; held:
+    tensors that it reads, too, and that nobody else may hold; answer: what its step cache decided,
+    None without one."""
 
     inputs: list[Any]
-    output: list[Any]
-    spec: TreeSpec
-    replay: Callable[[], None]
+    made: Recording
     held: list[object]
     after: After | None
+    answer: bool | None
 
-    def again(self, given: Given, engine: Engine | None) -> Any:
-        """What the forward returns, in memory of its own, for other arguments of the same kind."""
+    def begin(self, given: Given, cache: StepCache | None) -> bool | None:
+        """Up to where the step cache decides, for other arguments of the same kind; what it
+        decides."""
         for own, x, read in zip(self.inputs, given.leaves, given.read, strict=True):
             if read:
                 own.copy_(x)
-        self.replay()
+        if cache is None or not self.made.asked:
+            return self.answer
+        self.made.pieces[0]()
+        return cache.decide(self.made.asked[0].item())
+
+    def finish(self, engine: Engine | None, cache: StepCache | None) -> Any:
+        """What the forward returns, in memory of its own."""
+        self.made.pieces[-1]()
         if self.after is not None and engine is not None:
-            self.after.restore(engine)
-        out = [x.clone() if isinstance(x, Tensor) else x for x in self.output]
-        return tree_unflatten(out, self.spec)
+            self.after.restore(engine, cache)
+        leaves, spec = tree_flatten(self.made.out)
+        return tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], spec)
+
+
+@dataclass(eq=False)
+class State:
+    """What methods and a step cache keep from forward to forward."""
+
+    state: dict[Any, Any]
+    together: dict[Any, Any]
+    stateless_from: int | None
+    cached: dict[str, dict[str, object]]
+
+    @classmethod
+    def of(cls, engine: Engine, cache: StepCache | None) -> State:
+        """Now."""
+        cached = {} if cache is None else cache.state()
+        return cls(_copied(engine.state), _copied(engine.together), engine.stateless_from, cached)
+
+    def restore(self, engine: Engine, cache: StepCache | None) -> None:
+        """As it was."""
+        for own, left in ((engine.state, self.state), (engine.together, self.together)):
+            own.clear()
+            own.update(_copied(left))
+        engine.stateless_from = self.stateless_from
+        if cache is not None:
+            cache.restore(self.cached)
 
 
 @dataclass(eq=False)
@@ -47,24 +82,13 @@ class After:
     """How a forward left its engine, and what was booked in it; dense: calls of each kind that a
     dense backend served."""
 
-    state: dict[Any, Any]
-    together: dict[Any, Any]
-    stateless_from: int | None
+    state: State
     books: Books
     dense: dict[Any, int]
 
-    @classmethod
-    def of(cls, engine: Engine, books: Books, dense: dict[Any, int]) -> After:
-        """Of a forward that has just been recorded with these books."""
-        state, together = _copied(engine.state), _copied(engine.together)
-        return cls(state, together, engine.stateless_from, books, dense)
-
-    def restore(self, engine: Engine) -> None:
+    def restore(self, engine: Engine, cache: StepCache | None) -> None:
         """As if the forward had run."""
-        for own, left in ((engine.state, self.state), (engine.together, self.together)):
-            own.clear()
-            own.update(_copied(left))
-        engine.stateless_from = self.stateless_from
+        self.state.restore(engine, cache)
         engine.books.add(self.books)
         for key, calls in self.dense.items():
             _choices(engine)[key].calls += calls
@@ -72,37 +96,47 @@ class After:
 
 @dataclass(eq=False)
 class Node:
-    """A forward that was seen, and what came next."""
+    """A forward that was seen, and what came next. ran: what a step cache decided where it ran as
+    ever; recorded: by what it decided; last: the last time."""
 
     next: dict[Hashable, Node] = field(default_factory=dict)
-    recorded: Recorded | None = None
+    ran: set[bool | None] = field(default_factory=set)
+    recorded: dict[bool | None, Recorded] = field(default_factory=dict)
+    last: bool | None = None
 
 
 @dataclass(eq=False)
 class Tree:
-    """The forwards of one engine. at: where its generation stands; replayed: all of it so far;
-    mark: an object of this generation, None where that is not known."""
+    """The forwards of one engine. at: where its generation stands; answer: what a step cache
+    decided there; replayed: all of it so far; mark: an object of this generation, None where that
+    is not known."""
 
     root: Node = field(default_factory=Node)
     at: Node = field(default_factory=Node)
     mark: object = None
     generation: int | None = None
     replayed: bool = True
+    answer: bool | None = None
 
     def begin(self, generation: int) -> None:
         """Back to the root where a new generation starts."""
         if generation != self.generation:
             self.at, self.generation, self.replayed = self.root, generation, True
-            self.mark = object()
+            self.mark, self.answer = object(), None
 
     def go(self, key: Hashable) -> tuple[Node, bool]:
         """On to what comes next, and whether it was seen before."""
-        ways, known = self.at.next, key in self.at.next
+        ways, key = self.at.next, (self.answer, key)
+        known = key in ways
         node = ways.setdefault(key, Node())
         while len(ways) > MOST:
             del ways[next(iter(ways))]
         self.at = node
         return node, known
+
+    def went(self, node: Node, answer: bool | None) -> None:
+        """What a step cache decided in the forward at hand."""
+        self.answer = node.last = answer
 
 
 @contextmanager

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+Ask = Callable[[Tensor, Callable[[float], bool]], bool]
+
+
+class Recording(NamedTuple):
+    """What a forward returned, not computed yet but for what it asked; pieces: what computes it
+    again in the same memory, in turn; asked: what is known after each but the last."""
+
+    out: Any
+    pieces: list[Callable[[], None]]
+    asked: list[Tensor]
 
 
 class Recorder(Protocol):
@@ -18,11 +30,9 @@ class Recorder(Protocol):
     def reads(self, x: Tensor) -> bool:
         """Whether a replay reads this argument again; what others hold is part of the key."""
 
-    def record(
-        self, run: Callable[[], Any], device: torch.device
-    ) -> tuple[Any, Callable[[], None]]:
-        """What `run` returned, which works on one device, not computed yet, and what computes it
-        again in the same memory."""
+    def record(self, run: Callable[[Ask], Any], device: torch.device) -> Recording:
+        """What `run` does on one device. It is given what it may ask: a tensor of one element, and
+        what to make of its value; up to there it is computed then, and a piece ends."""
 
 
 class Cuda:
@@ -30,7 +40,7 @@ class Cuda:
     to afterwards outlives it."""
 
     def __init__(self) -> None:
-        self.pools: dict[torch.device, Any] = {}
+        self.places: dict[torch.device, Any] = {}  # pool of memory, stream
 
     def check(self, transformer: nn.Module) -> None:
         """See Recorder."""
@@ -45,22 +55,41 @@ class Cuda:
         """See Recorder."""
         return x.is_cuda
 
-    def record(
-        self, run: Callable[[], Any], device: torch.device
-    ) -> tuple[Any, Callable[[], None]]:
+    def record(self, run: Callable[[Ask], Any], device: torch.device) -> Recording:
         """See Recorder. RuntimeError where `run` waits for the GPU or copies from the host."""
-        pool = self.pools.setdefault(device, torch.cuda.graph_pool_handle())
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # the stream of a capture is one of the current device
-            with (
-                torch.cuda.device(device),
-                torch.cuda.graph(graph, pool=pool, capture_error_mode="relaxed"),
-            ):
-                out = run()
-        except RuntimeError as error:
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise RuntimeError(
-                f"this forward cannot be recorded as a CUDA graph: {why}; leave graphs out"
-            ) from error
-        return out, graph.replay
+        if device not in self.places:
+            self.places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        pool, stream = self.places[device]
+        graphs: list[torch.cuda.CUDAGraph] = []
+        asked: list[Tensor] = []
+
+        def begin() -> None:
+            graphs.append(torch.cuda.CUDAGraph())
+            graphs[-1].capture_begin(pool=pool, capture_error_mode="relaxed")
+
+        def ask(x: Tensor, decide: Callable[[float], bool]) -> bool:
+            graphs[-1].capture_end()
+            graphs[-1].replay()
+            answer = decide(x.item())
+            asked.append(x)
+            begin()
+            return answer
+
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            with torch.cuda.stream(stream):
+                try:
+                    begin()
+                    out = run(ask)
+                    graphs[-1].capture_end()
+                except BaseException as error:
+                    with suppress(RuntimeError):
+                        graphs[-1].capture_end()  # it may have ended
+                    if not isinstance(error, RuntimeError):
+                        raise
+                    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise RuntimeError(
+                        f"this forward cannot be recorded as a CUDA graph: {why}; leave graphs out"
+                    ) from error
+        return Recording(out, [graph.replay for graph in graphs], asked)

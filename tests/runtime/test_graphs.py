@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import FirstBlockCacheConfig
 from graph_emulator import Emulated
 from tiny import saved_lora, tiny_flux, tiny_wan
 from torch.overrides import TorchFunctionMode
@@ -192,8 +191,6 @@ def test_what_has_no_graphs_is_refused_before_anything_runs():
         pass
     with pytest.raises(ValueError, match="on one CUDA GPU"):
         Boost(graphs=True).check(pipe)
-    with pytest.raises(ValueError, match="leave out step_cache or graphs"):
-        Boost(graphs=True, step_cache=0.1)
     pipe.transformer.forward = pipe.transformer.forward
     with (
         pytest.raises(ValueError, match="has been replaced"),
@@ -206,12 +203,6 @@ def test_what_has_no_graphs_is_refused_before_anything_runs():
         graphs.graphed([pipe.transformer], Emulated()),
         pytest.raises(RuntimeError, match="token pruning decides"),
     ):
-        latents(pipe)
-    with graphs.graphed([pipe.transformer], Emulated()):
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        with pytest.raises(RuntimeError, match="diffusers' hook 'fbc_.*' acts on the way"):
-            latents(pipe)
-        pipe.transformer.disable_cache()
         latents(pipe)
     assert "forward" not in vars(pipe.transformer)
 

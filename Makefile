@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PROMPT ?= a rocket above a crab on a blue to pink background, moving up
 # on a GPU a size at which attention matters there, both sides compiled and as CUDA graphs
-LARGE  = --method shared:balanced --size 512x512 --frames 65 --compile --graphs
+LARGE  = --speed balanced --size 512x512 --frames 65 --compile --graphs
 GPU    = import torch; print('$(LARGE)' if torch.cuda.is_available() else '--speed balanced')
 
 .PHONY: demo app test test-slow test-browser coverage lint docs bench clean

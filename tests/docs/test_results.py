@@ -252,6 +252,7 @@ BRANCHES = {  # row of the table of trained branches → its other name in the r
     "untrained, top-k": "untrained",
     "conv with linear=None": "conv alone",
     'combine="gate"': "gate",
+    'select="learned"': "learned",
     "[eight of ten layers linear](#layers-of-linear-attention-alone)": "linear layers",
     "what ships, 1,500 steps": "shipped",
 }
@@ -326,3 +327,23 @@ def test_methods_without_a_state_at_17408_tokens():
             measured = paired([*mine.values()], [clips[control][prompt] for prompt in mine])
             for said, value in zip(gains(cell), measured, strict=True):
                 assert same(said, value), (label, control)
+
+
+def test_the_demo_on_a_gpu():
+    rows = raw("h200-demo-speeds")["rows"]
+    names = {
+        "--speed balanced, which is make demo on a GPU": "speed-balanced",
+        "--speed fast": "speed-fast",
+        "--method shared --keep 0.05 --step-cache 0.1": "early5-cache10",
+        "--method shared --keep 0.05": "early5",
+        "--method shared:balanced, the demo before": "method-balanced",
+    }
+    (shown,) = [t for t in tables("docs/results.md") if "steps computed" in t[0]]
+    assert {row[0] for row in shown[2:]} == set(names)
+    for label, computed, seconds, speedup, psnr in shown[2:]:
+        row = rows[names[label]]
+        whole = [step for step in row["attention"]["steps"] if step["sparse"] + step["dense"] == 10]
+        assert len(whole) == int(computed.split()[0])
+        assert same(seconds, row["times"]["accelerated"]["denoise"])
+        assert same(speedup.removesuffix("×"), row["speedup"]["denoise"])
+        assert same(psnr.removesuffix(" dB"), row["quality"]["psnr_mean"])

@@ -6,7 +6,8 @@ r"""Seconds of the steps of whole models: of each kind, compiled kernel by kerne
 Random weights in the stock pipeline, as in `dit-accel bench --e2e`. Parts:
 profile   a compiled step of --rows, as gpu_profile.py has it: attention, products, the rest
 kinds     a step of each kind that a profile makes (dense, full, sparse, skipped), of `balanced`
-          (`fast` differs from it in how many are skipped) and, for small models, `conservative`.
+          (`fast` differs from it in how many are skipped) and, for small models, `conservative`,
+          or of those that --speeds names.
           Whether the step cache skips is said here: it depends on weights.
 compiled  `balanced` with compiled blocks
 offload   a step of --offload-row without offload, and with blocks:1 and 2: seconds, seconds that
@@ -38,6 +39,7 @@ from dit_accel.bench.rows import Row, set_skip
 from dit_accel.generation.arrival import waits_of
 from dit_accel.generation.offload import Offload
 from dit_accel.generation.options import How
+from dit_accel.generation.speeds import NAMES
 from dit_accel.pipelines.denoisers import call as call_pipeline
 from dit_accel.schedule import Schedule
 
@@ -175,8 +177,9 @@ def run(r: Run, m: Model, options: argparse.Namespace) -> None:
     parts, rows = options.parts, options.rows
     windows: list[Any] = []
     rounds = 1 if m.model.name in LARGE else 2
+    speeds = options.speeds or ("balanced", "conservative")[:rounds]
     if {"kinds", "compiled"} & set(parts):
-        r.case("ahead: all kinds", lambda: m.kinds("balanced", False, 1, short=True))
+        r.case("ahead: all kinds", lambda: m.kinds(speeds[0], False, 1, short=True))
     if "compiled" in parts:
         r.case("ahead: all kinds, compiled", lambda: m.kinds("balanced", True, 1))
     if "offload" in parts:
@@ -189,9 +192,9 @@ def run(r: Run, m: Model, options: argparse.Namespace) -> None:
         if "profile" in parts:
             r.case(f"profile {rows[0]}", lambda: kernels(m, rows[0]))
     if "kinds" in parts:
-        r.case("kinds balanced", lambda: m.kinds("balanced", False, rounds))
-        if rounds > 1:
-            r.case("kinds conservative", lambda: m.kinds("conservative", False, 2, dense=False))
+        for speed in speeds:
+            dense = speed == "balanced"  # that of all
+            r.case(f"kinds {speed}", lambda s=speed, d=dense: m.kinds(s, False, rounds, d))
     if "compiled" in parts:
         r.case("kinds balanced, compiled", lambda: m.kinds("balanced", True, rounds))
     for row in rows[1:] if "profile" in parts else []:
@@ -220,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(MODELS), default="wan1.3b-480p")
     parser.add_argument("--parts", nargs="+", default=["kinds"])
+    parser.add_argument("--speeds", nargs="+", choices=NAMES, help="of the kinds")
     parser.add_argument("--rows", nargs="+", default=["topk@0.05+compile"])
     parser.add_argument("--offload-row", default="topk@0.1")
     parser.add_argument("--layers", type=int, help="so many alone, for shares of a profile")

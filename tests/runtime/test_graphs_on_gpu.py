@@ -60,15 +60,15 @@ def test_a_step_cache_decides_between_two_graphs(method):
     assert True in kept and False in kept
 
 
-def test_linear_layers_in_eight_bits_are_replayed():
+def test_linear_layers_in_eight_bits_wait_and_are_refused():
+    """torchao looks at the values of each tensor on the way, where nothing is compiled."""
     pytest.importorskip("torchao")
-    found = []
-    for graphs in (False, True):
-        pipe = pipeline(head_dim=128, heads=4)
-        boost = Boost(quantize="int8", graphs=graphs)
-        with boost.switch_on(pipe), sparse(pipe, "topk/sub@0.3"):
-            found.append(torch.stack([latents(pipe, seed, 4, **LARGE) for seed in (0, 0, 1)]))
-    assert torch.equal(*found)
+    pipe = pipeline(head_dim=128, heads=4)
+    boost = Boost(quantize="int8", graphs=True)
+    refused = pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*leave graphs")
+    with boost.switch_on(pipe), sparse(pipe, "topk/sub@0.3"), refused:
+        for _ in range(2):
+            latents(pipe, 0, 4, **LARGE)
 
 
 def test_a_forward_that_waits_is_refused_and_leaves_no_capture_behind():

@@ -208,6 +208,30 @@ def test_compare_writes_and_prints(capsys, model, tmp_path, monkeypatch):
     assert f"{report['quality']['psnr_mean']:.1f} dB" in out
 
 
+@pytest.mark.parametrize(
+    ("where", "what", "waiting"),
+    [
+        ("device", "cuda:0", True),
+        ("device", "cpu", False),
+        ("steps", [0.01, 0.2, 0.2], False),
+        ("graphs", True, False),
+        ("prune", {"keep": 0.5}, False),
+    ],
+)
+def test_compare_says_what_a_gpu_that_waits_for_python_needs(where, what, waiting):
+    from dit_accel.cli.compare import waits
+
+    told = {"device": "cuda:0", "steps": [0.2, 0.01, 0.02], "graphs": False, "prune": None}
+    told[where] = what
+    report = {
+        "device": told["device"],
+        "times": {"accelerated": {"steps": told["steps"]}},
+        "boost": {"graphs": told["graphs"]},
+        "attention": {"config": {"prune": told["prune"]}},
+    }
+    assert waits(report) == waiting
+
+
 def test_a_first_picture(capsys, tmp_path):
     model = tmp_path / "i2v"
     tiny_wan(kind=WanImageToVideoPipeline, in_channels=36).save_pretrained(model)

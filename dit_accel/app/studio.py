@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dit_accel.api import accelerated, restore
+from dit_accel.app import replay
 from dit_accel.app.ask import Ask, Weights
 from dit_accel.app.catalog import card
 from dit_accel.app.cost import Pace, Plan, Weight, check_work, tokens_of
@@ -58,7 +59,7 @@ class News:
 @dataclass(frozen=True)
 class Run:
     """One side when it is done. label: what it ran, in words. report and cells are None for the
-    stock pipeline, facts where files carry none."""
+    stock pipeline, facts where files carry none. graphs: timed as CUDA graphs, see replay.py."""
 
     name: str
     how: How
@@ -68,6 +69,7 @@ class Run:
     cells: list[list[float | None]] | None = None
     facts: Facts | None = None
     sight: dict[str, Any] | None = None  # see sight.py
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,12 @@ class Studio:
         ask = self.filled(ask)
         request = ask.request()
         values = arguments(pipe, defaults, request)
-        runs = {}
+        runs: dict[str, Run] = {}
+        graphs = replay.could(ask.left) and replay.could(ask.right)
         for name, how in (("left", ask.left), ("right", ask.right)):
-            recorder = _Recorder(name, ask, how, tell, cancel, self._colours)
+            recorder = _Recorder(name, ask, how, tell, cancel, self._colours, graphs)
             run = recorder.run(pipe, defaults, request, self._cold(ask, how))
+            graphs = run.graphs  # both sides or none
             self._warm.add(self._key(ask, how))
             runs[name] = replace(run, facts=self._facts(ask, loaded, values, how))
             tell(runs[name])
@@ -230,6 +234,7 @@ class _Recorder:
     hear: Tell
     cancel: Event
     colours: torch.Tensor | None = None
+    graphs: bool = False
     total: int | None = None
 
     def run(self, pipe: Any, defaults: Defaults, request: Request, cold: bool) -> Run:
@@ -254,8 +259,13 @@ class _Recorder:
             report = handle.report().to_dict() if handle else None
             seen = sight.to_dict() if sight else None
         cells = ledger.cells if handle else None
-        words = self.ask.label(self.how)
-        return Run(self.name, self.how, words, result, report, cells, sight=seen)
+        words, timed = self.ask.label(self.how), None
+        if self.graphs and replay.waits(pipe, result):
+            timed = replay.replayed(pipe, defaults, request, config, boost, self.cancel, self.tell)
+        words += f", {replay.WORDS}" if timed else ""
+        result = timed or result
+        graphs = timed is not None
+        return Run(self.name, self.how, words, result, report, cells, sight=seen, graphs=graphs)
 
     def _warm_up(self, pipe: Any, defaults: Defaults, request: Request, config: Any) -> None:
         self.tell("warm-up")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -95,6 +96,15 @@ def _is_of(request: Request) -> Callable[[Path], bool]:
     return same
 
 
+def waits(data: dict[str, Any]) -> bool:
+    """Whether a report's accelerated steps on a GPU were so short that CUDA graphs may help."""
+    from dit_accel.generation.run import SHORT
+
+    steps = data["times"]["accelerated"]["steps"]
+    able = not data["boost"]["graphs"] and data["attention"]["config"].get("prune") is None
+    return data["device"].startswith("cuda") and able and bool(steps) and median(steps) < SHORT
+
+
 def _print(data: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
@@ -123,6 +133,8 @@ def _print(data: dict[str, Any], folder: Path) -> None:
     reasons = data["attention"]["unplanned" if data["kept"] < 1 else "fallbacks"]
     for why, count in reasons.items():
         out.print(Text.assemble((f"{count} attention calls ran dense: ", "yellow"), why))
+    if waits(data):
+        out.print("steps this short may wait for Python, which launches them: --graphs does not")
     names = ", ".join(sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")))
     out.print(f"\n{folder}/  {names}")
     out.print(Text.assemble("open ", (str(folder / "report.html"), "bold"), " in a browser"))

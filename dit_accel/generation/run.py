@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
+SHORT = 0.05  # seconds of a step, of which on a GPU Python may be most
 ProgressFn = Callable[[str, int, int | None], None]
 StepFn = Callable[[int, torch.Tensor | None], None]
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from asks import ASK, DEFAULTS, DENSE, SPARSE, other, pair_of, small_studio
+from graph_emulator import Emulated
 from PIL import Image
 from tiny import tiny_wan
 
-from dit_accel.app import outcome, views
+from dit_accel.app import outcome, replay, views
 from dit_accel.app.ask import Ask, config_of, label
 from dit_accel.app.stop import Cancelled, Leash, check, stoppable
 from dit_accel.app.studio import News, Studio
 from dit_accel.generation.options import How
+from dit_accel.runtime import graphs
 
 
 def hooks_of(pipe) -> int:
@@ -145,6 +147,49 @@ def test_a_side_that_was_cancelled_while_it_warmed_up_is_still_cold(studio):
         studio.run(ASK, cancel, hear)
     studio.run(ASK, threading.Event(), hear)
     assert phases.count(("left", "warm-up")) == 2
+
+
+@pytest.mark.parametrize("right", [SPARSE, replace(SPARSE, step_cache=0.3)])
+def test_what_waits_for_python_is_timed_as_graphs_and_shows_the_same(monkeypatch, right):
+    studio, made, phases = small_studio(tiny_wan()), [], []
+    ask = replace(ASK, right=right)
+    wanted = pair_of(studio, ask)
+    monkeypatch.setattr(replay, "waits", lambda pipe, result: True)
+    monkeypatch.setattr(graphs, "Cuda", lambda: made.append(Emulated()) or made[-1])
+
+    def hear(item):
+        phases.append((item.side, item.phase) if isinstance(item, News) else item.name)
+
+    found = studio.run(ask, threading.Event(), hear)
+    used = [recorder.replayed for recorder in made if recorder.recorded]
+    assert len(used) == 2 and min(used) > ASK.what.steps
+    for side in ("left", "right"):
+        one, other = getattr(wanted, side), getattr(found, side)
+        assert np.array_equal(one.result.frames, other.result.frames)
+        assert (other.label, other.graphs) == (f"{one.label}, CUDA graphs", True)
+        assert one.cells == other.cells and (one.sight is None) == (other.sight is None)
+    assert phases.count("left") == phases.count("right") == 1
+    assert not hooks_of(studio._loaded.pipe)
+    assert "forward" not in vars(studio._loaded.pipe.transformer)
+
+
+def test_a_model_that_cannot_be_recorded_is_timed_as_it_ran(monkeypatch, caplog):
+    studio = small_studio(tiny_wan())
+    monkeypatch.setattr(replay, "waits", lambda pipe, result: True)
+    caplog.set_level("INFO", "dit_accel")
+    found = pair_of(studio, ASK)  # on a CPU
+    assert not found.left.graphs and not found.right.graphs
+    assert "graphs" not in found.left.label
+    assert [r.getMessage() for r in caplog.records if "launched by Python" in r.getMessage()][
+        1:
+    ] == []
+    assert "CUDA graphs are for transformers on one CUDA GPU" in caplog.text
+
+
+def test_steps_that_are_long_or_on_a_cpu_do_not_wait_for_python(alone):
+    pipe = tiny_wan()
+    assert not replay.waits(pipe, alone.left.result)
+    assert not replay.could(replace(SPARSE, prune="fast")) and replay.could(DENSE)
 
 
 def test_two_visitors_at_once_get_what_each_would_alone(studio, alone):

@@ -12,7 +12,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language import PropagateNan
 
-from dit_accel.kernels.block_sparse_attention.gluon_parts import box, box_out, copy, place, tell
+from dit_accel.kernels.block_sparse_attention.gluon_parts import (
+    box,
+    box_out,
+    copy,
+    number,
+    place,
+    take,
+    tell,
+)
 
 _KEEP_NAN = gl.constexpr(PropagateNan.ALL)
 
@@ -29,12 +37,13 @@ def produce(
     STAGES: gl.constexpr = x_s.shape[0]
     o_s = gl.arange(0, 64, layout=gl.BlockedLayout([2], [32], [1], [0]))
     i_row = gl.program_id(0) * LANES + LANE
-    g, phase = 0, 0
+    i_next, g, phase = i_row, 0, 0
+    i_safe = gl.minimum(i_row, n_rows - 1)
+    n_next, p_next = gl.load(counts + i_safe), start(starts, i_safe, width)
     while i_row < n_rows:
-        # on its way during this row
-        i_next = gl.num_programs(0) * LANES + gl.atomic_add(taken, 1, sem="relaxed")
-        n_tiles = gl.load(counts + i_row) * SPLIT
-        p_idx = indices + start(starts, i_row, width)
+        b_taken = take(taken)
+        n_tiles = n_next * SPLIT
+        p_idx = indices + p_next
         i_b, i_h, i_m = place(i_row, m_rows, n_heads)
         mbarrier.wait(held_empty, phase ^ 1)
         phase ^= 1
@@ -63,6 +72,11 @@ def produce(
                 stats_s.index(2 * st + 1).store(b_delta)
                 mbarrier.arrive(full.index(st), count=1)
             g += 1
+            if j == n_tiles // 2:
+                # of the next row all is known when this one ends
+                i_next = gl.num_programs(0) * LANES + number(b_taken)
+                i_safe = gl.minimum(i_next, n_rows - 1)
+                n_next, p_next = gl.load(counts + i_safe), start(starts, i_safe, width)
         i_row = i_next
     mbarrier.wait(held_empty, phase ^ 1)
     tell(row_s, 0, n_rows)

@@ -45,7 +45,7 @@ class Settings:
         lr_decay: share of the steps, at the end, over which the rates fall linearly to zero.
         weight_decay, clip: of AdamW; largest gradient norm.
         ema: decay of the averaged weights that are saved; 0 saves the last ones.
-        drop_prompt: share of batches that see the negative prompt.
+        drop_prompt: share of batches that see the negative prompt; none of a student of few steps.
         rank: of the LoRA.
         adapt: where it is: "attention" (the layers of sparse attention) or "blocks" (every linear
             layer of the blocks that hold one).
@@ -181,7 +181,12 @@ class Settings:
                 raise ValueError(f"{name} is a number > 0, not {value}")
             object.__setattr__(self, name, value)
         check_limits({"guidance": self.guidance})
-        object.__setattr__(self, "drop_prompt", 0.0)  # it runs without guidance
+        if self.drop_prompt not in (0.0, type(self).drop_prompt):
+            raise ValueError(
+                "a student of few steps runs without guidance and sees no negative prompt: leave "
+                f"drop_prompt out, not {self.drop_prompt}"
+            )
+        object.__setattr__(self, "drop_prompt", 0.0)
 
     @property
     def sampler(self) -> Sampler | None:

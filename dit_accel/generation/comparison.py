@@ -62,18 +62,19 @@ def compare(
     """Generate dense, then accelerated from the same seed, and write what came of it to `out`.
 
     One dense and one accelerated step run first, untimed, so that neither run pays for set-up; for
-    CUDA graphs both runs, twice, in which these are recorded. boost: compilation and graphs are for
-    both, the rest of it is for the accelerated run. trained: the
-    checkpoint that is in the pipeline. metadata: the clips carry what they were made from. The
-    pipeline is left stock. Raises ValueError before anything runs when the request does not suit it
-    or `out` cannot be written or holds such files; NotWritten, with where they are kept, after it.
+    CUDA graphs both runs instead, twice, in which these are recorded. boost: compilation and graphs
+    are for both, the rest of it is for the accelerated run. trained: the checkpoint that is in the
+    pipeline. metadata: the clips carry what they were made from. The pipeline is left stock. Raises
+    ValueError before anything runs when the request does not suit it or `out` cannot be written or
+    holds such files; NotWritten, with where they are kept, after it.
     """
     values = arguments(pipe, defaults, request)
     folder = check_output(out)
     restore(pipe)
     boost.check(pipe)
     with boost.compiled(pipe):
-        _warm_up(pipe, defaults, request, config, progress)
+        if not boost.graphs:
+            _warm_up(pipe, defaults, request, config, progress)
         dense = _dense(pipe, defaults, request, boost, progress)
         fast, ran, cells = _accelerated(pipe, defaults, request, config, boost, progress)
     progress("writing", 0, None)
@@ -127,7 +128,7 @@ def _dense(
     progress: ProgressFn,
 ) -> Result:
     with stock(pipe):
-        _rehearse(pipe, defaults, request, boost)
+        _rehearse(pipe, defaults, request, boost, progress)
         return generate(pipe, defaults, request, _named("dense", progress))
 
 
@@ -163,7 +164,7 @@ def _accelerated(
     """The run, its report and the cells of its ledger."""
     ledger, named = Ledger(), _named(config.method.name, progress)
     with boost.beside(pipe), accelerated(pipe, config) as handle:
-        _rehearse(pipe, defaults, request, boost)
+        _rehearse(pipe, defaults, request, boost, progress)
         handle.forget()
         fast = generate(
             pipe, defaults, request, named, lambda step, _: ledger.read(handle.report())
@@ -171,10 +172,17 @@ def _accelerated(
         return fast, handle.report().to_dict(), ledger.cells
 
 
-def _rehearse(pipe: DiffusionPipeline, defaults: Defaults, request: Request, boost: Boost) -> None:
+def _rehearse(
+    pipe: DiffusionPipeline,
+    defaults: Defaults,
+    request: Request,
+    boost: Boost,
+    progress: ProgressFn,
+) -> None:
     """The run that comes, twice, where it is to be replayed: the second is recorded."""
     steps = arguments(pipe, defaults, request)["num_inference_steps"]
-    for _ in range(2 * boost.graphs):
+    for done in range(2 * boost.graphs):
+        progress("warm-up", done, 2)
         warm_up(pipe, defaults, request, steps)
 
 

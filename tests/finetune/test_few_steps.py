@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import dit_accel
+from dit_accel import SLA
 from dit_accel.cli import main as cli
 from dit_accel.finetune import Settings, finetune
 from dit_accel.finetune.data import Batch, LatentData
@@ -140,3 +141,13 @@ def test_runs_of_before_can_still_be_resumed(settings):
     stored = {k: v for k, v in old.to_dict().items() if k not in ("few_steps", "substeps", "shift")}
     stored.pop("guidance")
     old.check_resumes(json.loads(json.dumps(stored)))
+
+
+def test_a_share_with_the_negative_prompt_is_refused_instead_of_dropped():
+    few = {"train": "lora", "method": SLA(0.3), "few_steps": 4}
+    with pytest.raises(
+        ValueError, match=r"sees no negative prompt: leave drop_prompt out, not 0\.3"
+    ):
+        Settings("out", drop_prompt=0.3, **few)
+    first = Settings("out", **few)
+    assert replace(first, seed=1).drop_prompt == first.drop_prompt == 0

@@ -1,9 +1,9 @@
 # ruff: noqa: E501 (a paper a line)
 """The reading list of the field, paper by paper: its form here, where, and which tests prove it.
 
-`python tests/papers.py` writes docs/understand/papers.md. State: "works" (in code and tested),
-"part" (some of it), "open" (it has a form here, which is not built), "none" (it has no form in a
-frozen bidirectional transformer).
+`python tests/papers.py` writes docs/understand/papers.md. State: "works" (what has a form
+here is in code, and tested), "open" (it has a form here, which is not built), "none" (it has no
+form in a frozen bidirectional transformer).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "understand" / "papers.md"
-STATES = ("works", "part", "open", "none")
+STATES = ("works", "open", "none")
 
 
 class Paper(NamedTuple):
@@ -53,7 +53,7 @@ PAPERS = (
     Paper("Lightning Attention", "works", "exact inside of blocks, states between them, whose weights decay with the distance of blocks in the picture instead of in time: `decay`, in plain torch; without a decay the fused kernels; `decay`, trained for 200 steps, level in clips with the plain branch", _BRANCH + "decay.py", (_EQUATION, _BRANCHES + "test_a_steep_decay_leaves_the_own_block_and_the_text", _LINEAR + "test_the_projected_state_of_all_keys")),
     Paper("MiniCPM-SALA", "works", "sparse and linear layers in turn, converted by training: `SLA(linear_layers=…)`, those that a profile finds nearest to linear attention; 200 steps do not recover the embedded model", "dit_accel/methods/sla.py", ("tests/methods/test_linear_layers.py::test_it_is_its_equation_forward_and_backward", "tests/methods/test_linear_layers.py::test_a_profile_chooses_the_layers", "tests/finetune/test_student.py::test_sla_learns_over_a_window_and_in_another_order")),
     Paper("SLA", "works", "critical blocks exact, the others by learned linear attention", "dit_accel/methods/sla.py", ("tests/methods/test_sla.py::test_the_projected_form_is_the_paper", _LINEAR + "test_backward")),
-    Paper("TransNormerLLM", "part", "its norm in place of the divisor, `rms`; a direction in time and training from scratch have no form; trained for 200 steps, level in clips with the plain branch", _BRANCH + "rms.py", (_BRANCHES + "test_rms_is_the_plain_branch_over_its_root_mean_square",)),
+    Paper("TransNormerLLM", "works", "its norm in place of the divisor, `rms`; a direction in time and training from scratch have no form; trained for 200 steps, level in clips with the plain branch", _BRANCH + "rms.py", (_BRANCHES + "test_rms_is_the_plain_branch_over_its_root_mean_square",)),
     Paper("TFLA", "works", "two levels of tiles: programs over spans of keys whose states are summed; its mLSTM with a sigmoid gate is `gated & rms`, by the same kernels, without the gate of time; trained for 200 steps, level in clips with the plain branch", "kernels/sparse_linear_attention/states.py", (_LINEAR + "test_parts_of_the_heads_give_the_same_bits", _BRANCHES + "test_the_kernels_run_where_they_can_be_told_of_the_weights", _EQUATION)),
     Paper("Long-Context Attention Benchmark", "works", "pattern × length × ranks in one table, `dit-accel bench --pattern … --length … --ranks …`: tables of one share and different shape, the share of one rank cut out and run alone; no ratio without a check", "dit_accel/bench/axes.py", ("tests/test_axes.py::test_every_pattern_keeps_the_same_share", "tests/test_axes.py::test_the_shares_of_all_ranks_are_the_whole", "tests/test_axes.py::test_no_ratio_for_a_wrong_result")),
     Paper("Gated Linear Attention", "works", "a gate for each key in the linear branch, from the key: `gated`; its decay over time has no form, that over distance is `decay`; `gated`, trained for 200 steps, level in clips with the plain branch", _BRANCH + "gated.py", (_EQUATION, _LEARNS)),
@@ -65,7 +65,7 @@ PAPERS = (
     Paper("TransMLA", "none", "converts grouped heads into a latent KV cache"),
     Paper("X-EcoMLA", "none", "distils attention into a latent KV cache"),
     Paper("SEA", "works", "a learned estimate of the attention of blocks, distilled from the exact one, whose best are read: `learned`, low-rank instead of a linear attention and a decoder; in an SLA, trained for 200 steps, level in clips with `sub`", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _ROUTES + "test_it_learns_what_means_do_not_see", "tests/finetune/test_student.py::test_a_selector_learns_beside_the_model")),
-    Paper("FlashAttention-4", "part", "rescale only where a maximum grew by more than 2⁸: a constant of the plain forward kernel, which no launch uses, for on an H200 it is 17 to 26 % slower; its own kernel is a dense and a block-sparse control of `bench`; polynomial exponentials and its pipeline for Blackwell are not built", "kernels/tiles.py", ("tests/kernels/test_triton_block_sparse_attention.py::test_lazy_rescaling_stays_within_rounding", "tests/kernels/test_triton_block_sparse_attention.py::test_lazy_rescaling_is_off_and_keeps_an_earlier_maximum", "tests/test_rivals.py::test_ratios_refer_to_the_fastest_dense")),
+    Paper("FlashAttention-4", "works", "rescale only where a maximum grew by more than 2⁸: a constant of the plain forward kernel, which no launch uses, for on an H200 it is 17 to 26 % slower; its own kernel is a dense and a block-sparse control of `bench`; polynomial exponentials and its pipeline are for Blackwell, whose exponentials are the slower unit: on Hopper those of a tile of 128 × 128 × 128 take 1,024 cycles of an SM, its products 1,970 (arithmetic)", "kernels/tiles.py", ("tests/kernels/test_triton_block_sparse_attention.py::test_lazy_rescaling_stays_within_rounding", "tests/kernels/test_triton_block_sparse_attention.py::test_lazy_rescaling_is_off_and_keeps_an_earlier_maximum", "tests/test_rivals.py::test_ratios_refer_to_the_fastest_dense")),
     Paper("Trainable Dynamic Mask", "works", "importance of keys by their values: c·v̄ of `learned`, trained, and `valued` without training; the mask is 0 or −∞ and has no gradient, its distillation has", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _SCORED + "test_values_of_one_size_leave_the_choice_to_the_means")),
     Paper("TransPrune", "works", "prunes tokens by how they change and by attention on text", "dit_accel/pruning/criteria.py", ("tests/test_prune.py::test_ttv_is_its_formula_and_finite_in_half_precision", "tests/test_prune_parts.py::test_share_of_attention_on_text_is_exact_for_blocks_of_one")),
     Paper("Sparsifiner", "works", "a learned low-rank connectivity of blocks: `learned`; a basis over the places of tokens does not fit clips of any size, so that it is one over channels", _ROUTER, (_ROUTES + "test_scores_and_loss_are_their_equations", _ROUTES + "test_untrained_it_is_means_table_for_table")),
@@ -103,8 +103,8 @@ PAPERS = (
     Paper("HyLRA", "works", "sensitive layers dense, the others read the tables of leaders that a profile's overlaps choose by a dynamic programme, over steps too", "dit_accel/methods/budget.py", (_PROFILE + "test_leaders_are_those_of_brute_force", _REUSE + "test_layers_read_what_their_leader_reads", "tests/test_tune.py::test_sensitivity_is_the_error_of_each_layer")),
     Paper("Unified View of long-sequence models", "works", "one template, heads over devices", "dit_accel/parallel/ulysses.py", (_ULYSSES,)),
     Paper("PowerAttention", "works", "blocks at distances of powers of two, which reach everything in log₂ M layers: a static control", _STATIC, (_STATICS + "test_powers_of_two_reach_everything_in_log_layers",)),
-    Paper("MVAR", "part", "its rule of space is a window of one frame, `window(t=1,h=8,w=8)`; next-scale autoregression has no form", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_is_the_blocks_that_its_tokens_touch",)),
-    Paper("Token Reduction Should Go Beyond Efficiency", "part", "a position: what pruning does to quality is measured beside its speed", "dit_accel/pruning/config.py", ("tests/test_prune.py::test_every_criterion_runs_close_to_dense",)),
+    Paper("MVAR", "works", "its rule of space is a window of one frame, `window(t=1,h=8,w=8)`; next-scale autoregression has no form", "dit_accel/methods/selectors/window.py", (_WINDOWS + "test_a_window_is_the_blocks_that_its_tokens_touch",)),
+    Paper("Token Reduction Should Go Beyond Efficiency", "works", "a position, whose demand has a form: what pruning does to quality is measured beside its speed", "dit_accel/pruning/config.py", ("tests/test_prune.py::test_every_criterion_runs_close_to_dense",)),
 )  # fmt: skip
 
 
@@ -116,10 +116,10 @@ def page() -> str:
         "",
         "Written by `python tests/papers.py`; a test holds each row to the tests that it names.",
         "",
-        f"**works** ({counts['works']}): in code, and tested. **part** ({counts['part']}): some of it. "
-        f"**open** ({counts['open']}): it has a",
-        f"form here that is not built. **none** ({counts['none']}): it has no form in a frozen bidirectional "
-        "transformer.",
+        f"**works** ({counts['works']}): what has a form here is in code, and tested; each row says what has "
+        f"none. **open** ({counts['open']}): it",
+        f"has a form here that is not built. **none** ({counts['none']}): it has no form in a frozen "
+        "bidirectional transformer.",
         "",
         "| paper | state | idea, and its form here | where | tests |",
         "|---|---|---|---|---|",

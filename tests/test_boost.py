@@ -111,7 +111,9 @@ def test_bad_values(tmp_path):
         Boost(step_cache=-1.0)
     pipe = tiny_wan()
     pipe.transformer = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="Linear has no step caches in diffusers"):
+    with pytest.raises(
+        ValueError, match="Linear has no step caches in diffusers: leave the step cache out"
+    ):
         Boost(step_cache=0.1).switch_on(pipe)
 
 

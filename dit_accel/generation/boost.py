@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dit_accel.api import graphed
-from dit_accel.generation import quantize
+from dit_accel.generation import caches, quantize
 from dit_accel.generation.quantize import check_kind
 from dit_accel.inputs import fields
 from dit_accel.inputs.tensors import open_tensors
@@ -62,7 +62,7 @@ class Boost:
             raise ValueError("a LoRA cannot join weights in eight bits: fuse it, pipe.fuse_lora()")
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """ValueError where the pipeline has no step caches, or cannot take the LoRA or be
+        """ValueError where the pipeline cannot have the step cache, take the LoRA or be
         quantised."""
         if self.lora is not None:
             _check_lora(pipe, Path(self.lora))
@@ -72,10 +72,11 @@ class Boost:
         for transformer in transformers_of(pipe):
             if self.quantize is not None:
                 quantize.check(self.quantize, transformer, _blocks(transformer))
-            if self.step_cache is not None and not hasattr(transformer, "enable_cache"):
-                kind = type(transformer).__name__
+            why = "" if self.step_cache is None else caches.obstacle(pipe, transformer)
+            if why:
                 raise ValueError(
-                    f"{kind} has no step caches in diffusers: leave the step cache out"
+                    f"{why}: leave the step cache out; every speed has one, and method "
+                    "shared:balanced goes without"
                 )
 
     def switch_on(self, pipe: DiffusionPipeline) -> ExitStack:

@@ -12,6 +12,7 @@ from support import left_on
 
 import dit_accel
 from dit_accel import Schedule, TokenPruning, TopK
+from dit_accel.generation.boost import Boost
 from dit_accel.pipelines.denoisers import denoisers
 from dit_accel.runtime.graphs import graphed
 
@@ -167,6 +168,52 @@ def test_as_cuda_graphs_a_call_gives_what_it_gave_or_is_refused(name):
         torch.testing.assert_close(latents, expected)
     replays = kind not in READ + CACHED + EXCHANGED
     assert (recorder.replayed > 0) == replays and bool(made) == (not refused)
+
+
+CACHES = ("FluxPipeline", "QwenImageInpaintPipeline", "WanVACEPipeline")  # in the suite
+
+
+FAILS = {  # in diffusers itself
+    "LTXI2VLongMultiPromptPipeline": "must match the size of tensor",  # windows of unlike length
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in CACHES else [pytest.mark.slow])
+        for name in sorted(pipelines())
+    ],
+)
+def test_a_step_cache_runs_or_is_refused_and_skips_the_same_steps_as_cuda_graphs(name):
+    """The second step of two is skipped. Refused: in a sentence, with nothing patched."""
+    pipe, kind, boost = build(name), name.removesuffix("Pipeline"), Boost(step_cache=1e9)
+    try:
+        boost.check(pipe)
+    except ValueError as error:
+        assert ": leave the step cache out; every speed has one" in str(error)
+        assert not any(map(left_on, denoisers(pipe).values()))
+        return
+    if name in FAILS:
+        with boost.cached(pipe), pytest.raises(RuntimeError, match=FAILS[name]):
+            run(pipe, name)
+        return
+    with boost.cached(pipe), dit_accel.accelerated(pipe, "shared", **NOW):
+        expected = run(pipe, name)
+    if kind in READ + CACHED + EXCHANGED:
+        return
+    pipe, recorder = build(name), Emulated()
+    models = list(denoisers(pipe).values())
+    with (
+        boost.cached(pipe),
+        dit_accel.accelerated(pipe, "shared", **NOW),
+        graphed(models, recorder, getattr(pipe, "scheduler", None)),
+    ):
+        made = [run(pipe, name) for _ in range(3)]
+    for latents in made:
+        torch.testing.assert_close(latents, expected)
+    assert recorder.replayed > 0
 
 
 def test_all_pipelines_of_the_page_are_driven():

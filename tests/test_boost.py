@@ -12,7 +12,7 @@ from tiny import saved_lora, saved_tiny_wan, tiny_flux, tiny_wan
 from dit_accel import Pooled, Schedule, TokenPruning, batch
 from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig
-from dit_accel.generation import boost
+from dit_accel.generation import boost, caches
 from dit_accel.generation.boost import Boost, compiled_blocks
 from dit_accel.generation.comparison import compare
 from dit_accel.generation.loading import Defaults
@@ -100,6 +100,42 @@ def test_the_lora_is_the_accelerated_runs_alone(tmp_path):
     torch.testing.assert_close(latents(pipe), adapted)
     stack.close()
     assert torch.equal(latents(pipe), expected)
+
+
+@pytest.mark.parametrize("threshold", [0.15, 0.2])
+def test_passes_without_names_have_caches_of_their_own(monkeypatch, threshold):
+    """Told by their place in a step they are those that the pipeline names; two in a row begin
+    anew, also after one that ended midway."""
+    pipe, computed = tiny_wan(), []
+
+    def clip(seed, **more):
+        call = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 8}
+        generator = torch.Generator().manual_seed(seed)
+        return pipe("a cat", **call, generator=generator, output_type="latent", **more).frames
+
+    def fails(pipe, i, t, kwargs):
+        raise KeyError
+
+    def clips():
+        with Boost(step_cache=threshold).cached(pipe):
+            leader = pipe.transformer.blocks[0]._diffusers_hook.hooks["fbc_leader_block_hook"]
+            hook = pipe.transformer.register_forward_hook(
+                lambda *_: computed.append(leader.state_manager.get_state().should_compute)
+            )
+            found = [clip(0), clip(1)]
+            hook.remove()
+        return found
+
+    expected, wanted = clips(), computed.copy()
+    computed.clear()
+    monkeypatch.setattr(caches, "_tells_passes", lambda pipeline: False)
+    assert all(map(torch.equal, clips(), expected))
+    assert computed == wanted and {True, False} == set(wanted)
+    with Boost(step_cache=threshold).cached(pipe):
+        with pytest.raises(KeyError):
+            clip(0, callback_on_step_end=fails)
+        assert torch.equal(clip(1), expected[1])
+    assert not pipe.transformer._forward_pre_hooks
 
 
 def test_bad_values(tmp_path):

@@ -143,6 +143,7 @@ class Boost:
             for transformer in found:
                 transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
                 stack.callback(transformer.disable_cache)
+                stack.enter_context(caches.passes_told(pipe, transformer))
             yield
 
 

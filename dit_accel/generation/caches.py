@@ -1,12 +1,17 @@
-"""Whether diffusers' First-Block-Cache can serve a pipeline, said before anything is patched."""
+"""Whether diffusers' First-Block-Cache can serve a pipeline, said before anything is patched, and
+the names of guidance passes for pipelines that give none."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from dit_accel.forward.clock import Clock
+from dit_accel.pipelines.base import NOWHERE
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -30,14 +35,33 @@ def obstacle(pipe: DiffusionPipeline, transformer: nn.Module) -> str:
             return f"diffusers' First-Block-Cache does not know {name}"
         if "hidden_states" not in inspect.signature(block.forward).parameters:
             return f"diffusers' First-Block-Cache cannot read {name}: it takes no hidden_states"
-    if streams and streams[0] != streams[-1]:
+    alternate = hasattr(transformer, "temporal_transformer_blocks")
+    if alternate or (streams and streams[0] != streams[-1]):
         return f"diffusers' First-Block-Cache cannot join the two kinds of blocks of {kind}"
-    if not _tells_passes(type(pipe)):
-        return (
-            f"{type(pipe).__name__} does not tell the passes of a step apart in diffusers (by a "
-            "cache_context), as First-Block-Cache needs"
-        )
     return ""
+
+
+@contextmanager
+def passes_told(pipe: DiffusionPipeline, transformer: Any) -> Iterator[None]:
+    """A block in which the cache knows a forward's pass by its place in the step, and begins anew
+    with each generation, where the pipeline's own code does not say so."""
+    from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+    if _tells_passes(type(pipe)):
+        yield
+        return
+    clock = Clock(pipe)
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if clock.tick(NOWHERE, kwargs.get("timestep"), module):
+            module._reset_stateful_cache()
+        _set_cache_context(module, CacheContext(clock.passname))
+
+    hook = transformer.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:

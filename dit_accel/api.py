@@ -21,6 +21,7 @@ from dit_accel.pruning.config import resolve as pruning
 from dit_accel.pruning.span import Span
 from dit_accel.runtime import graphs, patch
 from dit_accel.runtime.assemble import Assembly, assemble
+from dit_accel.runtime.recorder import NotRecorded as NotRecorded
 from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
 from dit_accel.table import BlockTable

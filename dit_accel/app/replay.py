@@ -14,7 +14,7 @@ from statistics import median
 from threading import Event
 from typing import Any
 
-from dit_accel.api import accelerated
+from dit_accel.api import NotRecorded, accelerated
 from dit_accel.app.stop import stoppable
 from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import Boost
@@ -61,8 +61,6 @@ def replayed(
                 tell("warm-up")
                 warm_up(pipe, defaults, request, steps)
             return generate(pipe, defaults, request, tell)
-    except (ValueError, RuntimeError) as error:
-        if "graphs" not in str(error):
-            raise
+    except NotRecorded as error:
         _LOG.info(f"timed as launched by Python: {error}")
         return None

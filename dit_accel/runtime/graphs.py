@@ -28,7 +28,7 @@ from dit_accel.runtime import patch
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.kinds import PLAIN, Build, Given, hooks, mode, obstacle
 from dit_accel.runtime.recorded import After, Node, Recorded, State, Tree, apart
-from dit_accel.runtime.recorder import Ask, Cuda, Recorder
+from dit_accel.runtime.recorder import Ask, Cuda, NotRecorded, Recorder
 from dit_accel.runtime.skipping import StepCache, Unseen, unkept
 
 
@@ -62,7 +62,7 @@ class Graphs:
         hooked = build.hooked()
         cache = StepCache.of(hooked)
         if why := obstacle(build, [transformer, *hooked], engine) or unkept(cache, engine):
-            raise RuntimeError(f"{why}, which CUDA graphs cannot follow: leave out one of them")
+            raise NotRecorded(f"{why}, which CUDA graphs cannot follow: leave out one of them")
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
@@ -138,7 +138,7 @@ class Graphs:
                 engine.here.calls.clear()  # its layers will come for the first time
             return None
         if strange := [x for x in tree_leaves(made.out) if not isinstance(x, (Tensor, *PLAIN))]:
-            raise RuntimeError(
+            raise NotRecorded(
                 f"a transformer that returns {type(strange[0]).__name__} cannot be recorded as a "
                 "CUDA graph: leave graphs out"
             )
@@ -179,10 +179,10 @@ def graphed(
     on, once for each decision. What follows decisions that have not come before runs as ever.
 
     recorder: None takes CUDA graphs. scheduler: that of the pipeline, if there is one. Raises
-    ValueError for a transformer that is not whole on a GPU, is offloaded, shares its sequence with
-    other processes or is here already; RuntimeError at a forward that cannot be recorded, for it
-    waits for the GPU, prunes tokens, has another step cache (or any without `accelerate`) or
-    weights that have gone since.
+    NotRecorded, a ValueError and a RuntimeError, for a transformer that is not whole on a GPU, is
+    offloaded, shares its sequence with other processes or is here already, and at a forward that
+    cannot be recorded: it waits for the GPU, prunes tokens, has another step cache (or any without
+    `accelerate`), weights that have gone since, or arguments beside tensors and plain values.
     """
     graphs, done = Graphs(recorder or Cuda(), scheduler), list[nn.Module]()
     for transformer in transformers:
@@ -191,7 +191,7 @@ def graphed(
         why = obstacle(build, [transformer, *build.hooked()])
         why = why or ("its forward has been replaced" if "forward" in vars(transformer) else "")
         if why:
-            raise ValueError(
+            raise NotRecorded(
                 f"CUDA graphs are for a transformer as it is, and in this "
                 f"{type(transformer).__name__} {why}: leave graphs out"
             )

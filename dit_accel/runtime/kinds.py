@@ -12,7 +12,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from dit_accel.parallel.context import config_of
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
-from dit_accel.runtime.recorder import Recorder
+from dit_accel.runtime.recorder import NotRecorded, Recorder
 from dit_accel.runtime.skipping import HOOKS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -31,7 +31,7 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, args: Any, kwargs: Any, recorder: Recorder) -> Given:
-        """TypeError for an argument that is neither a tensor nor a plain value."""
+        """NotRecorded for an argument that is neither a tensor nor a plain value."""
         leaves, spec = tree_flatten((args, kwargs))
         read = [isinstance(x, Tensor) and recorder.reads(x) for x in leaves]
         return cls(leaves, spec, read, tuple(map(_key, leaves, read)))
@@ -101,6 +101,6 @@ def _key(x: object, read: bool) -> Hashable:
         return tuple(x.shape), x.stride(), x.dtype, str(x.device), held
     if isinstance(x, PLAIN):
         return type(x), x
-    raise TypeError(
+    raise NotRecorded(
         f"a forward that is given {type(x).__name__} cannot be a CUDA graph: leave graphs out"
     )

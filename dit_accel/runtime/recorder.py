@@ -12,6 +12,10 @@ from torch import Tensor, nn
 Ask = Callable[[Tensor, Callable[[float], bool]], bool]
 
 
+class NotRecorded(ValueError, RuntimeError):
+    """CUDA graphs cannot hold this; the message says why, and to leave graphs out."""
+
+
 class Recording(NamedTuple):
     """What a forward returned, not computed yet but for what it asked; pieces: what computes it
     again in the same memory, in turn; asked: what is known after each but the last."""
@@ -25,7 +29,7 @@ class Recorder(Protocol):
     """What records; `Cuda`, and an emulation on the CPU in the tests."""
 
     def check(self, transformer: nn.Module) -> None:
-        """ValueError for one whose forwards it cannot record."""
+        """NotRecorded for one whose forwards it cannot record."""
 
     def reads(self, x: Tensor) -> bool:
         """Whether a replay reads this argument again; what others hold is part of the key."""
@@ -46,7 +50,7 @@ class Cuda:
         """See Recorder."""
         where = sorted({str(x.device) for x in transformer.parameters()})
         if len(where) != 1 or torch.device(where[0]).type != "cuda":
-            raise ValueError(
+            raise NotRecorded(
                 f"CUDA graphs are for transformers on one CUDA GPU, and this "
                 f"{type(transformer).__name__} is on {', '.join(where)}: leave graphs out"
             )
@@ -56,7 +60,7 @@ class Cuda:
         return x.is_cuda
 
     def record(self, run: Callable[[Ask], Any], device: torch.device) -> Recording:
-        """See Recorder. RuntimeError where `run` waits for the GPU or copies from the host."""
+        """See Recorder. NotRecorded where `run` waits for the GPU or copies from the host."""
         if device not in self.places:
             self.places[device] = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         pool, stream = self.places[device]
@@ -89,7 +93,7 @@ class Cuda:
                     if not isinstance(error, RuntimeError):
                         raise
                     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    raise RuntimeError(
+                    raise NotRecorded(
                         f"this forward cannot be recorded as a CUDA graph: {why}; leave graphs out"
                     ) from error
         return Recording(out, [graph.replay for graph in graphs], asked)

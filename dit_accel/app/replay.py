@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from statistics import median
 from threading import Event
 from typing import Any
 
@@ -20,8 +19,8 @@ from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import Boost
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.options import How
-from dit_accel.generation.request import Request, arguments
-from dit_accel.generation.run import SHORT, Result, generate, warm_up
+from dit_accel.generation.request import Request
+from dit_accel.generation.run import Result, generate, is_short, rehearse
 from dit_accel.pipelines.denoisers import transformers_of
 
 _LOG = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def could(how: How) -> bool:
 def waits(pipe: Any, result: Result) -> bool:
     """Whether the steps of a run on a GPU were so short that Python may be most of them."""
     on_gpu = all(x.is_cuda for model in transformers_of(pipe) for x in model.parameters())
-    return on_gpu and bool(result.times.steps) and median(result.times.steps) < SHORT
+    return on_gpu and is_short(result.times.steps)
 
 
 def replayed(
@@ -50,16 +49,13 @@ def replayed(
 ) -> Result | None:
     """The same clip by the same kernels, launched at once; None for a model whose forwards cannot
     be recorded, which is logged. Raises Cancelled between two forwards."""
-    steps = arguments(pipe, defaults, request)["num_inference_steps"]
     try:
         with ExitStack() as stack:
             stack.enter_context(stoppable(pipe, cancel, compiled=True))
             stack.enter_context(replace(boost, graphs=True).switch_on(pipe))
             if config is not None:
                 stack.enter_context(accelerated(pipe, config))
-            for _ in range(2):  # as ever, and recorded
-                tell("warm-up")
-                warm_up(pipe, defaults, request, steps)
+            rehearse(pipe, defaults, request, tell)
             return generate(pipe, defaults, request, tell)
     except NotRecorded as error:
         _LOG.info(f"timed as launched by Python: {error}")

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,11 +97,11 @@ def _is_of(request: Request) -> Callable[[Path], bool]:
 
 def waits(data: dict[str, Any]) -> bool:
     """Whether a report's accelerated steps on a GPU were so short that CUDA graphs may help."""
-    from dit_accel.generation.run import SHORT
+    from dit_accel.generation.run import is_short
 
-    steps = data["times"]["accelerated"]["steps"]
     able = not data["boost"]["graphs"] and data["attention"]["config"].get("prune") is None
-    return data["device"].startswith("cuda") and able and bool(steps) and median(steps) < SHORT
+    steps = data["times"]["accelerated"]["steps"]
+    return data["device"].startswith("cuda") and able and is_short(steps)
 
 
 def _print(data: dict[str, Any], folder: Path) -> None:

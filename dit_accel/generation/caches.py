@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -74,7 +75,8 @@ def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
             yield from map(unwrap_module, blocks)
 
 
-def _tells_passes(pipeline: type) -> bool:
+@cache
+def _tells_passes(pipeline: Any) -> bool:
     """Whether a pipeline's code, or that of a class that it extends, names a cache context."""
     for own in pipeline.__mro__:
         try:

@@ -20,7 +20,7 @@ from dit_accel.generation.ledger import Ledger
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME, Defaults, placement
 from dit_accel.generation.recipe import recipe
 from dit_accel.generation.request import Request, arguments
-from dit_accel.generation.run import ProgressFn, Result, generate, warm_up
+from dit_accel.generation.run import ProgressFn, Result, generate, rehearse, warm_up
 from dit_accel.generation.stock import stock
 from dit_accel.generation.trained import Trained
 from dit_accel.machine import describe
@@ -128,7 +128,8 @@ def _dense(
     progress: ProgressFn,
 ) -> Result:
     with stock(pipe):
-        _rehearse(pipe, defaults, request, boost, progress)
+        if boost.graphs:
+            rehearse(pipe, defaults, request, progress)
         return generate(pipe, defaults, request, _named("dense", progress))
 
 
@@ -164,26 +165,13 @@ def _accelerated(
     """The run, its report and the cells of its ledger."""
     ledger, named = Ledger(), _named(config.method.name, progress)
     with boost.beside(pipe), accelerated(pipe, config) as handle:
-        _rehearse(pipe, defaults, request, boost, progress)
+        if boost.graphs:
+            rehearse(pipe, defaults, request, progress)
         handle.forget()
         fast = generate(
             pipe, defaults, request, named, lambda step, _: ledger.read(handle.report())
         )
         return fast, handle.report().to_dict(), ledger.cells
-
-
-def _rehearse(
-    pipe: DiffusionPipeline,
-    defaults: Defaults,
-    request: Request,
-    boost: Boost,
-    progress: ProgressFn,
-) -> None:
-    """The run that comes, twice, where it is to be replayed: the second is recorded."""
-    steps = arguments(pipe, defaults, request)["num_inference_steps"]
-    for done in range(2 * boost.graphs):
-        progress("warm-up", done, 2)
-        warm_up(pipe, defaults, request, steps)
 
 
 def _findings(dense: Result, fast: Result, ran: dict[str, object]) -> dict[str, object]:

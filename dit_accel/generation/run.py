@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-SHORT = 0.05  # seconds of a step, of which on a GPU Python may be most
+SHORT = 0.05  # seconds of a step
 ProgressFn = Callable[[str, int, int | None], None]
 StepFn = Callable[[int, torch.Tensor | None], None]
 
@@ -86,6 +87,21 @@ def warm_up(pipe: DiffusionPipeline, defaults: Defaults, request: Request, steps
     """A few denoising steps, thrown away: the first call of a process pays for set-up."""
     values = {**arguments(pipe, defaults, request), "num_inference_steps": steps}
     call_pipeline(pipe, **values, output_type="latent")
+
+
+def rehearse(
+    pipe: DiffusionPipeline, defaults: Defaults, request: Request, progress: ProgressFn
+) -> None:
+    """A run that is to be replayed as CUDA graphs, twice, thrown away: as ever, and recorded."""
+    steps = arguments(pipe, defaults, request)["num_inference_steps"]
+    for done in range(2):
+        progress("warm-up", done, 2)
+        warm_up(pipe, defaults, request, steps)
+
+
+def is_short(steps: Sequence[float]) -> bool:
+    """Whether seconds of steps are so few that on a GPU Python's launches may be most of them."""
+    return bool(steps) and median(steps) < SHORT
 
 
 class Watch:

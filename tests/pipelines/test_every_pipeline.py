@@ -52,8 +52,8 @@ DENSE = {
 NO_DENOISER = ("controlnet",)  # it runs at each step, and only adds to the transformer's blocks
 
 
-def slow(name):
-    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+def slow(name, quick=QUICK):
+    return pytest.param(name, marks=[] if name in quick else [pytest.mark.slow])
 
 
 def modules(pipe):
@@ -171,21 +171,13 @@ def test_as_cuda_graphs_a_call_gives_what_it_gave_or_is_refused(name):
 
 
 CACHES = ("FluxPipeline", "QwenImageInpaintPipeline", "WanVACEPipeline")  # in the suite
-
-
 FAILS = {  # in diffusers itself
     "LTXI2VLongMultiPromptPipeline": "must match the size of tensor",  # windows of unlike length
 }
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name in CACHES else [pytest.mark.slow])
-        for name in sorted(pipelines())
-    ],
-)
+@pytest.mark.parametrize("name", [slow(name, CACHES) for name in sorted(pipelines())])
 def test_a_step_cache_runs_or_is_refused_and_skips_the_same_steps_as_cuda_graphs(name):
     """The second step of two is skipped. Refused: in a sentence, with nothing patched."""
     pipe, kind, boost = build(name), name.removesuffix("Pipeline"), Boost(step_cache=1e9)

@@ -40,7 +40,8 @@ from typing import Any
 import multi_gpu_batch as batch
 import torch
 from multi_gpu_cases import cases
-from multi_gpu_ranks import MARGIN, MARK
+from multi_gpu_ranks import MARGIN
+from multi_gpu_run import MARK
 
 from dit_accel.machine import describe
 

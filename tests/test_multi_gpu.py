@@ -13,7 +13,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import multi_gpu
 import multi_gpu_batch as batch
 import multi_gpu_cases as which
-import multi_gpu_ranks as ranks
+import multi_gpu_references as references
+import multi_gpu_run
 
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
@@ -105,7 +106,7 @@ def test_jobs_are_counted_in_the_manifest(tmp_path):
 
 
 def test_the_first_cycle_and_the_watched_one_are_not_timed():
-    run = ranks.Run(("full", "sparse"), seconds=[90, 50, 4, 1, 6, 3, 80, 70])
+    run = multi_gpu_run.Run(("full", "sparse"), seconds=[90, 50, 4, 1, 6, 3, 80, 70])
     facts = run.facts(rounds=2, scale=2.0)
     assert facts["seconds"] == {"full": 10, "sparse": 4} and facts["spread"]["full"] == 4
 
@@ -114,7 +115,7 @@ def test_rounding_moves_every_linear_layer_by_half_a_unit():
     layers = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.SiLU())
     x = torch.randn(64, 8)
     plain = layers[0](x)
-    with torch.no_grad(), ranks.rounded_anew(layers):
+    with torch.no_grad(), multi_gpu_run.rounded_anew(layers):
         moved = layers[0](x)
     distance = ((moved - plain) / plain).abs().max()
     assert 0 < distance <= 1.01 * torch.finfo(torch.float32).eps
@@ -154,12 +155,17 @@ def test_ways_are_compared_by_the_same_rows():
 
 def test_dear_rows_come_first():
     names = ["topk@0.1", "rettention@0.1", "stock+compile", "stock"]
-    assert ranks.dearest_first(names) == ["rettention@0.1", "stock+compile", "stock", "topk@0.1"]
+    assert references.dearest_first(names) == [
+        "rettention@0.1",
+        "stock+compile",
+        "stock",
+        "topk@0.1",
+    ]
 
 
 def test_one_gpu_is_measured_once_by_one_process(tmp_path):
     case = which.cases("ways", True)[0]
-    books, other = ranks.References(tmp_path / "x"), ranks.References(tmp_path / "x")
+    books, other = references.References(tmp_path / "x"), references.References(tmp_path / "x")
     books.begin()
     assert books.claim(case, "stock") and not other.claim(case, "stock")
     assert other.read(case, "stock") is None

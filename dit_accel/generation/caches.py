@@ -48,7 +48,8 @@ def passes_told(pipe: DiffusionPipeline, transformer: Any) -> Iterator[None]:
     with each generation, where the pipeline's own code does not say so."""
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
-    if _tells_passes(type(pipe)):
+    kind: Any = type(pipe)
+    if _tells_passes(kind):
         yield
         return
     clock = Clock(pipe)
@@ -76,7 +77,7 @@ def _blocks(transformer: nn.Module) -> Iterator[nn.Module]:
 
 
 @cache
-def _tells_passes(pipeline: Any) -> bool:
+def _tells_passes(pipeline: type) -> bool:
     """Whether a pipeline's code, or that of a class that it extends, names a cache context."""
     for own in pipeline.__mro__:
         try:

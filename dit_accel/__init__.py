@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what an editor and a type checker know of the names below
         graphed,
         register_adapter,
         restore,
+        step_cached,
     )
     from dit_accel.checkpoints import load_checkpoint
     from dit_accel.config import AccelConfig
@@ -56,6 +57,7 @@ _HOME = {
     "load_checkpoint": "checkpoints",
     "register_adapter": "api",
     "restore": "api",
+    "step_cached": "api",
 }
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "methods",
     "register_adapter",
     "restore",
+    "step_cached",
 ]
 
 

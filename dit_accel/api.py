@@ -1,4 +1,4 @@
-"""The public verbs: accelerate, restore, accelerated, attention."""
+"""The public verbs: accelerate, restore, accelerated, graphed, step_cached, attention."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dit_accel.pipelines.denoisers import Pipe, denoisers, transformers_of
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.config import resolve as pruning
 from dit_accel.pruning.span import Span
-from dit_accel.runtime import graphs, patch
+from dit_accel.runtime import first_block, graphs, patch
 from dit_accel.runtime.assemble import Assembly, assemble
 from dit_accel.runtime.recorder import NotRecorded as NotRecorded
 from dit_accel.runtime.report import Report, build
@@ -161,6 +161,19 @@ def graphed(pipe: Pipe) -> Iterator[None]:
     """
     scheduler = getattr(pipe, "scheduler", None)
     with graphs.graphed(list(_denoisers(pipe).values()), scheduler=scheduler):
+        yield
+
+
+@contextmanager
+def step_cached(pipe: Pipe, threshold: float) -> Iterator[None]:
+    """First-Block-Cache on `pipe`'s transformers, accelerated or not, for the length of a with
+    block.
+
+    threshold: relative change of what the first block adds, up to which a step skips the others;
+    0.05 is cautious. See `runtime.first_block`. Raises ValueError for a threshold that is not
+    positive, and where a transformer cannot have a step cache or has one.
+    """
+    with first_block.cached(pipe, list(_denoisers(pipe).values()), threshold):
         yield
 
 

@@ -41,6 +41,9 @@ COLUMNS = (*METHODS, "pruning", "pruning + topk")
 PIPES = {"Wan": lambda: tiny_wan(layers=3), "Flux": lambda: tiny_flux(double=2, single=2)}
 
 
+held: list[Any] = []  # blocks that are entered, for as long as this runs
+
+
 class Feature(NamedTuple):
     """Something of diffusers, peft or cache-dit that a user switches on.
 
@@ -54,6 +57,12 @@ class Feature(NamedTuple):
 def first_block_cache(pipe):
     threshold = 0.15 if hasattr(pipe.transformer, "blocks") else 0.55  # skips some steps, not all
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+
+
+def step_cached(pipe):
+    threshold = 0.15 if hasattr(pipe.transformer, "blocks") else 0.55
+    held.append(dit_accel.step_cached(pipe, threshold))
+    held[-1].__enter__()
 
 
 def mag_cache(pipe):
@@ -160,6 +169,7 @@ def backend(pipe):
 FEATURES = {
     feature.name: feature
     for feature in (
+        Feature("step_cached", step_cached, same=False),
         Feature("FirstBlockCache", first_block_cache, same=False),
         Feature("MagCache", mag_cache, same=False),
         Feature("TaylorSeer", taylor_seer, same=False),

@@ -1,6 +1,7 @@
 """Queries that stay on two processes, keys that are gathered or go round: equal to one process."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ from forked import spawn
 from runs import on
 from tiny import tiny_flux, tiny_wan
 
-from dit_accel import SLA, VSA, Pooled, Rectified, Rettention, Schedule, SharedResidual, TopK
+from dit_accel import (
+    SLA,
+    VSA,
+    Pooled,
+    Rectified,
+    Rettention,
+    Schedule,
+    SharedResidual,
+    TopK,
+    step_cached,
+)
 from dit_accel.bench.models import MODELS, build, inputs
 from dit_accel.config import AccelConfig
 from dit_accel.generation import compare
@@ -39,6 +50,7 @@ CASES = {f"wan, {name}": ("wan", method, {}) for name, method in WAN.items()} | 
     "wan, budgets": ("wan", TopK(0.3), {"schedule": HEADS}),
     "wan, warm": ("wan", TopK(0.3), {"schedule": WARM}),
     "wan, blocks offloaded": ("wan offloaded", TopK(0.3), {}),
+    "wan, cached": ("wan", TopK(0.3), {"cache": 0.75}),
     "three heads": ("three heads", TopK(0.3), {}),
     "flux": ("flux", Pooled(0.3), {}),
     "flux, hilbert": ("flux", TopK(0.3), {"order": "hilbert"}),
@@ -79,7 +91,10 @@ def learned(pipe, method):
 def run(pipe, call, method, options):
     """Latents of three steps, and the report."""
     call = {**call, "generator": torch.Generator().manual_seed(0), "output_type": "latent"}
-    with on(pipe, learned(pipe, method), **options) as handle:
+    options, skips = dict(options), ExitStack()
+    if cache := options.pop("cache", None):
+        skips.enter_context(step_cached(pipe, cache))
+    with skips, on(pipe, learned(pipe, method), **options) as handle:
         return pipe(**call, num_inference_steps=3)[0], handle.report()
 
 

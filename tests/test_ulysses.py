@@ -49,9 +49,11 @@ CASES = {
     "wan-compiled": {**WAN, "compiled": True},
     "wan-compiled-pruned": {**WAN, "compiled": True, "prune": {"criterion": "stratified"}},
     "wan-skipped": {**WAN, "prune": {"keep": 0.0, "block": 20}},
+    "wan-cached": {**WAN, "cache": 0.75},
     "flux": {**FLUX},
     "flux-dense": {**FLUX, "method": "dense"},
     "flux-hilbert": {**FLUX, "options": {"order": "hilbert"}},
+    "flux-cached": {**FLUX, "cache": 2.0},
     "flux-compiled": {**FLUX, "compiled": True},
     "flux-odd": {**FLUX, "max_sequence_length": 15, "anything": True},
 }
@@ -92,6 +94,7 @@ def generate(
     gated=False,
     select="means",
     heads=2,
+    cache=None,
     **kwargs,
 ):
     """Latents of three steps, and the report; stock for "dense"."""
@@ -116,6 +119,8 @@ def generate(
         pruning = TokenPruning(refresh=2, start=1, end=0, last=None, **{"block": 16, **prune})
         options = {**dict(options), "prune": pruning}
     with ExitStack() as stack:
+        if cache is not None:
+            stack.enter_context(dit_accel.step_cached(pipe, cache))
         if compiled:
             stack.enter_context(compiled_blocks(pipe.transformer, "eager"))
         settings = {"schedule": NOW, "min_tokens": 0, **dict(options)}
@@ -175,6 +180,7 @@ def work(rank, folder):
             "error": float((alone - together).abs().max() / alone.abs().max()),
             "kept": (report.kept, shared.kept) if report else None,
             "unplanned": shared.unplanned if shared else None,
+            "ran": [r.steps for r in (report, shared) if r],
             "tokens": [[f["tokens"] for f in r.steps] for r in (report, shared) if r],
         }
     found["refused"] = {}
@@ -202,6 +208,9 @@ def test_two_processes_give_what_one_gives(found, name):
     for rank in found:
         result = rank[name]
         assert result["error"] < 1e-5
+        if "cache" in CASES[name]:
+            ran = [{f["sparse"] for f in r} for r in result["ran"]]
+            assert ran[0] == ran[1] == {1, 2}
         if "prune" in CASES[name]:
             alone, together = result["tokens"]
             assert alone == together and min(alone) < 0.7

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_accel import SLA, Schedule, TokenPruning, accelerated
+from dit_accel import SLA, Schedule, TokenPruning, accelerated, step_cached
 from dit_accel.config import Options, named
 from dit_accel.generation.boost import Boost, compiled_blocks
 from dit_accel.generation.quantize import KINDS
@@ -31,7 +31,7 @@ from dit_accel.methods.stateful import Remembering
 from dit_accel.methods.topk import TopK
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
-from dit_accel.pruning.step_cache import LEADERS
+from dit_accel.runtime import first_block
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -74,7 +74,6 @@ _OTHERS = (
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 )
-_LEADER = LEADERS["FirstBlockCacheConfig"]
 
 
 @dataclass(frozen=True)
@@ -250,15 +249,9 @@ def switched_on(
             boost.check(pipe)
             stack.enter_context(boost.quantized(pipe))
         if "compile" in row.added:
-            below = "cache" in row.added
-            stack.enter_context(compiled_blocks(transformer, compiler, below))
+            stack.enter_context(compiled_blocks(transformer, compiler))
         if "cache" in row.added:
-            from diffusers import FirstBlockCacheConfig
-
-            if not hasattr(transformer, "enable_cache"):
-                raise RuntimeError(f"{type(transformer).__name__} has no step caches in diffusers")
-            transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
-            stack.callback(transformer.disable_cache)
+            stack.enter_context(step_cached(pipe, 1.0))  # see set_skip
         if row.method is None:
             yield None
         else:
@@ -278,8 +271,7 @@ def with_projections(method: Method, transformer: ModelMixin) -> Method:
 
 
 def set_skip(transformer: nn.Module, skip: bool) -> None:
-    """Make First-Block-Cache skip, or compute, the next step, whatever the first block gives."""
-    for module in transformer.modules():
-        hook = getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).get(_LEADER)
-        if hook is not None:
-            hook.threshold = float("inf") if skip else -1.0
+    """Make a step cache, if there is one, skip or compute the next step, whatever the first block
+    gives."""
+    if (cache := first_block.of(transformer)) is not None:
+        cache.threshold = float("inf") if skip else -1.0

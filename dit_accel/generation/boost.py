@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dit_accel.api import graphed
-from dit_accel.generation import caches, quantize
+from dit_accel.api import graphed, step_cached
+from dit_accel.generation import quantize
 from dit_accel.generation.quantize import check_kind
 from dit_accel.inputs import fields
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.machine import is_out_of_memory
 from dit_accel.pipelines.denoisers import transformers_of
+from dit_accel.runtime import first_block
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -32,8 +33,9 @@ class Boost:
 
     Args:
         compile: torch.compile for the blocks of the transformer, each kind of them once.
-        step_cache: threshold of diffusers' First-Block-Cache: a step whose first block gives the
-            same as before but for so much (relative) skips the others. None: no cache.
+        step_cache: threshold of First-Block-Cache, see `dit_accel.step_cached`: a step whose first
+            block does the same as before but for so much (relative) skips the others. None: no
+            cache.
         lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
         quantize: "int8" or "fp8": the blocks' linear layers in eight bits (torchao).
         graphs: replay the transformer's forwards as CUDA graphs, see `dit_accel.graphed`.
@@ -50,11 +52,8 @@ class Boost:
 
     def __post_init__(self) -> None:
         fields.check(self)
-        if self.step_cache is not None and not self.step_cache > 0:
-            raise ValueError(
-                "step_cache is a relative change > 0 below which a step is skipped, not "
-                f"{self.step_cache}; 0.05 is cautious"
-            )
+        if self.step_cache is not None:
+            first_block.check(self.step_cache)
         if self.lora is not None and self.compile:
             raise ValueError("a LoRA changes the compiled blocks: fuse it first, pipe.fuse_lora()")
         check_kind(self.quantize)
@@ -69,15 +68,10 @@ class Boost:
         if self.graphs:
             with graphed(pipe):
                 pass
-        for transformer in transformers_of(pipe):
-            if self.quantize is not None:
-                quantize.check(self.quantize, transformer, _blocks(transformer))
-            why = "" if self.step_cache is None else caches.obstacle(pipe, transformer)
-            if why:
-                raise ValueError(
-                    f"{why}: leave the step cache out; every speed has one, and method "
-                    "shared:balanced goes without"
-                )
+        for transformer in transformers_of(pipe) if self.quantize is not None else ():
+            quantize.check(str(self.quantize), transformer, _blocks(transformer))
+        with self.cached(pipe):
+            pass
 
     def switch_on(self, pipe: DiffusionPipeline) -> ExitStack:
         """All of it, until the returned stack is closed; ValueError as `check`."""
@@ -100,8 +94,7 @@ class Boost:
         """Compiled blocks and CUDA graphs, as they are wanted, for the length of a block."""
         with ExitStack() as stack:
             for transformer in transformers_of(pipe) if self.compile else ():
-                below = self.step_cache is not None
-                stack.enter_context(compiled_blocks(transformer, below=below))
+                stack.enter_context(compiled_blocks(transformer))
             if self.graphs:
                 stack.enter_context(graphed(pipe))
             yield
@@ -136,14 +129,15 @@ class Boost:
     @contextmanager
     def cached(self, pipe: DiffusionPipeline) -> Iterator[None]:
         """The step cache, if it is wanted, for the length of a block."""
-        from diffusers import FirstBlockCacheConfig
-
         with ExitStack() as stack:
-            found: list[Any] = transformers_of(pipe) if self.step_cache is not None else []
-            for transformer in found:
-                transformer.enable_cache(FirstBlockCacheConfig(threshold=self.step_cache))
-                stack.callback(transformer.disable_cache)
-                stack.enter_context(caches.passes_told(pipe, transformer))
+            if self.step_cache is not None:
+                try:
+                    stack.enter_context(step_cached(pipe, self.step_cache))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error}; every speed has a step cache, and method shared:balanced goes "
+                        "without"
+                    ) from None
             yield
 
 
@@ -164,13 +158,11 @@ def _check_lora(pipe: DiffusionPipeline, path: Path) -> None:
 
 
 @contextmanager
-def compiled_blocks(
-    transformer: nn.Module, backend: str = "inductor", below: bool = False
-) -> Iterator[None]:
+def compiled_blocks(transformer: nn.Module, backend: str = "inductor") -> Iterator[None]:
     """Regional compilation (fullgraph) for the length of a block.
 
-    backend: torch.compile's. below: what the step cache's hooks call, for hooks break graphs; of a
-    block that has hooks, those of context parallelism, it is what they call in any case.
+    backend: torch.compile's. Of a block that has hooks of diffusers', those of context parallelism,
+    it is what they call, for hooks break graphs.
     """
     compiled = partial(torch.compile, fullgraph=True, backend=backend)
     with ExitStack() as undo:
@@ -183,9 +175,6 @@ def compiled_blocks(
                 forward = getattr(inner, name)
                 undo.callback(setattr, inner, name, forward)
                 setattr(inner, name, compiled(forward))
-            elif below:
-                undo.callback(block.__dict__.pop, "forward", None)
-                block.forward = compiled(block.forward)
             else:
                 undo.callback(setattr, block, "_compiled_call_impl", None)
                 block.compile(fullgraph=True, backend=backend)

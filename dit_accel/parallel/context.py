@@ -40,6 +40,13 @@ def ring_group(config: ParallelConfig) -> dist.ProcessGroup:
     return mesh.get_group()
 
 
+def group_of(config: ParallelConfig) -> dist.ProcessGroup:
+    """All processes that share the sequence."""
+    mesh = context_of(config)._flattened_mesh
+    assert mesh is not None, "diffusers has set it up"
+    return mesh.get_group()
+
+
 def kv_of(config: ParallelConfig) -> str:
     """How keys travel in a ring: "gather" (all to everyone at once) or "ring" (in turn)."""
     return getattr(context_of(config), "kv", KV[0])

@@ -1,16 +1,14 @@
 """Token pruning at work: what happens before, between and after a transformer's blocks.
 
-The model's own forward loops over its lists of blocks; while a forward runs, a list hands out
-each block wrapped in `Span.run`, outside of whatever the block is compiled to. Who runs is said by
+While a forward runs, each block comes wrapped in `Span.run` (lists.py). Who runs is said by
 select.py, what is seen by observe.py, tokens shared between devices by shared.py.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -20,14 +18,12 @@ from dit_accel.pipelines.base import SpanSite
 from dit_accel.pruning import step_cache
 from dit_accel.pruning.config import TokenPruning
 from dit_accel.pruning.context import Context
+from dit_accel.pruning.lists import arguments
 from dit_accel.pruning.observe import Observer
 from dit_accel.pruning.restore import RESTORES, Memory, Past
 from dit_accel.pruning.rows import Rows
 from dit_accel.pruning.select import Selection
 from dit_accel.pruning.shared import Part
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 
 class Entry(NamedTuple):
@@ -63,6 +59,7 @@ class Span:
     live: int | None = None
     inside: bool = False
     memory: dict[str, Memory] = field(default_factory=dict)
+    outer: ClassVar[bool] = False
     _generation: int = -1
     _cached: bool = False
     _entered: Entry | None = None
@@ -103,6 +100,15 @@ class Span:
                 "take prune=None or switch that off"
             )
 
+    @property
+    def running(self) -> bool:
+        """Does a forward run?"""
+        return self.rows.running
+
+    def skipped(self) -> None:
+        """Our own step cache, around the span, skips the blocks of this forward but the first."""
+        self._cached = True
+
     def _clear(self) -> None:
         self.live = self._entered = None
         self.inside = self._cached = False
@@ -116,7 +122,7 @@ class Span:
 
         single: its list holds text and visual tokens in one row.
         """
-        bound = _signature(type(block).forward).bind(block, *args, **kwargs)
+        bound = arguments(block, args, kwargs)
         tokens, text = self.rows.read(bound.arguments, single, self._visual)
         if number == 0:
             self.observer.first = self.part.own(tokens, self.rows.geometry.n_visual)
@@ -242,64 +248,8 @@ class Span:
         return keys + sum(x.nbytes for x in (*kept, *self.observer.output.values()))
 
 
-@functools.cache
-def _signature(forward: Callable[..., object]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def take_over(blocks: nn.ModuleList, span: Span, first: int, single: bool) -> None:
-    """Let a list hand out its blocks, numbered from `first`, wrapped in `span.run`, while a forward
-    runs. single: see Span.run."""
-    blocks.__dict__["_accel_span"] = (span, first, single)
-    stock: Any = type(blocks)
-    blocks.__class__ = _list_class(stock)
-
-
-def give_back(blocks: nn.ModuleList) -> None:
-    """The list as it was."""
-    if blocks.__dict__.pop("_accel_span", None) is not None:
-        ours: Any = type(blocks)
-        blocks.__class__ = ours._accel_kind
-
-
-@functools.cache
-def _list_class(kind: type) -> type:
-    class SpanList(kind):
-        _accel_kind = kind
-
-        def __iter__(self) -> Iterator[_Wrapped]:
-            span, first, single = self.__dict__.get("_accel_span", (None, 0, False))
-            inner = super().__iter__()
-            if span is None or not span.rows.running:  # a slice has none
-                return inner
-            return (_Wrapped(span, n, block, single) for n, block in enumerate(inner, first))
-
-        def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-            return _blank, (kind,), dict(self.__dict__)
-
-    SpanList.__name__ = kind.__name__
-    return SpanList
-
-
-def _blank(kind: type) -> nn.ModuleList:
-    return object.__new__(_list_class(kind))
-
-
 def _moved(text: Tensor | None, by: Tensor | None) -> Tensor | None:
     """Text tokens with their residual; as they are where it is that of others (a filled cache)."""
     if text is None or by is None:
         return None
     return text + by if text.shape == by.shape else text
-
-
-class _Wrapped:
-    """A block that runs as the span says; its attributes are its own."""
-
-    def __init__(self, span: Span, number: int, block: nn.Module, single: bool) -> None:
-        self._span, self._number, self._block, self._single = span, number, block, single
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        return self._span.run(self._number, self._block, args, kwargs, self._single)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)

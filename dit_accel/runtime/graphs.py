@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dit_accel.machine import holding
-from dit_accel.runtime import patch
+from dit_accel.runtime import first_block, patch
 from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.first_block import FirstBlockCache, Unseen
 from dit_accel.runtime.kinds import PLAIN, Build, Given, hooks, mode, obstacle
 from dit_accel.runtime.recorded import After, Node, Recorded, State, Tree, apart
 from dit_accel.runtime.recorder import Ask, Cuda, NotRecorded, Recorder
-from dit_accel.runtime.skipping import StepCache, Unseen, unkept
 
 
 class Graphs:
@@ -60,16 +60,14 @@ class Graphs:
             return run(*args, **kwargs)
         build = self._build(transformer, tree.mark)
         hooked = build.hooked()
-        cache = StepCache.of(hooked)
-        if why := obstacle(build, [transformer, *hooked], engine) or unkept(cache, engine):
+        cache = first_block.of(transformer)
+        if why := obstacle(build, [transformer, *hooked], engine) or _unkept(cache, engine):
             raise NotRecorded(f"{why}, which CUDA graphs cannot follow: leave out one of them")
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
         kind = (id(transformer), build.digest, tuple(map(hooks, hooked)), mode())
         key = (kind, where, str(given.spec), given.keys)
-        if cache is not None and tree.at is tree.root and not cache.fresh:
-            tree.replayed = False  # it was left by a generation that ended midway
         node, known = tree.go(key)
         replayed, tree.replayed = known and tree.replayed, False  # until it has been
         found = self._known(node, given, cache) if replayed else None
@@ -85,10 +83,11 @@ class Graphs:
         tree.replayed = True
         return out
 
-    def _known(self, node: Node, given: Given, cache: StepCache | None) -> Recorded | None:
+    def _known(self, node: Node, given: Given, cache: FirstBlockCache | None) -> Recorded | None:
         """The recording that does what this forward does, begun, if there is one. Most often it
-        does what it did the last time."""
-        found = node.recorded.get(node.last)
+        does what it did the last time; each recording can ask. None is made twice: what came after
+        it reads the memory of the first."""
+        found = node.recorded.get(node.last) or next(iter(node.recorded.values()), None)
         if found is not None and (answer := found.begin(given, cache)) != found.answer:
             found = node.recorded.get(answer)
             if found is not None:
@@ -117,7 +116,7 @@ class Graphs:
         run: Callable[..., Any],
         given: Given,
         engine: Engine | None,
-        cache: StepCache | None,
+        cache: FirstBlockCache | None,
     ) -> Recorded | None:
         """This forward, begun; None where its step cache decides as it did not before."""
         device = next(transformer.parameters()).device
@@ -158,6 +157,13 @@ class Graphs:
             with torch.inference_mode(False):
                 self.inputs[key] = torch.empty_like(x)
         return self.inputs[key].copy_(x)
+
+
+def _unkept(cache: FirstBlockCache | None, engine: object) -> str:
+    """Why the state of a step cache is not kept from forward to forward, or ""."""
+    if cache is None or engine is not None:
+        return ""
+    return 'a step cache is enabled on a pipeline that is not accelerated ("dense" would do)'
 
 
 @contextmanager

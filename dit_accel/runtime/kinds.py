@@ -13,7 +13,6 @@ from dit_accel.parallel.context import config_of
 from dit_accel.runtime.engine import Engine
 from dit_accel.runtime.interception import interceptor
 from dit_accel.runtime.recorder import NotRecorded, Recorder
-from dit_accel.runtime.skipping import HOOKS
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 # what PEFT's layers keep in plain attributes
@@ -77,7 +76,7 @@ def obstacle(build: Build, hooked: list[nn.Module], engine: Engine | None = None
     for own in map(vars, hooked):
         if "_hf_hook" in own:
             return "weights come and go by accelerate's offload"
-        acting = set(getattr(own.get("_diffusers_hook"), "hooks", ())) - HOOKS
+        acting = getattr(own.get("_diffusers_hook"), "hooks", ())
         if acting:
             return f"diffusers' hook {min(acting)!r} acts on the way"
     return ""

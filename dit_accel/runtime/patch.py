@@ -9,27 +9,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dit_accel.forward.clock import Clock
 from dit_accel.parallel import context, ulysses
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
 from dit_accel.pruning import step_cache
+from dit_accel.pruning.lists import give_back, take_over
 from dit_accel.pruning.shared import Part
-from dit_accel.pruning.span import Span, give_back, take_over
+from dit_accel.pruning.span import Span
 from dit_accel.runtime import again, rebind, seam
+from dit_accel.runtime.contexts import follow, leave
 from dit_accel.runtime.engine import Engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from diffusers.models._modeling_parallel import ParallelConfig
     from torch.utils.hooks import RemovableHandle
@@ -100,10 +98,7 @@ class Patch:
             self._hook(self.transformer, self.after)
             self._hook_span()  # before the order's hooks: it sees tokens as the blocks have them
             self._hook_order()
-            if hasattr(self.transformer, "cache_context"):
-                before = self.transformer.__dict__.get("cache_context")
-                follow = CacheContext(self.transformer, self.engine.clock, before)
-                self.transformer.__dict__["cache_context"] = follow
+            follow(self.transformer, self.engine.clock)
             self.transformer.__dict__[MARK] = self
         except BaseException:
             self.remove()
@@ -116,8 +111,9 @@ class Patch:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        for blocks in self.span.site.lists(self.transformer) if self.span is not None else ():
-            give_back(blocks)
+        if self.span is not None:
+            for blocks in self.span.site.lists(self.transformer):
+                give_back(blocks, self.span)
         for module in (*self.modules, *self._readers()):
             rebind.unbind(module)
         # fuse_qkv_projections remembers the processors that were, for unfuse_qkv_projections
@@ -125,14 +121,10 @@ class Patch:
         fused.update({name: rebind.original(old) for name, old in fused.items()})
         self.forget(self.transformer)
 
-    @staticmethod
-    def forget(transformer: nn.Module) -> None:
-        """Take away what a transformer itself keeps of its patch."""
-        own = transformer.__dict__
-        if isinstance(own.get("cache_context"), CacheContext):
-            before = own.pop("cache_context").before
-            own.update({} if before is None else {"cache_context": before})
-        own.pop(MARK, None)
+    def forget(self, transformer: nn.Module) -> None:
+        """Take away what a transformer, or a shallow copy of it, itself keeps of this patch."""
+        leave(transformer, self.engine.clock)
+        vars(transformer).pop(MARK, None)
 
     def bind(self) -> None:
         """Serve every attention module, also those whose processor was exchanged since."""
@@ -256,28 +248,6 @@ class Patch:
     ) -> None:
         register = module.register_forward_pre_hook if pre else module.register_forward_hook
         self.handles.append(register(hook, with_kwargs=kwargs or pre))
-
-
-class CacheContext:
-    """A transformer's `cache_context`, in which pipelines announce the step and the pass.
-
-    before: what had been set on the transformer itself, or None.
-    """
-
-    def __init__(
-        self,
-        transformer: nn.Module,
-        clock: Clock,
-        before: Callable[..., AbstractContextManager] | None,
-    ) -> None:
-        self.transformer, self.clock, self.before = transformer, clock, before
-
-    @contextmanager
-    def __call__(self, name: str, **fields: object) -> Iterator[object]:
-        kind: Any = type(self.transformer)
-        enter = self.before or kind.cache_context.__get__(self.transformer)
-        with self.clock.context(name, fields), enter(name, **fields) as context:
-            yield context
 
 
 @functools.cache

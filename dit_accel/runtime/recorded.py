@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dit_accel.ops.backends import Choice
 from dit_accel.runtime.books import Books
 from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.first_block import FirstBlockCache, Known
 from dit_accel.runtime.kinds import Given
 from dit_accel.runtime.recorder import Recording
-from dit_accel.runtime.skipping import StepCache
 
 MOST = 8  # ways to begin, or to go on, that are kept: shapes, numbers of steps
 
@@ -32,7 +32,7 @@ class Recorded:
     after: After | None
     answer: bool | None
 
-    def begin(self, given: Given, cache: StepCache | None) -> bool | None:
+    def begin(self, given: Given, cache: FirstBlockCache | None) -> bool | None:
         """Up to where the step cache decides, for other arguments of the same kind; what it
         decides."""
         for own, x, read in zip(self.inputs, given.leaves, given.read, strict=True):
@@ -43,7 +43,7 @@ class Recorded:
         self.made.pieces[0]()
         return cache.decide(self.made.asked[0].item())
 
-    def finish(self, engine: Engine | None, cache: StepCache | None) -> Any:
+    def finish(self, engine: Engine | None, cache: FirstBlockCache | None) -> Any:
         """What the forward returns, in memory of its own."""
         self.made.pieces[-1]()
         if self.after is not None and engine is not None:
@@ -59,22 +59,24 @@ class State:
     state: dict[Any, Any]
     together: dict[Any, Any]
     stateless_from: int | None
-    cached: dict[str, dict[str, object]]
+    cached: dict[str, Known]
+    computes: bool | None
 
     @classmethod
-    def of(cls, engine: Engine, cache: StepCache | None) -> State:
+    def of(cls, engine: Engine, cache: FirstBlockCache | None) -> State:
         """Now."""
-        cached = {} if cache is None else cache.state()
-        return cls(_copied(engine.state), _copied(engine.together), engine.stateless_from, cached)
+        known, computes = ({}, None) if cache is None else (dict(cache.memory), cache.computes)
+        own = _copied(engine.state), _copied(engine.together), engine.stateless_from
+        return cls(*own, known, computes)
 
-    def restore(self, engine: Engine, cache: StepCache | None) -> None:
+    def restore(self, engine: Engine, cache: FirstBlockCache | None) -> None:
         """As it was."""
         for own, left in ((engine.state, self.state), (engine.together, self.together)):
             own.clear()
             own.update(_copied(left))
         engine.stateless_from = self.stateless_from
         if cache is not None:
-            cache.restore(self.cached)
+            cache.restore(self.cached, self.computes)
 
 
 @dataclass(eq=False)
@@ -86,7 +88,7 @@ class After:
     books: Books
     dense: dict[Any, int]
 
-    def restore(self, engine: Engine, cache: StepCache | None) -> None:
+    def restore(self, engine: Engine, cache: FirstBlockCache | None) -> None:
         """As if the forward had run."""
         self.state.restore(engine, cache)
         engine.books.add(self.books)

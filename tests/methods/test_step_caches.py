@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
-from diffusers.hooks.first_block_cache import FBCHeadBlockHook
 from runs import on, run
 from tiny import tiny_wan
 
-from dit_accel import Rettention, SharedResidual
+from dit_accel import Rettention, SharedResidual, step_cached
 from dit_accel.methods import Call
+from dit_accel.runtime.first_block import FirstBlockCache
 
 BOTH = [SharedResidual(keep=0.2, period=6), Rettention(keep=0.2, period=6)]
 
@@ -49,15 +48,10 @@ def test_a_pass_that_has_ended_does_not_hold_up_the_other():
 
 def test_beside_a_cache_no_step_takes_one_pass_full_and_the_other_partial(monkeypatch):
     skipped = {("cond", 3), ("uncond", 4), ("cond", 4), ("uncond", 6)}
-    now = iter([(name, step) for step in range(9) for name in ("cond", "uncond")])
-    monkeypatch.setattr(
-        FBCHeadBlockHook,
-        "_should_compute_remaining_blocks",
-        lambda hook, residual: next(now) not in skipped,
-    )
+    known = iter([(name, step) for step in range(1, 9) for name in ("cond", "uncond")])
+    monkeypatch.setattr(FirstBlockCache, "decide", lambda cache, _: next(known) not in skipped)
     pipe = tiny_wan(layers=3)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with on(pipe, SharedResidual(keep=0.2, period=3)) as handle:
+    with step_cached(pipe, 0.1), on(pipe, SharedResidual(keep=0.2, period=3)) as handle:
         run(pipe, steps=9)
     kept = {}
     for row in handle.report().steps:

@@ -4,12 +4,12 @@ import inspect
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from zoo import Pipe, forward, image_ids, x, zoo
 
 import dit_accel
 from dit_accel import Dense, Schedule, TokenPruning
 from dit_accel.pipelines import registry
+from dit_accel.runtime import first_block
 
 ZOO = {name: case for name, case in zoo().items() if registry.find(case.build()).span}
 NOW = {"schedule": Schedule(warmup=0), "min_tokens": 0}
@@ -140,7 +140,7 @@ def test_all_tokens_each_step_is_bit_equal_and_restore_exact(model):
         assert torch.equal(out[-1], stock)
     assert torch.equal(forward(built, case.arguments()), stock)
     lists = [m for m in built.modules() if isinstance(m, torch.nn.ModuleList)]
-    assert all("_accel_span" not in m.__dict__ and m.__class__.__iter__ for m in lists)
+    assert all("_accel_taken" not in m.__dict__ and m.__class__.__iter__ for m in lists)
 
 
 @pytest.mark.parametrize("name", ["WanTransformer3DModel", "CogVideoXTransformer3DModel"])
@@ -157,33 +157,41 @@ def test_first_frames_always_run_in_any_order(name, order):
     assert set(range(64)) <= set(cells.tolist()) and len(cells) < 192
 
 
-# diffusers' cache adds VACE's hints twice, does not know that Flux.2's rows grow by the text, nor
-# how Kandinsky's blocks call their tokens, and goes on to the last block where Motif-Video's span
-# ends with the dual-stream ones
-ELSEWHERE = (
+# what these add between their blocks is that of the step at hand in a span, else of the last one
+BETWEEN = (
     "WanVACETransformer3DModel",
-    "Flux2Transformer2DModel",
-    "Kandinsky5Transformer3DModel",
-    "MotifVideoTransformer3DModel",
+    "WanAnimateTransformer3DModel",
+    "ConsisIDTransformer3DModel",
 )
-CACHED = [n for n, c in ZOO.items() if hasattr(c.build(), "enable_cache") and n not in ELSEWHERE]
 
 
-@pytest.mark.parametrize("name", CACHED)
-def test_no_token_is_first_block_cache(name):
-    case = ZOO[name]
-    built = case.build()
-    pipe, seed = Pipe(built, steps=2), iter((1, 0))
-    try:
-        built.enable_cache(FirstBlockCacheConfig(threshold=1e9))
-    except ValueError as error:  # diffusers does not know this model's blocks
-        assert "not registered" in str(error)
+def test_without_a_token_it_is_first_block_cache(model):
+    """Of all streams that blocks hand on, in lists of one row or of two."""
+    case, built, _ = model
+    if case.name in BETWEEN:
         return
-    with built.cache_context("cond"):
+    pipe, seed = Pipe(built, steps=2), iter((1, 0))
+    with first_block.cached(pipe, [built], 1e9):
         cached = pipe.steps(lambda: case.arguments(next(seed)))
-    built.disable_cache()
+        assert not first_block.of(built).computes
     out, _ = steps(case, built, 1, 0, keep=0.0, first=1)
     torch.testing.assert_close(out[-1], cached[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_where_nothing_changed_a_step_that_a_cache_skips_is_a_whole_one(model):
+    case, built, stock = model
+    pipe, ran = Pipe(built, steps=2), []
+    blocks = [block for found in registry.find(built).span.lists(built) for block in found]
+    for block in blocks:
+        ran.append(block.register_forward_pre_hook(lambda *_: calls.append(1)))
+    calls = []
+    with first_block.cached(pipe, [built], 0.1):
+        out = pipe.steps(case.arguments)
+    for hook in ran:
+        hook.remove()
+    assert len(calls) == len(blocks) + 1
+    for one in out:
+        torch.testing.assert_close(one, stock, rtol=1e-4, atol=1e-5 * float(stock.abs().max()))
 
 
 @pytest.mark.parametrize(

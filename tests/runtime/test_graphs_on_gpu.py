@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
 from test_graphs import METHODS, latents, sparse, told
 from tiny import tiny_wan
 
-from dit_accel import SLA, TopK, graphed
+from dit_accel import SLA, TopK, graphed, step_cached
 from dit_accel.generation.boost import Boost
+from dit_accel.runtime import first_block
 
 pytestmark = pytest.mark.gpu
 LARGE = {"height": 256, "width": 256}  # 768 tokens
@@ -50,12 +50,9 @@ def test_a_step_cache_decides_between_two_graphs(method):
     ran, replayed = both(pipe, method, cache=0.15)
     assert torch.equal(ran[0], replayed[0])
     assert ran[1]["implementations"] == replayed[1]["implementations"]
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.15))
-    leader = pipe.transformer.blocks[0]._diffusers_hook.hooks["fbc_leader_block_hook"]
-    pipe.transformer.register_forward_hook(
-        lambda m, args, out: kept.append(leader.state_manager.get_state().should_compute)
-    )
-    with sparse(pipe, method):
+    with step_cached(pipe, 0.15), sparse(pipe, method):
+        cache = first_block.of(pipe.transformer)
+        pipe.transformer.register_forward_hook(lambda *_: kept.append(cache.computes))
         latents(pipe, 0, 6, **LARGE)
     assert True in kept and False in kept
 

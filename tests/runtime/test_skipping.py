@@ -1,5 +1,7 @@
 """CUDA graphs beside First-Block-Cache, which decides at the first block."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, MagCacheConfig
@@ -7,42 +9,44 @@ from graph_emulator import Emulated
 from test_graphs import METHODS, latents, sparse, told
 from tiny import tiny_flux, tiny_wan
 
-from dit_accel import AccelConfig, Pooled, Schedule
+from dit_accel import AccelConfig, Pooled, Schedule, step_cached
 from dit_accel.generation.boost import Boost
 from dit_accel.generation.comparison import compare
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
-from dit_accel.runtime import graphs
-from dit_accel.runtime.skipping import StepCache
+from dit_accel.runtime import first_block, graphs
 
 STEPS = 8
 
 
+@contextmanager
 def cached(pipe, threshold):
-    """Enabled; a list to which each forward adds whether it was computed whole."""
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-    blocks = getattr(pipe.transformer, "blocks", None) or pipe.transformer.transformer_blocks
-    cache, kept = StepCache.of([blocks[0]]), []
-    pipe.transformer.register_forward_hook(lambda m, args, out: kept.append(cache.computes))
-    return kept
+    """The cache, and a list to which each forward adds whether it was computed whole."""
+    with step_cached(pipe, threshold):
+        cache, kept = first_block.of(pipe.transformer), []
+        hook = pipe.transformer.register_forward_hook(lambda *_: kept.append(cache.computes))
+        yield cache, kept
+        hook.remove()
 
 
 @pytest.mark.parametrize("method", [*METHODS, "dense"])
 def test_what_is_replayed_is_what_ran_and_skips_what_was_skipped(method):
     """Seeds and thresholds at which other steps are skipped, in turn."""
     pipe, recorder = tiny_wan(), Emulated()
-    kept, cache = cached(pipe, 0.15), StepCache.of([pipe.transformer.blocks[0]])
 
-    def clips():
+    def clips(cache):
         for seed, threshold in ((0, 0.15), (1, 0.2), (2, 0.15), (3, 0.15), (0, 0.2), (1, 0.15)) * 2:
-            cache.leader.threshold = threshold
+            cache.threshold = threshold
             yield latents(pipe, seed, STEPS)
 
-    with sparse(pipe, method) as handle:
-        expected, facts, wanted = list(clips()), told(handle), kept.copy()
-    kept.clear()
-    with sparse(pipe, method) as handle, graphs.graphed([pipe.transformer], recorder):
-        found = list(clips())
+    with cached(pipe, 0.15) as (cache, wanted), sparse(pipe, method) as handle:
+        expected, facts = list(clips(cache)), told(handle)
+    with (
+        cached(pipe, 0.15) as (cache, kept),
+        sparse(pipe, method) as handle,
+        graphs.graphed([pipe.transformer], recorder),
+    ):
+        found = list(clips(cache))
         assert told(handle) == facts
     torch.testing.assert_close(found, expected)
     each = 2 * STEPS
@@ -52,9 +56,7 @@ def test_what_is_replayed_is_what_ran_and_skips_what_was_skipped(method):
 
 
 def test_a_generation_that_ended_midway_is_not_where_the_next_one_begins():
-    """diffusers leaves the cache as it was then."""
     pipe = tiny_wan()
-    kept = cached(pipe, 0.15)
 
     def fails(pipe, i, t, kwargs):
         if i == 3:
@@ -66,22 +68,26 @@ def test_a_generation_that_ended_midway_is_not_where_the_next_one_begins():
             latents(pipe, 0, STEPS, callback_on_step_end=fails)
         return [latents(pipe, seed, STEPS) for seed in (1, 2, 3)]
 
-    with sparse(pipe, "shared@0.3"):
+    with cached(pipe, 0.15) as (_, wanted), sparse(pipe, "shared@0.3"):
         expected = [run() for _ in range(3)]
-    wanted = kept.copy()
-    kept.clear()
-    with sparse(pipe, "shared@0.3"), graphs.graphed([pipe.transformer], Emulated()):
+    with (
+        cached(pipe, 0.15) as (_, kept),
+        sparse(pipe, "shared@0.3"),
+        graphs.graphed([pipe.transformer], Emulated()),
+    ):
         torch.testing.assert_close([run() for _ in range(3)], expected)
     assert kept == wanted
 
 
 def test_two_streams_are_skipped_together():
     pipe, recorder = tiny_flux(), Emulated()
-    kept = cached(pipe, 0.7)
-    with sparse(pipe, "shared@0.3"):
-        expected, wanted = [latents(pipe, seed, STEPS) for seed in range(4)], kept.copy()
-    kept.clear()
-    with sparse(pipe, "shared@0.3"), graphs.graphed([pipe.transformer], recorder):
+    with cached(pipe, 0.7) as (_, wanted), sparse(pipe, "shared@0.3"):
+        expected = [latents(pipe, seed, STEPS) for seed in range(4)]
+    with (
+        cached(pipe, 0.7) as (_, kept),
+        sparse(pipe, "shared@0.3"),
+        graphs.graphed([pipe.transformer], recorder),
+    ):
         torch.testing.assert_close([latents(pipe, seed, STEPS) for seed in range(4)], expected)
     assert kept == wanted and {True, False} == set(kept)
     assert recorder.replayed > STEPS
@@ -89,20 +95,21 @@ def test_two_streams_are_skipped_together():
 
 def test_other_caches_and_caches_of_a_stock_pipeline_are_refused_in_a_sentence():
     pipe = tiny_wan()
+    mag = MagCacheConfig(threshold=0.1, mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS)
     with graphs.graphed([pipe.transformer], Emulated()):
-        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        with pytest.raises(RuntimeError, match="a step cache is enabled on a pipeline that is not"):
-            latents(pipe)
-        pipe.transformer.disable_cache()
-        pipe.transformer.enable_cache(
-            MagCacheConfig(threshold=0.1, mag_ratios=[1.0] * STEPS, num_inference_steps=STEPS)
-        )
         with (
-            sparse(pipe, "topk"),
-            pytest.raises(RuntimeError, match="diffusers' hook 'mag_.*' acts on the way"),
+            step_cached(pipe, 0.1),
+            pytest.raises(RuntimeError, match="a step cache is enabled on a pipeline that is not"),
         ):
             latents(pipe)
-        pipe.transformer.disable_cache()
+        for config, hook in ((FirstBlockCacheConfig(0.1), "fbc"), (mag, "mag")):
+            pipe.transformer.enable_cache(config)
+            with (
+                sparse(pipe, "topk"),
+                pytest.raises(RuntimeError, match=f"diffusers' hook '{hook}_.*' acts on the way"),
+            ):
+                latents(pipe)
+            pipe.transformer.disable_cache()
         latents(pipe)
 
 

@@ -1,0 +1,319 @@
+"""First-Block-Cache: a step at which the first block does what it did before skips the others.
+
+    r = h₁ − h₀                          what the first block adds to the visual tokens
+    skipped if mean|r − r'| ≤ threshold · mean|r'|
+    h_L = h₁ + R,  R = h'_L − h'₁        what the others added
+
+r' and R are those of the last step that ran whole, of the same guidance pass. The rule is
+ParaAttention's First-Block-Cache, after TeaCache (arXiv 2411.19108). R is added behind the last
+block, so that what a model adds between its blocks (a ControlNet) is not added twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Set
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit_accel.forward.clock import Clock
+from dit_accel.parallel.context import config_of, group_of
+from dit_accel.pipelines import registry
+from dit_accel.pruning.lists import arguments, give_back, take_over
+from dit_accel.pruning.rows import Rows
+from dit_accel.runtime import patch
+from dit_accel.runtime.contexts import follow, leave
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from dit_accel.pipelines.denoisers import Pipe
+    from dit_accel.runtime.recorder import Ask
+
+MARK = "_dit_accel_cache"  # where a transformer keeps its cache
+Streams = tuple[Any, ...]  # visual tokens, and the text or None; or the one row of both
+_NAME = "First-Block-Cache"
+
+
+class Unseen(Exception):
+    """A forward that is being recorded goes a way that it never ran."""
+
+
+class Known(NamedTuple):
+    """Of the last step that ran whole: r, and R of each stream, None where it has none."""
+
+    first: Tensor
+    rest: Streams = ()
+
+
+def of(transformer: nn.Module) -> FirstBlockCache | None:
+    """That of this transformer."""
+    found = vars(transformer).get(MARK)
+    return found if found is not None and found.transformer is transformer else None
+
+
+class FirstBlockCache:
+    """That of one transformer. `install` and `remove` are exact inverses.
+
+    threshold: see above; may change between forwards.
+    memory: pass name → what is known.
+    computes: the last forward ran whole.
+    """
+
+    outer: ClassVar[bool] = True
+
+    def __init__(self, transformer: nn.Module, threshold: float, clock: Clock) -> None:
+        kind = type(transformer).__name__
+        if (span := registry.find(transformer).span) is None:
+            raise ValueError(
+                f"{kind} cannot have a step cache: {registry.find(transformer).no_span}"
+            )
+        blocks = sum(map(len, span.lists(transformer)))
+        if blocks < 2:
+            raise ValueError(f"{kind} cannot have a step cache: it has one block only")
+        self._handles: list[RemovableHandle] = []
+        self.__setstate__((transformer, threshold, clock, blocks, self._handles))
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """A copy starts anew."""
+        return self.transformer, self.threshold, self._own, self._blocks, self._handles
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.transformer, self.threshold, self._own, self._blocks, self._handles = state
+        self.adapter = registry.find(self.transformer)
+        assert self.adapter.span is not None, "see __init__"
+        self.site = self.adapter.span
+        self.rows, self.memory = Rows(self.site), dict[str, Known]()
+        self.computes, self.running, self._met = True, False, False
+        self._clock, self._generation = self._own, -1
+        self._head: tuple[Streams, bool] = (), False
+        self._asks: tuple[Ask, Set[object]] | None = None
+
+    def install(self) -> None:
+        """On the transformer."""
+        transformer, first = self.transformer, 0
+        for name, blocks in zip(self.site.blocks, self.site.lists(transformer), strict=True):
+            take_over(blocks, self, first, name in self.site.single)
+            first += len(blocks)
+        self._handles += [
+            transformer.register_forward_pre_hook(self._before, with_kwargs=True),
+            transformer.register_forward_hook(self._after),
+        ]
+        follow(transformer, self._own)
+        vars(transformer)[MARK] = self
+
+    def remove(self) -> None:
+        """Put everything back."""
+        vars(self.transformer).pop(MARK, None)
+        leave(self.transformer, self._own)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for blocks in self.site.lists(self.transformer):
+            give_back(blocks, self)
+        self.memory.clear()
+
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the transformer."""
+        entry, self.running, self._met = patch.of(module), True, False
+        if entry is None:
+            bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            geometry = self.adapter.geometry(module, bound)
+            self._own.tick(geometry, bound.get("timestep"), module)
+        elif entry.span is not None and not 0 < entry.span.first < entry.span.last < self._blocks:
+            span = entry.span
+            raise RuntimeError(
+                f"{type(module).__name__} cannot run token pruning: {_NAME} reads all tokens at "
+                "the first and at the last block, so the span must lie between them, not from "
+                f"{span.first} to {span.last} of {self._blocks}"
+            )
+
+    @torch.compiler.disable
+    def _after(self, module: nn.Module, args: Any, output: object) -> None:
+        """Forward hook of the transformer. RuntimeError when it did not go through its blocks."""
+        self.running = False
+        self._head = (), False
+        if not self._met:
+            raise RuntimeError(
+                f"{_NAME} did not meet the blocks of {type(module).__name__}: something else runs "
+                "them; leave the step cache out or switch that off"
+            )
+
+    def run(self, number: int, block: Any, args: Any, kwargs: Any, single: bool) -> object:
+        """Block `number`, or what it is skipped by. single: see lists.Runner."""
+        if number == 0:
+            return self._first(block, args, kwargs, single)
+        if not self.computes:
+            return self._skip(number, arguments(block, args, kwargs).arguments, single)
+        out = block(*args, **kwargs)
+        if number == self._blocks - 1:
+            pairs = zip(self._streams(out, single), self._heads(single), strict=True)
+            rest = tuple(_gained(x, head) for x, head in pairs)
+            if rest[0] is None:
+                raise RuntimeError(
+                    f"{_NAME} expects the last block of {type(self.transformer).__name__} to "
+                    "return as many tokens as the first: leave the step cache out"
+                )
+            name = self._clock.passname
+            self.memory[name] = self.memory[name]._replace(rest=rest)
+        return out
+
+    def _first(self, block: Any, args: Any, kwargs: Any, single: bool) -> object:
+        """The first block, and whether the others run."""
+        self.begin()
+        came = arguments(block, args, kwargs).arguments[self.site.hidden]
+        out = block(*args, **kwargs)
+        streams = self._streams(out, single)
+        self._head, self._met = (streams, single), True
+        first, known = self._added(streams[0], came), self.memory.get(self._clock.passname)
+        self.computes = known is None or self._differs(first, known)
+        if self.computes:
+            self.memory[self._clock.passname] = Known(first)
+        elif (entry := patch.of(self.transformer)) is not None and entry.span is not None:
+            entry.span.skipped()
+        return out
+
+    def _skip(self, number: int, given: dict[str, Any], single: bool) -> object:
+        """What a skipped block returns: what it was given, and behind the last one R is added."""
+        hidden, text = given[self.site.hidden], given.get(self.site.text)
+        if number < self._blocks - 1:
+            return hidden if single else self.rows.join(hidden, text, False)
+        rest = self.memory[self._clock.passname].rest
+        pairs = zip(self._heads(single), rest, strict=True)
+        found = [None if more is None else head.to(more.device) + more for head, more in pairs]
+        if single:
+            return found[0]
+        visual, more = found
+        assert visual is not None, "see run"
+        return self.rows.join(visual, text if more is None else more, False)
+
+    def _streams(self, out: Any, single: bool) -> Streams:
+        """What a block returns."""
+        return (out,) if single else self.rows.split(out, False, 0)
+
+    def _heads(self, single: bool) -> Streams:
+        """What the first block returned, as a list of this kind has it."""
+        streams, alone = self._head
+        if not single or alone:
+            return streams
+        visual, text = streams
+        return (self.rows.join(visual, text, True),)
+
+    def begin(self) -> None:
+        """The clock of the forward at hand; a new generation knows nothing."""
+        entry = patch.of(self.transformer)
+        clock = self._own if entry is None else entry.engine.clock
+        if clock is not self._clock or clock.generation != self._generation:
+            self._clock, self._generation = clock, clock.generation
+            self.memory.clear()
+        self.rows.begin(clock.geometry, None)
+
+    def decide(self, change: float) -> bool:
+        """Whether a forward is computed whole whose first block changed so much."""
+        return change > self.threshold
+
+    def _added(self, out: Tensor, came: Tensor) -> Tensor:
+        """r of this process's tokens, which may be dealt out within the block."""
+        if out.shape[1] != came.shape[1] and (group := self._group()) is not None:
+            rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+            came = came.tensor_split(ranks, dim=1)[rank]
+        return (out - came).detach()
+
+    @torch.compiler.disable
+    def _differs(self, first: Tensor, known: Known) -> bool:
+        """Did the first block do something else, as far as that is known?"""
+        last = known.first
+        if not known.rest or last.shape != first.shape:
+            return True
+        moved, size = (first - last).abs(), last.abs()
+        if (group := self._group()) is None:
+            change = moved.mean() / size.mean()
+        else:  # processes decide alike
+            both = torch.stack([moved.float().sum(), size.float().sum()])
+            torch.distributed.all_reduce(both, group=group)
+            change = both[0] / both[1]
+        if self._asks is None:
+            return self.decide(change.item())
+        ask, seen = self._asks
+
+        def decide(change: float) -> bool:
+            if (computes := self.decide(change)) not in seen:
+                raise Unseen
+            return computes
+
+        return ask(change, decide)
+
+    def _group(self) -> Any:
+        """The processes that share the sequence, or None."""
+        config = config_of(self._attention.processor)
+        return None if config is None else group_of(config)
+
+    @functools.cached_property
+    def _attention(self) -> Any:
+        """A module whose processor tells."""
+        return next(iter(self.adapter.attentions(self.transformer).values()))
+
+    def restore(self, memory: dict[str, Known], computes: bool | None) -> None:
+        """As a forward left it that was recorded, and is replayed."""
+        self.begin()
+        self.memory = dict(memory)
+        self.computes, self._met = bool(computes), True
+
+    @contextmanager
+    def asking(self, ask: Ask, seen: Set[object]) -> Iterator[None]:
+        """A block in which a forward is recorded: how much its first block changed is asked of what
+        records. Unseen where the answer is not among `seen`."""
+        self._asks = ask, seen
+        try:
+            yield
+        finally:
+            self._asks = None
+
+
+def check(threshold: float) -> None:
+    """ValueError for a threshold that is not positive."""
+    if not threshold > 0:
+        raise ValueError(
+            f"step_cache is a relative change > 0 below which a step is skipped, not {threshold}; "
+            "0.05 is cautious"
+        )
+
+
+@contextmanager
+def cached(pipe: Pipe, transformers: list[nn.Module], threshold: float) -> Iterator[None]:
+    """A step cache for each of a pipeline's transformers, for the length of a block. ValueError
+    where one cannot have it; nothing is changed then."""
+    check(threshold)
+    clock, made = Clock(pipe), list[FirstBlockCache]()
+    for transformer in transformers:
+        kind = type(transformer).__name__
+        if of(transformer) is not None or getattr(transformer, "is_cache_enabled", False):
+            raise ValueError(f"this {kind} has a step cache already: disable that one first")
+        if getattr(transformer, "_is_cached", False):
+            raise ValueError(
+                f"cache-dit is enabled on this {kind}: it runs the blocks in its own loops; "
+                "disable one of the two"
+            )
+        made.append(FirstBlockCache(transformer, threshold, clock))
+    with ExitStack() as stack:
+        for one in made:
+            stack.callback(one.remove)
+            one.install()
+        yield
+
+
+@functools.cache
+def _signature(forward: Any) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _gained(x: Tensor | None, head: Tensor | None) -> Tensor | None:
+    """What is added to a stream by all blocks but the first; None where it is another one."""
+    if x is None or head is None or x.shape != head.shape:
+        return None
+    return (x - head.to(x.device)).detach()

@@ -1,0 +1,208 @@
+"""First-Block-Cache: that of diffusers, and what lies between blocks is added once."""
+
+import copy
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
+from diffusers.hooks.first_block_cache import FBCHeadBlockHook
+from support import left_on
+from test_graphs import latents, sparse
+from tiny import tiny_flux, tiny_wan
+
+import dit_accel
+from dit_accel import TokenPruning
+from dit_accel.runtime import first_block
+
+STEPS = 8
+
+
+@contextmanager
+def watched(pipe):
+    """A list to which each forward adds whether it was computed whole."""
+    cache, kept = first_block.of(pipe.transformer), []
+    hook = pipe.transformer.register_forward_hook(lambda *_: kept.append(cache.computes))
+    yield kept
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("make", "threshold"), [(tiny_wan, 0.15), (tiny_wan, 0.3), (tiny_flux, 0.7)]
+)
+def test_it_is_that_of_diffusers_bit_for_bit(make, threshold, monkeypatch):
+    wanted, decides = [], FBCHeadBlockHook._should_compute_remaining_blocks
+
+    def noted(hook, residual):
+        wanted.append(decides(hook, residual))
+        return wanted[-1]
+
+    monkeypatch.setattr(FBCHeadBlockHook, "_should_compute_remaining_blocks", noted)
+    pipe = make()
+    stock = latents(pipe, 0, STEPS)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    expected = [latents(pipe, seed, STEPS) for seed in (0, 1)]
+    pipe.transformer.disable_cache()
+    with dit_accel.step_cached(pipe, threshold), watched(pipe) as kept:
+        found = [latents(pipe, seed, STEPS) for seed in (0, 1)]
+    assert kept == wanted and {True, False} == set(kept)
+    assert all(map(torch.equal, found, expected))
+    assert left_on(pipe.transformer) == []
+    assert torch.equal(latents(pipe, 0, STEPS), stock)
+
+
+def test_accelerated_it_hears_the_same_passes_and_may_come_first_or_last():
+    pipe = tiny_wan()
+    with dit_accel.step_cached(pipe, 0.15), sparse(pipe, "shared@0.3"):
+        expected = latents(pipe, 0, STEPS)
+    with sparse(pipe, "shared@0.3"):
+        with dit_accel.step_cached(pipe, 0.15):
+            assert torch.equal(latents(pipe, 0, STEPS), expected)
+        whole = latents(pipe, 0, STEPS)
+    assert not torch.equal(whole, expected) and left_on(pipe.transformer) == []
+    cached = dit_accel.step_cached(pipe, 0.15)
+    with cached:
+        handle = sparse(pipe, "shared@0.3").__enter__()
+        assert torch.equal(latents(pipe, 0, STEPS), expected)
+        handle.restore()
+        alone = latents(pipe, 0, STEPS)
+        handle = dit_accel.accelerate(pipe, "dense")
+        assert torch.equal(latents(pipe, 0, STEPS), alone)
+    assert left_on(pipe.transformer)
+    handle.restore()
+    assert left_on(pipe.transformer) == []
+
+
+def test_passes_without_names_have_caches_of_their_own(monkeypatch):
+    """Told by their place in a step they are those that the pipeline names; each generation begins
+    anew, also after one that ended midway."""
+    pipe = tiny_wan()
+
+    def fails(pipe, i, t, kwargs):
+        raise KeyError
+
+    def clips():
+        with dit_accel.step_cached(pipe, 0.15), watched(pipe) as kept:
+            return [latents(pipe, seed, STEPS) for seed in (0, 1)], kept
+
+    expected, wanted = clips()
+    monkeypatch.setattr(first_block, "follow", lambda transformer, clock: None)
+    found, kept = clips()
+    assert all(map(torch.equal, found, expected))
+    assert kept == wanted and {True, False} == set(wanted)
+    with dit_accel.step_cached(pipe, 0.15):
+        with pytest.raises(KeyError):
+            latents(pipe, 0, STEPS, callback_on_step_end=fails)
+        assert torch.equal(latents(pipe, 1, STEPS), expected[1])
+
+
+def test_what_a_controlnet_adds_between_blocks_is_added_once():
+    """A skipped step of the same inputs and residuals is the step that ran."""
+    pipe = tiny_flux()
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    config = pipe.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    given = {
+        "hidden_states": noise(1, 16, config.in_channels),
+        "encoder_hidden_states": noise(1, 8, config.joint_attention_dim),
+        "pooled_projections": noise(1, config.pooled_projection_dim),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(8, 3),
+        "guidance": torch.ones(1) if config.guidance_embeds else None,
+        "controlnet_block_samples": [noise(1, 16, width)],
+        "controlnet_single_block_samples": [noise(1, 16, width)],
+    }
+    pipe.scheduler.set_timesteps(2, mu=1.0)
+    with (
+        torch.no_grad(),
+        dit_accel.step_cached(pipe, 1.0),
+        watched(pipe) as kept,
+        pipe.transformer.cache_context("cond"),
+    ):
+        first, second = (pipe.transformer(**given).sample for _ in range(2))
+    assert kept == [True, False]
+    torch.testing.assert_close(second, first)
+
+
+def test_pruning_goes_inside_and_not_around():
+    pipe = tiny_wan(layers=4)
+    inside = TokenPruning(0.5, block=16, start=1, end=0)
+    with dit_accel.step_cached(pipe, 0.15), watched(pipe) as kept:
+        with dit_accel.accelerated(pipe, "pooled@0.3", prune=inside, min_tokens=0) as handle:
+            assert latents(pipe, 0, STEPS).isfinite().all()
+            tokens = {step["tokens"] for step in handle.report().steps}
+        assert set(kept) == {True, False} and min(tokens) < 1
+        around = TokenPruning(0.5, block=16, first=0)
+        reads = "First-Block-Cache reads all tokens at the first and at the last block"
+        with (
+            dit_accel.accelerated(pipe, "pooled", prune=around),
+            pytest.raises(RuntimeError, match=reads),
+        ):
+            latents(pipe, 0, STEPS)
+
+
+def test_what_cannot_have_one_is_refused_in_a_sentence_and_nothing_is_left():
+    def refused(pipe, match):
+        with pytest.raises(ValueError, match=match), dit_accel.step_cached(pipe, 0.1):
+            raise AssertionError
+
+    pipe = tiny_wan()
+    for threshold in (0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="step_cache is a relative change > 0"):
+            dit_accel.step_cached(pipe, threshold).__enter__()
+    with dit_accel.step_cached(pipe, 0.1):
+        refused(pipe, "has a step cache already")
+    for config in (FirstBlockCacheConfig(), TaylorSeerCacheConfig()):
+        pipe.transformer.enable_cache(config)
+        refused(pipe, "has a step cache already: disable that one first")
+        pipe.transformer.disable_cache()
+    pipe.transformer._is_cached = True
+    refused(pipe, "cache-dit is enabled")
+    del pipe.transformer._is_cached
+    refused(tiny_wan(layers=1), "it has one block only")
+    assert left_on(pipe.transformer) == []
+
+
+def test_blocks_that_something_else_runs_are_no_silent_loss():
+    pipe = tiny_wan()
+    with dit_accel.step_cached(pipe, 0.1):
+        blocks = pipe.transformer.blocks
+        pipe.transformer.blocks = torch.nn.ModuleList(list(blocks))
+        with pytest.raises(RuntimeError, match="did not meet the blocks.*leave the step cache out"):
+            latents(pipe)
+        pipe.transformer.blocks = blocks
+    assert left_on(pipe.transformer) == []
+
+
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_a_copy_starts_anew_and_is_its_own(accelerate):
+    pipe = tiny_wan()
+    with dit_accel.step_cached(pipe, 0.15):
+        handle = sparse(pipe, "shared@0.3").__enter__() if accelerate else None
+        expected = latents(pipe, 0, STEPS)
+        copied = copy.copy(pipe), pickle.loads(pickle.dumps(pipe.transformer))
+        copied[0].register_modules(transformer=copy.deepcopy(pipe.transformer))
+        for transformer in (copied[0].transformer, copied[1]):
+            copied[0].register_modules(transformer=transformer)
+            assert first_block.of(transformer) is not first_block.of(pipe.transformer)
+            assert torch.equal(latents(copied[0], 0, STEPS), expected)
+            first_block.of(transformer).remove()
+            dit_accel.restore(copied[0])
+            assert left_on(transformer) == []
+        assert torch.equal(latents(pipe, 0, STEPS), expected)
+        if handle is not None:
+            handle.restore()
+    assert left_on(pipe.transformer) == []
+
+
+def test_a_transformer_that_is_compiled_whole():
+    pipe = tiny_wan()
+    with dit_accel.step_cached(pipe, 0.15):
+        expected = latents(pipe, 0, STEPS)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with dit_accel.step_cached(pipe, 0.15):
+        torch.testing.assert_close(latents(pipe, 0, STEPS), expected)

@@ -21,6 +21,7 @@ from dit_accel.pruning.config import resolve as pruning
 from dit_accel.pruning.span import Span
 from dit_accel.runtime import first_block, graphs, patch
 from dit_accel.runtime.assemble import Assembly, assemble
+from dit_accel.runtime.first_block import check_threshold as check_threshold
 from dit_accel.runtime.recorder import NotRecorded as NotRecorded
 from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
@@ -173,8 +174,13 @@ def step_cached(pipe: Pipe, threshold: float) -> Iterator[None]:
     0.05 is cautious. See `runtime.first_block`. Raises ValueError for a threshold that is not
     positive, and where a transformer cannot have a step cache or has one.
     """
-    with first_block.cached(pipe, list(_denoisers(pipe).values()), threshold):
+    with first_block.cached(pipe, list(dict.fromkeys(_denoisers(pipe).values())), threshold):
         yield
+
+
+def step_cache_of(transformer: nn.Module) -> first_block.FirstBlockCache | None:
+    """That of `step_cached`, whose `decision.threshold` may change between forwards, or None."""
+    return first_block.of(transformer)
 
 
 def attention(

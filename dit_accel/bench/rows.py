@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_accel import SLA, Schedule, TokenPruning, accelerated, step_cached
+from dit_accel.api import step_cache_of
 from dit_accel.config import Options, named
 from dit_accel.generation.boost import Boost, compiled_blocks
 from dit_accel.generation.quantize import KINDS
@@ -31,7 +32,6 @@ from dit_accel.methods.stateful import Remembering
 from dit_accel.methods.topk import TopK
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import head_dim
-from dit_accel.runtime import first_block
 
 if TYPE_CHECKING:
     from diffusers.models.modeling_utils import ModelMixin
@@ -273,5 +273,5 @@ def with_projections(method: Method, transformer: ModelMixin) -> Method:
 def set_skip(transformer: nn.Module, skip: bool) -> None:
     """Make a step cache, if there is one, skip or compute the next step, whatever the first block
     gives."""
-    if (cache := first_block.of(transformer)) is not None:
-        cache.threshold = float("inf") if skip else -1.0
+    if (cache := step_cache_of(transformer)) is not None:
+        cache.decision.threshold = float("inf") if skip else -1.0

@@ -35,8 +35,8 @@ def at_speed(pipe: DiffusionPipeline, name: str, **given: Any) -> AtSpeed:
     """Accelerate a pipeline by a profile: "conservative", "balanced" or "fast".
 
     given: options of the command line that replace the profile's, such as keep=0.2, dense="auto",
-    quantize="int8". Raises ValueError for an unknown profile, and where the pipeline has no step
-    caches in diffusers; it is then as before.
+    quantize="int8". Raises ValueError for an unknown profile, and where the pipeline cannot have a
+    step cache (Latte) or has one; it is then as before.
     """
     how = How(speed=name, **given)
     config, beside = how.config(), how.boost().switch_on(pipe)

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from dit_accel.api import graphed, step_cached
+from dit_accel.api import check_threshold, graphed, step_cached
 from dit_accel.generation import quantize
 from dit_accel.generation.quantize import check_kind
 from dit_accel.inputs import fields
 from dit_accel.inputs.tensors import open_tensors
 from dit_accel.machine import is_out_of_memory
 from dit_accel.pipelines.denoisers import transformers_of
-from dit_accel.runtime import first_block
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -53,7 +52,7 @@ class Boost:
     def __post_init__(self) -> None:
         fields.check(self)
         if self.step_cache is not None:
-            first_block.check(self.step_cache)
+            check_threshold(self.step_cache)
         if self.lora is not None and self.compile:
             raise ValueError("a LoRA changes the compiled blocks: fuse it first, pipe.fuse_lora()")
         check_kind(self.quantize)

@@ -34,9 +34,11 @@ class Context:
     memory: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def begin(self) -> None:
-        """A forward starts."""
+    def begin(self, fresh: bool) -> None:
+        """A forward starts. fresh: of a new generation."""
         self._masks.clear()
+        if fresh:
+            self.memory.clear()
 
     def remember(self, name: object, k: Tensor, v: Tensor) -> None:
         """All tokens ran: k, v [B, N, H, D]."""

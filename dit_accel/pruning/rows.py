@@ -64,8 +64,10 @@ class Rows:
         first = (total - visual) * self.geometry.text_first
         return slice(first, first + visual)
 
-    def read(self, arguments: dict[str, Any], single: bool, n: int) -> tuple[Tensor, Tensor | None]:
-        """(visual, text) tokens [B, n, C], [B, T, C] of a block's arguments."""
+    def read(
+        self, arguments: dict[str, Any], single: bool, n: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(visual, text) tokens [B, n, C], [B, T, C] of a block's arguments; n: None for all."""
         hidden = arguments[self.site.hidden]
         if single:
             return self._parted(hidden, n)
@@ -77,8 +79,8 @@ class Rows:
         """Exchange the visual tokens in a block's arguments."""
         arguments[self.site.hidden] = self.join(visual, text, single) if single else visual
 
-    def split(self, out: Any, single: bool, n: int) -> tuple[Tensor, Tensor | None]:
-        """(visual, text) tokens of what a block returned."""
+    def split(self, out: Any, single: bool, n: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """(visual, text) tokens of what a block returned; n: see `read`."""
         if single:
             return self._parted(out, n)
         at = self.site.visual
@@ -126,8 +128,9 @@ class Rows:
         if self.site.count:
             arguments[self.site.count] = index.numel()
 
-    def _parted(self, row: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def _parted(self, row: Tensor, n: int | None) -> tuple[Tensor, Tensor]:
         """Text and n visual tokens of one row."""
+        n = n or self.geometry.n_visual
         row = row.transpose(0, 1) if self.site.tokens_first else row
         if self.geometry.text_first:
             first = row.shape[1] - n

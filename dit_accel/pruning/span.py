@@ -47,6 +47,7 @@ class Span:
     whole: the tokens that run go back among the others after each block of this forward.
     live: how many visual tokens run just now, None for all.
     inside: a block of the span runs.
+    cached: a step cache skips all blocks of this forward but the first.
     memory: pass name → what the span did to its tokens.
     """
 
@@ -58,10 +59,10 @@ class Span:
     whole: bool = False
     live: int | None = None
     inside: bool = False
+    cached: bool = False
     memory: dict[str, Memory] = field(default_factory=dict)
     outer: ClassVar[bool] = False
     _generation: int = -1
-    _cached: bool = False
     _entered: Entry | None = None
 
     def __post_init__(self) -> None:
@@ -78,21 +79,19 @@ class Span:
 
     def begin(self, order: Tensor | None) -> None:
         """A forward starts. order: the grid cells of the tokens where they come permuted."""
-        if self.clock.generation != self._generation:
+        if fresh := self.clock.generation != self._generation:
             self._generation = self.clock.generation
             self.memory.clear()
             self.observer.output.clear()
             self.selection.clear()
-            if self.context:
-                self.context.memory.clear()
         if self.context:
-            self.context.begin()
+            self.context.begin(fresh)
         self._clear()
         self.rows.begin(self.clock.geometry, order)
 
     def end(self) -> None:
         """The forward is over. RuntimeError when it did not go through its list of blocks."""
-        passed = self._entered is not None or self._cached
+        passed = self._entered is not None or self.cached
         self._clear()
         if not passed:
             raise RuntimeError(
@@ -105,13 +104,9 @@ class Span:
         """Does a forward run?"""
         return self.rows.running
 
-    def skipped(self) -> None:
-        """Our own step cache, around the span, skips the blocks of this forward but the first."""
-        self._cached = True
-
     def _clear(self) -> None:
         self.live = self._entered = None
-        self.inside = self._cached = False
+        self.inside = self.cached = False
         self.rows.clear()
         self.observer.clear()
 
@@ -123,13 +118,13 @@ class Span:
         single: its list holds text and visual tokens in one row.
         """
         bound = arguments(block, args, kwargs)
-        tokens, text = self.rows.read(bound.arguments, single, self._visual)
+        tokens, text = self.rows.read(bound.arguments, single, self.live)
         if number == 0:
             self.observer.first = self.part.own(tokens, self.rows.geometry.n_visual)
             self.rows.n = self.observer.first.shape[1]
-        if number == self.first and not self._cached:
+        if number == self.first and not self.cached:
             self._enter(tokens, text)
-        self.inside = self.first <= number < self.last and not self._cached
+        self.inside = self.first <= number < self.last and not self.cached
         index = self.rows.index
         if index is None or not self.inside:
             out = block(*args, **kwargs)
@@ -138,7 +133,7 @@ class Span:
         else:
             out = self._run_part(number, block, bound, tokens, text, index, single)
         if number == 0:
-            self._cached = step_cache.skips(block)
+            self.cached = step_cache.skips(block)
         if number == self.last - 1 and self.inside:
             out = self._leave(out, single)
         self.inside = False
@@ -151,11 +146,6 @@ class Span:
         queries = self.live * self.part.ranks
         seen = queries if self.context is None else self.rows.n
         return Tokens(self.rows.geometry._replace(grid=(1, 1, seen)), queries)
-
-    @property
-    def _visual(self) -> int:
-        """How many visual tokens a row of all kinds holds now."""
-        return self.live or self.rows.geometry.n_visual
 
     def _enter(self, tokens: Tensor, text: Tensor | None) -> None:
         """The span's start: what the probe did, and who runs."""
@@ -196,7 +186,7 @@ class Span:
         """The span's end: update R where tokens ran, restore the others from it."""
         rows, index, entry = self.rows, self.rows.index, self._entered
         assert entry is not None, "the span was entered"
-        found, text = rows.split(out, single, self._visual)
+        found, text = rows.split(out, single, self.live)
         self.live = None
         if index is None:
             self._remember(entry, None, found - entry.tokens, text)

@@ -28,7 +28,8 @@ class LayerBook:
 
 @dataclass
 class StepBook:
-    """One transformer forward: where it stood, what its layers did, how long it took."""
+    """One transformer forward: where it stood, what its layers did, how long it took. skipped: by a
+    step cache, but for the first block."""
 
     step: int
     passname: str
@@ -37,6 +38,7 @@ class StepBook:
     dense: int = 0
     kept: float | torch.Tensor = 0.0
     tokens: float = 1.0
+    skipped: bool = False
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Books:
             book.dense += more.dense
             if more.sparse:
                 book.kept = book.kept + more.kept
+        self.forwards[-1].skipped |= other.forwards[-1].skipped
         self.unplanned |= other.unplanned
         for mine, its in (
             (self.reasons, other.reasons),
@@ -113,6 +116,11 @@ class Books:
         for book in self._open(layer):
             book.sparse += 1
             book.kept = book.kept + kept
+
+    def skip(self) -> None:
+        """A step cache skips the forward at hand."""
+        for book in self.forwards[-1:]:
+            book.skipped = True
 
     def served(self, by: Iterable[str]) -> None:
         """Names of the implementations that ran in a call."""

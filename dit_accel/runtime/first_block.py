@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -27,20 +27,16 @@ from dit_accel.pruning.lists import arguments, give_back, take_over
 from dit_accel.pruning.rows import Rows
 from dit_accel.runtime import patch
 from dit_accel.runtime.contexts import follow, leave
+from dit_accel.runtime.decision import Decision
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from dit_accel.pipelines.denoisers import Pipe
-    from dit_accel.runtime.recorder import Ask
 
 MARK = "_dit_accel_cache"  # where a transformer keeps its cache
 Streams = tuple[Any, ...]  # visual tokens, and the text or None; or the one row of both
 _NAME = "First-Block-Cache"
-
-
-class Unseen(Exception):
-    """A forward that is being recorded goes a way that it never ran."""
 
 
 class Known(NamedTuple):
@@ -59,7 +55,7 @@ def of(transformer: nn.Module) -> FirstBlockCache | None:
 class FirstBlockCache:
     """That of one transformer. `install` and `remove` are exact inverses.
 
-    threshold: see above; may change between forwards.
+    decision: whether a forward is skipped.
     memory: pass name → what is known.
     computes: the last forward ran whole.
     """
@@ -67,12 +63,10 @@ class FirstBlockCache:
     outer: ClassVar[bool] = True
 
     def __init__(self, transformer: nn.Module, threshold: float, clock: Clock) -> None:
-        kind = type(transformer).__name__
-        if (span := registry.find(transformer).span) is None:
-            raise ValueError(
-                f"{kind} cannot have a step cache: {registry.find(transformer).no_span}"
-            )
-        blocks = sum(map(len, span.lists(transformer)))
+        kind, adapter = type(transformer).__name__, registry.find(transformer)
+        if adapter.span is None:
+            raise ValueError(f"{kind} cannot have a step cache: {adapter.no_span}")
+        blocks = sum(map(len, adapter.span.lists(transformer)))
         if blocks < 2:
             raise ValueError(f"{kind} cannot have a step cache: it has one block only")
         self._handles: list[RemovableHandle] = []
@@ -80,10 +74,11 @@ class FirstBlockCache:
 
     def __getstate__(self) -> tuple[Any, ...]:
         """A copy starts anew."""
-        return self.transformer, self.threshold, self._own, self._blocks, self._handles
+        return self.transformer, self.decision.threshold, self._own, self._blocks, self._handles
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.transformer, self.threshold, self._own, self._blocks, self._handles = state
+        self.transformer, threshold, self._own, self._blocks, self._handles = state
+        self.decision = Decision(threshold)
         self.adapter = registry.find(self.transformer)
         assert self.adapter.span is not None, "see __init__"
         self.site = self.adapter.span
@@ -91,7 +86,6 @@ class FirstBlockCache:
         self.computes, self.running, self._met = True, False, False
         self._clock, self._generation = self._own, -1
         self._head: tuple[Streams, bool] = (), False
-        self._asks: tuple[Ask, Set[object]] | None = None
 
     def install(self) -> None:
         """On the transformer."""
@@ -171,12 +165,26 @@ class FirstBlockCache:
         streams = self._streams(out, single)
         self._head, self._met = (streams, single), True
         first, known = self._added(streams[0], came), self.memory.get(self._clock.passname)
-        self.computes = known is None or self._differs(first, known)
+        self.computes = (
+            known is None
+            or not known.rest
+            or known.first.shape != first.shape
+            or self.decision.differs(first, known.first, self._group())
+        )
         if self.computes:
             self.memory[self._clock.passname] = Known(first)
-        elif (entry := patch.of(self.transformer)) is not None and entry.span is not None:
-            entry.span.skipped()
+        elif (entry := patch.of(self.transformer)) is not None:
+            entry.engine.books.skip()
+            if entry.span is not None:
+                entry.span.cached = True
         return out
+
+    def _added(self, out: Tensor, came: Tensor) -> Tensor:
+        """r of this process's tokens, which may be dealt out within the block."""
+        if out.shape[1] != came.shape[1] and (group := self._group()) is not None:
+            rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+            came = came.tensor_split(ranks, dim=1)[rank]
+        return (out - came).detach()
 
     def _skip(self, number: int, given: dict[str, Any], single: bool) -> object:
         """What a skipped block returns: what it was given, and behind the last one R is added."""
@@ -194,7 +202,7 @@ class FirstBlockCache:
 
     def _streams(self, out: Any, single: bool) -> Streams:
         """What a block returns."""
-        return (out,) if single else self.rows.split(out, False, 0)
+        return (out,) if single else self.rows.split(out, False)
 
     def _heads(self, single: bool) -> Streams:
         """What the first block returned, as a list of this kind has it."""
@@ -213,41 +221,6 @@ class FirstBlockCache:
             self.memory.clear()
         self.rows.begin(clock.geometry, None)
 
-    def decide(self, change: float) -> bool:
-        """Whether a forward is computed whole whose first block changed so much."""
-        return change > self.threshold
-
-    def _added(self, out: Tensor, came: Tensor) -> Tensor:
-        """r of this process's tokens, which may be dealt out within the block."""
-        if out.shape[1] != came.shape[1] and (group := self._group()) is not None:
-            rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-            came = came.tensor_split(ranks, dim=1)[rank]
-        return (out - came).detach()
-
-    @torch.compiler.disable
-    def _differs(self, first: Tensor, known: Known) -> bool:
-        """Did the first block do something else, as far as that is known?"""
-        last = known.first
-        if not known.rest or last.shape != first.shape:
-            return True
-        moved, size = (first - last).abs(), last.abs()
-        if (group := self._group()) is None:
-            change = moved.mean() / size.mean()
-        else:  # processes decide alike
-            both = torch.stack([moved.float().sum(), size.float().sum()])
-            torch.distributed.all_reduce(both, group=group)
-            change = both[0] / both[1]
-        if self._asks is None:
-            return self.decide(change.item())
-        ask, seen = self._asks
-
-        def decide(change: float) -> bool:
-            if (computes := self.decide(change)) not in seen:
-                raise Unseen
-            return computes
-
-        return ask(change, decide)
-
     def _group(self) -> Any:
         """The processes that share the sequence, or None."""
         config = config_of(self._attention.processor)
@@ -264,18 +237,8 @@ class FirstBlockCache:
         self.memory = dict(memory)
         self.computes, self._met = bool(computes), True
 
-    @contextmanager
-    def asking(self, ask: Ask, seen: Set[object]) -> Iterator[None]:
-        """A block in which a forward is recorded: how much its first block changed is asked of what
-        records. Unseen where the answer is not among `seen`."""
-        self._asks = ask, seen
-        try:
-            yield
-        finally:
-            self._asks = None
 
-
-def check(threshold: float) -> None:
+def check_threshold(threshold: float) -> None:
     """ValueError for a threshold that is not positive."""
     if not threshold > 0:
         raise ValueError(
@@ -288,7 +251,7 @@ def check(threshold: float) -> None:
 def cached(pipe: Pipe, transformers: list[nn.Module], threshold: float) -> Iterator[None]:
     """A step cache for each of a pipeline's transformers, for the length of a block. ValueError
     where one cannot have it; nothing is changed then."""
-    check(threshold)
+    check_threshold(threshold)
     clock, made = Clock(pipe), list[FirstBlockCache]()
     for transformer in transformers:
         kind = type(transformer).__name__

@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from dit_accel.machine import holding
 from dit_accel.runtime import first_block, patch
+from dit_accel.runtime.decision import Unseen
 from dit_accel.runtime.engine import Engine
-from dit_accel.runtime.first_block import FirstBlockCache, Unseen
+from dit_accel.runtime.first_block import FirstBlockCache
 from dit_accel.runtime.kinds import PLAIN, Build, Given, hooks, mode, obstacle
 from dit_accel.runtime.recorded import After, Node, Recorded, State, Tree, apart
 from dit_accel.runtime.recorder import Ask, Cuda, NotRecorded, Recorder
@@ -124,7 +125,7 @@ class Graphs:
         args, kwargs = tree_unflatten(inputs, given.spec)
 
         def forward(ask: Ask) -> Any:
-            with nullcontext() if cache is None else cache.asking(ask, node.ran):
+            with nullcontext() if cache is None else cache.decision.asking(ask, node.ran):
                 return run(*args, **kwargs)
 
         before = None if engine is None else State.of(engine, cache)

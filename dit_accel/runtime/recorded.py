@@ -41,7 +41,7 @@ class Recorded:
         if cache is None or not self.made.asked:
             return self.answer
         self.made.pieces[0]()
-        return cache.decide(self.made.asked[0].item())
+        return cache.decision.decide(self.made.asked[0].item())
 
     def finish(self, engine: Engine | None, cache: FirstBlockCache | None) -> Any:
         """What the forward returns, in memory of its own."""

@@ -26,12 +26,14 @@ class LayerCalls(Calls):
 
 
 class StepCalls(Calls):
-    """Those of a transformer forward. tokens: the share that ran the pruned span."""
+    """Those of a transformer forward. tokens: the share that ran the pruned span; skipped: by a
+    step cache."""
 
     step: int
     passname: str
     seconds: float | None
     tokens: float
+    skipped: bool
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Report:
         served = ", ".join(f"{name} × {n}" for name, n in sorted(self.implementations.items()))
         lines += [f"  kernels: {served}"] if served else []
         lines += [f"  backend: {_chosen(found)}" for found in self.backends]
+        if skipped := sum(step["skipped"] for step in self.steps):
+            lines.append(f"  step cache: {skipped} of the last {len(self.steps)} forwards skipped")
         lines += [f"  state: {self.state_bytes / 2**20:.1f} MiB"] if self.state_bytes else []
         if self.stateless_from is not None:
             lines.append(f"  no room for the state of the layers from {self.stateless_from} on")
@@ -103,6 +107,7 @@ def build(engine: Engine, model: str, notes: list[str]) -> Report:
             "passname": book.passname,
             "seconds": book.watch.seconds,
             "tokens": book.tokens,
+            "skipped": book.skipped,
             **_calls(book),
         }
         for book in books.forwards

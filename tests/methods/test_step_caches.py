@@ -7,7 +7,7 @@ from tiny import tiny_wan
 
 from dit_accel import Rettention, SharedResidual, step_cached
 from dit_accel.methods import Call
-from dit_accel.runtime.first_block import FirstBlockCache
+from dit_accel.runtime.decision import Decision
 
 BOTH = [SharedResidual(keep=0.2, period=6), Rettention(keep=0.2, period=6)]
 
@@ -49,7 +49,7 @@ def test_a_pass_that_has_ended_does_not_hold_up_the_other():
 def test_beside_a_cache_no_step_takes_one_pass_full_and_the_other_partial(monkeypatch):
     skipped = {("cond", 3), ("uncond", 4), ("cond", 4), ("uncond", 6)}
     known = iter([(name, step) for step in range(1, 9) for name in ("cond", "uncond")])
-    monkeypatch.setattr(FirstBlockCache, "decide", lambda cache, _: next(known) not in skipped)
+    monkeypatch.setattr(Decision, "decide", lambda self, _: next(known) not in skipped)
     pipe = tiny_wan(layers=3)
     with step_cached(pipe, 0.1), on(pipe, SharedResidual(keep=0.2, period=3)) as handle:
         run(pipe, steps=9)

@@ -310,7 +310,9 @@ def test_methods_without_a_state_at_17408_tokens():
         for row, cells in (first["psnr"] | later["psnr"]).items()
     }
     rows = {row["row"]: row for row in later["rows"]}
-    last = raw("h200-evaluate-scenes-17408-3")["rows"]
+    last = [*raw("h200-evaluate-scenes-17408-3")["rows"]]
+    measured = raw("h200-evaluate-scenes-17408-4")["rows"]
+    last += [row for row in measured if row["row"] in ("topk 10%", "pooled 10%")]
     names = {row["row"].replace("%", " %"): row for row in last}
     more = {name + " without GAPR" * ("rectified" in name): row for name, row in names.items()}
     page = tables("docs/measure/evaluate.md")
@@ -324,6 +326,15 @@ def test_methods_without_a_state_at_17408_tokens():
         seen = [row[key] for key in ("emoji", "place", "motion")]
         for said, share in zip(asked.removesuffix(" %").split(", "), seen, strict=True):
             assert same(said, 100 * share), name
+    (near,) = [t for t in page if "LPIPS to the dense clip" in t[0]]
+    found = {
+        row["row"].replace("%", " %", 1) if "@" not in row["row"] else row["row"]: row
+        for row in measured
+    }
+    for label, work, distance in near[2:]:
+        row = found[label.partition(",")[0]]
+        assert same(work.removesuffix(" %"), 100 * row["work_kept"])
+        assert same(distance, row["lpips"])
     (compared,) = [t for t in page if t[0][1:2] == ["work"] and "8 of 20" in t[0][2]]
     controls = (
         "dense, 8 of 20 steps",

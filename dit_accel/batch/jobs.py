@@ -14,6 +14,8 @@ from typing import Any
 
 from dit_accel.batch.model import config_of, listed
 from dit_accel.config import DEFAULT, AccelConfig, resolve
+from dit_accel.generation import speeds
+from dit_accel.generation.boost import Boost
 from dit_accel.generation.request import Request
 from dit_accel.inputs.fields import check, shown
 from dit_accel.media import names
@@ -22,6 +24,7 @@ from dit_accel.pruning.config import resolve as pruning
 
 DENSE, TRAINED = "dense", "trained"
 INTEGERS = ("seed", "steps", "height", "width", "frames")
+NUMBERS = ("guidance", "step_cache")
 _REQUEST = ("prompt", "negative_prompt", "guidance", "sampler", *INTEGERS)
 
 
@@ -38,6 +41,9 @@ class Job:
         checkpoint: trained weights over the model's, the same in all jobs of a batch; " + " stands
             between the files of two experts.
         prune: share of the tokens that run in most steps, or a preset of token pruning.
+        step_cache: threshold of a step cache, see `dit_accel.step_cached`.
+        speed: a profile, "conservative", "balanced" or "fast": the method and the step cache that
+            it stands for take its place; a step_cache beside it replaces the profile's.
         name: of the file to write, without folder and suffix; None makes one from the content.
 
     Raises ValueError, in one sentence, for a value that no pipeline could take, an unknown method
@@ -57,19 +63,35 @@ class Job:
     method: str | None = None
     checkpoint: str | None = None
     prune: float | str | None = None
+    step_cache: float | None = None
+    speed: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
         check(self)
+        self._unfold()
         if self.method is None:
             usual = DEFAULT if self.checkpoint is None else TRAINED
             object.__setattr__(self, "method", usual)
         if self.name is not None:
             object.__setattr__(self, "name", names.check_name(self.name))
         self.request(load=False)
-        _ = self.config
+        _ = self.config, self.boost
         if self.image is not None:
             _digest(self.image)
+
+    def _unfold(self) -> None:
+        """What the profile stands for, in its place."""
+        if self.speed is None:
+            return
+        if self.method is not None:
+            raise ValueError(
+                f"speed {self.speed!r} has a method of its own: leave out {self.method!r} or speed"
+            )
+        for key, value in speeds.options(self.speed).items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        object.__setattr__(self, "speed", None)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
@@ -88,10 +110,16 @@ class Job:
         """The method's configuration; None leaves the pipeline as it is."""
         return _configuration(self.method or DEFAULT, self.prune, self.checkpoint)
 
+    @property
+    def boost(self) -> Boost:
+        """What runs beside the method."""
+        return Boost(step_cache=self.step_cache)
+
     @cached_property
     def id(self) -> str:
         """16 hex digits over everything that decides the pixels, the picture's bytes included."""
-        newer = [key for key in ("sampler", "checkpoint") if getattr(self, key) is None]
+        later = ("sampler", "checkpoint", "step_cache", "speed")
+        newer = [key for key in later if getattr(self, key) is None]
         apart = ("name", "prune", *newer)
         content = {k: v for k, v in asdict(self).items() if k not in apart}
         content["method"] = self.config.to_dict() if self.config else DENSE
@@ -108,14 +136,16 @@ class Job:
         method = self.method or DEFAULT
         method = Path(method).stem if _is_file(method) else method
         method += "" if self.prune is None else f" prune {self.prune}"
+        method += "" if self.step_cache is None else f" cache {self.step_cache:g}"
         words = [names.from_text(self.prompt, 40) or "clip", names.from_text(method, 60)]
         return "-".join([*words, f"s{self.seed}", self.id[:8]])
 
     @property
     def shape(self) -> str:
-        """Jobs of equal shape can share one call of the pipeline."""
+        """Jobs of equal shape can share one call of the pipeline: which takes one picture, and in
+        which a step cache would decide for all of them."""
         same = (*INTEGERS[1:], "guidance", "negative_prompt", "sampler", "method", "prune")
-        alone = self.id if self.image else ""  # pipelines take one picture a call
+        alone = self.id if self.image or self.step_cache is not None else ""
         return json.dumps([alone, *(getattr(self, key) for key in same)])
 
     def request(self, load: bool = True) -> Request:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_accel.batch.jobs import INTEGERS, Job, check_keys
+from dit_accel.batch.jobs import INTEGERS, NUMBERS, Job, check_keys
 from dit_accel.batch.model import beside
 from dit_accel.inputs.data import parse
 from dit_accel.inputs.fields import shown
@@ -86,7 +86,7 @@ def _build(rows: Rows, defaults: dict[str, object], base: Path) -> Parsed:
                 defaults = _merged(defaults, values["defaults"])
                 continue
             check_keys(values)
-            for job in expand({**defaults, **values}, base):
+            for job in expand(_over(defaults, values), base):
                 _claim(taken, line, job)
                 parsed.jobs.append((line, job))
         except ValueError as error:
@@ -100,7 +100,15 @@ def _merged(defaults: dict[str, object], more: object) -> dict[str, object]:
     if not isinstance(more, Mapping):
         raise ValueError(f"defaults are an object of keys and values, not {shown(more)}")
     check_keys(more)
-    return {**defaults, **more}
+    return _over(defaults, more)
+
+
+def _over(defaults: Mapping[str, object], own: Mapping[str, object]) -> dict[str, object]:
+    """The defaults under a job's own keys, of which a profile takes the place of a method and a
+    method that of a profile."""
+    instead = {"speed": "method", "method": "speed"}
+    gone = {instead[key] for key in own if key in instead}
+    return {**{key: value for key, value in defaults.items() if key not in gone}, **own}
 
 
 def expand(values: Mapping[str, object], base: Path = Path()) -> Iterator[Job]:
@@ -181,10 +189,10 @@ def parse_value(key: str, text: str) -> object:
         except ValueError as error:
             if key != "prompt":
                 raise ValueError(f"{key}: {shown(text)} is no JSON list ({error})") from None
-    if key not in (*INTEGERS, "guidance"):
+    if key not in (*INTEGERS, *NUMBERS):
         return text
     try:
-        return float(text) if key == "guidance" else int(text)
+        return float(text) if key in NUMBERS else int(text)
     except ValueError:
-        kind = "a number" if key == "guidance" else "a whole number"
+        kind = "a number" if key in NUMBERS else "a whole number"
         raise ValueError(f"{key} is {kind}, not {shown(text)}") from None

@@ -14,6 +14,7 @@ import torch
 
 import dit_accel
 from dit_accel.batch.jobs import Job
+from dit_accel.generation.boost import STOCK
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
 from dit_accel.generation.run import ProgressFn, generate
@@ -68,10 +69,11 @@ def render(
     Raises what the pipeline raises; ValueError for a request that it cannot take.
     """
     config = None if dense else jobs[0].config
+    boost = STOCK if dense else jobs[0].boost
     if config is None:
-        with stock(pipe):
+        with boost.cached(pipe), stock(pipe):
             return _call(pipe, defaults, jobs, progress, {"method": "dense"})
-    with dit_accel.accelerated(pipe, config) as handle:
+    with boost.cached(pipe), dit_accel.accelerated(pipe, config) as handle:
         clips = _call(pipe, defaults, jobs, progress, {})
         ran = handle.report().to_dict()
     for clip in clips:

@@ -18,7 +18,7 @@ from dit_accel.batch.reading import Problem, listed
 from dit_accel.batch.together import Apart, Together
 from dit_accel.batch.writer import FULL, Finished, Writer
 from dit_accel.config import AccelConfig
-from dit_accel.generation.boost import Boost
+from dit_accel.generation.boost import STOCK, Boost
 from dit_accel.generation.facts import facts_of
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.offload import Offload
@@ -174,6 +174,7 @@ class Worker:
             job = Job.from_dict(values)
             request = replace(job.request(load=False), image=job.image)
             steps = arguments(self.pipe, self.defaults, request).get("num_inference_steps")
+            job.boost.check(self.pipe)
             if job.config is not None and job.config not in self._taken:
                 job.config.schedule.dense_at(0, steps)
                 with dit_accel.accelerated(self.pipe, job.config):
@@ -241,6 +242,7 @@ class Worker:
             None if dense else job.config,
             model=self.manifest.get("model"),
             fps=self.defaults.fps,
+            boost=STOCK if dense else job.boost,
             sampler=job.sampler,
             trained=self.trained,
             command=self.manifest.get("command", ""),

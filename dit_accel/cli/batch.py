@@ -33,6 +33,8 @@ class JobOptions:
 
     method: Annotated[Texts, option(say.METHOD, _JOBS)] = None
     prune: Annotated[Texts, option(say.PRUNE, _JOBS)] = None
+    step_cache: Annotated[list[float] | None, option(say.STEP_CACHE, _JOBS)] = None
+    speed: Annotated[Texts, option(say.SPEED, _JOBS)] = None
     seed: Annotated[Numbers, option("Seed; several multiply the jobs.", _JOBS)] = None
     negative: Annotated[str | None, option(say.NEGATIVE, _JOBS)] = None
     steps: Annotated[Numbers, option(say.STEPS, _JOBS)] = None
@@ -48,6 +50,8 @@ class JobOptions:
         values = {
             "method": self.method,
             "prune": self.prune,
+            "step_cache": self.step_cache,
+            "speed": self.speed,
             "seed": self.seed,
             "negative_prompt": self.negative,
             "steps": self.steps,

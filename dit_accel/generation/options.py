@@ -50,6 +50,8 @@ IMAGE = "First picture, for models that need one."
 SAMPLER = "Grid of few steps, for models distilled to it: rcm, dmd, flow:5, renoise:5."
 METHOD = "Such as shared, topk:fast, pooled/sub@0.1, or a preset file; see `methods`."
 PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
+STEP_CACHE = "Skip steps that change less than this, such as 0.05."
+SPEED = "All of it in one word: conservative, balanced or fast, in place of a method."
 CHECKPOINT = "Trained weights over the model's: a file, a folder or an id; twice for two experts."
 MIN_TOKENS = "Attend densely below this many tokens."
 
@@ -64,10 +66,7 @@ Guidance = Annotated[float | None, Option(GUIDANCE, WHAT)]
 Image = Annotated[Path | None, Option(IMAGE, WHAT)]
 Sampler = Annotated[str | None, Option(SAMPLER, WHAT)]
 
-Speed = Annotated[
-    str | None,
-    Option("All of it in one word: conservative, balanced or fast, in place of a method.", HOW),
-]
+Speed = Annotated[str | None, Option(SPEED, HOW)]
 Method = Annotated[str | None, Option(METHOD, HOW)]
 Keep = Annotated[float | None, Option("Share of key blocks kept, in (0, 1].", HOW)]
 Warmup = Annotated[
@@ -93,9 +92,7 @@ Heads = Annotated[
 ]
 Prune = Annotated[str | None, Option(PRUNE, HOW)]
 Compile = Annotated[bool, Option("Compile the blocks; worth a minute on a GPU.", HOW)]
-StepCache = Annotated[
-    float | None, Option("Skip steps that change less than this, such as 0.05.", HOW)
-]
+StepCache = Annotated[float | None, Option(STEP_CACHE, HOW)]
 Lora = Annotated[str | None, Option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
 Quantize = Annotated[str | None, Option("Linear layers in eight bits: int8 or fp8.", HOW)]
 Dense = Annotated[

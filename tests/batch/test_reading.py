@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from dit_accel.batch.jobs import Job
-from dit_accel.batch.reading import gather
+from dit_accel.batch.reading import gather, parse_value
+from dit_accel.generation import speeds
 
 EMBEDDED_LINES = """
 {"prompt": "a cat"}
@@ -170,3 +171,27 @@ def test_pruned_jobs(tmp_path):
     assert "prune is the share of the tokens that run" in second
     [(_, job)] = gather(write(tmp_path, "j.csv", "prompt,method,prune\na,pooled,0.5\n")).jobs
     assert job.config == share.config
+
+
+def test_a_profile_is_what_it_stands_for():
+    own = speeds.options("balanced")
+    job = Job("a cat", speed="balanced")
+    assert (job.method, job.step_cache, job.speed) == (own["method"], own["step_cache"], None)
+    assert job.id == Job("a cat", **own).id != Job("a cat", method=own["method"]).id
+    assert Job.from_dict(job.to_dict()) == job and "cache-0-1" in job.output
+    assert Job("a cat", speed="balanced", step_cache=0.02).step_cache == 0.02
+    assert job.shape != Job("a dog", speed="balanced").shape  # each decides for itself
+    assert Job("a cat", method="dense", step_cache=0.1).boost.step_cache == 0.1
+    for values, why in (
+        ({"speed": "x"}, "speed is one of conservative, balanced, fast, not 'x'"),
+        ({"speed": "fast", "method": "topk"}, "speed 'fast' has a method of its own"),
+        ({"step_cache": 0}, "step_cache is a relative change > 0"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            Job("a cat", **values)
+    assert parse_value("step_cache", "0.1") == 0.1
+    rows = [{"prompt": "a"}, {"prompt": "b", "method": "topk"}, {"prompt": "c", "speed": "fast"}]
+    found = [job.method for _, job in gather(rows, {"speed": "conservative"}).jobs]
+    assert found == ["shared:safe", "topk", "shared:balanced"]
+    (_, job), *_ = gather(rows[2:], {"method": "dense"}).jobs
+    assert job.method == "shared:balanced"

@@ -19,7 +19,7 @@ from dit_accel.batch.worker import DeviceLost
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
 from dit_accel.generation.run import generate
-from dit_accel.media import video
+from dit_accel.media import metadata, video
 
 
 def test_a_clip_is_what_generate_gives(pipe, tmp_path, monkeypatch):
@@ -227,3 +227,26 @@ def test_a_folder_belongs_to_one_model(pipe, tmp_path):
     Manifest(tmp_path).set("model", "another/model")
     with pytest.raises(ValueError, match="holds clips of another/model"):
         go(pipe, tmp_path, [{"prompt": "a cat"}])
+
+
+def test_a_step_cache_and_a_profile(pipe, tmp_path):
+    """Of each job alone, whatever is made with it in a call; refused where there can be none."""
+    from dit_accel.api import step_cache_of
+
+    jobs = [
+        {"prompt": ["a cat", "a dog"], "speed": "balanced", "steps": 6},
+        {"prompt": "a cat", "method": "dense", "step_cache": 1e9, "steps": 6},
+        {"prompt": "a cat", "method": "dense", "steps": 6, "name": "dense"},
+    ]
+    summary = go(pipe, tmp_path, jobs, settings=Settings(batch=4))
+    assert summary.done == 4 and step_cache_of(pipe.transformer) is None
+    facts = [metadata.read(path) for path in sorted(tmp_path.glob("*.mp4"))]
+    boosts = [(fact["boost"] or {}).get("step_cache") for fact in facts]
+    assert sorted(boosts, key=str) == [0.1, 0.1, 1e9, None]
+    clips = {path.name: video.read(path) for path in tmp_path.glob("a-cat-dense*.mp4")}
+    assert not any(
+        np.array_equal(clip, video.read(tmp_path / "dense.mp4")) for clip in clips.values()
+    )
+    one = tiny_wan(layers=1)
+    with pytest.raises(ValueError, match="(?s)the model refuses 1 job.*it has one block only"):
+        go(one, tmp_path / "one", [{"prompt": "a cat", "speed": "fast"}])

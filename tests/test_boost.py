@@ -1,5 +1,6 @@
 """Compiled blocks, step cache, LoRA: switched on for a while, gone afterwards."""
 
+import gc
 import json
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -9,7 +10,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from tiny import saved_lora, saved_tiny_wan, tiny_flux, tiny_wan
 
-from dit_accel import Pooled, Schedule, TokenPruning, batch
+from dit_accel import Pooled, Schedule, TokenPruning, at_speed, batch
+from dit_accel.api import step_cache_of
 from dit_accel.cli import main as cli
 from dit_accel.config import AccelConfig
 from dit_accel.generation import boost
@@ -86,6 +88,37 @@ def test_the_step_cache_skips_and_is_gone():
     assert torch.equal(latents(pipe), expected)
 
 
+@pytest.mark.parametrize("name", ["step_cache", "compile", "quantize", "lora", "profile"])
+def test_what_is_switched_on_stays_on_though_nobody_holds_it(name, tmp_path):
+    """As `dit-accel generate` and the Python text of a recipe have it."""
+    pipe = tiny_wan(**({"head_dim": 128, "heads": 4} if name == "quantize" else {}))
+    block = pipe.transformer.blocks[0]
+    if name == "quantize":
+        pytest.importorskip("torchao")
+    if name == "lora":
+        Boost(lora=str(saved_lora(tmp_path / "lora"))).switch_on(pipe)
+    elif name == "profile":
+        at_speed(pipe, "balanced")
+    else:
+        value = {"step_cache": 10.0, "compile": True, "quantize": "int8"}[name]
+        Boost(**{name: value}).switch_on(pipe)
+    gc.collect()
+    on = {
+        "step_cache": lambda: step_cache_of(pipe.transformer) is not None,
+        "profile": lambda: step_cache_of(pipe.transformer) is not None,
+        "compile": lambda: block._compiled_call_impl is not None,
+        "quantize": lambda: (
+            "Linear" not in type(block.ffn.net[2].weight.data).__name__
+            and type(block.ffn.net[2].weight.data) is not torch.Tensor
+        ),
+        "lora": lambda: bool(getattr(pipe.transformer, "peft_config", None)),
+    }[name]
+    assert on()
+    for stack in list(vars(pipe)["_dit_accel_boosts"]):
+        stack.close()
+    assert not on() and "_dit_accel_boosts" not in vars(pipe)
+
+
 def test_the_lora_is_the_accelerated_runs_alone(tmp_path):
     pipe = tiny_wan()
     expected = latents(pipe)
@@ -150,6 +183,20 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data["method"] == "pooled"
     assert data["boost"]["step_cache"] == 5.0
+
+
+def test_a_clip_and_its_recipe_have_the_step_cache(tmp_path, monkeypatch, capsys):
+    folder = saved_tiny_wan(tmp_path / "model", layers=4)
+    monkeypatch.chdir(tmp_path)
+    words = ["generate", "a cat", "--model", str(folder), "--size", "64x64", "--frames", "9"]
+    words += ["--steps", "4", "--warmup", "1", "--min-tokens", "0", "-o", "cat.mp4"]
+    assert cli.run([*words, "--method", "topk", "--step-cache", "5"]) == 0
+    told = "step cache: 6 of the last 8 forwards skipped"
+    assert told in capsys.readouterr().out
+    assert cli.run(["show", "cat.mp4"]) == 0
+    shown = capsys.readouterr().out
+    exec(shown[shown.index("import torch") :], {})
+    assert told in capsys.readouterr().out
 
 
 def test_a_batch_with_compiled_blocks(tmp_path, monkeypatch):

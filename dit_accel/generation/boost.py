@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
+_HELD = "_dit_accel_boosts"  # where a pipeline keeps what was switched on
+
+
 @dataclass(frozen=True)
 class Boost:
     """What runs beside the attention method.
@@ -73,14 +76,20 @@ class Boost:
             pass
 
     def switch_on(self, pipe: DiffusionPipeline) -> ExitStack:
-        """All of it, until the returned stack is closed; ValueError as `check`."""
+        """All of it, until the returned stack is closed, or as long as the pipeline lives.
+
+        ValueError as `check`."""
         self.check(pipe)
         with ExitStack() as stack:
             stack.enter_context(self.adapted(pipe))
             stack.enter_context(self.quantized(pipe))
             stack.enter_context(self.compiled(pipe))
             stack.enter_context(self.cached(pipe))
-            return stack.pop_all()
+            own = stack.pop_all()
+        # a block that nobody refers to ends, and what it switched on with it
+        vars(pipe).setdefault(_HELD, []).append(own)
+        own.callback(_let_go, pipe, own)
+        return own
 
     @contextmanager
     def beside(self, pipe: DiffusionPipeline) -> Iterator[None]:
@@ -138,6 +147,13 @@ class Boost:
                         "without"
                     ) from None
             yield
+
+
+def _let_go(pipe: DiffusionPipeline, stack: ExitStack) -> None:
+    held = vars(pipe)[_HELD]
+    held[:] = [other for other in held if other is not stack]
+    if not held:
+        del vars(pipe)[_HELD]
 
 
 def _check_lora(pipe: DiffusionPipeline, path: Path) -> None:

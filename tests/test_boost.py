@@ -1,5 +1,6 @@
 """Compiled blocks, step cache, LoRA: switched on for a while, gone afterwards."""
 
+import copy
 import gc
 import json
 from contextlib import contextmanager, suppress
@@ -183,6 +184,17 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     assert data["method"] == "pooled"
     assert data["boost"]["step_cache"] == 5.0
+
+
+def test_a_copy_holds_nothing_of_what_was_switched_on():
+    pipe = tiny_wan()
+    Boost(step_cache=10.0).switch_on(pipe)
+    other = copy.deepcopy(pipe)
+    assert torch.equal(latents(other), latents(pipe))
+    (stack,) = vars(pipe)["_dit_accel_boosts"]
+    stack.close()
+    assert step_cache_of(pipe.transformer) is None
+    assert step_cache_of(other.transformer) is not None and not vars(other)["_dit_accel_boosts"]
 
 
 def test_a_clip_and_its_recipe_have_the_step_cache(tmp_path, monkeypatch, capsys):

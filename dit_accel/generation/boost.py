@@ -87,7 +87,7 @@ class Boost:
             stack.enter_context(self.cached(pipe))
             own = stack.pop_all()
         # a block that nobody refers to ends, and what it switched on with it
-        vars(pipe).setdefault(_HELD, []).append(own)
+        vars(pipe).setdefault(_HELD, Held()).append(own)
         own.callback(_let_go, pipe, own)
         return own
 
@@ -147,6 +147,13 @@ class Boost:
                         "without"
                     ) from None
             yield
+
+
+class Held(list[ExitStack]):
+    """What was switched on in a pipeline; a copy of it holds nothing of that."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Held, ()
 
 
 def _let_go(pipe: DiffusionPipeline, stack: ExitStack) -> None:

@@ -221,6 +221,7 @@ class FirstBlockCache:
             self.memory.clear()
         self.rows.begin(clock.geometry, None)
 
+    @torch.compiler.disable
     def _group(self) -> Any:
         """The processes that share the sequence, or None."""
         config = config_of(self._attention.processor)

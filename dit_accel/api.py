@@ -27,6 +27,8 @@ from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
 from dit_accel.table import BlockTable
 
+SPEED = "_dit_accel_speed"  # where a pipeline keeps what `at_speed` made of it
+
 
 class Handle:
     """What `accelerate` returns: the way to the report and back to the pipeline as it was."""
@@ -131,7 +133,11 @@ def accelerate(
 
 
 def restore(pipe: Pipe) -> None:
-    """Undo `accelerate`: the pipeline is bit for bit what it was. Harmless on a stock pipeline."""
+    """Undo `accelerate`, and `at_speed`: the pipeline is bit for bit what it was. Harmless on a
+    stock pipeline."""
+    speed = getattr(pipe, "__dict__", {}).get(SPEED)
+    if speed is not None:
+        speed.restore()
     for transformer in _denoisers(pipe).values():
         entry = patch.of(transformer)
         if entry is not None:

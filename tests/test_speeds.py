@@ -1,5 +1,6 @@
 """Profiles: a word for several options, on the command line, on the page and from Python."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_a_refusal_leaves_the_pipeline_as_it_was():
     with pytest.raises(ValueError, match="no dense backend 'x'"):
         dit_accel.at_speed(pipe, "fast", dense="x")
     assert not any("accel" in name for name in vars(pipe.transformer))
+
+
+def test_one_profile_takes_the_place_of_another_and_restore_takes_all_of_it_away():
+    pipe = tiny_wan(layers=3)
+    stock = run(pipe, steps=6)
+    threshold = lambda: step_cache_of(pipe.transformer).decision.threshold  # noqa: E731
+    for name in ("balanced", "fast"):
+        dit_accel.at_speed(pipe, name, min_tokens=0)  # held by the pipeline alone
+        assert threshold() == How(speed=name).boost().step_cache
+    with pytest.raises(ValueError, match="no dense backend 'x'"):
+        dit_accel.at_speed(pipe, "balanced", dense="x")
+    assert threshold() == How(speed="fast").boost().step_cache
+    fast = run(pipe, steps=6)
+    assert not equal(fast, stock)
+    other = copy.deepcopy(pipe)
+    assert equal(run(other, steps=6), fast)
+    dit_accel.restore(pipe)
+    assert equal(run(pipe, steps=6), stock)
+    assert not any("accel" in key for part in (pipe, pipe.transformer) for key in vars(part))
 
 
 def test_an_unknown_profile_and_a_method_beside_one_are_told(capsys):

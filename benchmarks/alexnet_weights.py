@@ -19,17 +19,19 @@ import torch
 NAME = "alexnet-owt-7be5be79.pth"
 CONVOLUTIONS = (0, 3, 6, 8, 10)  # of torchvision's features
 CLASSIFIER = {1: (4096, 9216), 4: (4096, 4096), 6: (1000, 4096)}
-ALLOWED = {("_reconstruct", "numpy"), ("ndarray", "numpy"), ("dtype", "numpy")}
+ALLOWED = {
+    ("numpy", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}  # package, name
 
 
 class Arrays(pickle.Unpickler):
     """Dictionaries and arrays; UnpicklingError for anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (name, module.partition(".")[0]) not in ALLOWED and (module, name) != (
-            "_codecs",
-            "encode",
-        ):
+        if (module.partition(".")[0], name) not in ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is not expected in these weights")
         return super().find_class(module, name)
 

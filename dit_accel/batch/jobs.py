@@ -14,8 +14,8 @@ from typing import Any
 
 from dit_accel.batch.model import config_of, listed
 from dit_accel.config import DEFAULT, AccelConfig, resolve
-from dit_accel.generation import speeds
 from dit_accel.generation.boost import Boost
+from dit_accel.generation.options import How
 from dit_accel.generation.request import Request
 from dit_accel.inputs.fields import check, shown
 from dit_accel.media import names
@@ -82,16 +82,9 @@ class Job:
 
     def _unfold(self) -> None:
         """What the profile stands for, in its place."""
-        if self.speed is None:
-            return
-        if self.method is not None:
-            raise ValueError(
-                f"speed {self.speed!r} has a method of its own: leave out {self.method!r} or speed"
-            )
-        for key, value in speeds.options(self.speed).items():
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, value)
-        object.__setattr__(self, "speed", None)
+        how = How(method=self.method, step_cache=self.step_cache, speed=self.speed).at_speed()
+        for key in ("method", "step_cache", "speed"):
+            object.__setattr__(self, key, getattr(how, key))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:

@@ -100,7 +100,7 @@ class Worker:
         self.trained, self.settings, self.owner = trained, settings, owners.me()
         self.renders = render.render if together is None else together.render
         self.device = pipe._execution_device
-        self._taken: list[AccelConfig] = []
+        self._taken: list[AccelConfig | Boost] = []
         self.savings = memory.Savings(pipe, self.device, settings.batch, settings.offload)
         self.heart = Heart(manifest, self.owner, str(self.device), settings.timeout, child)
 
@@ -174,7 +174,9 @@ class Worker:
             job = Job.from_dict(values)
             request = replace(job.request(load=False), image=job.image)
             steps = arguments(self.pipe, self.defaults, request).get("num_inference_steps")
-            job.boost.check(self.pipe)
+            if job.boost not in self._taken:
+                job.boost.check(self.pipe)
+                self._taken.append(job.boost)
             if job.config is not None and job.config not in self._taken:
                 job.config.schedule.dense_at(0, steps)
                 with dit_accel.accelerated(self.pipe, job.config):

@@ -17,10 +17,10 @@ class AtSpeed:
     """What `at_speed` returns: the way to the report and back to the pipeline as it was."""
 
     def __init__(self, pipe: DiffusionPipeline, how: How) -> None:
-        self._pipe, self._boost = pipe, how.boost()
+        config, self._pipe, self._boost = how.config(), pipe, how.boost()
         self._beside = self._boost.switch_on(pipe)
         try:
-            self.handle = api.accelerate(pipe, how.config())
+            self.handle = api.accelerate(pipe, config)
         except BaseException:
             self._beside.close()
             raise
@@ -60,7 +60,5 @@ def at_speed(pipe: DiffusionPipeline, name: str, **given: Any) -> AtSpeed:
     profile, and where the pipeline cannot have a step cache (Latte) or has one; it is then as
     before.
     """
-    how = How(speed=name, **given)
-    how.config()
-    before: AtSpeed | None = vars(pipe).get(api.SPEED)
+    how, before = How(speed=name, **given), vars(pipe).get(api.SPEED)
     return AtSpeed(pipe, how) if before is None else before.replaced(how)

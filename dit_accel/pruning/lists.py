@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import nn
 
+from dit_accel.forward.arguments import signature
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -65,12 +67,7 @@ def arguments(block: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
     own = block
     while isinstance(own, _Wrapped):
         own = own._block
-    return _signature(type(own).forward).bind(block, *args, **kwargs)
-
-
-@functools.cache
-def _signature(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
+    return signature(type(own).forward).bind(block, *args, **kwargs)
 
 
 @functools.cache

@@ -33,12 +33,18 @@ def obstacle(transformer: nn.Module, first: int, last: int, blocks: int) -> str:
     if name not in LEADERS:
         why = REASONS.get(name, "it is not known to compose")
         return f"the step cache of {name} is enabled: {why}; disable one of the two"
-    if first == 0 or last == blocks:
-        return (
-            f"{name} reads all tokens at the first and at the last block, so the span must lie "
-            f"between them, not from {first} to {last} of {blocks}"
-        )
-    return ""
+    return outside(name, first, last, blocks)
+
+
+def outside(name: str, first: int, last: int, blocks: int) -> str:
+    """Why a span of first ≤ block < last does not lie between the blocks that a cache reads, or
+    ""."""
+    if first > 0 and last < blocks:
+        return ""
+    return (
+        f"{name} reads all tokens at the first and at the last block, so the span must lie "
+        f"between them, not from {first} to {last} of {blocks}"
+    )
 
 
 def skips(block: nn.Module) -> bool:

@@ -12,7 +12,6 @@ block, so that what a model adds between its blocks (a ControlNet) is not added 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -20,9 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dit_accel.forward.arguments import given
 from dit_accel.forward.clock import Clock
 from dit_accel.parallel.context import config_of, group_of
 from dit_accel.pipelines import registry
+from dit_accel.pruning import step_cache
 from dit_accel.pruning.lists import arguments, give_back, take_over
 from dit_accel.pruning.rows import Rows
 from dit_accel.runtime import patch
@@ -116,16 +117,13 @@ class FirstBlockCache:
         """Forward pre-hook of the transformer."""
         entry, self.running, self._met = patch.of(module), True, False
         if entry is None:
-            bound = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+            bound = given(module, args, kwargs)
             geometry = self.adapter.geometry(module, bound)
             self._own.tick(geometry, bound.get("timestep"), module)
-        elif entry.span is not None and not 0 < entry.span.first < entry.span.last < self._blocks:
-            span = entry.span
-            raise RuntimeError(
-                f"{type(module).__name__} cannot run token pruning: {_NAME} reads all tokens at "
-                "the first and at the last block, so the span must lie between them, not from "
-                f"{span.first} to {span.last} of {self._blocks}"
-            )
+        elif (span := entry.span) is not None:
+            why = step_cache.outside(_NAME, span.first, span.last, self._blocks)
+            if why:
+                raise RuntimeError(f"{type(module).__name__} cannot run token pruning: {why}")
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: Any, output: object) -> None:
@@ -269,11 +267,6 @@ def cached(pipe: Pipe, transformers: list[nn.Module], threshold: float) -> Itera
             stack.callback(one.remove)
             one.install()
         yield
-
-
-@functools.cache
-def _signature(forward: Any) -> inspect.Signature:
-    return inspect.signature(forward)
 
 
 def _gained(x: Tensor | None, head: Tensor | None) -> Tensor | None:

@@ -8,13 +8,13 @@ weights stay what they are, and nothing outside of the patched modules changes.
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from dit_accel.forward.arguments import given
 from dit_accel.parallel import context, ulysses
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
@@ -168,8 +168,7 @@ class Patch:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Forward pre-hook of the transformer."""
-        signature = _signature(type(self.transformer).forward)
-        bound = signature.bind_partial(module, *args, **kwargs).arguments
+        bound = given(module, args, kwargs)
         geometry = self.adapter.geometry(module, bound)
         device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))
         self.bind()
@@ -248,11 +247,6 @@ class Patch:
     ) -> None:
         register = module.register_forward_pre_hook if pre else module.register_forward_hook
         self.handles.append(register(hook, with_kwargs=kwargs or pre))
-
-
-@functools.cache
-def _signature(forward: Callable[..., object]) -> inspect.Signature:
-    return inspect.signature(forward)
 
 
 @torch.compiler.disable

@@ -171,22 +171,39 @@ def test_recognition_is_in_the_table(loaded, tmp_path):
 def test_lpips_says_why_it_is_absent_and_runs_where_it_is_not(tmp_path, monkeypatch):
     why = perception.find("cpu")
     assert "is not installed" in why or "nothing is downloaded" in why
-    functional = types.ModuleType("torchmetrics.functional.image")
+    made = []
 
-    def distance(a, b, net_type, reduction, normalize):
-        assert (net_type, reduction, normalize) == ("alex", "sum", True)
-        assert a.shape[1] == 3 and float(a.min()) >= 0 and float(a.max()) <= 1
-        return (a - b).abs().mean((1, 2, 3)).sum()
+    class Distance:
+        def __init__(self, net_type, normalize):
+            assert (net_type, normalize) == ("alex", True)
+            made.append(self)
 
-    functional.learned_perceptual_image_patch_similarity = distance
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", functional)
+        def to(self, device):
+            return self
+
+        def reset(self):
+            self.found = []
+
+        def update(self, a, b):
+            assert a.shape[1] == 3 and float(a.min()) >= 0 and float(a.max()) <= 1
+            self.found.append((a - b).abs().mean((1, 2, 3)))
+
+        def compute(self):
+            return torch.cat(self.found).mean()
+
+    module = types.ModuleType("torchmetrics.image.lpip")
+    module.LearnedPerceptualImagePatchSimilarity = Distance
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", module)
     monkeypatch.setattr(perception, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert "nothing is downloaded unasked" in perception.find("cpu")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "alexnet-owt-7be5be79.pth").touch()
     black = torch.zeros(20, 8, 8, 3, dtype=torch.uint8)
-    assert perception.find("cpu")(black, black + 51) == pytest.approx(0.2)
+    distance = perception.find("cpu")
+    for level in (51, 102):
+        assert distance(black, black + level) == pytest.approx(level / 255)
+    assert len(made) == 1, "the network is read once, not for every clip"
 
 
 def test_a_fine_tuned_model_is_a_row_of_its_own(loaded, tmp_path):

@@ -25,17 +25,16 @@ def find(device: torch.device | str) -> Distance | str:
     weights = Path(torch.hub.get_dir()) / "checkpoints" / _ALEXNET
     if not weights.is_file():
         return f"AlexNet's weights are not at {weights}, and nothing is downloaded unasked"
-    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    # the function of that name reads the weights anew in every call
+    network = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True).to(device)
 
     def distance(reference: Tensor, clip: Tensor) -> float:
-        total = 0.0
+        network.reset()
         for a, b in zip(reference.split(_AT_ONCE), clip.split(_AT_ONCE), strict=True):
             x, y = (z.to(device).permute(0, 3, 1, 2).float() / 255 for z in (a, b))
-            total += float(
-                learned_perceptual_image_patch_similarity(
-                    x, y, net_type="alex", reduction="sum", normalize=True
-                )
-            )
-        return total / len(clip)
+            network.update(x, y)
+        return float(network.compute())
 
     return distance

@@ -14,7 +14,7 @@ from typing import Any
 
 from dit_accel.batch.model import config_of, listed
 from dit_accel.config import DEFAULT, AccelConfig, resolve
-from dit_accel.generation.boost import Boost
+from dit_accel.generation.boost import Boost, lora_files
 from dit_accel.generation.options import How
 from dit_accel.generation.request import Request
 from dit_accel.inputs.fields import check, shown
@@ -44,10 +44,12 @@ class Job:
         step_cache: threshold of a step cache, see `dit_accel.step_cached`.
         speed: a profile, "conservative", "balanced" or "fast": the method and the step cache that
             it stands for take its place; a step_cache beside it replaces the profile's.
+        lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
+        quantize: "int8" or "fp8", the blocks' linear layers in eight bits.
         name: of the file to write, without folder and suffix; None makes one from the content.
 
-    Raises ValueError, in one sentence, for a value that no pipeline could take, an unknown method
-    and a picture that cannot be read.
+    Raises ValueError, in one sentence, for a value that no pipeline could take, an unknown method,
+    a picture that cannot be read and a LoRA that is not there.
     """
 
     prompt: str
@@ -65,6 +67,8 @@ class Job:
     prune: float | str | None = None
     step_cache: float | None = None
     speed: str | None = None
+    lora: str | None = None
+    quantize: str | None = None
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +83,8 @@ class Job:
         _ = self.config, self.boost
         if self.image is not None:
             _digest(self.image)
+        if self.lora is not None:
+            _bytes_of(self.lora)
 
     def _unfold(self) -> None:
         """What the profile stands for, in its place."""
@@ -106,18 +112,21 @@ class Job:
     @property
     def boost(self) -> Boost:
         """What runs beside the method."""
-        return Boost(step_cache=self.step_cache)
+        return Boost(step_cache=self.step_cache, lora=self.lora, quantize=self.quantize)
 
     @cached_property
     def id(self) -> str:
-        """16 hex digits over everything that decides the pixels, the picture's bytes included."""
-        later = ("sampler", "checkpoint", "step_cache", "speed")
+        """16 hex digits over everything that decides the pixels, the bytes of the picture and of
+        the LoRA included."""
+        later = ("sampler", "checkpoint", "step_cache", "speed", "lora", "quantize")
         newer = [key for key in later if getattr(self, key) is None]
         apart = ("name", "prune", *newer)
         content = {k: v for k, v in asdict(self).items() if k not in apart}
         content["method"] = self.config.to_dict() if self.config else DENSE
         content["guidance"] = None if self.guidance is None else float(self.guidance)
         content["image"] = _digest(self.image) if self.image else None
+        if self.lora is not None:
+            content["lora"] = _bytes_of(self.lora)
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -130,6 +139,7 @@ class Job:
         method = Path(method).stem if _is_file(method) else method
         method += "" if self.prune is None else f" prune {self.prune}"
         method += "" if self.step_cache is None else f" cache {self.step_cache:g}"
+        method += "" if self.quantize is None else f" {self.quantize}"
         words = [names.from_text(self.prompt, 40) or "clip", names.from_text(method, 60)]
         return "-".join([*words, f"s{self.seed}", self.id[:8]])
 
@@ -138,6 +148,7 @@ class Job:
         """Jobs of equal shape can share one call of the pipeline: which takes one picture, and in
         which a step cache would decide for all of them."""
         same = (*INTEGERS[1:], "guidance", "negative_prompt", "sampler", "method", "prune")
+        same += ("lora", "quantize")
         alone = self.id if self.image or self.step_cache is not None else ""
         return json.dumps([alone, *(getattr(self, key) for key in same)])
 
@@ -201,3 +212,17 @@ def _digest(path: str) -> str:
 def _hashed(path: str, stamp: tuple[int, int] | None) -> str:
     read_picture(path)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _bytes_of(lora: str) -> str:
+    """sha256 of a LoRA's files; ValueError where there is none."""
+    files = lora_files(Path(lora))
+    return _joined(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+
+
+@lru_cache(maxsize=64)
+def _joined(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    whole = hashlib.sha256()
+    for file, _, _ in stamps:
+        whole.update(Path(file).read_bytes())
+    return whole.hexdigest()

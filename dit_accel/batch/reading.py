@@ -122,9 +122,9 @@ def expand(values: Mapping[str, object], base: Path = Path()) -> Iterator[Job]:
         raise ValueError(f"its lists make {count} jobs: at most {MAX_JOBS} are taken")
     for picked in itertools.product(*choices.values()):
         job = dict(zip(choices, picked, strict=True))
-        for key in ("image", "method"):
+        for key in ("image", "method", "lora"):
             text = job.get(key)
-            if isinstance(text, str) and (key == "image" or text.endswith(".json")):
+            if isinstance(text, str) and (key != "method" or text.endswith(".json")):
                 job[key] = str((base / text).absolute())
         if isinstance(job.get("checkpoint"), str):
             job["checkpoint"] = beside(job["checkpoint"], base)

@@ -14,6 +14,7 @@ import torch
 
 import dit_accel
 from dit_accel.batch.jobs import Job
+from dit_accel.batch.weights import Weights
 from dit_accel.generation.boost import STOCK
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import arguments
@@ -58,18 +59,21 @@ class Clip:
 
 
 def render(
-    pipe: DiffusionPipeline,
+    weights: Weights,
     defaults: Defaults,
     jobs: Sequence[Job],
     progress: ProgressFn,
     dense: bool = False,
 ) -> list[Clip]:
-    """The clips of jobs that share one shape, in one call. `dense`: without their method.
+    """The clips of jobs that share one shape, in one call. `dense`: without their method, and what
+    stands beside it.
 
     Raises what the pipeline raises; ValueError for a request that it cannot take.
     """
     config = None if dense else jobs[0].config
     boost = STOCK if dense else jobs[0].boost
+    weights.fit(boost)
+    pipe = weights.pipe
     if config is None:
         with boost.cached(pipe), stock(pipe):
             return _call(pipe, defaults, jobs, progress, {"method": "dense"})

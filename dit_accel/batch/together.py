@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dit_accel.batch import render
 from dit_accel.batch.jobs import Job
+from dit_accel.batch.weights import Weights
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.run import ProgressFn
 from dit_accel.parallel.launcher import AGAIN
@@ -48,7 +49,7 @@ class Together:
 
     def render(
         self,
-        pipe: DiffusionPipeline,
+        weights: Weights,
         defaults: Defaults,
         jobs: Sequence[Job],
         progress: ProgressFn,
@@ -57,20 +58,22 @@ class Together:
         """render.render, in all processes; called in the one that leads. Raises Apart."""
         try:
             self._tell(([job.to_dict() for job in jobs], dense))
-            return render.render(pipe, defaults, jobs, progress, dense)
+            return render.render(weights, defaults, jobs, progress, dense)
         except Exception as error:
             raise Apart(f"{type(error).__name__}: {error}") from error
 
     def follow(self, pipe: DiffusionPipeline, defaults: Defaults) -> None:
         """Make every call that the first process makes, until it dismisses this one."""
+        weights = Weights(pipe)
         while (task := self._tell(None)) is not None:
             values, dense = task
             jobs = [Job.from_dict(job) for job in values]
             try:
-                render.render(pipe, defaults, jobs, lambda phase, done, total: None, dense)
+                render.render(weights, defaults, jobs, lambda phase, done, total: None, dense)
             except Exception as error:
                 traceback.print_exc()
                 raise Apart(f"{type(error).__name__}: {error}") from error
+        weights.close()
 
     def dismiss(self) -> None:
         """There is nothing more to do."""

@@ -16,6 +16,7 @@ from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Claim, DiskFull, Manifest
 from dit_accel.batch.reading import Problem, listed
 from dit_accel.batch.together import Apart, Together
+from dit_accel.batch.weights import Weights
 from dit_accel.batch.writer import FULL, Finished, Writer
 from dit_accel.config import AccelConfig
 from dit_accel.generation.boost import STOCK, Boost
@@ -99,6 +100,7 @@ class Worker:
         self.manifest, self.pipe, self.defaults = manifest, pipe, defaults
         self.trained, self.settings, self.owner = trained, settings, owners.me()
         self.renders = render.render if together is None else together.render
+        self.weights = Weights(pipe)
         self.device = pipe._execution_device
         self._taken: list[AccelConfig | Boost] = []
         self.savings = memory.Savings(pipe, self.device, settings.batch, settings.offload)
@@ -118,6 +120,7 @@ class Worker:
         except DiskFull:  # a clip is waited for, see Writer; without the books nothing goes
             return FULL
         finally:
+            self.weights.close()
             self._leave()
 
     def _work(self) -> str:
@@ -174,9 +177,10 @@ class Worker:
             job = Job.from_dict(values)
             request = replace(job.request(load=False), image=job.image)
             steps = arguments(self.pipe, self.defaults, request).get("num_inference_steps")
-            if job.boost not in self._taken:
-                job.boost.check(self.pipe)
-                self._taken.append(job.boost)
+            boost = replace(job.boost, compile=self.settings.compile)
+            if boost not in self._taken:
+                boost.check(self.pipe)
+                self._taken.append(boost)
             if job.config is not None and job.config not in self._taken:
                 job.config.schedule.dense_at(0, steps)
                 with dit_accel.accelerated(self.pipe, job.config):
@@ -224,7 +228,7 @@ class Worker:
     def _render(self, jobs: Sequence[Job], dense: bool = False) -> list[render.Clip]:
         title = jobs[0].output if len(jobs) == 1 else f"{jobs[0].output} and {len(jobs) - 1} more"
         self.heart.begin(title)
-        clips = self.renders(self.pipe, self.defaults, jobs, self.heart.say, dense)
+        clips = self.renders(self.weights, self.defaults, jobs, self.heart.say, dense)
         if self.savings.taken:
             for clip in clips:
                 clip.report["after_out_of_memory"] = list(self.savings.taken)
@@ -259,6 +263,7 @@ class Worker:
             self._serve([row])
 
     def _save_memory(self, rows: Sequence[Claim], reason: str) -> None:
+        self.weights.close()  # what is moved now are the pipeline's own
         measure = self.savings.more()
         if measure is None:
             tried = ", ".join(self.savings.taken) or "nothing was left to give up"

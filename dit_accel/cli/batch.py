@@ -35,6 +35,8 @@ class JobOptions:
     prune: Annotated[Texts, option(say.PRUNE, _JOBS)] = None
     step_cache: Annotated[list[float] | None, option(say.STEP_CACHE, _JOBS)] = None
     speed: Annotated[Texts, option(say.SPEED, _JOBS)] = None
+    lora: Annotated[Path | None, option(say.LORA, _JOBS)] = None
+    quantize: Annotated[Texts, option(say.QUANTIZE, _JOBS)] = None
     seed: Annotated[Numbers, option("Seed; several multiply the jobs.", _JOBS)] = None
     negative: Annotated[str | None, option(say.NEGATIVE, _JOBS)] = None
     steps: Annotated[Numbers, option(say.STEPS, _JOBS)] = None
@@ -52,6 +54,8 @@ class JobOptions:
             "prune": self.prune,
             "step_cache": self.step_cache,
             "speed": self.speed,
+            "lora": str(self.lora.absolute()) if self.lora else None,
+            "quantize": self.quantize,
             "seed": self.seed,
             "negative_prompt": self.negative,
             "steps": self.steps,

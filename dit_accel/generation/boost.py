@@ -163,15 +163,20 @@ def _let_go(pipe: DiffusionPipeline, stack: ExitStack) -> None:
         del vars(pipe)[_HELD]
 
 
-def _check_lora(pipe: DiffusionPipeline, path: Path) -> None:
-    """ValueError with the reason why this LoRA cannot be loaded."""
+def lora_files(path: Path) -> list[Path]:
+    """The files of a LoRA, which is one or a folder; ValueError where there is none."""
     if not path.exists():
         raise ValueError(f"there is no LoRA at {path}: give the folder that fine-tuning wrote")
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def _check_lora(pipe: DiffusionPipeline, path: Path) -> None:
+    """ValueError with the reason why this LoRA cannot be loaded."""
+    files = lora_files(path)
     if not hasattr(pipe, "load_lora_weights"):
         raise ValueError(f"{type(pipe).__name__} takes no LoRA in diffusers: leave it out")
     if not find_spec("peft"):
         raise ValueError("a LoRA needs peft: pip install peft")
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     for file in files if not str(path).endswith(".bin") else ():
         with open_tensors(file, "LoRA"):
             pass

@@ -51,6 +51,8 @@ SAMPLER = "Grid of few steps, for models distilled to it: rcm, dmd, flow:5, reno
 METHOD = "Such as shared, topk:fast, pooled/sub@0.1, or a preset file; see `methods`."
 PRUNE = "Share of the tokens run in most steps (0.5), or safe, balanced, fast."
 STEP_CACHE = "Skip steps that change less than this, such as 0.05."
+LORA = "LoRA of a fine-tuned SLA; the dense run goes without."
+QUANTIZE = "Linear layers in eight bits: int8 or fp8."
 SPEED = "All of it in one word: conservative, balanced or fast, in place of a method."
 CHECKPOINT = "Trained weights over the model's: a file, a folder or an id; twice for two experts."
 MIN_TOKENS = "Attend densely below this many tokens."
@@ -93,8 +95,8 @@ Heads = Annotated[
 Prune = Annotated[str | None, Option(PRUNE, HOW)]
 Compile = Annotated[bool, Option("Compile the blocks; worth a minute on a GPU.", HOW)]
 StepCache = Annotated[float | None, Option(STEP_CACHE, HOW)]
-Lora = Annotated[str | None, Option("LoRA of a fine-tuned SLA; the dense run goes without.", HOW)]
-Quantize = Annotated[str | None, Option("Linear layers in eight bits: int8 or fp8.", HOW)]
+Lora = Annotated[str | None, Option(LORA, HOW)]
+Quantize = Annotated[str | None, Option(QUANTIZE, HOW)]
 Dense = Annotated[
     str | None,
     Option("Dense attention by auto, the fastest exact backend, or by name. [the model's]", HOW),

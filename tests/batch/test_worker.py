@@ -15,6 +15,7 @@ from dit_accel.batch import Settings, run
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.manifest import Manifest
 from dit_accel.batch.render import remembered_prompts, render
+from dit_accel.batch.weights import Weights
 from dit_accel.batch.worker import DeviceLost
 from dit_accel.generation.loading import Defaults
 from dit_accel.generation.request import Request
@@ -80,9 +81,9 @@ def test_every_nth_job_also_runs_dense(pipe, tmp_path):
 def test_several_at_once_are_the_clips_of_one_at_a_time(pipe):
     jobs = [Job("a cat", seed=n, **SMALL) for n in range(3)] + [Job("a red dog on a star", **SMALL)]
     defaults = Defaults.from_pipeline(pipe)
-    together = render(pipe, defaults, jobs, lambda *a: None)
+    together = render(Weights(pipe), defaults, jobs, lambda *a: None)
     for job, clip in zip(jobs, together, strict=True):
-        [alone] = render(pipe, defaults, [job], lambda *a: None)
+        [alone] = render(Weights(pipe), defaults, [job], lambda *a: None)
         apart = np.abs(alone.frames.astype(int) - clip.frames.astype(int))
         assert apart.max() <= 1
     assert not np.array_equal(together[0].frames, together[1].frames)
@@ -92,10 +93,13 @@ def test_prompts_are_encoded_once_and_the_pipeline_is_left_as_it_was(pipe):
     jobs = [Job("a cat", seed=n, **SMALL) for n in range(3)]
     calls = []
     handle = pipe.text_encoder.register_forward_hook(lambda *a: calls.append(1))
-    plain = render(pipe, Defaults.from_pipeline(pipe), jobs[:1], lambda *a: None)[0]
+    plain = render(Weights(pipe), Defaults.from_pipeline(pipe), jobs[:1], lambda *a: None)[0]
     once = len(calls)
     with remembered_prompts(pipe) as reused:
-        clips = [render(pipe, Defaults.from_pipeline(pipe), [j], lambda *a: None)[0] for j in jobs]
+        clips = [
+            render(Weights(pipe), Defaults.from_pipeline(pipe), [j], lambda *a: None)[0]
+            for j in jobs
+        ]
     handle.remove()
     assert len(calls) == 2 * once and reused() == 2
     assert np.array_equal(plain.frames, clips[0].frames)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Unpack
+from typing import Protocol, Unpack
 
 import torch
 from torch import nn
@@ -27,7 +27,23 @@ from dit_accel.runtime.report import Report, build
 from dit_accel.schedule import Schedule
 from dit_accel.table import BlockTable
 
-SPEED = "_dit_accel_speed"  # where a pipeline keeps what `at_speed` made of it
+SPEED = "_dit_accel_speed"  # where a transformer keeps what `at_speed` made of it
+
+
+_NOTHING = object()
+
+
+class Speed(Protocol):
+    """What `at_speed` returns, as it is kept."""
+
+    def restore(self) -> None:
+        """Give the pipeline back exactly as it was."""
+
+    def end(self) -> None:
+        """Something else takes the place of the method: undo what stands beside it."""
+
+    def resume(self) -> None:
+        """The method is back: what stood beside it, too."""
 
 
 class Handle:
@@ -108,8 +124,9 @@ def accelerate(
         prune: token pruning, an object or a preset's name ("balanced").
         schedule, order, min_tokens, strict, dense: replace the configuration's, see AccelConfig.
 
-    An accelerated pipeline is re-configured. Raises TypeError for an object that is no such
-    pipeline, ValueError for a bad option or an unknown model; the pipeline is then as before.
+    An accelerated pipeline is re-configured; one at a speed is given this in its place. Raises
+    TypeError for an object that is no such pipeline, ValueError for a bad option or an unknown
+    model; the pipeline is then as before.
     """
     options = {"schedule": schedule, "order": order, "min_tokens": min_tokens, "strict": strict}
     config = resolve(method, prune=pruning(prune), dense=dense, **options)
@@ -129,19 +146,22 @@ def accelerate(
         for old in before:
             old.install()
         raise
+    if (speed := speed_of(pipe)) is not None:
+        speed.end()
     return Handle(pipe, found)
 
 
 def restore(pipe: Pipe) -> None:
     """Undo `accelerate`, and `at_speed`: the pipeline is bit for bit what it was. Harmless on a
-    stock pipeline."""
-    speed = getattr(pipe, "__dict__", {}).get(SPEED)
-    if speed is not None:
+    stock pipeline. Of a copy of a pipeline at a speed a LoRA and eight bits stay."""
+    if (speed := speed_of(pipe)) is not None:
         speed.restore()
     for transformer in _denoisers(pipe).values():
-        entry = patch.of(transformer)
-        if entry is not None:
+        if (entry := patch.of(transformer)) is not None:
             entry.remove()
+        copied = vars(transformer).pop(SPEED, _NOTHING) is None
+        if copied and (cache := step_cache_of(transformer)) is not None:
+            cache.remove()
 
 
 @contextmanager
@@ -150,12 +170,25 @@ def accelerated(
     method: str | Path | Method | AccelConfig = DEFAULT,
     **options: Unpack[Options],
 ) -> Iterator[Handle]:
-    """`accelerate` for the length of a with block; takes the same arguments."""
+    """`accelerate` for the length of a with block; takes the same arguments. What the pipeline was
+    accelerated by before comes back behind it, unless it was accelerated anew or restored."""
+    before, speed = [patch.of(t) for t in dict.fromkeys(_denoisers(pipe).values())], speed_of(pipe)
     handle = accelerate(pipe, method, **options)
     try:
         yield handle
     finally:
-        handle.restore()
+        if handle.active:
+            handle.restore()
+            for entry in filter(None, before):
+                entry.install()
+            if speed is not None:
+                speed.resume()
+
+
+def speed_of(pipe: Pipe) -> Speed | None:
+    """What `at_speed` made of a transformer of this pipeline, or None."""
+    found = (vars(t).get(SPEED) for t in _denoisers(pipe).values())
+    return next(filter(None, found), None)
 
 
 @contextmanager

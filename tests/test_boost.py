@@ -224,3 +224,14 @@ def test_a_batch_with_compiled_blocks(tmp_path, monkeypatch):
     assert summary.done == 1
     assert seen == [pipe.transformer]
     assert all(module._compiled_call_impl is None for module in pipe.transformer.modules())
+
+
+def test_blocks_that_the_user_compiled_are_compiled_again_afterwards():
+    pipe = tiny_wan()
+    blocks = list(pipe.transformer.blocks)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    before = [block._compiled_call_impl for block in blocks]
+    with Boost(compile=True).compiled(pipe):
+        assert all(b._compiled_call_impl is not own for b, own in zip(blocks, before, strict=True))
+    assert [block._compiled_call_impl for block in blocks] == before
+    assert None not in before

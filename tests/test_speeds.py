@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,3 +134,43 @@ def test_the_kinds_of_steps_are_read_from_what_their_forwards_did():
     steps[-1] = forward(4, 1, 0, 0.1)
     found = profiles.kinds(SimpleNamespace(steps=steps))
     assert found == ["dense", "full", "sparse", "skipped", "skipped"]
+
+
+def test_restore_reaches_it_through_copies_other_pipelines_and_the_transformer():
+    pipe = tiny_wan(layers=3)
+    stock = run(pipe, steps=6)
+    for others in (
+        lambda: [copy.deepcopy(pipe)],
+        lambda: [pickle.loads(pickle.dumps(pipe))],
+        lambda: [type(pipe)(**pipe.components), pipe],
+    ):
+        dit_accel.at_speed(pipe, "fast", min_tokens=0)
+        found = others()
+        assert not equal(run(found[0], steps=6), stock)
+        dit_accel.restore(found[0])
+        for one in found:
+            assert step_cache_of(one.transformer) is None and equal(run(one, steps=6), stock)
+        dit_accel.at_speed(found[0], "balanced", min_tokens=0).restore()
+        dit_accel.restore(pipe)
+    dit_accel.at_speed(pipe.transformer, "fast", min_tokens=0)
+    dit_accel.restore(pipe)
+    assert equal(run(pipe, steps=6), stock)
+
+
+def test_another_method_takes_its_place_for_good_or_for_the_length_of_a_block():
+    pipe = tiny_wan(layers=3)
+    stock = run(pipe, steps=6)
+    speed = dit_accel.at_speed(pipe, "fast", min_tokens=0)
+    fast = run(pipe, steps=6)
+    with dit_accel.accelerated(pipe, "dense") as handle:
+        assert equal(run(pipe, steps=6), stock) and handle.report().kept == 1
+    assert equal(run(pipe, steps=6), fast)
+    assert step_cache_of(pipe.transformer).decision.threshold == 0.15
+    with pytest.raises(ValueError, match="no dense backend 'x'"):
+        dit_accel.accelerate(pipe, "topk", dense="x")
+    assert equal(run(pipe, steps=6), fast)
+    dit_accel.accelerate(pipe, "dense")
+    assert equal(run(pipe, steps=6), stock) and step_cache_of(pipe.transformer) is None
+    speed.restore()
+    dit_accel.restore(pipe)
+    assert not any("accel" in name for name in vars(pipe.transformer))

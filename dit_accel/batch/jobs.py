@@ -147,8 +147,8 @@ class Job:
     def shape(self) -> str:
         """Jobs of equal shape can share one call of the pipeline: which takes one picture, and in
         which a step cache would decide for all of them."""
-        same = (*INTEGERS[1:], "guidance", "negative_prompt", "sampler", "method", "prune")
-        same += ("lora", "quantize")
+        other = ("guidance", "negative_prompt", "sampler", "method", "prune", "lora", "quantize")
+        same = (*INTEGERS[1:], *other)
         alone = self.id if self.image or self.step_cache is not None else ""
         return json.dumps([alone, *(getattr(self, key) for key in same)])
 

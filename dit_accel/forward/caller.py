@@ -6,11 +6,13 @@ is not told by whom it is called. The frames of the call know.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 
 from dit_accel.pipelines.denoisers import transformers_of
@@ -27,6 +29,7 @@ class Caller(NamedTuple):
 
 
 _NOTHING: dict[str, object] = {}
+_TORCH = os.path.dirname(torch.__file__) + os.sep  # calls modules, and holds no pipeline
 # id of code that called before → (that code, its name for the pipeline): looked at first. To hash
 # code is to read all of it; what is held keeps its id.
 _KNOWN: dict[int, tuple[CodeType, str]] = {}
@@ -37,14 +40,14 @@ def caller(transformer: nn.Module, first: object = None) -> Caller:
 
     first: an object that counts without a scheduler, too.
     """
-    here = sys._getframe(1)
-    for frame in _above(here):
+    for frame in _above(sys._getframe(1)):
         known = _KNOWN.get(id(frame.f_code))
         if known is not None:
             value = frame.f_locals.get(known[1], frame.f_globals.get(known[1]))
             if _holds(value, transformer, first):
                 return Caller(value, known[1] == "self")
-    for frame in _above(here):
+        elif frame.f_code.co_filename.startswith(_TORCH):
+            continue
         for name, value in _named(frame):
             if _holds(value, transformer, first):
                 _KNOWN[id(frame.f_code)] = (frame.f_code, name)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dit_accel import api
 from dit_accel.generation.options import How
+from dit_accel.pipelines.denoisers import transformers_of
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -24,7 +25,7 @@ class AtSpeed:
         except BaseException:
             self._beside.close()
             raise
-        vars(pipe)[api.SPEED] = self
+        self._mark()
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy of the pipeline has none."""
@@ -37,9 +38,24 @@ class AtSpeed:
     def restore(self) -> None:
         """Give the pipeline back exactly as it was. Doing it twice does nothing."""
         self.handle.restore()
+        self.end()
+
+    def end(self) -> None:
+        """Another method has come: what stood beside this one goes."""
         self._beside.close()
-        if vars(self._pipe).get(api.SPEED) is self:
-            del vars(self._pipe)[api.SPEED]
+        for transformer in self._marked:
+            if vars(transformer).get(api.SPEED) is self:
+                del vars(transformer)[api.SPEED]
+
+    def resume(self) -> None:
+        """The method is back: so is what stands beside it."""
+        self._beside = self._boost.switch_on(self._pipe)
+        self._mark()
+
+    def _mark(self) -> None:
+        self._marked = transformers_of(self._pipe)
+        for transformer in self._marked:
+            vars(transformer)[api.SPEED] = self
 
     def replaced(self, how: How) -> AtSpeed:
         """Another profile in the place of this one, which stays where that is refused."""
@@ -60,5 +76,5 @@ def at_speed(pipe: DiffusionPipeline, name: str, **given: Any) -> AtSpeed:
     profile, and where the pipeline cannot have a step cache (Latte) or has one; it is then as
     before.
     """
-    how, before = How(speed=name, **given), vars(pipe).get(api.SPEED)
-    return AtSpeed(pipe, how) if before is None else before.replaced(how)
+    how, before = How(speed=name, **given), api.speed_of(pipe)
+    return before.replaced(how) if isinstance(before, AtSpeed) else AtSpeed(pipe, how)

@@ -193,7 +193,8 @@ def compiled_blocks(transformer: nn.Module, backend: str = "inductor") -> Iterat
     """
     compiled = partial(torch.compile, fullgraph=True, backend=backend)
     with ExitStack() as undo:
-        undo.callback(torch._dynamo.reset)
+        if not any(block._compiled_call_impl for block in _blocks(transformer)):
+            undo.callback(torch._dynamo.reset)  # the user has compiled none of them
         for block in _blocks(transformer):
             hooks = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", None)
             if hooks:
@@ -203,7 +204,7 @@ def compiled_blocks(transformer: nn.Module, backend: str = "inductor") -> Iterat
                 undo.callback(setattr, inner, name, forward)
                 setattr(inner, name, compiled(forward))
             else:
-                undo.callback(setattr, block, "_compiled_call_impl", None)
+                undo.callback(setattr, block, "_compiled_call_impl", block._compiled_call_impl)
                 block.compile(fullgraph=True, backend=backend)
         yield
 

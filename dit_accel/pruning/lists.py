@@ -99,13 +99,19 @@ def _wrapped(taken: _Taken, blocks: Iterator[Any]) -> Iterator[_Wrapped]:
 
 
 class _Wrapped:
-    """A block that runs as the runner says; its attributes are its own."""
+    """A block that runs as the runner says; its attributes are the block's."""
 
     def __init__(self, runner: Runner, number: int, block: Any, single: bool) -> None:
-        self._runner, self._number, self._block, self._single = runner, number, block, single
+        vars(self).update(_runner=runner, _number=number, _block=block, _single=single)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self._runner.run(self._number, self._block, args, kwargs, self._single)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self._block, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self._block, name)

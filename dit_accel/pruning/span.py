@@ -80,14 +80,20 @@ class Span:
     def begin(self, order: Tensor | None) -> None:
         """A forward starts. order: the grid cells of the tokens where they come permuted."""
         if fresh := self.clock.generation != self._generation:
+            self.forget()
             self._generation = self.clock.generation
-            self.memory.clear()
-            self.observer.output.clear()
-            self.selection.clear()
         if self.context:
             self.context.begin(fresh)
         self._clear()
         self.rows.begin(self.clock.geometry, order)
+
+    def forget(self) -> None:
+        """What is kept from forward to forward."""
+        self._clear()
+        self.selection.clear()
+        for kept in (self.memory, self.observer.output, getattr(self.context, "memory", {})):
+            kept.clear()
+        self._generation = -1
 
     def end(self) -> None:
         """The forward is over. RuntimeError when it did not go through its list of blocks."""
@@ -231,11 +237,12 @@ class Span:
         k, v = self.context.complete(name, k, v, visual, self.rows.index, n)
         return k, v, self.context.mask(narrow(mask), visual, n, self.rows.geometry.same_mask)
 
-    def nbytes(self) -> int:
-        """Bytes kept between steps."""
-        kept = [x for memory in self.memory.values() for x in memory.tensors()]
-        keys = 0 if self.context is None else self.context.nbytes()
-        return keys + sum(x.nbytes for x in (*kept, *self.observer.output.values()))
+
+def nbytes(span: Span) -> int:
+    """Bytes kept between steps."""
+    kept = [x for memory in span.memory.values() for x in memory.tensors()]
+    keys = 0 if span.context is None else span.context.nbytes()
+    return keys + sum(x.nbytes for x in (*kept, *span.observer.output.values()))
 
 
 def _moved(text: Tensor | None, by: Tensor | None) -> Tensor | None:

@@ -23,7 +23,7 @@ from dit_accel.ops import dispatch
 from dit_accel.ops.backends import Backends
 from dit_accel.parallel.sharded import ALL, Shard
 from dit_accel.pipelines.base import Geometry
-from dit_accel.pruning.span import Span
+from dit_accel.pruning.span import Span, nbytes
 from dit_accel.runtime import again, joint
 from dit_accel.runtime.books import Books, StepBook
 from dit_accel.runtime.circumstances import circumstances, why_dense
@@ -56,6 +56,7 @@ class Engine:
     stateless_from: int | None = None
     place: Place | None = None
     _open: bool = False
+    _kept: int = 0
     _again: Books | None = None
 
     def __post_init__(self) -> None:
@@ -86,9 +87,8 @@ class Engine:
         if in_backward():
             self._again = again.books(self.config, self.books)
         elif self.clock.tick(geometry, timestep, model):
-            self.state.clear()
-            self.together.clear()
-            self.stateless_from = None
+            _forget(self)
+            self.stateless_from, self._kept = None, 0
             self.books.forwards.clear()
         carried = carried and not geometry.fixed_order
         self.order.begin(geometry.grid, device, carried)
@@ -127,8 +127,9 @@ class Engine:
         self.place = place
 
     def close(self) -> None:
-        """The pipeline is given back: what still calls runs dense."""
-        self._open, self.place = False, None
+        """The pipeline is given back: what still calls runs dense, and nothing is kept for it."""
+        self._open, self.place, self._kept = False, None, state_bytes(self)
+        _forget(self)
 
     def attend(
         self,
@@ -231,3 +232,19 @@ class Engine:
             action = self.action(layer)
             planned = action.keep is None
             self.books.dense(layer, action.reason if planned else reason, planned)
+
+
+def state_bytes(engine: Engine) -> int:
+    """Bytes of the tensors that methods and pruning keep between steps; of a pipeline that was
+    given back, of those that they kept."""
+    kept = (x for entry in engine.state.values() for x in entry.values())
+    tensors = sum(x.nbytes for x in kept if isinstance(x, Tensor))
+    return tensors + sum(map(nbytes, engine.spans)) or engine._kept
+
+
+def _forget(engine: Engine) -> None:
+    """What methods and pruning keep from forward to forward."""
+    engine.state.clear()
+    engine.together.clear()
+    for span in engine.spans:
+        span.forget()

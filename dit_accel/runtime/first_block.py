@@ -26,7 +26,7 @@ from dit_accel.pipelines import registry
 from dit_accel.pruning import step_cache
 from dit_accel.pruning.lists import arguments, give_back, take_over
 from dit_accel.pruning.rows import Rows
-from dit_accel.runtime import patch
+from dit_accel.runtime import patch, threads
 from dit_accel.runtime.contexts import follow, leave
 from dit_accel.runtime.decision import Decision
 
@@ -115,6 +115,7 @@ class FirstBlockCache:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the transformer."""
+        threads.enter(self, module)
         entry, self.running, self._met = patch.of(module), True, False
         if entry is None:
             bound = given(module, args, kwargs)

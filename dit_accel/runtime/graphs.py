@@ -67,7 +67,7 @@ class Graphs:
         given = Given.of(args, kwargs, self.recorder)
         at = None if engine is None else engine.here
         where = None if at is None else (at.step, at.steps, at.passname)
-        kind = (id(transformer), build.digest, tuple(map(hooks, hooked)), mode())
+        kind = (id(transformer), build.digest, tuple(map(hooks, hooked)), mode(), cache is None)
         key = (kind, where, str(given.spec), given.keys)
         node, known = tree.go(key)
         replayed, tree.replayed = known and tree.replayed, False  # until it has been

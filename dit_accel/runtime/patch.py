@@ -22,7 +22,7 @@ from dit_accel.pruning import step_cache
 from dit_accel.pruning.lists import give_back, take_over
 from dit_accel.pruning.shared import Part
 from dit_accel.pruning.span import Span
-from dit_accel.runtime import again, rebind, seam
+from dit_accel.runtime import again, rebind, seam, threads
 from dit_accel.runtime.contexts import follow, leave
 from dit_accel.runtime.engine import Engine
 
@@ -168,6 +168,7 @@ class Patch:
         self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> None:
         """Forward pre-hook of the transformer."""
+        threads.enter(self.engine, self.transformer)
         bound = given(module, args, kwargs)
         geometry = self.adapter.geometry(module, bound)
         device = next(x.device for x in bound.values() if isinstance(x, torch.Tensor))

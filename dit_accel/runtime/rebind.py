@@ -90,18 +90,34 @@ class Rebound(type):
         return hash(cls._accel_kind)
 
 
-@functools.cache
 def rebound_class(kind: type) -> type:
-    """A subclass of the processor class whose attention calls come to us. A copy of its objects is
-    bound to the copy of their layer."""
+    """A subclass of the processor class, as it is now, whose attention calls come to us. A copy of
+    its objects is bound to the copy of their layer."""
     call = kind.__call__
+    found = _rebound(kind, call)
+    _follow(vars(sys.modules[found.__module__]), call.__globals__)
+    return found
+
+
+def _follow(own: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """The names of a processor's module, with what they stand for now, but for attention's."""
+    ours, dispatch = {"__name__"}, theirs.get(NAMES[0])
+    if dispatch is not None:
+        ours.add(NAMES[0])
+        if getattr(own.get(NAMES[0]), "__wrapped__", None) is not dispatch:
+            own[NAMES[0]] = _dispatcher(dispatch)
+    if theirs.get("F") is F:
+        ours.add("F")
+        own["F"] = _functional()
+    own.update({name: value for name, value in theirs.items() if name not in ours})
+
+
+@functools.cache
+def _rebound(kind: type, call: Callable) -> type:
+    """The subclass that runs this code, over a module of its own for the names in it."""
     module = types.ModuleType(f"dit_accel._rebound.{kind.__module__}.{kind.__qualname__}")
-    scope = {k: v for k, v in call.__globals__.items() if k != "__name__"}
-    module.__dict__.update(scope)
-    if NAMES[0] in scope:
-        module.__dict__[NAMES[0]] = _dispatcher(scope[NAMES[0]])
-    if scope.get("F") is F:
-        module.__dict__["F"] = _functional()
+    if module.__name__ in sys.modules:  # the class was given other code since
+        module.__name__ += f".{id(call)}"
     sys.modules[module.__name__] = module  # Dynamo guards on globals by module name
     bound = types.FunctionType(
         call.__code__, module.__dict__, call.__name__, call.__defaults__, call.__closure__

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
-import torch
-
 from dit_accel.runtime.books import LayerBook, StepBook
-from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.engine import Engine, state_bytes
 
 
 class Calls(TypedDict):
@@ -124,7 +122,7 @@ def build(engine: Engine, model: str, notes: list[str]) -> Report:
         fallbacks=dict(books.reasons),
         unplanned={k: n for k, n in books.reasons.items() if k in books.unplanned},
         implementations=dict(books.implementations),
-        state_bytes=_state_bytes(engine),
+        state_bytes=state_bytes(engine),
         stateless_from=engine.stateless_from,
         generations=engine.clock.generation,
         notes=notes if calls else [*notes, "no attention call came yet"],
@@ -132,13 +130,6 @@ def build(engine: Engine, model: str, notes: list[str]) -> Report:
         if engine.backends is not None
         else [],
     )
-
-
-def _state_bytes(engine: Engine) -> int:
-    """Bytes of the tensors that methods and pruning keep between steps."""
-    kept = (x for entry in engine.state.values() for x in entry.values())
-    tensors = sum(x.nbytes for x in kept if isinstance(x, torch.Tensor))
-    return tensors + sum(span.nbytes() for span in engine.spans)
 
 
 def _chosen(found: dict[str, Any]) -> str:

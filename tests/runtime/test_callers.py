@@ -17,6 +17,7 @@ from tiny import tiny_flux
 
 import dit_accel
 from dit_accel import Schedule
+from dit_accel.forward import caller
 
 QUARTER = {"schedule": Schedule(warmup=0.25), "min_tokens": 0}
 EXPECTED = {"warm-up step": 4}  # of 8 steps the first two, in two layers
@@ -194,3 +195,37 @@ def test_what_costs_milliseconds_is_not_asked_at_each_forward(monkeypatch):
     monkeypatch.setattr("dit_accel.runtime.patch.Patch._bind", walk)
     flux(pipe, steps=8)
     assert handle.report().fallbacks["warm-up step"] == 2 + 4
+
+
+@pytest.mark.parametrize("kind", [FluxPipeline, FluxImg2ImgPipeline])
+def test_the_nearest_pipeline_is_followed_though_one_farther_off_was_seen_before(kind):
+    """A loop of one's own that holds a pipeline calls its transformer, and then another one."""
+    caller._KNOWN.clear()
+    pipe = tiny_flux()
+    handle = dit_accel.accelerate(pipe, "shared@0.3", **QUARTER)
+    other = another(pipe, kind, scheduler=FlowMatchEulerDiscreteScheduler())
+    ids = torch.zeros(64, 3)
+    ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
+    with torch.no_grad():
+        pipe.transformer(
+            torch.randn(1, 64, 16),
+            encoder_hidden_states=torch.zeros(1, 16, 32),
+            pooled_projections=torch.zeros(1, 32),
+            timestep=torch.tensor([0.5]),
+            img_ids=ids,
+            txt_ids=torch.zeros(16, 3),
+        )
+    handle.forget()
+    more = {} if kind is FluxPipeline else {"image": torch.rand(1, 3, 64, 64), "strength": 0.5}
+    other(
+        prompt="a cat",
+        height=64,
+        width=64,
+        num_inference_steps=8,
+        output_type="latent",
+        max_sequence_length=16,
+        **more,
+    )
+    report, steps = handle.report(), 4 if more else 8
+    assert [row["step"] for row in report.steps] == list(range(steps))
+    assert report.fallbacks == {"warm-up step": steps // 2}

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_wan
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from support import ALL, NOW, flux, flux_adapter, left_on, wan
@@ -146,3 +148,40 @@ def test_projections_are_fused_and_unfused_across_restore(name):
         model.unfuse_qkv_projections()
         assert left_on(model) == []
         near(forward(model, case.arguments()), stock)
+
+
+def without_rotation(
+    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+):
+    """A user's own WanAttnProcessor.__call__."""
+    q, k, v = transformer_wan._get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+    q, k = attn.norm_q(q), attn.norm_k(k)
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+    return attn.to_out[0](dispatch_attention_fn(q, k, v).flatten(2, 3))
+
+
+def test_a_processor_class_and_what_its_module_names_are_as_they_are_now(monkeypatch):
+    """What is patched in diffusers between two times, ours runs, too."""
+    pipe = tiny_wan(layers=2)
+    with dit_accel.accelerated(pipe, "dense", **NOW):
+        plain = wan(pipe)
+    project = transformer_wan._get_qkv_projections
+
+    def larger(*args, **kwargs):
+        q, k, v = project(*args, **kwargs)
+        return q, k, v * 1.5
+
+    for target, name, value in (
+        (transformer_wan, "_get_qkv_projections", larger),
+        (WanAttnProcessor, "__call__", without_rotation),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, value)
+            wanted = wan(pipe)
+            for _ in range(2):
+                with dit_accel.accelerated(pipe, "dense", **NOW) as handle:
+                    assert torch.equal(wan(pipe), wanted)
+                    assert handle.report().layers[0]["dense"]
+            assert not torch.equal(wanted, plain)
+    with dit_accel.accelerated(pipe, "dense", **NOW):
+        assert torch.equal(wan(pipe), plain)

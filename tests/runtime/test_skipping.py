@@ -128,3 +128,21 @@ def test_a_comparison_with_a_profile_of_speed_is_recorded(tmp_path, monkeypatch)
     assert found["kept"] == pytest.approx(wanted["kept"])
     assert found["quality"]["psnr_mean"] == pytest.approx(wanted["quality"]["psnr_mean"], rel=1e-3)
     assert made[-1].replayed > 4 * STEPS
+
+
+@pytest.mark.parametrize("method", ["dense", "shared@0.3"])
+def test_a_cache_that_comes_or_goes_between_generations(method):
+    pipe = tiny_wan()
+    with sparse(pipe, method):
+        plain = latents(pipe, 3, STEPS)
+        with step_cached(pipe, 0.15):
+            cached = latents(pipe, 3, STEPS)
+    assert not torch.equal(plain, cached)
+    with sparse(pipe, method), graphs.graphed([pipe.transformer], Emulated()):
+        for wanted in (plain, cached) * 3:
+            if wanted is plain:
+                found = [latents(pipe, seed, STEPS) for seed in (0, 1, 3)]
+            else:
+                with step_cached(pipe, 0.15):
+                    found = [latents(pipe, seed, STEPS) for seed in (0, 1, 3)]
+            torch.testing.assert_close(found[-1], wanted)

@@ -6,13 +6,11 @@ is not told by whom it is called. The frames of the call know.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import nn
 
 from dit_accel.pipelines.denoisers import transformers_of
@@ -29,10 +27,12 @@ class Caller(NamedTuple):
 
 
 _NOTHING: dict[str, object] = {}
-_TORCH = os.path.dirname(torch.__file__) + os.sep  # calls modules, and holds no pipeline
 # id of code that called before → (that code, its name for the pipeline): looked at first. To hash
 # code is to read all of it; what is held keeps its id.
 _KNOWN: dict[int, tuple[CodeType, str]] = {}
+# … of code that held none: looked at last.
+_PASSED: dict[int, CodeType] = {}
+_MOST = 4096
 
 
 def caller(transformer: nn.Module, first: object = None) -> Caller:
@@ -40,19 +40,31 @@ def caller(transformer: nn.Module, first: object = None) -> Caller:
 
     first: an object that counts without a scheduler, too.
     """
-    for frame in _above(sys._getframe(1)):
-        known = _KNOWN.get(id(frame.f_code))
+    here = sys._getframe(1)
+    for frame in _above(here):
+        code = frame.f_code
+        known = _KNOWN.get(id(code))
         if known is not None:
             value = frame.f_locals.get(known[1], frame.f_globals.get(known[1]))
             if _holds(value, transformer, first):
                 return Caller(value, known[1] == "self")
-        elif frame.f_code.co_filename.startswith(_TORCH):
-            continue
-        for name, value in _named(frame):
-            if _holds(value, transformer, first):
-                _KNOWN[id(frame.f_code)] = (frame.f_code, name)
-                return Caller(value, name == "self")
-    return Caller()
+        elif id(code) not in _PASSED:
+            if (found := _seen_in(frame, transformer, first)) is not None:
+                return found
+            if len(_PASSED) == _MOST:
+                _PASSED.clear()
+            _PASSED[id(code)] = code
+    each = (_seen_in(frame, transformer, first) for frame in _above(here))
+    return next((found for found in each if found is not None), Caller())
+
+
+def _seen_in(frame: FrameType, transformer: nn.Module, first: object) -> Caller | None:
+    """The pipeline that a frame has a name for; what it is called is remembered."""
+    for name, value in _named(frame):
+        if _holds(value, transformer, first):
+            _KNOWN[id(frame.f_code)] = (frame.f_code, name)
+            return Caller(value, name == "self")
+    return None
 
 
 def _above(frame: FrameType | None) -> Iterator[FrameType]:

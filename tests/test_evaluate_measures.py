@@ -206,6 +206,18 @@ def test_lpips_says_why_it_is_absent_and_runs_where_it_is_not(tmp_path, monkeypa
     assert len(made) == 1, "the network is read once, not for every clip"
 
 
+def test_two_files_of_learned_weights_are_two_rows(tmp_path):
+    method, paths = dit_accel.SLA(0.4), []
+    for name in ("one", "two"):
+        learned = {"layers.0.weight": torch.eye(64), "layers.0.bias": torch.zeros(64)}
+        paths.append(str(tmp_path / f"{name}.safetensors"))
+        method.with_weights(learned).save(tmp_path / f"{name}.safetensors")
+    found = rows([], (0.4,), 4, TEMPLATE, sla=[*paths, paths[0]])
+    assert [row.name for row in found] == [f"sla 40% ({path})" for path in paths]
+    (alone,) = rows([], (0.4,), 4, TEMPLATE, sla=paths[:1])
+    assert alone.name == "sla 40%"
+
+
 def test_a_fine_tuned_model_is_a_row_of_its_own(loaded, tmp_path):
     pipe, defaults = loaded
     out = tmp_path / "sla40"

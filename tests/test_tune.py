@@ -277,3 +277,14 @@ def test_the_command(model, tmp_path, capsys):
 def test_bad_input(arguments, says, tmp_path, capsys):
     assert cli.run(["tune", "-o", str(tmp_path / "out"), *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_what_is_asked_for_is_tried_though_it_is_the_default(tmp_path):
+    from dit_accel.cli.tune import SearchOptions
+
+    assert SearchOptions().values()["methods"] is SearchOptions().values()["warmups"] is None
+    asked = SearchOptions("pooled,topk", ".15,.3,.45", ".1,.2,.3,.5", profile=tmp_path / "p.json")
+    values = asked.values()
+    assert values["methods"] == ["pooled", "topk"] and values["warmups"] == [0.15, 0.3, 0.45]
+    assert values["keeps"] == [0.1, 0.2, 0.3, 0.5]
+    assert SearchOptions(profile=tmp_path / "p.json").values()["keeps"] is None

@@ -74,8 +74,11 @@ def run(
     where.judge(parsed)
     asked = asked.of_one_checkpoint(parsed, pipe is not None)
     model = (
-        _name(where.pipe) if where.pipe is not None else loading.find_model(asked.settings.model)
+        _name(where.pipe)
+        if where.pipe is not None
+        else absolute(loading.find_model(asked.settings.model))
     )
+    where.check(asked.settings)
     devices = where.devices(asked.settings.dtype)
     with opened(out) as manifest:
         return asked.carry_out(manifest, parsed, model, where, devices)
@@ -148,7 +151,7 @@ class Asked:
             return _finish(manifest, stopped)
 
     def _plan(self, manifest: Manifest, parsed: Parsed, model: str) -> None:
-        _bind(manifest, model)
+        _bind(manifest, model, self.settings.dtype or "its own dtype")
         sweep(manifest)
         parsed = _without(parsed, dict(clashes(manifest, parsed.jobs)))
         self.judge(parsed)
@@ -189,15 +192,17 @@ def _name(pipe: DiffusionPipeline) -> str:
     return getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__
 
 
-def _bind(manifest: Manifest, model: str) -> None:
-    """One folder, one model: job ids do not name it."""
-    before = manifest.get("model")
+def _bind(manifest: Manifest, model: str, dtype: str) -> None:
+    """One folder, one model in one dtype: job ids do not name them."""
     made = manifest.ask("SELECT 1 FROM jobs WHERE state = 'done' LIMIT 1")
-    if before not in (None, model) and made:
-        raise ValueError(
-            f"{manifest.folder} holds clips of {before}: choose another folder for {model}"
-        )
-    manifest.set("model", model)
+    for key, value in (("model", model), ("dtype", dtype)):
+        before = manifest.get(key)
+        same = before is None or absolute(before) == absolute(value)
+        if made and not same:
+            raise ValueError(
+                f"{manifest.folder} holds clips of {before}: choose another folder for {value}"
+            )
+        manifest.set(key, value)
 
 
 def _finish(manifest: Manifest, stopped: str) -> Summary:

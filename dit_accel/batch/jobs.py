@@ -14,7 +14,7 @@ from typing import Any
 
 from dit_accel.batch.model import config_of, listed
 from dit_accel.config import DEFAULT, AccelConfig, resolve
-from dit_accel.generation.boost import Boost, lora_files
+from dit_accel.generation.boost import STOCK, Boost, lora_files
 from dit_accel.generation.options import How
 from dit_accel.generation.request import Request
 from dit_accel.inputs.fields import check, shown
@@ -114,10 +114,15 @@ class Job:
         """What runs beside the method."""
         return Boost(step_cache=self.step_cache, lora=self.lora, quantize=self.quantize)
 
+    @property
+    def accelerated(self) -> bool:
+        """Is anything of it not the stock pipeline's?"""
+        return self.config is not None or self.boost != STOCK
+
     @cached_property
     def id(self) -> str:
-        """16 hex digits over everything that decides the pixels, the bytes of the picture and of
-        the LoRA included."""
+        """16 hex digits over everything that decides the pixels, the bytes of the picture, of the
+        LoRA and of what the method has learned included."""
         later = ("sampler", "checkpoint", "step_cache", "speed", "lora", "quantize")
         newer = [key for key in later if getattr(self, key) is None]
         apart = ("name", "prune", *newer)
@@ -127,6 +132,8 @@ class Job:
         content["image"] = _digest(self.image) if self.image else None
         if self.lora is not None:
             content["lora"] = _bytes_of(self.lora)
+        if self.config is not None and (read := self.config.method.files):
+            content["read"] = _joined(tuple(map(_dated, read)))
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -216,8 +223,13 @@ def _hashed(path: str, stamp: tuple[int, int] | None) -> str:
 
 def _bytes_of(lora: str) -> str:
     """sha256 of a LoRA's files; ValueError where there is none."""
-    files = lora_files(Path(lora))
-    return _joined(tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
+    return _joined(tuple(map(_dated, lora_files(Path(lora)))))
+
+
+def _dated(file: Path) -> tuple[str, int, int]:
+    """A file as it is now."""
+    found = file.stat()
+    return str(file), found.st_size, found.st_mtime_ns
 
 
 @lru_cache(maxsize=64)

@@ -66,8 +66,11 @@ class Manifest(Books):
                     self._again(db, id, f"{row['file']} is gone: it is made again")
                 elif row["state"] == "failed" and retry_failed:
                     self._again(db, id, "retried as asked")
+            accelerated = 0
             for number, (line, job) in enumerate(jobs, 1):
-                checked = bool(check_every) and number % check_every == 0 and job.config is not None
+                accelerated += job.accelerated
+                due = bool(check_every) and accelerated % check_every == 0
+                checked = due and job.accelerated
                 self._put(db, number, line, job, checked)
 
     def _put(self, db: sqlite3.Connection, number: int, line: int, job: Job, checked: bool) -> None:

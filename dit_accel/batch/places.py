@@ -73,6 +73,17 @@ class Place:
                     f"line {line} prunes tokens, which are shared by heads: leave kv or prune out"
                 )
 
+    def check(self, settings: Settings) -> None:
+        """ValueError for what has no effect here."""
+        launcher_started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+        if launcher_started and (self.workers, self.gpus) != (None, None):
+            raise ValueError("a launcher has started the processes: leave workers and gpus out")
+        if settings.timeout and (launcher_started or self.pipe is not None or self.ulysses > 1):
+            raise ValueError(
+                "timeout ends a worker process that hangs, and this run starts none of its own "
+                "(a launcher, ulysses or a loaded pipeline): leave it out"
+            )
+
     def devices(self, dtype: str | None) -> list[str]:
         """One device for each worker process; ValueError for one, or a dtype, that is not there."""
         if self.pipe is not None:

@@ -107,7 +107,7 @@ def _over(defaults: Mapping[str, object], own: Mapping[str, object]) -> dict[str
     """The defaults under a job's own keys, of which a profile takes the place of a method and a
     method that of a profile."""
     instead = {"speed": "method", "method": "speed"}
-    gone = {instead[key] for key in own if key in instead}
+    gone = {instead[key] for key in own if key in instead and own[key] is not None}
     return {**{key: value for key, value in defaults.items() if key not in gone}, **own}
 
 

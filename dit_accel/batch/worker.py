@@ -210,7 +210,7 @@ class Worker:
     def _try(self, rows: Sequence[Claim]) -> Exception | None:
         """None, or what went wrong, without its traceback: the frames in it hold the tensors."""
         try:
-            jobs = [Job.from_dict(row.values) for row in rows]
+            jobs = [_as_planned(row) for row in rows]
             clips = self._render(jobs)
             dense = self._render(jobs, dense=True)[0] if rows[0].checked else None
         except Exception as error:
@@ -336,6 +336,17 @@ class Heart(threading.Thread):
             self.manifest.beat(self.owner, self.device, *self._phase)
         except DiskFull:
             return  # on this host a live process keeps its jobs without beats
+
+
+def _as_planned(row: Claim) -> Job:
+    """The job of a row; ValueError where what it reads is no longer what was planned."""
+    job = Job.from_dict(row.values)
+    if job.id != row.id:
+        raise ValueError(
+            "what it is made from has changed since the run began (preset, learned weights, "
+            "picture or LoRA): run the same command again"
+        )
+    return job
 
 
 def _first_line(error: BaseException) -> str:

@@ -68,22 +68,46 @@ def profile(
     from dit_accel.cli.session import load, notices
     from dit_accel.config import DEFAULT
     from dit_accel.evaluate.profile import KEEPS, SELECTORS, check_sorts, check_tried, measure
+    from dit_accel.generation.boost import STOCK
 
     with checked():
-        request, _ = what.request(), how.config()
+        request, boost = what.request(), how.boost()
+        if replace(boost, lora=None) != STOCK or how.config().prune is not None:
+            raise ValueError(
+                "profile looks at a dense generation of the model, with its LoRA or without: leave "
+                "compile, step cache, quantize, prune and speed out"
+            )
         selectors, orders = check_tried(tried or SELECTORS), check_sorts(words(sorts or ""))
-        if output.is_dir() or not output.absolute().parent.is_dir():
-            raise ValueError(f"{output} cannot be written: give a file in a folder that exists")
+        _check_output(output)
     with Progress() as progress:
         opened = load(where, request, how, progress, what.fps)
         pipe, defaults, config, _ = opened
         with notices(progress), checked():
+            boost.check(pipe)
             tries = (KEEPS, selectors, orders, linear, mass)
-            found = measure(pipe, defaults, request, config, *tries, progress)
+            with boost.adapted(pipe):
+                found = measure(pipe, defaults, request, config, *tries, progress)
     found.save(output)
     show(found, screen())
     for line in commands(found, how.method or DEFAULT, output):
         screen().print(f"\n{line}", soft_wrap=True)
+
+
+def _check_output(output: Path) -> None:
+    """ValueError for a file that cannot be written, and for one that is no profile."""
+    from dit_accel.media.files import check_place
+    from dit_accel.methods.budget import Profile
+
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {output.parent}: give a file in one that exists")
+    check_place(output)
+    if output.exists():
+        try:
+            Profile.load(output)
+        except ValueError:
+            raise ValueError(
+                f"{output} is there and is no profile of ours: give another name with -o"
+            ) from None
 
 
 def commands(found: Profile, method: str, output: Path) -> list[str]:

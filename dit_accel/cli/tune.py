@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 _WHAT, _HOW = "What to reach", "How to search"
 NOT_REACHED = 1
-METHODS = "pooled,topk"
-WARMUPS = ".15,.3,.45"
 KEEPS = ".1,.2,.3,.5"
 BUILT_IN = 3  # prompts of each of the package's lists
 
@@ -42,13 +40,14 @@ class AimOptions:
 class SearchOptions:
     """What is tried."""
 
-    methods: Annotated[str, option("Methods. \\[pooled,topk; of few steps shared, too]", _HOW)] = (
-        METHODS
-    )
+    methods: Annotated[
+        str | None, option("Methods. \\[pooled,topk; of few steps shared, too]", _HOW)
+    ] = None
     warmups: Annotated[
-        str, option("Shares or numbers of dense steps. \\[.15,.3,.45; of few steps 1,2,0]", _HOW)
-    ] = WARMUPS
-    keeps: Annotated[str, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = KEEPS
+        str | None,
+        option("Shares or numbers of dense steps. \\[.15,.3,.45; of few steps 1,2,0]", _HOW),
+    ] = None
+    keeps: Annotated[str | None, option("Keeps a layer can get. \\[.1,.2,.3,.5]", _HOW)] = None
     trials: Annotated[int, option("Configurations to try at most. \\[24]", _HOW)] = 24
     profile: Annotated[
         Path | None, option("What `dit-accel profile` wrote, in place of a first dense run.", _HOW)
@@ -56,12 +55,12 @@ class SearchOptions:
 
     def values(self) -> dict[str, Any]:
         """Arguments of evaluate.tune; ValueError for what are no numbers."""
-        own = self.profile is not None and self.keeps == KEEPS  # then the profile's
-        warmups = numbers(self.warmups, parse_warmup, "warmups")
+        own = self.profile is not None and self.keeps is None  # then the profile's
+        warmups = self.warmups and numbers(self.warmups, parse_warmup, "warmups")
         return {
-            "methods": None if self.methods == METHODS else words(self.methods),
-            "warmups": None if self.warmups == WARMUPS else warmups,
-            "keeps": None if own else numbers(self.keeps, float, "keeps"),
+            "methods": None if self.methods is None else words(self.methods),
+            "warmups": warmups or None,
+            "keeps": None if own else numbers(self.keeps or KEEPS, float, "keeps"),
             "trials": self.trials,
             "profile": self.profile,
         }

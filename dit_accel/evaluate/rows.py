@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -85,11 +86,7 @@ class Row:
             if isinstance(part, dict) and part.get(name, 0) in (None, False):
                 del part[name]
         text = json.dumps(facts, sort_keys=True).encode()
-        weights = getattr(self.config.method, "weights", None)
-        method = self.config.method
-        choice = (*method.selector.files, *method.sorting.files)
-        read = (*([weights] if weights else []), *choice)
-        learned = b"".join(Path(path).read_bytes() for path in read)
+        learned = b"".join(path.read_bytes() for path in self.config.method.files)
         parts = sorted(Path(self.transformer).iterdir()) if self.transformer else []
         known = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in parts]
         learned += repr(known).encode() if known else b""
@@ -124,11 +121,18 @@ def rows(
             found += _combined(name, keeps, template)
         else:
             found += _preset(name)
-    for path in sla:
+    learned: list[tuple[str, Row]] = []
+    for path in dict.fromkeys(sla):
         path, *added = _split(path)
         parts = additions("+".join((path, *added)), added, ADDED)
         config, boost = _adding(parts, template)
-        found += _boosted(_learned(Path(path), keeps, config), "sla", added, boost)
+        made = _boosted(_learned(Path(path), keeps, config), "sla", added, boost)
+        learned += [(path, row) for row in made]
+    called = Counter(row.name for _, row in learned)
+    found += [
+        replace(row, name=f"{row.name} ({path})") if called[row.name] > 1 else row
+        for path, row in learned
+    ]
     unique = {row.name: row for row in found}
     if not unique:
         raise ValueError(f"no rows are named: give some of {', '.join(DEFAULT)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -167,6 +168,13 @@ class Method(Traits):
     def sorting(self) -> Sort:
         """The order of each head's tokens, as an object."""
         return Sort.read(self.sort) if isinstance(self.sort, str) else self.sort
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from: learned weights, and the files of selector and order."""
+        weights = getattr(self, "weights", None)
+        own = (Path(weights),) if isinstance(weights, str) else ()
+        return (*own, *self.selector.files, *self.sorting.files)
 
     def sorts(self, call: Call) -> bool:
         """Are the tokens of this call still to be sorted?"""

@@ -300,3 +300,16 @@ def test_a_budget_of_time_ends_before_it_is_over(loaded, tmp_path, monkeypatch):
     assert "| dense |" in (tmp_path / "table.md").read_text()
     with pytest.raises(ValueError, match="above 0, not 0"):
         Budget(minutes=0)
+
+
+def test_weights_that_were_replaced_in_place_are_another_study(tmp_path):
+    """The folder of the model is called as before."""
+    pipe, out = tiny_wan(), tmp_path / "eval"
+    defaults = Defaults.from_pipeline(pipe)
+    base = Request("-", steps=2, height=32, width=32, frames=5)
+    Study(pipe, defaults, base, out, "m")
+    Study(pipe, defaults, base, out, "m")
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="was measured with other weights: choose another --out"):
+        Study(pipe, defaults, base, out, "m")

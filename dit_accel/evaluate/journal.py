@@ -27,7 +27,10 @@ class Journal:
             return
         head, *lines = self._read()
         known = head["setting"]
+        known.setdefault("weights", setting.get("weights"))  # of an older journal
         changed = [key for key in {**known, **setting} if known.get(key) != setting.get(key)]
+        if changed == ["weights"]:
+            raise ValueError(f"{path} was measured with other weights: choose another --output")
         if changed:
             key = changed[0]
             raise ValueError(

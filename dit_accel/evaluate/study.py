@@ -17,7 +17,7 @@ from dit_accel.evaluate.probe import attention_share
 from dit_accel.evaluate.recognition import Recogniser
 from dit_accel.evaluate.rows import Row
 from dit_accel.evaluate.weights import Weights
-from dit_accel.generation.loading import Defaults, placement
+from dit_accel.generation.loading import Defaults, fingerprint, placement
 from dit_accel.generation.request import Request, arguments
 from dit_accel.generation.run import ProgressFn
 from dit_accel.machine import describe, is_device_lost, is_out_of_memory
@@ -66,6 +66,7 @@ class Study:
             **placement(pipe),
             "arguments": {k: str(v) for k, v in asked.items()},
             "batch": batch,
+            "weights": fingerprint(pipe),
             "machine": describe(placement(pipe)["device"]),
         }
         restore(pipe)

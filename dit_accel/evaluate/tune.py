@@ -277,6 +277,7 @@ def _chosen(search: Search, held_out: Sequence[str]) -> dict[str, object]:
     such trial."""
     best, study = search.best, search.study
     if best is None:
+        (study.folder / "preset.json").unlink(missing_ok=True)  # of an earlier goal
         return {"chosen": None, "on_held_out": None}
     search.progress("prompts it did not see", 0, None)
     unseen = score(study, best.row, held_out, search.seeds)

@@ -67,6 +67,7 @@ def arguments(block: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
     own = block
     while isinstance(own, _Wrapped):
         own = own._block
+    own = getattr(own, "_orig_mod", own)  # of torch.compile(block)
     return signature(type(own).forward).bind(block, *args, **kwargs)
 
 

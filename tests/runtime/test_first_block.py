@@ -206,3 +206,13 @@ def test_a_transformer_that_is_compiled_whole():
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with dit_accel.step_cached(pipe, 0.15):
         torch.testing.assert_close(latents(pipe, 0, STEPS), expected)
+
+
+def test_blocks_that_were_replaced_by_compiled_ones():
+    pipe = tiny_wan(layers=3)
+    with dit_accel.step_cached(pipe, 0.3):
+        wanted = latents(pipe, 0, 6)
+    for i, block in enumerate(pipe.transformer.blocks):
+        pipe.transformer.blocks[i] = torch.compile(block, backend="eager")
+    with dit_accel.step_cached(pipe, 0.3):
+        assert torch.equal(latents(pipe, 0, 6), wanted)

@@ -227,7 +227,11 @@ def _bytes_of(lora: str) -> str:
 
 
 def _dated(file: Path) -> tuple[str, int, int]:
-    """A file as it is now."""
+    """A file as it is now; ValueError where there is none."""
+    if not file.is_file():
+        raise ValueError(
+            f"there is no file {file}, which the method reads: it was moved or removed"
+        )
     found = file.stat()
     return str(file), found.st_size, found.st_mtime_ns
 

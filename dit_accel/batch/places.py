@@ -75,10 +75,9 @@ class Place:
 
     def check(self, settings: Settings) -> None:
         """ValueError for what has no effect here."""
-        launcher_started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-        if launcher_started and (self.workers, self.gpus) != (None, None):
+        if _started() and (self.workers, self.gpus) != (None, None):
             raise ValueError("a launcher has started the processes: leave workers and gpus out")
-        if settings.timeout and (launcher_started or self.pipe is not None or self.ulysses > 1):
+        if settings.timeout and (_started() or self.pipe is not None or self.ulysses > 1):
             raise ValueError(
                 "timeout ends a worker process that hangs, and this run starts none of its own "
                 "(a launcher, ulysses or a loaded pipeline): leave it out"
@@ -123,10 +122,15 @@ def _devices(workers: int, gpus: str | None, device: str | None) -> list[str]:
     return names * workers
 
 
+def _started() -> bool:
+    """Has a launcher started this process, and others?"""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
 @contextmanager
 def launched() -> Iterator[int | None]:
     """This process's rank under a launcher, else None; all wait at the end of the block."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+    if not _started():
         yield None
         return
     import torch.distributed as dist

@@ -73,9 +73,9 @@ def test_the_rows_of_tokens_that_run_are_those_of_the_full_step(model):
         pipe.steps(case.arguments)
         span = handle.spans[0]
         index, text_first = span.selection.index, span.clock.geometry.text_first
+        n = next(iter(span.memory.values())).residual.shape[1]
     for hook in hooks:
         hook.remove()
-    n = next(iter(span.memory.values())).residual.shape[1]
     assert 0 < len(index) < n and len(seen) % 2 == 0
     half = len(seen) // 2
     for (full, before), (part, after) in zip(seen[:half], seen[half:], strict=True):

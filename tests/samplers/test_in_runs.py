@@ -9,6 +9,7 @@ from tiny import tiny_wan
 from dit_accel import TopK
 from dit_accel.batch.jobs import Job
 from dit_accel.batch.render import render
+from dit_accel.batch.weights import Weights
 from dit_accel.config import AccelConfig
 from dit_accel.generation import Defaults, Request, arguments, compare, generate
 from dit_accel.samplers import sampling
@@ -58,7 +59,7 @@ def test_jobs_with_a_sampler():
         Job("a cat", sampler="dmd", steps=4)
     pipe = tiny_wan()
     other = Job("a rocket", sampler="dmd", method="dense", seed=4)
-    together = render(pipe, DEFAULTS, [job, other], lambda *state: None)
+    together = render(Weights(pipe), DEFAULTS, [job, other], lambda *state: None)
     for one, clip in zip((job, other), together, strict=True):
-        (alone,) = render(pipe, DEFAULTS, [one], lambda *state: None)
+        (alone,) = render(Weights(pipe), DEFAULTS, [one], lambda *state: None)
         assert abs(alone.frames.astype(int) - clip.frames.astype(int)).max() <= 1

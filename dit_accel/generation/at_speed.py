@@ -63,7 +63,7 @@ class AtSpeed:
         try:
             return AtSpeed(self._pipe, how)
         except BaseException:
-            self._beside = self._boost.switch_on(self._pipe)
+            self.resume()
             raise
 
 

@@ -192,10 +192,11 @@ def compiled_blocks(transformer: nn.Module, backend: str = "inductor") -> Iterat
     it is what they call, for hooks break graphs.
     """
     compiled = partial(torch.compile, fullgraph=True, backend=backend)
+    blocks = _blocks(transformer)
     with ExitStack() as undo:
-        if not any(block._compiled_call_impl for block in _blocks(transformer)):
+        if not any(block._compiled_call_impl for block in blocks):
             undo.callback(torch._dynamo.reset)  # the user has compiled none of them
-        for block in _blocks(transformer):
+        for block in blocks:
             hooks = getattr(getattr(block, "_diffusers_hook", None), "_fn_refs", None)
             if hooks:
                 inner = hooks[0]  # the first one attached calls the block itself

@@ -25,6 +25,7 @@ from dit_accel.kernels.int8_attention import gluon as int8_hopper
 from dit_accel.kernels.int8_attention import quantize as int8_keys
 from dit_accel.kernels.int8_attention import triton as int8
 from dit_accel.kernels.launch import LAUNCHES, Launch, compiler_options, find, split_head_dim
+from dit_accel.kernels.norm_rope import triton as norm_rope
 from dit_accel.kernels.pooled_attention import triton as pooled
 from dit_accel.kernels.rectified_attention import triton as rectified
 from dit_accel.table import block_count
@@ -115,11 +116,21 @@ def int8_quantize_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Cas
     return int8_keys._int8_quantize_fwd_kernel, int8_keys.quantize_arguments(x, x, keys)
 
 
+def norm_rope_case(launch: Launch, head_dim: int, dtype: torch.dtype) -> Case:
+    """The kernel of the norm and rotary embedding of queries and keys."""
+    batch, heads, n = SHAPE
+    x, turn = empty(batch, n, heads * head_dim, dtype=dtype), empty(1, n, 1, head_dim)
+    out, weight = empty(batch, n, heads, head_dim, dtype=dtype), empty(x.shape[2], dtype=dtype)
+    call = (x, x, turn, turn, out, out, (weight, weight), 1e-6, launch)
+    return norm_rope._norm_rope_fwd_kernel, norm_rope.arguments(*call)
+
+
 CASES: dict[str, Callable[..., Case]] = {
     "forward": forward_case,
     "pool": pool_case,
     "coefficients": coefficients_case,
     "int8": int8_case,
+    "norm_rope": norm_rope_case,
     "int8_quantize": int8_quantize_case,
     **aot_backward.CASES,
     **aot_tables.CASES,

@@ -171,6 +171,7 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("int8", 100, 128, 128, 64, warps=8, stages=2, descriptors=True),
     Launch("int8", 120, 128, 64, 32, warps=8, stages=2),
     Launch("int8", 120, 128, 128, 32, warps=8, stages=2),
+    Launch("norm_rope", 80, 128, 16, 128, warps=4, stages=1),
     Launch("int8_mean", 80, 128, 128, 64, warps=4, stages=1),
     Launch("int8_quantize", 80, 128, 128, 64, warps=4, stages=1),
 )

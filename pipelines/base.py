@@ -168,7 +168,9 @@ class Adapter:
         enter: where tokens come in; reordering gathers there.
         leave: where they go out; reordering scatters there. None: permuted tokens cannot pass
             through the model, each attention call permutes its own.
-        processor: a processor class that stands in for the model's own one.
+        call: a function that stands in for the `__call__` of diffusers' own processor.
+        norm_rope: its processor norms queries and keys over all heads and turns them as Wan's does,
+            so that accelerated methods have both as one operator (runtime/norm_rope.py).
         span: what token pruning needs; None refuses it for this model, and no_span says why.
     """
 
@@ -177,7 +179,8 @@ class Adapter:
     geometry: Callable[[nn.Module, dict[str, Any]], Geometry]
     enter: tuple[Site, ...] = ()
     leave: Site | None = None
-    processor: type | None = None
+    call: Callable[..., Any] | None = None
+    norm_rope: bool = False
     span: SpanSite | None = None
     no_span: str = "its adapter does not know its per-token arguments"
 

@@ -14,47 +14,38 @@ from dit_accel.pipelines.base import Adapter, Site, SpanSite
 from dit_accel.pipelines.grids import latents
 
 
-class KeyPadding:
-    """The attention of HunyuanVideo 1.5 with a key mask; q, k, v as the model makes them."""
+def with_key_padding(
+    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+):
+    """The processor's `__call__` with a key mask; q, k, v as the model makes them."""
 
-    _attention_backend = None
-    _parallel_config = None
+    def heads(project, x, norm=None):
+        x = project(x).unflatten(2, (attn.heads, -1))
+        return x if norm is None else norm(x)
 
-    def __call__(
-        self,
-        attn,
-        hidden_states,
-        encoder_hidden_states=None,
-        attention_mask=None,
-        image_rotary_emb=None,
-    ):
-        def heads(project, x, norm=None):
-            x = project(x).unflatten(2, (attn.heads, -1))
-            return x if norm is None else norm(x)
-
-        video, text = hidden_states, encoder_hidden_states
-        q, k = heads(attn.to_q, video, attn.norm_q), heads(attn.to_k, video, attn.norm_k)
-        v = heads(attn.to_v, video)
-        if image_rotary_emb is not None:
-            q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
-        if text is not None:
-            q = torch.cat([q, heads(attn.add_q_proj, text, attn.norm_added_q)], dim=1)
-            k = torch.cat([k, heads(attn.add_k_proj, text, attn.norm_added_k)], dim=1)
-            v = torch.cat([v, heads(attn.add_v_proj, text)], dim=1)
-        padding = (q.shape[1] - attention_mask.shape[1], 0)
-        out = dispatch_attention_fn(
-            q,
-            k,
-            v,
-            attn_mask=F.pad(attention_mask.bool(), padding, value=True)[:, None, None],
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        out = out.flatten(2, 3).to(q.dtype)
-        video, text = out[:, : video.shape[1]], None if text is None else out[:, video.shape[1] :]
-        for layer in attn.to_out:
-            video = layer(video)
-        return video, text if text is None else attn.to_add_out(text)
+    video, text = hidden_states, encoder_hidden_states
+    q, k = heads(attn.to_q, video, attn.norm_q), heads(attn.to_k, video, attn.norm_k)
+    v = heads(attn.to_v, video)
+    if image_rotary_emb is not None:
+        q, k = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (q, k))
+    if text is not None:
+        q = torch.cat([q, heads(attn.add_q_proj, text, attn.norm_added_q)], dim=1)
+        k = torch.cat([k, heads(attn.add_k_proj, text, attn.norm_added_k)], dim=1)
+        v = torch.cat([v, heads(attn.add_v_proj, text)], dim=1)
+    padding = (q.shape[1] - attention_mask.shape[1], 0)
+    out = dispatch_attention_fn(
+        q,
+        k,
+        v,
+        attn_mask=F.pad(attention_mask.bool(), padding, value=True)[:, None, None],
+        backend=self._attention_backend,
+        parallel_config=self._parallel_config,
+    )
+    out = out.flatten(2, 3).to(q.dtype)
+    video, text = out[:, : video.shape[1]], None if text is None else out[:, video.shape[1] :]
+    for layer in attn.to_out:
+        video = layer(video)
+    return video, text if text is None else attn.to_add_out(text)
 
 
 ADAPTER = Adapter(
@@ -63,7 +54,7 @@ ADAPTER = Adapter(
     geometry=latents("last", same_mask=True),
     enter=(Site("rope", 0), Site("x_embedder", 1)),
     leave=Site("proj_out", 1),
-    processor=KeyPadding,
+    call=with_key_padding,
     # freqs_cis: cosines and sines [N, D]
     span=SpanSite(
         ("transformer_blocks",),

@@ -30,6 +30,7 @@ ADAPTER = Adapter(
     geometry=_geometry,
     enter=(Site("rope", 1), Site("patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
+    norm_rope=True,
     # rotary_emb: cosines and sines [1, N, 1, D]; temb [B, N, 6, C] where timesteps are per token
     span=_SPAN,
 )
@@ -53,6 +54,7 @@ VACE = Adapter(
     geometry=_geometry,
     enter=(*ADAPTER.enter, Site("vace_patch_embedding", 2, flat=True)),
     leave=Site("proj_out", 1),
+    norm_rope=True,
     # a hint is added to all tokens after a block; the blocks that make the hints see all tokens
     span=replace(_SPAN, whole=True),
 )
@@ -61,6 +63,7 @@ ANIMATE = Adapter(
     classes=("WanAnimateTransformer3DModel",),
     attention=("blocks.*.attn1",),
     geometry=latents(),
+    norm_rope=True,
     span=replace(_SPAN, whole=True),
 )
 

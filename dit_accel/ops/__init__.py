@@ -12,6 +12,7 @@ from dit_accel.ops.operators import (
     window_attention,
 )
 from dit_accel.ops.ragged import of_tiles, ragged_attention, tile_means
+from dit_accel.ops.rope import norm_rope
 from dit_accel.ops.weighted import linear_attention, over_rms, weighted_linear_attention
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "features",
     "key_mask",
     "linear_attention",
+    "norm_rope",
     "of_tiles",
     "over_rms",
     "part_scores",

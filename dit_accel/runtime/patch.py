@@ -25,6 +25,7 @@ from dit_accel.pruning.span import Span
 from dit_accel.runtime import again, rebind, seam, threads
 from dit_accel.runtime.contexts import follow, leave
 from dit_accel.runtime.engine import Engine
+from dit_accel.runtime.norm_rope import with_norm_rope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -131,16 +132,20 @@ class Patch:
         if self.bound and all(module.processor is old for module, old in self.bound):
             return  # as at the last forward
         self.unserved.clear()
-        readers = self._readers()
+        readers, own = self._readers(), self.adapter.call
+        if self.adapter.norm_rope and self.engine.config.method.name != "dense":
+            own = with_norm_rope
         for index, module in enumerate(self.modules, self.first):
-            self._bind(index, module, seam.Layer, self.adapter.processor)
+            self._bind(index, module, seam.Layer, own)
         for module in readers:
             self._bind(self.first, module, seam.Reader)
         bound: list[tuple[nn.Module, object]] = [(m, m.processor) for m in self.modules + readers]
         inside = any(isinstance(processor, nn.Module) for _, processor in bound)
         self.bound = [] if inside else bound  # a module is bound in place: it stays the same object
 
-    def _bind(self, index: int, module: nn.Module, kind: type, own: type | None = None) -> None:
+    def _bind(
+        self, index: int, module: nn.Module, kind: type, own: Callable | None = None
+    ) -> None:
         layer = rebind.layer_of(module.processor)
         if layer is not None and layer.engine is self.engine:
             return

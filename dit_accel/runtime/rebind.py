@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,10 +38,11 @@ def layer_of(processor: object) -> seam.Layer | None:
     return getattr(processor, "__dict__", {}).get("_accel")
 
 
-def bind(module: nn.Module, layer: seam.Layer, own: type | None = None) -> None:
-    """Let `layer` serve this module's attention. own: a class to take the processor's place."""
+def bind(module: nn.Module, layer: seam.Layer, own: Callable | None = None) -> None:
+    """Let `layer` serve this module's attention. own: a function that stands in for diffusers' own
+    `__call__` of its processor; another's `__call__` runs as it is."""
     old = module.processor
-    kind = rebound_class(own or type(old))
+    kind = rebound_class(type(old), own if own and is_stock(type(old)) else None)
     layer.dispatch = type(old).__call__.__globals__.get(NAMES[0])
     if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
         old.__dict__["_accel"] = layer
@@ -90,10 +94,19 @@ class Rebound(type):
         return hash(cls._accel_kind)
 
 
-def rebound_class(kind: type) -> type:
-    """A subclass of the processor class, as it is now, whose attention calls come to us. A copy of
-    its objects is bound to the copy of their layer."""
-    call = kind.__call__
+def is_stock(kind: type) -> bool:
+    """Is all that this processor class runs diffusers' code, but for attention itself?"""
+    home, call = str(Path(diffusers.__file__).parent) + os.sep, kind.__call__
+    used = (call.__globals__.get(name) for name in call.__code__.co_names if name not in NAMES)
+    functions = [call, *(x for x in used if isinstance(x, types.FunctionType))]
+    return all(function.__code__.co_filename.startswith(home) for function in functions)
+
+
+def rebound_class(kind: type, own: Callable | None = None) -> type:
+    """A subclass of the processor class, as it is now, whose attention calls come to us; it runs
+    `own` where that is given, and its own code where `own` returns NotImplemented. A copy of its
+    objects is bound to the copy of their layer."""
+    call = own or kind.__call__
     found = _rebound(kind, call)
     _follow(vars(sys.modules[found.__module__]), call.__globals__)
     return found
@@ -116,6 +129,8 @@ def _follow(own: dict[str, Any], theirs: dict[str, Any]) -> None:
 def _rebound(kind: type, call: Callable) -> type:
     """The subclass that runs this code, over a module of its own for the names in it."""
     module = types.ModuleType(f"dit_accel._rebound.{kind.__module__}.{kind.__qualname__}")
+    own = call if call is not kind.__call__ else None
+    plain = rebound_class(kind).__call__ if own else None
     if module.__name__ in sys.modules:  # the class was given other code since
         module.__name__ += f".{id(call)}"
     sys.modules[module.__name__] = module  # Dynamo guards on globals by module name
@@ -130,10 +145,11 @@ def _rebound(kind: type, call: Callable) -> type:
         now.layer = self._accel.number
         if self._accel.gated:
             now.hidden = kwargs["hidden_states"] if len(args) < 2 else args[1]
-        return bound(self, *args, **kwargs)
+        out = bound(self, *args, **kwargs)
+        return plain(self, *args, **kwargs) if out is NotImplemented else out
 
     def __reduce_ex__(self: object, protocol: object) -> tuple[object, ...]:
-        return _blank, (kind,), dict(self.__dict__)
+        return _blank, (kind, own), dict(self.__dict__)
 
     body = {
         "__call__": __call__,
@@ -144,8 +160,8 @@ def _rebound(kind: type, call: Callable) -> type:
     return Rebound(kind.__name__, (kind,), body)
 
 
-def _blank(kind: type) -> object:
-    return object.__new__(rebound_class(kind))
+def _blank(kind: type, own: Callable | None = None) -> object:
+    return object.__new__(rebound_class(kind, own))
 
 
 def _dispatcher(original: Callable) -> Callable:

@@ -1,0 +1,50 @@
+"""Wan's self-attention with the norm and rotary embedding of q and k as one operator.
+
+Stock, these are some thirty passes over the tokens, a twentieth of a sparse step; see
+kernels/norm_rope. What cannot take the operator runs diffusers' own code.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from dit_accel import ops
+
+
+def with_norm_rope(
+    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+):
+    """The processor's `__call__`; NotImplemented where its own is to run."""
+    x, plain = hidden_states, encoder_hidden_states is None and isinstance(rotary_emb, tuple)
+    if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return NotImplemented
+    if not (_is_plain(attn.norm_q, x) and _is_plain(attn.norm_k, x)):
+        return NotImplemented
+    if attn.fused_projections:
+        q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
+    else:
+        q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    weights, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps
+    q, k = ops.norm_rope(q, k, *rotary_emb, attn.heads, *weights, eps)
+    out = dispatch_attention_fn(
+        q,
+        k,
+        v.unflatten(2, (attn.heads, -1)),
+        attn_mask=attention_mask,
+        backend=self._attention_backend,
+        parallel_config=self._parallel_config,
+    )
+    out = out.flatten(2, 3).to(q.dtype)
+    for layer in attn.to_out:
+        out = layer(out)
+    return out
+
+
+def _is_plain(norm: nn.Module, x: Tensor) -> bool:
+    """Is this torch's RMS norm with a weight like x, and nothing hung on it?"""
+    if type(norm) is not nn.RMSNorm or norm.weight is None or norm.eps is None:
+        return False
+    hooked = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
+    return not hooked and (norm.weight.dtype, norm.weight.device) == (x.dtype, x.device)

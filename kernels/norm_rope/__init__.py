@@ -1,0 +1,1 @@
+"""RMS norm of queries and keys over all heads, then their rotary position embedding."""

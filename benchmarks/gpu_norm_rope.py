@@ -109,7 +109,7 @@ def sweep(r: Run, shape: tuple[int, ...]) -> dict[str, Any]:
     x = Inputs(r, *shape)
     expected = stock(x)
     _, heads, d = shape
-    row, width, found = find("norm_rope", 90, d, 16), padded(d), {}
+    row, width, found = find("norm_rope", 90, d, heads), padded(d), {}
     out = [torch.empty(1, shape[0], heads, d, device=r.device, dtype=r.dtype) for _ in range(2)]
     weights = tuple(norm.weight for norm in x.norms)
     asked = ours.arguments(x.q, x.k, *x.turn, *out, weights, 1e-6, row)

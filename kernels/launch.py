@@ -29,6 +29,7 @@ _LANES = "faster than the plain row on an H200: benchmarks/results/h200-gluon-64
 _BACKWARD = "fastest of a sweep on an H200: benchmarks/results/h200-backward.json"
 _BACKWARD_64 = "faster than the plain row on an H200: benchmarks/results/h200-backward-2.json"
 _LEVELS = "fastest of a sweep on an H200: benchmarks/results/h200-select-2.json"
+_ROPE = "fastest of a sweep on an H200: benchmarks/results/h200-norm-rope.json"
 _INT8 = "fastest of a sweep on an H100: benchmarks/results/h100-int8.json"
 _INT8_GLUON = "fastest of a sweep on an H200: benchmarks/results/h200-int8.json"
 
@@ -41,9 +42,10 @@ class Launch:
         op: the kernel.
         capability: compute capability times ten; 90 is Hopper.
         head_dim: the widest head served.
-        block: the widest block of a program served: of queries, for dkdv of keys.
+        block: the widest block of a program served: of queries, for dkdv of keys; of norm_rope the
+            heads of a token.
         tile: keys (for dkdv queries) per step, at most one block of the table; of means the columns
-            of a program.
+            of a program, of norm_rope its channels / 16.
         warps, stages: Triton's num_warps and software pipelining depth.
         descriptors: load keys and values by tensor descriptors (TMA) instead of pointers.
         specialized: the "forward" of Hopper whose warps have roles, where it serves the call.
@@ -171,7 +173,8 @@ LAUNCHES: tuple[Launch, ...] = (
     Launch("int8", 100, 128, 128, 64, warps=8, stages=2, descriptors=True),
     Launch("int8", 120, 128, 64, 32, warps=8, stages=2),
     Launch("int8", 120, 128, 128, 32, warps=8, stages=2),
-    Launch("norm_rope", 80, 128, 16, 128, warps=4, stages=1),
+    Launch("norm_rope", 80, 128, 16, 128, warps=2, stages=1, provenance=_ROPE),
+    Launch("norm_rope", 80, 128, 128, 64, warps=8, stages=1, provenance=_ROPE),
     Launch("int8_mean", 80, 128, 128, 64, warps=4, stages=1),
     Launch("int8_quantize", 80, 128, 128, 64, warps=4, stages=1),
 )

@@ -157,6 +157,18 @@ class unless_given:
         return f"{given[0]} acts between blocks, on all tokens" if given else ""
 
 
+class StandIn(NamedTuple):
+    """A function in place of the `__call__` of diffusers' own processor.
+
+    Args:
+        call: the function; where it returns NotImplemented, the processor's own code runs.
+        names: what the code it was written for names: other code runs itself.
+    """
+
+    call: Callable[..., Any]
+    names: frozenset[str]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One model family.
@@ -168,7 +180,7 @@ class Adapter:
         enter: where tokens come in; reordering gathers there.
         leave: where they go out; reordering scatters there. None: permuted tokens cannot pass
             through the model, each attention call permutes its own.
-        call: a function that stands in for the `__call__` of diffusers' own processor.
+        stand_in: what serves attention in place of diffusers' own processor.
         norm_rope: its processor norms queries and keys over all heads and turns them as Wan's does,
             so that accelerated methods have both as one operator (runtime/norm_rope.py).
         span: what token pruning needs; None refuses it for this model, and no_span says why.
@@ -179,7 +191,7 @@ class Adapter:
     geometry: Callable[[nn.Module, dict[str, Any]], Geometry]
     enter: tuple[Site, ...] = ()
     leave: Site | None = None
-    call: Callable[..., Any] | None = None
+    stand_in: StandIn | None = None
     norm_rope: bool = False
     span: SpanSite | None = None
     no_span: str = "its adapter does not know its per-token arguments"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 
-from dit_accel.pipelines.base import Adapter, Site, SpanSite
+from dit_accel.pipelines.base import Adapter, Site, SpanSite, StandIn
 from dit_accel.pipelines.grids import latents
 
 
@@ -48,13 +48,19 @@ def with_key_padding(
     return video, text if text is None else attn.to_add_out(text)
 
 
+_NAMES = frozenset(
+    "F _attention_backend _parallel_config add_k_proj add_q_proj add_v_proj apply_rotary_emb bool cat "
+    "dispatch_attention_fn dtype embeddings flatten getattr heads norm_added_k norm_added_q norm_k "
+    "norm_q pad repeat shape to to_add_out to_k to_out to_q to_v torch transpose unflatten "
+    "view".split()
+)
 ADAPTER = Adapter(
     classes=("HunyuanVideo15Transformer3DModel",),
     attention=("transformer_blocks.*.attn",),
     geometry=latents("last", same_mask=True),
     enter=(Site("rope", 0), Site("x_embedder", 1)),
     leave=Site("proj_out", 1),
-    call=with_key_padding,
+    stand_in=StandIn(with_key_padding, _NAMES),
     # freqs_cis: cosines and sines [N, D]
     span=SpanSite(
         ("transformer_blocks",),

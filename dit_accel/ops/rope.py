@@ -79,7 +79,7 @@ def _norm_rope(
     k_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    fn = dispatch.select("norm_rope", q, head_dim=q.shape[2] // heads).fn
+    fn = dispatch.select("norm_rope", q, heads=heads).fn
     return fn(q, k, cos, sin, heads, q_weight, k_weight, eps)
 
 

@@ -1,7 +1,7 @@
 """Wan's self-attention with the norm and rotary embedding of q and k as one operator.
 
-Stock, these are some thirty passes over the tokens, a twentieth of a sparse step; see
-kernels/norm_rope. What cannot take the operator runs diffusers' own code.
+Stock, these are some thirty passes over the tokens and a tenth of a sparse step that is not
+compiled: see kernels/norm_rope. What cannot take the operator runs diffusers' own code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from dit_accel import ops
+from dit_accel.pipelines.base import StandIn
 
 
 def with_norm_rope(
@@ -48,3 +49,13 @@ def _is_plain(norm: nn.Module, x: Tensor) -> bool:
         return False
     hooked = "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks
     return not hooked and (norm.weight.dtype, norm.weight.device) == (x.dtype, x.device)
+
+
+NORM_ROPE = StandIn(
+    with_norm_rope,
+    frozenset(
+        "Tensor _attention_backend _get_added_kv_projections _get_qkv_projections _parallel_config "
+        "add_k_proj dispatch_attention_fn empty_like flatten heads norm_added_k norm_k norm_q shape "
+        "to_out torch type_as unbind unflatten".split()
+    ),
+)

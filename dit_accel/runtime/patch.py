@@ -17,7 +17,7 @@ from torch import nn
 from dit_accel.forward.arguments import given
 from dit_accel.parallel import context, ulysses
 from dit_accel.pipelines import registry
-from dit_accel.pipelines.base import Adapter, Geometry, Site, matching
+from dit_accel.pipelines.base import Adapter, Geometry, Site, StandIn, matching
 from dit_accel.pruning import step_cache
 from dit_accel.pruning.lists import give_back, take_over
 from dit_accel.pruning.shared import Part
@@ -25,7 +25,7 @@ from dit_accel.pruning.span import Span
 from dit_accel.runtime import again, rebind, seam, threads
 from dit_accel.runtime.contexts import follow, leave
 from dit_accel.runtime.engine import Engine
-from dit_accel.runtime.norm_rope import with_norm_rope
+from dit_accel.runtime.norm_rope import NORM_ROPE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,9 +132,9 @@ class Patch:
         if self.bound and all(module.processor is old for module, old in self.bound):
             return  # as at the last forward
         self.unserved.clear()
-        readers, own = self._readers(), self.adapter.call
+        readers, own = self._readers(), self.adapter.stand_in
         if self.adapter.norm_rope and self.engine.config.method.name != "dense":
-            own = with_norm_rope
+            own = NORM_ROPE
         for index, module in enumerate(self.modules, self.first):
             self._bind(index, module, seam.Layer, own)
         for module in readers:
@@ -144,7 +144,7 @@ class Patch:
         self.bound = [] if inside else bound  # a module is bound in place: it stays the same object
 
     def _bind(
-        self, index: int, module: nn.Module, kind: type, own: Callable | None = None
+        self, index: int, module: nn.Module, kind: type, own: StandIn | None = None
     ) -> None:
         layer = rebind.layer_of(module.processor)
         if layer is not None and layer.engine is self.engine:

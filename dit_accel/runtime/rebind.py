@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dit_accel.pipelines.base import StandIn
 from dit_accel.runtime import seam
 
 NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
@@ -38,11 +39,10 @@ def layer_of(processor: object) -> seam.Layer | None:
     return getattr(processor, "__dict__", {}).get("_accel")
 
 
-def bind(module: nn.Module, layer: seam.Layer, own: Callable | None = None) -> None:
-    """Let `layer` serve this module's attention. own: a function that stands in for diffusers' own
-    `__call__` of its processor; another's `__call__` runs as it is."""
+def bind(module: nn.Module, layer: seam.Layer, own: StandIn | None = None) -> None:
+    """Let `layer` serve this module's attention, by `own` where that was written for it."""
     old = module.processor
-    kind = rebound_class(type(old), own if own and is_stock(type(old)) else None)
+    kind = rebound_class(type(old), own.call if own and replaces(own, type(old)) else None)
     layer.dispatch = type(old).__call__.__globals__.get(NAMES[0])
     if isinstance(old, nn.Module):  # swap the class so that its parameters stay registered
         old.__dict__["_accel"] = layer
@@ -94,12 +94,16 @@ class Rebound(type):
         return hash(cls._accel_kind)
 
 
-def is_stock(kind: type) -> bool:
-    """Is all that this processor class runs diffusers' code, but for attention itself?"""
+def replaces(own: StandIn, kind: type) -> bool:
+    """Was `own` written for what this processor class runs, all of it diffusers' code but for
+    attention?"""
     home, call = str(Path(diffusers.__file__).parent) + os.sep, kind.__call__
-    used = (call.__globals__.get(name) for name in call.__code__.co_names if name not in NAMES)
+    inner = [x for x in call.__code__.co_consts if isinstance(x, types.CodeType)]
+    names = {name for code in (call.__code__, *inner) for name in code.co_names}
+    used = (call.__globals__.get(name) for name in names - set(NAMES))
     functions = [call, *(x for x in used if isinstance(x, types.FunctionType))]
-    return all(function.__code__.co_filename.startswith(home) for function in functions)
+    theirs = all(function.__code__.co_filename.startswith(home) for function in functions)
+    return theirs and names <= own.names
 
 
 def rebound_class(kind: type, own: Callable | None = None) -> type:

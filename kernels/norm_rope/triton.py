@@ -62,12 +62,12 @@ def _norm_rope_fwd_kernel(
     _normed_and_turned(p_k, k_weight, k_out + o_out, b_cos, b_sin, m_n, eps, H, D, HEADS, P)
 
 
-def supports(q: Tensor, head_dim: int) -> str | None:
+def supports(q: Tensor, heads: int) -> str | None:
     """Why no kernel serves q [B, N, H · D], or None."""
     if old := too_old(q):
         return old
-    if head_dim > 128:
-        return f"it has heads of up to 128 channels, not {head_dim}"
+    if max(heads, q.shape[2] // heads) > 128:
+        return f"it has up to 128 heads of 128 channels, not {heads} of {q.shape[2] // heads}"
     return None
 
 
@@ -87,7 +87,7 @@ def norm_rope(
     shape = (*q.shape[:2], heads, q.shape[2] // heads)
     out = torch.empty(shape, dtype=q.dtype, device=q.device)
     other = torch.empty_like(out)
-    launch = launch or find("norm_rope", capability_of(q), shape[3], 16)
+    launch = launch or find("norm_rope", capability_of(q), shape[3], heads)
     asked = arguments(q, k, cos, sin, out, other, (q_weight, k_weight), eps, launch)
     run(_norm_rope_fwd_kernel, (triton.cdiv(q.shape[1], asked["ROWS"]), q.shape[0]), asked, launch)
     return out, other
@@ -104,16 +104,16 @@ def arguments(
     eps: float,
     launch: Launch,
 ) -> dict[str, object]:
-    """Of the kernel. A step takes launch.tile · 16 channels: as many heads as divide them all into
-    whole steps, and tokens for the rest."""
+    """Of the kernel. A step takes 16 · launch.tile channels: all heads of some tokens, or where
+    they are more, some heads of one."""
     _, n, heads, head_dim = q_out.shape
-    width = padded(head_dim)
-    most = min(max(1, 1024 // width), heads & -heads)
+    width, step = padded(head_dim), 16 * launch.tile
+    some = min(padded(heads), step // width)
     return {
         "q": q, "k": k, "q_weight": weights[0], "k_weight": weights[1], "cos": cos, "sin": sin,
         "q_out": q_out, "k_out": k_out, "s_q": q.stride()[:2], "s_k": k.stride()[:2],
         "s_c": _steps(cos), "s_s": _steps(sin), "n": n, "eps": eps, "H": heads, "D": head_dim,
-        "ROWS": max(1, 16 * launch.tile // (most * width)), "HEADS": most, "P": width,
+        "ROWS": step // (some * width), "HEADS": some, "P": width,
     }  # fmt: skip
 
 

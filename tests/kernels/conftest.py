@@ -6,6 +6,7 @@ with interpreted():
     import dit_accel.kernels.block_sparse_attention.triton_ends
     import dit_accel.kernels.block_table.triton
     import dit_accel.kernels.int8_attention.triton
+    import dit_accel.kernels.norm_rope.triton
     import dit_accel.kernels.pooled_attention.triton
     import dit_accel.kernels.ragged_attention.triton
     import dit_accel.kernels.rectified_attention.triton

@@ -162,11 +162,12 @@ class StandIn(NamedTuple):
 
     Args:
         call: the function; where it returns NotImplemented, the processor's own code runs.
-        names: what the code it was written for names: other code runs itself.
+        names: what the code it was written for names, with spaces between: code that names more
+            runs itself.
     """
 
     call: Callable[..., Any]
-    names: frozenset[str]
+    names: str
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ from dit_accel.pipelines.grids import latents
 
 
 def with_key_padding(
-    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+    self,
+    attn,
+    hidden_states,
+    encoder_hidden_states=None,
+    attention_mask=None,
+    image_rotary_emb=None,
 ):
     """The processor's `__call__` with a key mask; q, k, v as the model makes them."""
 
@@ -48,12 +53,11 @@ def with_key_padding(
     return video, text if text is None else attn.to_add_out(text)
 
 
-_NAMES = frozenset(
-    "F _attention_backend _parallel_config add_k_proj add_q_proj add_v_proj apply_rotary_emb bool cat "
-    "dispatch_attention_fn dtype embeddings flatten getattr heads norm_added_k norm_added_q norm_k "
-    "norm_q pad repeat shape to to_add_out to_k to_out to_q to_v torch transpose unflatten "
-    "view".split()
-)
+_NAMES = """
+    F _attention_backend _parallel_config add_k_proj add_q_proj add_v_proj apply_rotary_emb bool cat
+    dispatch_attention_fn dtype embeddings flatten getattr heads norm_added_k norm_added_q norm_k
+    norm_q pad repeat shape to to_add_out to_k to_out to_q to_v torch transpose unflatten view
+"""
 ADAPTER = Adapter(
     classes=("HunyuanVideo15Transformer3DModel",),
     attention=("transformer_blocks.*.attn",),

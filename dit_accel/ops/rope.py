@@ -60,7 +60,7 @@ def _check(
     rows, channels = (q.shape[1], 1, q.shape[2] // heads), q.shape[2]
     if cos.shape != sin.shape or cos.shape[1:] != rows or cos.shape[0] not in (1, q.shape[0]):
         raise ValueError(
-            f"cos and sin are [1 or B, N, 1, D] = [1 or {q.shape[0]}, {rows[0]}, 1, {rows[2]}], not "
+            f"cos and sin are [1 or {q.shape[0]}, {rows[0]}, 1, {rows[2]}] (1 or B, N, 1, D), not "
             f"{list(cos.shape)} and {list(sin.shape)}"
         )
     for weight in (q_weight, k_weight):

@@ -23,12 +23,15 @@ def with_norm_rope(
         return NotImplemented
     if not (_is_plain(attn.norm_q, x) and _is_plain(attn.norm_k, x)):
         return NotImplemented
+    if attn.norm_q.eps != attn.norm_k.eps:
+        return NotImplemented
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
     else:
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    weights, eps = (attn.norm_q.weight, attn.norm_k.weight), attn.norm_q.eps
-    q, k = ops.norm_rope(q, k, *rotary_emb, attn.heads, *weights, eps)
+    cos, sin = rotary_emb
+    norms = attn.norm_q.weight, attn.norm_k.weight, attn.norm_q.eps
+    q, k = ops.norm_rope(q, k, cos, sin, attn.heads, *norms)
     out = dispatch_attention_fn(
         q,
         k,
@@ -53,9 +56,9 @@ def _is_plain(norm: nn.Module, x: Tensor) -> bool:
 
 NORM_ROPE = StandIn(
     with_norm_rope,
-    frozenset(
-        "Tensor _attention_backend _get_added_kv_projections _get_qkv_projections _parallel_config "
-        "add_k_proj dispatch_attention_fn empty_like flatten heads norm_added_k norm_k norm_q shape "
-        "to_out torch type_as unbind unflatten".split()
-    ),
+    """
+    Tensor _attention_backend _get_added_kv_projections _get_qkv_projections _parallel_config
+    add_k_proj dispatch_attention_fn empty_like flatten heads norm_added_k norm_k norm_q shape
+    to_out torch type_as unbind unflatten
+    """,
 )

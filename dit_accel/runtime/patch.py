@@ -143,9 +143,7 @@ class Patch:
         inside = any(isinstance(processor, nn.Module) for _, processor in bound)
         self.bound = [] if inside else bound  # a module is bound in place: it stays the same object
 
-    def _bind(
-        self, index: int, module: nn.Module, kind: type, own: StandIn | None = None
-    ) -> None:
+    def _bind(self, index: int, module: nn.Module, kind: type, own: StandIn | None = None) -> None:
         layer = rebind.layer_of(module.processor)
         if layer is not None and layer.engine is self.engine:
             return

@@ -97,13 +97,14 @@ class Rebound(type):
 def replaces(own: StandIn, kind: type) -> bool:
     """Was `own` written for what this processor class runs, all of it diffusers' code but for
     attention?"""
-    home, call = str(Path(diffusers.__file__).parent) + os.sep, kind.__call__
+    home = str(Path(diffusers.__file__).parent) + os.sep
+    call: Any = kind.__call__
     inner = [x for x in call.__code__.co_consts if isinstance(x, types.CodeType)]
     names = {name for code in (call.__code__, *inner) for name in code.co_names}
     used = (call.__globals__.get(name) for name in names - set(NAMES))
     functions = [call, *(x for x in used if isinstance(x, types.FunctionType))]
     theirs = all(function.__code__.co_filename.startswith(home) for function in functions)
-    return theirs and names <= own.names
+    return theirs and names <= set(own.names.split())
 
 
 def rebound_class(kind: type, own: Callable | None = None) -> type:
@@ -134,7 +135,7 @@ def _rebound(kind: type, call: Callable) -> type:
     """The subclass that runs this code, over a module of its own for the names in it."""
     module = types.ModuleType(f"dit_accel._rebound.{kind.__module__}.{kind.__qualname__}")
     own = call if call is not kind.__call__ else None
-    plain = rebound_class(kind).__call__ if own else None
+    plain: Any = rebound_class(kind).__call__ if own else None
     if module.__name__ in sys.modules:  # the class was given other code since
         module.__name__ += f".{id(call)}"
     sys.modules[module.__name__] = module  # Dynamo guards on globals by module name

@@ -314,7 +314,7 @@ def long_name(label: str) -> str:
 def first_seed() -> dict[str, dict]:
     """Rows of seed 0, each of the first file that has it; the fourth has another seed, too."""
     found: dict[str, dict] = {}
-    for end in ("", "-2", "-3", "-4", "-6"):
+    for end in ("", "-2", "-3", "-4", "-6", "-7"):
         for row in raw(LONG + end)["rows"]:
             if end != "-4" or row["row"] in ("topk 10%", "pooled 10%"):
                 found.setdefault(row["row"], row)
@@ -386,3 +386,36 @@ def test_the_demo_on_a_gpu():
         assert same(seconds, row["times"]["accelerated"]["denoise"])
         assert same(speedup.removesuffix("×"), row["speedup"]["denoise"])
         assert same(psnr.removesuffix(" dB"), row["quality"]["psnr_mean"])
+
+
+def test_norm_and_rotary_embedding():
+    cases = raw("h200-norm-rope")["as launched"]["cases"]
+    page = tables("docs/results.md")
+    (shown,) = [t for t in page if t[0][-1] == "a copy of q and k"]
+    columns = ("stock", "stock, compiled", "ours", "copy")
+    for line, case in zip(shown[2:], cases, strict=True):
+        for said, name in zip(line[1:], columns, strict=True):
+            time, _, share = said.partition(", ")
+            assert same(time, case["ms"][name])
+            if share:
+                assert same(share.removesuffix(" %"), 100 * case["ms"]["copy"] / case["ms"][name])
+        assert case["error"]["ours"] < 1.001 * case["error"]["stock"]
+    runs = raw("h200-norm-rope-runs")["runs"]
+    (shown,) = [t for t in page if t[0][1:3] == ["without", "with"]]
+    for line in shown[2:]:
+        before, after = (float(cell) for cell in line[1:3])
+        assert round(100 * (after / before - 1)) == -int(line[3].strip("−% "))
+    steps = [{case["case"]: case.get("step_seconds") for case in run["cases"]} for run in runs[5:9]]
+    small, small_without, large, large_without = steps
+    found = [
+        *(x["kinds balanced"]["sparse"] for x in (small_without, small)),
+        *(x["kinds balanced, compiled"]["sparse"] for x in (small_without, small)),
+        *(x["kinds balanced"]["dense"] for x in (small_without, small)),
+        *(x["kinds fast"]["sparse"] for x in (large_without, large)),
+    ]
+    eight = [{r["row"]: r["seconds"] for r in run["rows"] if r["batch"] == 8} for run in runs[3:5]]
+    for row in ("shared:balanced + cache@0.1", "topk 10%"):
+        found += [x[row] for x in reversed(eight)]
+    said = [cell for line in shown[2:] for cell in line[1:3]]
+    for text, value in zip(said, found, strict=True):
+        assert same(text, value)

@@ -10,8 +10,13 @@ from dit_accel.kernels.norm_rope import torch as fast
 from dit_accel.testing import assert_close, references
 
 HALF = torch.float16
-# batch, tokens, heads, channels of a head, batch of the cosines
-SHAPES = [(1, 1, 1, 64, 1), (2, 37, 5, 64, 1), (1, 9, 12, 128, 1), (2, 5, 3, 80, 2), (1, 3, 40, 128, 1)]
+SHAPES = [  # batch, tokens, heads, channels of a head, batch of the cosines
+    (1, 1, 1, 64, 1),
+    (2, 37, 5, 64, 1),
+    (1, 9, 12, 128, 1),
+    (2, 5, 3, 80, 2),
+    (1, 3, 40, 128, 1),
+]
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, normed: bool = True):
@@ -40,8 +45,8 @@ def test_in_torch(shape: tuple[int, ...], dtype: torch.dtype, normed: bool):
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("shape,dtype", [*((s, HALF) for s in SHAPES), (SHAPES[1], torch.float32)])
 def test_in_triton(shape: tuple[int, ...], dtype: torch.dtype, normed: bool, device: str):
-    args = (x.to(device) if isinstance(x, torch.Tensor) else x for x in inputs(shape, dtype, normed))
-    args = tuple(args)
+    given = inputs(shape, dtype, normed)
+    args = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in given)
     check(triton.norm_rope(*args), args)
 
 

@@ -55,6 +55,16 @@ def _judge(prompt: str, *args) -> dict[str, bool]:
 BOXES = {"ball": (10, 60, 50), "cross": (95, 50, 50)}
 
 
+def test_clips_are_judged_side_by_side_and_threads_stay_as_many():
+    blue, threads = Backdrop("plain", "blue"), torch.get_num_threads()
+    prompts = [f"{name} on a blue background" for name in ("ball", "cross", "bar", "ball", "snow")]
+    clips = [_clip(blue, {"ball": BOXES["ball"]})] * len(prompts)
+    found = RECOGNISER.judge(prompts, clips)
+    assert found == [RECOGNISER.judge([p], [c])[0] for p, c in zip(prompts, clips, strict=True)]
+    assert [one.get("emoji") for one in found] == [True, False, False, True, None]
+    assert torch.get_num_threads() == threads and RECOGNISER.judge([], []) == []
+
+
 @pytest.mark.parametrize("pattern", ["plain", "striped", "dotted", "ramp"])
 def test_what_is_asked_for_is_seen(pattern):
     what = Backdrop(pattern, "blue", "white" if pattern == "ramp" else None)

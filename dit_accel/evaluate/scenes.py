@@ -6,7 +6,9 @@ Objects are sought in the middle frame of a clip, and then in its first and last
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +41,12 @@ class SceneRecogniser(Recogniser):
         colour: all colours and the pattern of the backdrop; place: every word about places, where
         there is one; motion: as asked, or none. {} where the prompt asks for no scene.
         """
-        return [self._one(prompt, clip) for prompt, clip in zip(prompts, clips, strict=True)]
+        threads = torch.get_num_threads()
+        # the steps of one clip are too small to be shared: a clip for each thread
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            found = list(pool.map(self._one, prompts, clips))
+        torch.set_num_threads(threads)  # of threads that are still to come
+        return found
 
     def _one(self, prompt: str, clip: Tensor) -> dict[str, bool]:
         vocabulary = Vocabulary(tuple(self.references.names), tuple(self.references.colours))

@@ -14,7 +14,7 @@ from torch import nn
 from zoo import Pipe, forward, zoo
 
 import dit_accel
-from dit_accel import TopK
+from dit_accel import TokenPruning, TopK
 from dit_accel.ops import dispatch
 from dit_accel.pipelines import registry
 
@@ -216,3 +216,9 @@ def test_hunyuan_video_15_keeps_a_processor_of_the_users():
     with torch.no_grad(), dit_accel.accelerated(Pipe(model), TopK(**ALL), **NOW):
         forward(model, case.arguments())
     assert seen
+
+
+def test_pruned_tokens_are_served():
+    pipe = tiny_wan(layers=4)
+    half = TokenPruning(keep=0.5, start=1, end=0, first=1, last=None)
+    assert made(pipe, prune=half)[1] == 4 * STEPS * PASSES

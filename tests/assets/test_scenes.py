@@ -1,8 +1,8 @@
 """Scenes: what is drawn, where it stands, and a toy training from begin to export."""
 
 import json
-import re
 import random
+import re
 from pathlib import Path
 
 import pytest

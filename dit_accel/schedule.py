@@ -29,7 +29,8 @@ def check_share(name: str, value: float | int) -> None:
 
 def count_steps(value: float | int, steps: int) -> int:
     """How many of `steps` a share or a number stands for; a share is rounded up."""
-    return ceil(value * steps) if isinstance(value, float) else value
+    # 0.14 * 50 is 7.000000000000001 in floating point, and means 7 steps
+    return ceil(value * steps - 1e-6) if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,11 @@ class Plan:
         s = self.schedule
         keep = {i % self.layers: k for i, k in s.layer_keep}
         keep |= {i % self.layers: min(k) for i, k in s.head_keep}
+        less = min((1.0, *(k / self.keep for _, k in s.step_keep)))  # at some step
         dense = self._layers(s.dense_layers)
         most = 2 if self.always else 1
         return tuple(
-            i for i in range(self.layers) if keep.get(i, self.keep) < most and i not in dense
+            i for i in range(self.layers) if less * keep.get(i, self.keep) < most and i not in dense
         )
 
     def _layers(self, indices: tuple[int, ...]) -> set[int]:

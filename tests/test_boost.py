@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from safetensors.torch import save_file
 from tiny import saved_lora, saved_tiny_wan, tiny_flux, tiny_wan
 
 from dit_accel import Pooled, Schedule, TokenPruning, at_speed, batch
@@ -130,6 +131,61 @@ def test_the_lora_is_the_accelerated_runs_alone(tmp_path):
     torch.testing.assert_close(latents(pipe), adapted)
     stack.close()
     assert torch.equal(latents(pipe), expected)
+
+
+def _pairs(prefix: str, channels: int = 128, wrong: int = 0) -> dict[str, torch.Tensor]:
+    names = [f"{prefix}blocks.{i}.attn1.to_q" for i in (0, 1)]
+    down = {f"{name}.lora_A.weight": torch.randn(4, channels + wrong) for name in names}
+    return down | {f"{name}.lora_B.weight": torch.randn(channels, 4) for name in names}
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "text_encoder.", "wrong shape"])
+def test_a_lora_that_adapts_nothing_or_does_not_fit_is_refused_and_leaves_nothing(prefix, tmp_path):
+    pipe, file = tiny_wan(), tmp_path / "lora.safetensors"
+    wrong = prefix == "wrong shape"
+    save_file(_pairs("transformer." if wrong else prefix, wrong=wrong), file)
+    names, expected = list(pipe.transformer.state_dict()), latents(pipe)
+    said = "size mismatch" if wrong else "adapts nothing|does not suit"
+    for use in (Boost(lora=str(file)).check, Boost(lora=str(file)).switch_on):
+        with pytest.raises(ValueError, match=said):
+            use(pipe)
+        assert list(pipe.transformer.state_dict()) == names
+        assert not getattr(pipe.transformer, "peft_config", None)
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_a_lora_that_ctrl_c_interrupts_is_not_left_on(tmp_path, monkeypatch):
+    pipe, folder = tiny_wan(), saved_lora(tmp_path / "lora")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    names = list(pipe.transformer.state_dict())
+    with monkeypatch.context() as patched:
+        patched.setattr("peft.set_peft_model_state_dict", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Boost(lora=str(folder)).switch_on(pipe)
+    assert list(pipe.transformer.state_dict()) == names
+    Boost(lora=str(folder)).switch_on(pipe).close()
+
+
+def test_adapters_that_the_user_loads_since_stay(tmp_path):
+    pipe, mine = tiny_wan(), tmp_path / "mine.safetensors"
+    save_file(_pairs("transformer."), mine)
+    pipe.load_lora_weights(str(mine))
+    alone = latents(pipe)
+    pipe.unload_lora_weights()
+    stack = Boost(lora=str(saved_lora(tmp_path / "lora"))).switch_on(pipe)
+    pipe.load_lora_weights(str(mine), adapter_name="mine")
+    stack.close()
+    assert list(pipe.transformer.peft_config) == ["mine"]
+    torch.testing.assert_close(latents(pipe), alone)
+
+
+def test_a_lora_for_one_of_two_transformers_is_refused(tmp_path):
+    pipe = tiny_wan(transformer_2=True, boundary_ratio=0.5)
+    with pytest.raises(ValueError, match="two transformers"):
+        Boost(lora=str(saved_lora(tmp_path / "lora"))).check(pipe)
 
 
 def test_bad_values(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from typed import NASTY, Reader, shown_as_text
 import dit_accel
 from dit_accel.config import AccelConfig
 from dit_accel.generation import compare, comparison, loading
+from dit_accel.generation.boost import Boost
 from dit_accel.generation.loading import Defaults, load_pipeline
+from dit_accel.generation.recipe import _shortest
 from dit_accel.generation.request import Request, arguments, granularity, unknown_words
 from dit_accel.generation.run import generate
-from dit_accel.media import video
+from dit_accel.media import metadata, video
 from dit_accel.pages import charts, figures
 from dit_accel.pages import comparison as html
+from dit_accel.samplers import install
 
 ROOT = Path(__file__).parents[1]
 GENERATION = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 3, "fps": 8}
@@ -154,6 +158,30 @@ def test_the_recipe_makes_the_accelerated_clip(loaded, done):
         assert np.array_equal(made, generate(pipe, defaults, REQUEST).frames)
     assert "dit_accel.TopK(keep=0.5)" in done.data["python"]
     assert "schedule=dit_accel.Schedule(warmup=1)" in done.data["python"]
+
+
+def test_the_recipe_of_a_branch_is_python_that_runs():
+    config = AccelConfig(dit_accel.SLA(0.2, branch="decay"))
+    text = _shortest(config)
+    assert eval(text, {"dit_accel": dit_accel}) == config.method and "decay" in text
+
+
+def test_the_dense_clip_says_nothing_of_what_the_other_ran_with(loaded, tmp_path):
+    boost = Boost(step_cache=5.0)
+    files = compare(*loaded, REQUEST, SPARSE, tmp_path, boost=boost).files
+    said = {name: metadata.read(files[name])["boost"] for name in ("dense", "accelerated")}
+    assert said["dense"] is None and said["accelerated"]["step_cache"] == 5.0
+
+
+def test_a_pipeline_of_a_sampler_with_so_many_steps_and_no_others(loaded, tmp_path):
+    """As FastWan's checkpoint leaves it: the warm-up is no run of one step."""
+    pipe, defaults = loaded
+    undo = install(pipe, "dmd:1000,757,522")
+    try:
+        done = compare(pipe, defaults, replace(REQUEST, steps=3), SPARSE, tmp_path)
+    finally:
+        undo()
+    assert len(done.data["times"]["dense"]["steps"]) == 3
 
 
 def test_the_recipe_of_the_embedded_model_names_no_folder(loaded, folder, tmp_path, monkeypatch):

@@ -234,6 +234,9 @@ def test_stratified_rotates_over_all_blocks():
         ({"restore": "paste"}, "restore is one of"),
         ({"context": "all"}, "context is one of"),
         ({"threshold": 0.1, "criterion": "lru"}, "threshold is a relative change"),
+        ({"criterion": "drift", "first": 0}, "first=0 leaves it none"),
+        ({"criterion": "ttv*drift", "first": 0}, "first=0 leaves it none"),
+        ({"criterion": "text", "first": 0}, "first=0 leaves it none"),
     ],
 )
 def test_bad_values(options, words):

@@ -1,7 +1,7 @@
 import pytest
 
 from dit_accel import Schedule
-from dit_accel.schedule import Plan
+from dit_accel.schedule import Plan, count_steps
 
 
 def plan(layers=4, keep=0.25, **options):
@@ -27,10 +27,22 @@ def test_dense_steps(options, steps, expected):
     assert Schedule(**options, dense_layers=(0,)).dense_steps(steps) == expected.count("d")
 
 
+@pytest.mark.parametrize("share,steps,count", [(0.14, 50, 7), (0.28, 25, 7), (0.07, 100, 7)])
+def test_a_share_is_not_rounded_up_for_what_floating_point_adds(share, steps, count):
+    assert share * steps > count and count_steps(share, steps) == count
+
+
 def test_dense_layers_count_from_both_ends():
     p = plan(warmup=0, dense_layers=(0, -1))
     assert [p.action(0, 4, i).keep is None for i in range(4)] == [True, False, False, True]
     assert p.action(0, 4, 0).reason == "dense layer"
+
+
+def test_layers_that_keep_less_at_some_step_have_a_state():
+    whole = Plan(Schedule(warmup=0, dense_layers=(0,)), 1.0, 3)
+    assert whole.sparse_layers() == ()
+    falling = Plan(Schedule(warmup=0, dense_layers=(0,), step_keep=((0, 1.0), (2, 0.1))), 1.0, 3)
+    assert falling.sparse_layers() == (1, 2)
 
 
 def test_layer_keep_replaces_the_methods():

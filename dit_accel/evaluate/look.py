@@ -91,7 +91,7 @@ class Look:
         method = row.config.method
         if row.name not in self.plans:
             self.plans[row.name] = Plan(
-                row.config.schedule, method.keep, len(call.layers), method.always
+                row.config.schedule, method.keep, len(call.layers), method.runs_at_one
             )
         action = self.plans[row.name].action(call.step, call.steps, call.layer)
         if action.keep is None:

@@ -3,6 +3,7 @@ step cache, a LoRA."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _HELD = "_dit_accel_boosts"  # where a pipeline keeps what was switched on
+_ADAPTER = "dit_accel"  # the LoRA's name in peft
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,13 @@ class Boost:
             raise ValueError("a LoRA cannot join weights in eight bits: fuse it, pipe.fuse_lora()")
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """ValueError where the pipeline cannot have the step cache, take the LoRA or be
-        quantised."""
-        if self.lora is not None:
-            _check_lora(pipe, Path(self.lora))
+        """ValueError where the pipeline cannot have the step cache, take the LoRA, which is tried,
+        or be quantised."""
+        with self.adapted(pipe):
+            pass
+        self._check_rest(pipe)
+
+    def _check_rest(self, pipe: DiffusionPipeline) -> None:
         if self.graphs:
             with graphed(pipe):
                 pass
@@ -79,7 +84,7 @@ class Boost:
         """All of it, until the returned stack is closed, or as long as the pipeline lives.
 
         ValueError as `check`."""
-        self.check(pipe)
+        self._check_rest(pipe)
         with ExitStack() as stack:
             stack.enter_context(self.adapted(pipe))
             stack.enter_context(self.quantized(pipe))
@@ -118,21 +123,17 @@ class Boost:
 
     @contextmanager
     def adapted(self, pipe: DiffusionPipeline) -> Iterator[None]:
-        """The LoRA, if there is one, for the length of a block."""
+        """The LoRA, if there is one, for the length of a block. ValueError for one that does not
+        suit; adapters that are loaded inside stay."""
         if self.lora is None:
             yield
             return
+        _check_lora(pipe, Path(self.lora))
         try:
-            pipe.load_lora_weights(self.lora)
-        except Exception as error:  # peft, diffusers and PyTorch each have their own
-            if is_out_of_memory(error):
-                raise
-            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the LoRA {self.lora} does not suit this model: {why}") from error
-        try:
+            _load_lora(pipe, self.lora)
             yield
         finally:
-            pipe.unload_lora_weights()
+            _unload_lora(pipe)
 
     @contextmanager
     def cached(self, pipe: DiffusionPipeline) -> Iterator[None]:
@@ -182,6 +183,43 @@ def _check_lora(pipe: DiffusionPipeline, path: Path) -> None:
             pass
     if any(getattr(t, "peft_config", None) for t in transformers_of(pipe)):
         raise ValueError("the pipeline has a LoRA already: fuse or unload it first")
+    if len(transformers_of(pipe)) > 1:
+        raise ValueError(
+            f"{type(pipe).__name__} has two transformers, and a LoRA is for one: load it by "
+            "pipe.load_lora_weights, with load_into_transformer_2=True for the second"
+        )
+
+
+def _load_lora(pipe: DiffusionPipeline, path: str) -> None:
+    """ValueError where it does not suit the model, or adapts nothing of it."""
+    try:
+        pipe.load_lora_weights(path, adapter_name=_ADAPTER)
+    except Exception as error:  # peft, diffusers and PyTorch each have their own
+        if is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        why = " ".join(line.strip() for line in lines[:2])
+        raise ValueError(f"the LoRA {path} does not suit this model: {why}") from error
+    if not any(_ADAPTER in _adapters(part) for part in pipe.components.values()):
+        raise ValueError(
+            f"the LoRA {path} adapts nothing of {type(pipe).__name__}: the names of its tensors "
+            "are another model's or do not begin with 'transformer.'"
+        )
+
+
+def _unload_lora(pipe: DiffusionPipeline) -> None:
+    """Ours; others that the user has loaded since stay."""
+    if sys.is_finalizing():
+        return  # nothing runs any more, and no module can be imported
+    found = {name for part in pipe.components.values() for name in _adapters(part)}
+    if found - {_ADAPTER}:
+        pipe.delete_adapters(_ADAPTER)
+    else:
+        pipe.unload_lora_weights()
+
+
+def _adapters(part: object) -> dict[str, object]:
+    return getattr(part, "peft_config", None) or {}
 
 
 @contextmanager

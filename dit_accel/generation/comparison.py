@@ -97,9 +97,11 @@ def compare(
         "cells": cells,
         "machine": describe(placement(pipe)["device"]),
     }
-    told: dict[str, Any] = {"boost": boost, "sampler": request.sampler, "command": command}
+    told: dict[str, Any] = {"sampler": request.sampler, "command": command}
     told |= {"trained": trained, "model": model, "fps": defaults.fps}
-    about = [facts_of(pipe, values, request.seed, x, **told) for x in (None, config)]
+    both = Boost(compile=boost.compile, graphs=boost.graphs)
+    sides = ((None, both), (config, boost))
+    about = [facts_of(pipe, values, request.seed, x, boost=b, **told) for x, b in sides]
     clips = _clips(dense, fast, about if metadata else [None, None])
     return Comparison(data, _write_or_rescue(folder, data, clips))
 

@@ -14,6 +14,7 @@ from dit_accel.generation.boost import STOCK, Boost
 from dit_accel.generation.loading import EMBEDDED, EMBEDDED_NAME
 from dit_accel.generation.trained import Trained
 from dit_accel.methods import Method
+from dit_accel.methods.branches.base import Branch
 from dit_accel.methods.reuse import Reuse
 from dit_accel.methods.selectors import Selector
 from dit_accel.methods.sorts import Sort
@@ -107,7 +108,7 @@ def _shortest(config: AccelConfig) -> str:
 
 def _spelled(value: object) -> str:
     """A dataclass as Python text, without the fields that have their default value."""
-    if isinstance(value, Selector | Reuse | Sort):
+    if isinstance(value, Selector | Reuse | Sort | Branch):
         return _literal(str(value))
     if not is_dataclass(value):
         return _literal(value)

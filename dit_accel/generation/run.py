@@ -84,8 +84,12 @@ def generate(
 
 
 def warm_up(pipe: DiffusionPipeline, defaults: Defaults, request: Request, steps: int = 1) -> None:
-    """A few denoising steps, thrown away: the first call of a process pays for set-up."""
-    values = {**arguments(pipe, defaults, request), "num_inference_steps": steps}
+    """A few denoising steps, thrown away: the first call of a process pays for set-up. A sampler
+    that has so many steps and no others makes them all."""
+    values = arguments(pipe, defaults, request)
+    sampler = getattr(getattr(pipe, "scheduler", None), "sampler", None)
+    if getattr(sampler, "kind", "") != "dmd":
+        values["num_inference_steps"] = steps
     call_pipeline(pipe, **values, output_type="latent")
 
 

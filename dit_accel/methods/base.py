@@ -160,6 +160,11 @@ class Method(Traits):
         return selectors.find(self.select) if isinstance(self.select, str) else self.select
 
     @property
+    def runs_at_one(self) -> bool:
+        """Does it run at keep = 1, too? A selector that `keep` is not for reads less anyway."""
+        return self.always or (self.chooses and not self.selector.counted)
+
+    @property
     def sharing(self) -> Reuse:
         """Which calls share a table, as an object."""
         return Reuse.read(self.reuse) if isinstance(self.reuse, str) else self.reuse

@@ -40,13 +40,24 @@ class Learned(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        learned = {} if self.weights is None else self._load(self.weights)
-        object.__setattr__(self, "_tensors", learned)
+        loaded = self if self.weights is None else self._load(self.weights)
+        for name in ("_tensors", "_second"):
+            object.__setattr__(self, name, vars(loaded).get(name, {}))
 
     @property
     def _learned(self) -> dict[Place, dict[str, Tensor]]:
         """Place → part → tensor; no field, for it is no part of a configuration."""
         return self.__dict__["_tensors"]
+
+    @property
+    def _apart(self) -> bool:
+        """Has a second transformer tensors of its own, be they idle?"""
+        return bool(self.__dict__["_second"])
+
+    @property
+    def runs_at_one(self) -> bool:
+        """What was learned adds to dense attention, too."""
+        return super().runs_at_one or bool(self._learned)
 
     @property
     def parts(self) -> dict[str, str]:
@@ -88,12 +99,18 @@ class Learned(Method):
                 del learned[place]
         new = copy.copy(self)
         object.__setattr__(new, "_tensors", learned)
+        # layers that train idle are left out, yet the second transformer has its own
+        object.__setattr__(new, "_second", any(name.startswith(SECOND) for name in tensors))
         return new
 
     def replaced(self, **changes: Any) -> Self:
         """As Method's; what was learned stays, unless other weights are named."""
         new = super().replaced(**changes)
-        return new if "weights" in changes else new.with_weights(self.tensors())
+        if "weights" in changes:
+            return new
+        new = new.with_weights(self.tensors())
+        object.__setattr__(new, "_second", self._apart)
+        return new
 
     def tensors(self) -> dict[str, Tensor]:
         """The learned tensors by the names that `with_weights` takes."""
@@ -129,7 +146,7 @@ class Learned(Method):
 
     def at(self, place: Place, device: torch.device) -> dict[str, Tensor] | None:
         """The tensors of a place on a device, or None."""
-        place = place if place in self._learned else (0, place[1])
+        place = place if place in self._learned or self._apart else (0, place[1])
         parts = self._learned.get(place)
         if parts is not None and any(x.device != device for x in parts.values()):
             parts = self._learned[place] = {name: x.to(device) for name, x in parts.items()}
@@ -148,7 +165,7 @@ class Learned(Method):
             raise ValueError(f"{type(self).__name__} with {form} takes {names}, not {name!r}")
         return (int(name.startswith(SECOND)), int(number)), part
 
-    def _load(self, path: str) -> dict[Place, dict[str, Tensor]]:
+    def _load(self, path: str) -> Self:
         kind = type(self).__name__
         with open_tensors(path) as file:
             text = (file.metadata() or {}).get(f"dit_accel.{self.name}", "null")
@@ -162,4 +179,4 @@ class Learned(Method):
         if wrong:
             asked = ", ".join(f"{name}={form.get(name)!r}" for name in wrong)
             raise ValueError(f"{self.weights} was trained with {asked}: give {kind} the same")
-        return self.with_weights(tensors)._learned
+        return self.with_weights(tensors)

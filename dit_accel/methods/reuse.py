@@ -57,7 +57,7 @@ class Reuse:
 
     def __str__(self) -> str:
         words = [str(self.steps)] if self.steps > 1 else []
-        words += [f"drift{self.drift:g}"] if self.drift else []
+        words += [f"drift{self.drift!r}"] if self.drift else []
         words += ["passes"] * self.passes
         words += ["layers:" + ",".join(map(str, self.leaders))] if self.leaders else []
         return "+".join(words) or "none"
@@ -71,7 +71,8 @@ class Reuse:
         """The inverse of str: "none", "4", "passes", "4+passes", "8+drift0.9" or "layers:0,4,8";
         ValueError for another text."""
         form = (
-            r"(?P<steps>\d+)|drift(?P<drift>[\d.]+)|(?P<passes>passes)|layers:(?P<leaders>[\d, ]+)"
+            r"(?P<steps>\d+)|drift(?P<drift>[\d.]+(?:e-\d+)?)|(?P<passes>passes)"
+            r"|layers:(?P<leaders>[\d, ]+)"
         )
         found: dict[str, Any] = {}
         for part in [] if text.strip() == "none" else text.split("+"):

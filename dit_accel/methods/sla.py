@@ -94,6 +94,10 @@ class SLA(Learned):
         branches.check(self.beside, self.linear, self.sorting)
 
     @property
+    def runs_at_one(self) -> bool:
+        return super().runs_at_one or bool(self.linear_layers)
+
+    @property
     def beside(self) -> Branch:
         """The branch, as an object."""
         return branches.find(self.branch) if isinstance(self.branch, str) else self.branch

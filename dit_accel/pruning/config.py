@@ -82,6 +82,12 @@ class TokenPruning:
             if getattr(self, name) not in values:
                 choice = ", ".join(values)
                 raise ValueError(f"{name} is one of {choice}, not {getattr(self, name)!r}")
+        looks = [word for word in ("drift", "ttv", "text") if word in self.criterion]
+        if looks and self.first == 0:
+            raise ValueError(
+                f"criterion {self.criterion!r} looks at what the blocks before `first` do, and "
+                "first=0 leaves it none: first is ≥ 1"
+            )
         if self.threshold is not None and (self.threshold < 0 or self.criterion != "drift"):
             raise ValueError(
                 "threshold is a relative change ≥ 0 with criterion='drift', not "

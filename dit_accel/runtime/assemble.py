@@ -36,7 +36,7 @@ def assemble(pipe: Pipe, config: AccelConfig, models: dict[str, nn.Module]) -> A
     for modules in found.values():
         config.method.check(head_dim(next(iter(modules.values()))), len(modules))
     plans = [
-        Plan(config.schedule, config.method.keep, len(modules), config.method.always)
+        Plan(config.schedule, config.method.keep, len(modules), config.method.runs_at_one)
         for modules in found.values()
     ]
     engine = Engine(config, plans, Clock(pipe), Books(config.strict))

@@ -243,7 +243,8 @@ def test_a_pipeline_shares_tables_between_layers():
 
 
 def test_texts_of_drift_and_layers():
-    for text in ("8+drift0.9", "layers:0,4", "4+drift0.95+passes+layers:1,2"):
+    drifts = ("8+drift0.9999999", "8+drift1e-05")
+    for text in ("8+drift0.9", "layers:0,4", "4+drift0.95+passes+layers:1,2", *drifts):
         assert str(Reuse.read(text)) == text
         config = dit_accel.AccelConfig(Pooled(0.1, reuse=text))
         assert dit_accel.AccelConfig.from_dict(config.to_dict()) == config

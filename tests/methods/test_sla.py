@@ -163,3 +163,16 @@ def test_a_second_transformer_may_have_weights_of_its_own(tmp_path):
         expected = alone(q, k, v, Call(keep=0.4))
         assert torch.equal(method(q, k, v, Call(keep=0.4, part=part)), expected)
         assert torch.equal(alone(q, k, v, Call(keep=0.4, part=1)), expected)
+
+
+def test_a_second_transformer_with_an_idle_layer_does_not_run_the_firsts():
+    q, k, v = qkv()
+    names = learned()
+    weight = next(name for name in names if name.endswith("weight"))
+    second = {f"transformer_2.{name}": torch.zeros_like(x) for name, x in names.items()}
+    method = SLA(keep=0.4).with_weights(names | second)
+    plain = SLA(keep=0.4)(q, k, v, Call(keep=0.4))
+    for same in (method, method.replaced(keep=0.4)):
+        assert torch.equal(same(q, k, v, Call(keep=0.4, part=1)), plain)
+        assert not torch.equal(same(q, k, v, Call(keep=0.4, part=0)), plain)
+    assert weight.startswith("layers.0.")

@@ -9,6 +9,7 @@ import dit_accel
 from dit_accel.cli.options import words
 from dit_accel.forward.order import token_order
 from dit_accel.methods import Call, find, selectors
+from dit_accel.methods.sla import SLA
 from dit_accel.methods.topk import TopK
 
 GRID = (3, 10, 9)  # 270 tokens, five blocks of 64
@@ -202,3 +203,11 @@ def test_texts_are_read_again():
     assert dit_accel.AccelConfig.from_dict(config.to_dict()) == config
     rows = "topk/window(t=1,h=3,w=3)@0.1, pooled,sub(8)"
     assert words(rows) == ["topk/window(t=1,h=3,w=3)@0.1", "pooled", "sub(8)"]
+
+
+def test_keep_of_one_leaves_a_window_as_it_is():
+    """`keep` says nothing of it; methods that choose as many blocks as it says are dense."""
+    assert TopK(1.0, select="window(t=1)").runs_at_one and not TopK(1.0).runs_at_one
+    assert SLA(1.0, linear_layers=(0,)).runs_at_one and not SLA(1.0).runs_at_one
+    learned = SLA(1.0).with_weights({"layers.0.weight": torch.eye(64)})
+    assert learned.runs_at_one

@@ -17,7 +17,7 @@ from dit_accel.pipelines import registry
 
 ZOO = zoo()
 PRUNE = TokenPruning(
-    keep=0.5, start=1, end=0, first=0, last=None, criterion="ttv*drift", context="pooled"
+    keep=0.5, start=1, end=0, first=1, last=None, criterion="ttv*drift", context="pooled"
 )
 
 

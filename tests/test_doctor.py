@@ -202,6 +202,23 @@ def test_bytes_are_those_of_a_run(loaded):
     assert sample.from_pipeline(pipe, defaults, replace(request, guidance=1.0)).passes == 1
 
 
+def test_each_of_two_experts_has_a_state():
+    bytes_of = {}
+    for experts in (1, 2):
+        two = {"transformer_2": True, "boundary_ratio": 0.5} if experts == 2 else {}
+        pipe = tiny_wan(**two)
+        known = Defaults(64, 64, 9, 6, 3.0, max_sequence_length=16)
+        sampled = sample.from_pipeline(pipe, known, REQUEST)
+        bytes_of[experts] = doctor.examine(sampled, steps=6).state_bytes
+        now = {"schedule": dit_accel.Schedule(warmup=0), "min_tokens": 0}
+        with dit_accel.accelerated(pipe, "shared", **now) as handle:
+            generate(pipe, known, replace(REQUEST, steps=6))
+            kept = handle.report().state_bytes
+        assert bytes_of[experts]["shared, residual='full'"] == kept
+    kept = {name: size for name, size in bytes_of[1].items() if "residual" in name}
+    assert kept and all(bytes_of[2][name] == 2 * size for name, size in kept.items())
+
+
 def test_a_large_clip_is_timed_small_on_a_processor(loaded, monkeypatch):
     monkeypatch.setitem(sample.MOST, "cpu", 50)
     who = sample.from_pipeline(*loaded, replace(REQUEST, height=128, width=128, frames=9))

@@ -161,7 +161,8 @@ def _into(
     trained = Trained(tuple(files), loaded.family, loaded.sampler, loaded.config)
     as_trained = loaded.config or AccelConfig(Dense(), Schedule(warmup=0))
     config = how.config(as_trained)
-    for name, asked in (("method", how.method), ("keep", how.keep), ("sampler", request.sampler)):
+    given = {"method": how.method, "speed": how.speed, "keep": how.keep}
+    for name, asked in (given | {"sampler": request.sampler}).items():
         if asked is not None:
             progress.console.print(f"note: --{name} {asked} in place of what was trained")
     return defaults.taking(loaded.arguments), config, trained

@@ -14,6 +14,7 @@ from dit_accel.methods import Method, infos
 from dit_accel.methods.stateful import Remembering
 from dit_accel.pipelines import registry
 from dit_accel.pipelines.base import Geometry
+from dit_accel.pipelines.denoisers import transformers_of
 from dit_accel.pruning import step_cache
 from dit_accel.schedule import FEW_STEPS, Schedule
 
@@ -135,7 +136,8 @@ def diagnose(
     tokens = round(geometry.n_visual * sample.scale)
     count = sum(layer.count for layer in layers)
     crossover = CROSSOVER.get(sample.device.type)
-    state = {} if q is None else state_bytes((*q[:2], tokens, q[3]), dtype, count, sample.passes)
+    every = count * len(transformers_of(sample.pipe))  # each of two experts has its own
+    state = {} if q is None else state_bytes((*q[:2], tokens, q[3]), dtype, every, sample.passes)
     found = Diagnosis(
         model=type(sample.transformer).__name__,
         device=_device_name(sample.device),

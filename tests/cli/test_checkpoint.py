@@ -96,6 +96,7 @@ def test_the_lines_that_show_prints_make_the_clip_again(here, base, turbo):
     [
         (["--method", "topk:fast"], "note: --method topk:fast in place"),
         (["--keep", "0.6"], "note: --keep 0.6 in place"),
+        (["--speed", "fast"], "note: --speed fast in place"),
         (["--sampler", "flow:5"], "note: --sampler flow:5 in place"),
     ],
 )
@@ -106,6 +107,8 @@ def test_what_is_asked_for_wins_and_is_told(here, base, turbo, capsys, words, sa
     method, name = facts["config"]["method"], words[0]
     if name == "--method":
         assert method["name"] == "topk"
+    if name == "--speed":
+        assert method["name"] == "shared"
     if name == "--keep":
         assert (method["name"], method["keep"]) == ("sla", 0.6)
     if name == "--sampler":

@@ -266,9 +266,10 @@ def test_a_row_may_name_a_selector():
 def test_another_setting_is_not_mixed_in(tmp_path):
     out = tmp_path / "rows.json"
     record = {"machine": describe(), "setting": tiny()._setting(), "rows": []}
-    out.write_text(json.dumps(record | {"setting": record["setting"] | {"steps": 20}}))
-    with pytest.raises(ValueError, match="another machine, version or setting"):
-        tiny(out=out)
+    for name, value in (("steps", 20), ("compiler", "aot_eager"), ("min_tokens", 9)):
+        out.write_text(json.dumps(record | {"setting": record["setting"] | {name: value}}))
+        with pytest.raises(ValueError, match="another machine, version or setting"):
+            tiny(out=out)
     with pytest.raises(ValueError, match="add --tiny"):
         end_to_end.Benchmark(CPU)
 

@@ -72,6 +72,9 @@ def test_hopper_tries_pairs_of_small_key_blocks_too():
     ("words", "says"),
     [
         (["--dtype", "float16"], "leave --dtype out"),
+        (["--backward"], "leave --backward out"),
+        (["--clock", "cpu"], "leave --clock out"),
+        (["--rounds", "3"], "leave --rounds out"),
         (["--keep", "0.1", "--keep", "0.2"], "leave --keep out but once"),
     ],
 )

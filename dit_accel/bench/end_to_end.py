@@ -221,15 +221,17 @@ class Benchmark:
             "rounds": self.rounds,
             "steps": self.steps,
             "tiny": self.tiny,
+            "compiler": self.compiler,
+            "min_tokens": self.min_tokens,
         }
 
     def _read(self, path: Path) -> None:
         record = read_object(path, "record")
         same = {name: self.machine.get(name) for name in ("gpu", "torch", "triton")}
         other = {name: record.get("machine", {}).get(name) for name in same}
-        if other != same or record.get("setting", {}) | {"rounds": 0} != self._setting() | {
-            "rounds": 0
-        }:
+        before = {"compiler": "inductor", "min_tokens": None}  # of files that do not say it yet
+        setting = before | record.get("setting", {}) | {"rounds": 0}
+        if other != same or setting != self._setting() | {"rounds": 0}:
             raise ValueError(
                 f"{path} holds rows of another machine, version or setting, which cannot be "
                 "compared with new ones: give another --out"

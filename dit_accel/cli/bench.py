@@ -121,7 +121,7 @@ def bench(
         elif by_axes:
             good = _axes(operators, axes, device, rounds or 5, out)
         elif operators.sweep:
-            good = _sweep(operators, device, out)
+            good = _sweep(operators, device, rounds, out)
         else:
             good = _operators(operators, device, rounds or 5, out)
     if not good:
@@ -151,6 +151,7 @@ def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Pat
     if clock == "cpu":
         torch.set_num_threads(1)
     if asked.crossover:
+        _unused(asked, "--crossover times block-sparse attention at lengths and keeps of its own")
         found = crossover(device, rounds=rounds, clock=clock)
         for row in found:
             ratios = ", ".join(f"{n}: {ratio}" for n, ratio in row["ratios"].items())
@@ -172,6 +173,14 @@ def _operators(asked: OperatorOptions, device: str | None, rounds: int, out: Pat
         echo=print,
     )
     return all(row["check"] == "passed" for row in rows)
+
+
+def _unused(asked: OperatorOptions, why: str) -> None:
+    """ValueError where what is timed was asked for in vain."""
+    names = ("op", "shape", "keep", "dtype", "block", "backward")
+    given = next((name for name in names if getattr(asked, name)), None)
+    if given:
+        raise ValueError(f"{why}: leave --{given} out")
 
 
 def _axes(
@@ -204,10 +213,13 @@ def _axes(
     return all(row["check"] == "passed" for row in rows)
 
 
-def _sweep(asked: OperatorOptions, device: str | None, out: Path | None) -> bool:
+def _sweep(
+    asked: OperatorOptions, device: str | None, rounds: int | None, out: Path | None
+) -> bool:
     from dit_accel.bench import sweep
 
     fixed = {"op": asked.op, "device": device, "dtype": asked.dtype, "block": asked.block}
+    fixed |= {"backward": asked.backward, "clock": asked.clock, "rounds": rounds}
     unused = [name for name, value in fixed.items() if value]
     unused += ["keep"] * (len(asked.keep or ()) > 1)
     if unused:
@@ -237,6 +249,8 @@ def _whole_models(
     from dit_accel.bench.models import find
     from dit_accel.bench.rows import ROWS, Row
 
+    if asked.tiny and asked.min_tokens is not None:
+        raise ValueError("--tiny attends sparsely from the first token on: leave --min-tokens out")
     logging.set_verbosity_error()  # it remarks on embeddings that come without a mask
     rows = [Row.parse(name) for name in asked.rows or ROWS]
     models = [find(name) for name in asked.model or ["wan1.3b-480p"]]

@@ -379,3 +379,16 @@ def test_methods_and_attention():
         dit_accel.attention(q, k, v, TopK(keep=0.999)), dense, rtol=1e-4, atol=1e-4
     )
     torch.testing.assert_close(dit_accel.attention(q, k, v, "dense"), dense)
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(warmup=1.0), Schedule(0, cooldown=1)])
+def test_a_schedule_that_leaves_nothing_is_told(case, schedule):
+    pipe, go, stock = case
+    with on(pipe, TopK(0.1), schedule=schedule) as handle:
+        go(pipe, steps=1)
+        (note,) = handle.report().notes
+        assert note == "the schedule makes all 1 steps dense: lower warmup or cooldown"
+        assert note in str(handle.report())
+    with on(pipe, TopK(0.1)) as handle:
+        go(pipe, steps=1)
+        assert handle.report().notes == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
@@ -125,11 +126,20 @@ def build(engine: Engine, model: str, notes: list[str]) -> Report:
         state_bytes=state_bytes(engine),
         stateless_from=engine.stateless_from,
         generations=engine.clock.generation,
-        notes=notes if calls else [*notes, "no attention call came yet"],
+        notes=[*notes, *_schedule(engine)] if calls else [*notes, "no attention call came yet"],
         backends=[asdict(choice) for choice in engine.backends.choices.values()]
         if engine.backends is not None
         else [],
     )
+
+
+def _schedule(engine: Engine) -> list[str]:
+    """A note where the schedule left nothing to accelerate in the last run."""
+    steps, schedule = engine.clock.steps, engine.config.schedule
+    with suppress(ValueError):  # a number of steps that it refuses
+        if steps and engine.config.method.name != "dense" and schedule.dense_steps(steps) == steps:
+            return [f"the schedule makes all {steps} steps dense: lower warmup or cooldown"]
+    return []
 
 
 def _chosen(found: dict[str, Any]) -> str:

@@ -172,17 +172,27 @@ def accelerated(
 ) -> Iterator[Handle]:
     """`accelerate` for the length of a with block; takes the same arguments. What the pipeline was
     accelerated by before comes back behind it, unless it was accelerated anew or restored."""
-    before, speed = [patch.of(t) for t in dict.fromkeys(_denoisers(pipe).values())], speed_of(pipe)
+    before = standing(pipe)
     handle = accelerate(pipe, method, **options)
     try:
         yield handle
     finally:
         if handle.active:
             handle.restore()
-            for entry in filter(None, before):
-                entry.install()
-            if speed is not None:
-                speed.resume()
+            before()
+
+
+def standing(pipe: Pipe) -> Callable[[], None]:
+    """What puts back, on a stock pipeline, the acceleration and the speed that it has now."""
+    before, speed = [patch.of(t) for t in dict.fromkeys(_denoisers(pipe).values())], speed_of(pipe)
+
+    def put_back() -> None:
+        for entry in filter(None, before):
+            entry.install()
+        if speed is not None:
+            speed.resume()
+
+    return put_back
 
 
 def speed_of(pipe: Pipe) -> Speed | None:

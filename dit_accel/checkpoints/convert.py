@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from dit_accel.checkpoints.content import Checkpoint, Entry
 from dit_accel.checkpoints.families.converted import ACCOUNT, CHANGE, PRESET, TOLD
 from dit_accel.checkpoints.load import read, together
 from dit_accel.config import AccelConfig
+from dit_accel.inputs.data import read_object
 from dit_accel.media.files import check_folder, check_own
 from dit_accel.methods.learned import Learned
 from dit_accel.pipelines.denoisers import SLOTS
@@ -39,19 +41,22 @@ def convert(
 
     Args:
         paths: as in load_checkpoint.
-        out: the folder; what is there of an earlier conversion is replaced.
+        out: the folder; what is there of an earlier conversion goes, other files stay.
         dtype: of the weights; None leaves each as it is. Learned tensors stay float32.
 
     Raises ValueError for files that cannot be read, a folder that cannot be written, and one with
     weights in it that no conversion has written.
     """
-    final = Path(check_folder(out))
+    final = Path(os.path.realpath(check_folder(out)))
     check_own(final, ACCOUNT, (*SLOTS, PRESET), mark=b'"parts"')
     parts = read(*paths)
     for part in parts:
         part.slot = part.slot or SLOTS[0]
     method = together(parts)
-    folder = final.with_name(f".{final.name}.part")
+    if isinstance(method, Learned):
+        check_own(final, ACCOUNT, (_weights(method),), mark=b'"parts"')
+    beside = final if final.is_dir() else final.parent
+    folder = beside / f".{final.name}.part"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -73,9 +78,14 @@ def convert(
 def _preset(folder: Path, method: Method) -> None:
     config = AccelConfig(method, Schedule(warmup=0)).to_dict()
     if isinstance(method, Learned):
-        method.save(folder / f"{method.name}.safetensors")
-        config["method"]["weights"] = f"{method.name}.safetensors"  # found beside the preset
+        method.save(folder / _weights(method))
+        config["method"]["weights"] = _weights(method)  # found beside the preset
     (folder / PRESET).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _weights(method: Method) -> str:
+    """The file of the method's tensors."""
+    return f"{method.name}.safetensors"
 
 
 def _write(folder: Path, part: Checkpoint, dtype: torch.dtype | None) -> None:
@@ -118,10 +128,28 @@ def _shards(entries: dict[str, Entry]) -> Iterator[list[str]]:
 
 
 def _take_place(folder: Path, final: Path) -> None:
-    """Each piece goes where it belongs; what else is in the folder stays."""
+    """Each piece goes where it belongs, those of an earlier conversion go, and all else stays."""
     final.mkdir(parents=True, exist_ok=True)
-    for piece in sorted(folder.iterdir()):
-        target = final / piece.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(piece, target)
+    pieces = sorted(folder.iterdir())
+    for name in _earlier(final) - {piece.name for piece in pieces}:
+        _remove(final / name)
+    for piece in pieces:
+        if piece.is_dir():
+            _remove(final / piece.name)
+        os.replace(piece, final / piece.name)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _earlier(final: Path) -> set[str]:
+    """What an earlier conversion may have written in this folder."""
+    if not (final / ACCOUNT).is_file():
+        return set()
+    names = {*SLOTS, PRESET}
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        method = read_object(final / PRESET)["method"]
+        if method["weights"] == f"{method['name']}.safetensors":
+            names.add(method["weights"])
+    return names

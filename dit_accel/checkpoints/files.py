@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +51,10 @@ class Source:
         """The names of the file and of what it lies in, in lower case: they tell what tensors do
         not. Of a snapshot of the hub its repository is among them."""
         return "/".join(self.path.parts[-4:]).lower()
+
+    def says(self, word: str) -> bool:
+        """Whether the title holds this word, not as a part of a longer one."""
+        return re.search(rf"(?<![a-z]){word}(?![a-z])", self.title) is not None
 
 
 def find(path: str | Path) -> Path:

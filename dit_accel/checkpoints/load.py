@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -152,11 +154,19 @@ def _set_up(
     if loaded.sampler:
         undo.append(_sample(pipe, loaded.sampler, part.shifts))
     if loaded.config is not None and options is not None:
+        before = api.standing(pipe)
         loaded.handle = api.accelerate(pipe, loaded.config, **options)
         loaded.config = loaded.handle.config
-        undo.append(loaded.handle.restore)
+        undo.append(partial(_give_back, loaded.handle, before))
     if part.boundary is not None and getattr(pipe, SLOTS[1], None) is not None:
         undo.append(_cross_at(pipe, part.boundary))
+
+
+def _give_back(handle: api.Handle, before: Callable[[], None]) -> None:
+    """Attention as it was, unless the user has accelerated anew or restored since."""
+    if handle.active:
+        handle.restore()
+        before()
 
 
 def together(parts: list[Checkpoint], keep: float | None = None) -> Method | None:
@@ -179,8 +189,11 @@ def together(parts: list[Checkpoint], keep: float | None = None) -> Method | Non
 
 
 def _told(name: str) -> str | None:
-    """Wan 2.2's experts by the file's name."""
-    low, high = "low" in name, "high" in name
+    """Wan 2.2's experts by the words of the file's name."""
+    low, high = (
+        re.search(rf"(?<![a-z]){word}(?:noise)?(?![a-z]|[-_ ]?rank)", name) is not None
+        for word in ("low", "high")
+    )
     return None if low == high else SLOTS[low]
 
 

@@ -99,6 +99,11 @@ def _plan(module: nn.Module, part: Checkpoint) -> list[Job]:
                 raise ValueError(
                     f"{name} is not in memory: load the checkpoint before offloading is enabled"
                 )
+            if _is_packed(own[name]):
+                raise ValueError(
+                    f"{name} of {kind} is in eight bits or another packed form: load the "
+                    "checkpoint first, quantise afterwards"
+                )
             if tuple(own[name].shape) != entry.shape:
                 raise ValueError(
                     f"{name} is {list(entry.shape)} in the checkpoint, but {kind} has "
@@ -111,6 +116,12 @@ def _plan(module: nn.Module, part: Checkpoint) -> list[Job]:
             f"{kind}'s: it was trained from another model"
         )
     return jobs
+
+
+def _is_packed(own: Tensor) -> bool:
+    """Is it not the plain numbers of a weight?"""
+    integers = isinstance(own, nn.Parameter) and not own.is_floating_point()
+    return integers or type(own.data) is not Tensor
 
 
 def _homeless(part: Checkpoint, name: str) -> None:

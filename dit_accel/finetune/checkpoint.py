@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +23,11 @@ from dit_accel.inputs.tensors import open_tensors
 from dit_accel.media.files import atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
+_NAME = re.compile(r"checkpoint-[0-9]{8}")
 
 
 @dataclass
@@ -49,16 +51,12 @@ class Training:
         tensors |= {f"average.{name}": x for name, x in self.average.items()}
         for name, moments in zip(self.live, self._moments(), strict=True):
             tensors |= {f"adam.{name}.{part}": x for part, x in moments.items()}
-        final = out / f"checkpoint-{self.step:08d}"
-        part = out / f".{final.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file({n: x.detach().cpu().contiguous() for n, x in tensors.items()}, part / TENSORS)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         scaler = self.scaler.state_dict() if self.scaler is not None else None
         state = {"step": self.step, "scaler": scaler, "settings": settings.to_dict()}
-        (part / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(part, final)
+        with _whole(out / f"checkpoint-{self.step:08d}") as part:
+            save_file(tensors, part / TENSORS)
+            (part / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
         for old in checkpoints(out)[:-1]:
             shutil.rmtree(old)
 
@@ -92,8 +90,9 @@ class Training:
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The whole checkpoints in `out`, oldest first."""
-    return sorted(p for p in out.glob("checkpoint-*") if (p / STATE).is_file())
+    """The whole checkpoints in `out`, oldest first; folders of other names are the user's."""
+    found = (p for p in out.glob("checkpoint-*") if _NAME.fullmatch(p.name))
+    return sorted(p for p in found if (p / STATE).is_file())
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -123,26 +122,31 @@ def save_result(
         temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     written = [weights, preset]
     if settings.train == "full":
-        written.append(_folder(out / "transformer", student.transformer.save_pretrained))
+        written.append(out / "transformer")
+        with _whole(written[-1]) as part:
+            student.transformer.save_pretrained(str(part))
     elif settings.train == "lora":
         from peft import get_peft_model_state_dict
 
         layers = get_peft_model_state_dict(student.transformer)
-        written.append(
-            _folder(
-                out / "lora",
-                lambda where: pipe.save_lora_weights(where, transformer_lora_layers=layers),
-            )
-        )
+        written.append(out / "lora")
+        with _whole(written[-1]) as part:
+            pipe.save_lora_weights(str(part), transformer_lora_layers=layers)
     return written
 
 
-def _folder(final: Path, write: Callable[[str], object]) -> Path:
-    """`write(folder)`, and only then take the place of what stood at `final`."""
-    part = final.with_name(f".{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+@contextmanager
+def _whole(final: Path) -> Iterator[Path]:
+    """A folder that takes the place of `final` when the block ends well, and else is removed."""
+    part, old = (final.with_name(f".{final.name}.{kind}") for kind in ("part", "old"))
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
-    write(str(part))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(part, final)
-    return final
+    try:
+        yield part
+        if final.exists():
+            os.rename(final, old)
+        os.rename(part, final)
+    finally:
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)

@@ -8,6 +8,7 @@ negative.safetensors  "cond.<argument>" of the negative prompt
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from dit_accel.finetune.record import Conditions, batched
 from dit_accel.inputs.data import read_object
 from dit_accel.inputs.tensors import Tensors, open_tensors
-from dit_accel.media.files import atomic
+from dit_accel.media.files import atomic, check_folder, check_own
 
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
 
@@ -84,7 +85,7 @@ class LatentData:
 
     def __init__(self, folder: str | Path, transformer: str) -> None:
         self.folder = Path(folder)
-        self.index = _read_index(self.folder)
+        self.index = read_index(self.folder)
         if self.index["transformer"] != transformer:
             raise ValueError(
                 f"{folder} was prepared for {self.index['transformer']}, not {transformer}: "
@@ -157,7 +158,8 @@ class LatentData:
         return self._files[name]
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a prepared folder; ValueError where there is none that can be used."""
     file = folder / INDEX
     if not file.is_file():
         raise ValueError(
@@ -202,6 +204,18 @@ def shard_label(path: Path) -> str | None:
     if label is None:
         raise ValueError(f"{path} was not written by this command: choose another folder")
     return label
+
+
+def check_data(folder: str | Path) -> Path:
+    """`folder`, if data can be written there; ValueError where somebody else's file would go.
+
+    A run of ours that was stopped among its shards has left no index, but their labels.
+    """
+    folder = check_folder(folder)
+    begun = shard_label(folder / shard_name(0)) is not None
+    if not begun or os.path.lexists(folder / INDEX):
+        check_own(folder, INDEX, (NEGATIVE,), mark=b'"sigmas"')
+    return folder
 
 
 def save_index(folder: Path, transformer: str, captions: list[list[str]], base: Conditions) -> None:

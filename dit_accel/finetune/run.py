@@ -16,7 +16,7 @@ from dit_accel.finetune import prepare
 from dit_accel.finetune.average import Average
 from dit_accel.finetune.checkpoint import Training, checkpoints, read_state, save_result
 from dit_accel.finetune.config import Settings
-from dit_accel.finetune.data import LatentData
+from dit_accel.finetune.data import INDEX, LatentData, check_data, read_index
 from dit_accel.finetune.loop import Log, Trainer, draw_seed, parameter_groups, trained
 from dit_accel.finetune.student import Teacher, build
 from dit_accel.finetune.validate import DRAWS, Clips, velocity_error
@@ -53,10 +53,12 @@ def finetune(
     """
     out = check_folder(settings.out)
     own = f"{settings.method.name}.safetensors"
-    results = (own, "preset.json", "transformer", "lora")
+    results = (own, "preset.json", "transformer", "lora", "validation")
     check_own(out, "log.jsonl", results, mark=b'"settings"')
     start = _start(out, settings, resume)
     prompts = read_prompts(settings.prompts or EMBEDDED.parent / "prompts.txt")
+    if settings.data == "self":
+        _check_samples(check_data(out / "data"), _captions(settings, prompts), start)
     shown = read_prompts(settings.validation) if settings.validation else prompts
     find_model(settings.model)
     accelerator = _accelerator(settings)
@@ -83,16 +85,20 @@ def _train(
     data = LatentData(folder, type(pipe.transformer).__name__)
     guidance = settings.guidance or defaults.guidance_scale or 1.0
     trainer = _trainer(settings, accelerator, pipe, data, guidance)
+    log: Log | None = None
+    if first and start is None:  # before the clips: it tells whose the folder is
+        log = Log(out / "log.jsonl", 0)
+        about = {"clips": len(data), "processes": accelerator.num_processes}
+        log(step=0, settings=settings.to_dict(), **about)
     clips = None
     if first and settings.clips:
         with accelerator.autocast(), trainer.teacher.dense():
             clips = Clips.make(pipe, defaults, shown[: settings.clips], out / "validation", show)
     if start is not None:
         trainer.training.load(start)
-    books = _Books(trainer, clips, Log(out / "log.jsonl", trainer.training.step) if first else None)
-    if first and not trainer.training.step:
-        about = {"clips": len(data), "processes": accelerator.num_processes}
-        books.log(step=0, settings=settings.to_dict(), **about)
+        log = Log(out / "log.jsonl", trainer.training.step) if first else None
+    books = _Books(trainer, clips, log)
+    if start is None:
         books.validate()
     trainer.run(books.log, show, books.validate, lambda: books.save(out))
     accelerator.wait_for_everyone()
@@ -107,8 +113,7 @@ def prepare_data(settings: Settings, clips: str, progress: ProgressFn = lambda *
     """Encode the clips of a captioned folder into settings.data; how many there are."""
     if settings.data == "self":
         raise ValueError("--prepare writes to a folder: name it with --data")
-    folder = check_folder(settings.data)
-    check_own(folder, "index.json", (), mark=b'"sigmas"')
+    folder = check_data(settings.data)
     sources = prepare.read_captions(Path(clips))
     pipe, defaults = _load(settings, _accelerator(settings), progress)
     prepare.encode_clips(pipe, defaults, Path(clips), folder, progress)
@@ -129,6 +134,23 @@ def _start(out: Path, settings: Settings, resume: bool) -> Path | None:
         raise ValueError(f"{out} holds no checkpoint to resume from: leave --resume out")
     settings.check_resumes(read_state(found[-1])["settings"])
     return found[-1]
+
+
+def _captions(settings: Settings, prompts: list[str]) -> list[str]:
+    """The prompt of each of the model's own samples."""
+    return [prompts[i % len(prompts)] for i in range(settings.samples)]
+
+
+def _check_samples(folder: Path, captions: list[str], start: Path | None) -> None:
+    """ValueError where a run that is to go on has learned from samples of other prompts."""
+    if start is None or not (folder / INDEX).is_file():
+        return
+    stored = [sample.get("caption") for sample in read_index(folder)["samples"]]
+    if stored != captions:
+        raise ValueError(
+            f"the run in {folder.parent} was started with other prompts than are given now: give "
+            "the same, or choose another output folder"
+        )
 
 
 def _accelerator(settings: Settings) -> Accelerator:
@@ -187,7 +209,7 @@ def _data(
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        prepare.finish(pipe, defaults, [prompts[i % len(prompts)] for i in range(number)], folder)
+        prepare.finish(pipe, defaults, _captions(settings, prompts), folder)
     accelerator.wait_for_everyone()
     return folder
 
@@ -252,8 +274,8 @@ class _Books:
 
     def errors(self) -> tuple[float, float]:
         """The first and the last velocity error that the log holds."""
-        if self._log is None or not self.found:
+        if self._log is None:
             return (float("nan"), float("nan"))
         lines = (json.loads(line) for line in self._log.path.read_text("utf-8").split("\n")[:-1])
         every = [line["velocity_error"] for line in lines if "velocity_error" in line]
-        return every[0], every[-1]
+        return (every[0], every[-1]) if every else (float("nan"), float("nan"))

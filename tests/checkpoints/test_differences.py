@@ -142,3 +142,53 @@ def test_somebody_elses_weights_are_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="transformer was not written by this command"):
         convert(tmp_path / "x.safetensors", out=tmp_path / "model")
     assert (tmp_path / "model" / "transformer" / "mine.safetensors").read_text() == "mine"
+
+
+@pytest.fixture
+def plain(tmp_path):
+    """A file of dense attention."""
+    path = tmp_path / "720p_t2v.safetensors"
+    save_file({"double_blocks.0.img_attn_q.weight": torch.ones(2, 2)}, path)
+    return path
+
+
+def test_pieces_of_an_earlier_conversion_go(world, plain, tmp_path):
+    _, trained, learned, path, _ = world
+    pair = [tmp_path / f"TurboWan-{name}.pth" for name in ("high", "low")]
+    for file in pair:
+        layouts.turbowan(file, trained, learned)
+    out = tmp_path / "out"
+    convert(*pair, out=out)
+    (out / "note.txt").write_text("mine")
+    assert (out / "transformer_2").is_dir()
+    convert(path, out=out)
+    assert not (out / "transformer_2").exists()
+    assert dit_accel.load_checkpoint(layouts.base(), out).missing == []
+    convert(plain, out=out)
+    assert {p.name for p in out.iterdir()} == {"checkpoint.json", "note.txt", "transformer"}
+
+
+def test_a_methods_file_of_the_users_stays(world, tmp_path, monkeypatch):
+    path, mine = world[3], tmp_path / "mine"
+    mine.mkdir()
+    (mine / "sla.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match="sla.safetensors was not written by this command"):
+        convert(path, out=mine)
+    assert [p.name for p in mine.iterdir()] == ["sla.safetensors"]
+    (mine / "sla.safetensors").unlink()
+    monkeypatch.chdir(mine)
+    convert(path, out=".")
+    assert {p.name for p in mine.iterdir()} == {
+        "checkpoint.json", "preset.json", "sla.safetensors", "transformer"
+    }  # fmt: skip
+
+
+def test_a_part_that_the_account_does_not_name(plain, tmp_path):
+    out = tmp_path / "out"
+    convert(plain, out=out)
+    layouts.in_folder(out / "transformer_2", {"x": torch.ones(1)})
+    with pytest.raises(ValueError, match="checkpoint.json names no part transformer_2: give"):
+        dit_accel.load_checkpoint(layouts.base(), out)
+    (out / "checkpoint.json").write_text("{}")
+    with pytest.raises(ValueError, match="checkpoint.json names no part transformer: give"):
+        dit_accel.load_checkpoint(layouts.base(), out)

@@ -5,11 +5,13 @@ import math
 import checkpoint_layouts as layouts
 import published as naive
 import pytest
+import torch
 from diffusers import WanImageToVideoPipeline
 from published import RCM, error
 from runs import run
 
 import dit_accel
+from dit_accel.checkpoints.load import read
 
 KEEP = 0.6
 PAIR = {"transformer_2": True, "boundary_ratio": 0.5}
@@ -53,6 +55,26 @@ def test_which_expert_must_be_known(experts, tmp_path):
     }
     with pytest.raises(ValueError, match="has no transformer_2: leave that part out"):
         dit_accel.load_checkpoint(layouts.base(), files[1], into="transformer_2")
+
+
+@pytest.mark.parametrize(
+    ("name", "slot"),
+    [
+        ("turbowan-slow", None),
+        ("sla-lowrank", None),
+        ("sla_low_rank", None),
+        ("highland", None),
+        ("high_low", None),
+        ("sla-low-rank-high", "transformer"),
+        ("Wan2.2_T2V_High_noise_14B", "transformer"),
+        ("wan22-low720p", "transformer_2"),
+        ("wan22_lownoise", "transformer_2"),
+    ],
+)
+def test_high_and_low_are_words_of_the_name(tmp_path, name, slot):
+    tensors = {"blocks.0.self_attn.attn_op.local_attn.proj_l.weight": torch.zeros(1, 1)}
+    torch.save(tensors, tmp_path / f"{name}.pth")
+    assert read(tmp_path / f"{name}.pth")[0].slot == slot
 
 
 def test_image_to_video_has_its_own_start_and_boundary(tmp_path):

@@ -10,6 +10,7 @@ from published import error
 from safetensors.torch import save_file
 
 import dit_accel
+from dit_accel.checkpoints.load import read
 
 FILE = "minimax_h3_fl2v_turbo_4step_v0.1_768p_sla_bf16.safetensors"
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -102,3 +103,23 @@ def test_the_dense_sibling(tmp_path):
     assert loaded.unused == ["transformer_blocks.7.attn.to_q.lora_A.weight"]
     assert loaded.arguments == {"num_inference_steps": 9}
     assert error(pipe(), plain()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("place", "method", "steps"),
+    [
+        ("tesla/translation_turbo_4step", None, 4),
+        ("slapdash/turbo_8-steps", None, 8),
+        ("MiniMax-H3-Turbo-SLA/turbo_48step", "topk", 4),
+        ("models/turbo_8_step_sla2", "topk", 8),
+    ],
+)
+def test_words_of_the_name(tmp_path, place, method, steps):
+    file = tmp_path / f"{place}.safetensors"
+    file.parent.mkdir()
+    into, out = torch.zeros(2, 8), torch.zeros(24, 2)
+    module = "blocks.0.attn.qkv_proj"
+    save_file({f"{module}.lora_A.weight": into, f"{module}.lora_B.weight": out}, file)
+    (found,) = read(file)
+    assert (found.method and found.method.name) == method
+    assert found.arguments == {"num_inference_steps": steps + 1}

@@ -13,6 +13,7 @@ from published import error, ssta
 from safetensors.torch import save_file
 
 import dit_accel
+from dit_accel.checkpoints.load import read
 
 GRID, TILE = (5, 9, 17), (2, 4, 8)  # short on every side
 PARAM = {
@@ -134,3 +135,15 @@ def test_dense_attention_and_a_form_that_is_not_served(world, tmp_path):
     )
     with pytest.raises(ValueError, match="attn_pad_type='repeat' is not served"):
         dit_accel.load_checkpoint(pipe, folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "sparse"),
+    [("sparseness/720p_t2v", False), ("x/nonsparse_t2v", False), ("x/720p_t2v_sparse", True)],
+)
+def test_sparse_is_a_word_of_the_name(tmp_path, place, sparse):
+    file = tmp_path / f"{place}.safetensors"
+    file.parent.mkdir()
+    save_file({"double_blocks.0.img_attn_q.weight": torch.zeros(2, 2)}, file)
+    (found,) = read(file)
+    assert (found.method is not None) == sparse

@@ -8,6 +8,7 @@ from published import RCM, error
 from runs import run
 
 import dit_accel
+from dit_accel import api
 
 KEEP = 0.6  # of 3 blocks: one, rounded down; the ratio that was trained, 0.1, keeps one as well
 
@@ -59,6 +60,48 @@ def test_what_it_replaces_comes_back(world, tmp_path):
     assert type(pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert "_dit_accel" not in pipe.transformer.__dict__ and "prepare_latents" not in vars(pipe)
     assert torch.equal(run(pipe), run(trained))  # the weights stay
+
+
+@pytest.mark.parametrize("given", ["topk", "speed"])
+def test_the_method_that_it_replaces_comes_back(world, tmp_path, given):
+    trained, learned, _ = world
+    path = layouts.turbowan(tmp_path / "TurboWan.pth", trained, learned)
+    pipe = layouts.base()
+    if given == "topk":
+        before = dit_accel.accelerate(pipe, "topk", min_tokens=0)
+    else:
+        before = dit_accel.at_speed(pipe, "fast", min_tokens=0).handle
+    found = dit_accel.load_checkpoint(pipe, path, min_tokens=0)
+    assert not before.active and api.speed_of(pipe) is None
+    found.restore()
+    assert before.active and not found.handle.active
+    assert (api.speed_of(pipe) is None) == (given == "topk")
+    found = dit_accel.load_checkpoint(pipe, path, min_tokens=0)
+    anew = dit_accel.accelerate(pipe, "pooled")
+    found.restore()
+    assert anew.active and not before.active
+    found = dit_accel.load_checkpoint(pipe, path, min_tokens=0)
+    dit_accel.restore(pipe)
+    found.restore()
+    assert not anew.active and "_dit_accel" not in vars(pipe.transformer)
+
+
+class Packed(torch.Tensor):
+    """A weight of another form."""
+
+
+def test_weights_in_eight_bits_are_refused(world, tmp_path):
+    trained, learned, _ = world
+    path = layouts.turbowan(tmp_path / "TurboWan.pth", trained, learned)
+    for make in (lambda x: x.as_subclass(Packed), lambda x: x.to(torch.int8)):
+        pipe = layouts.base()
+        last, first = pipe.transformer.proj_out, pipe.transformer.patch_embedding.weight.clone()
+        last.weight = torch.nn.Parameter(make(last.weight.detach()), requires_grad=False)
+        scheduler = pipe.scheduler
+        with pytest.raises(ValueError, match="proj_out.weight of .* eight bits .* quantise after"):
+            dit_accel.load_checkpoint(pipe, path)
+        assert torch.equal(pipe.transformer.patch_embedding.weight, first)
+        assert pipe.scheduler is scheduler and "_dit_accel" not in vars(pipe.transformer)
 
 
 def test_eight_bit_files(world, tmp_path):

@@ -10,7 +10,7 @@ from tiny import tiny_flux, tiny_wan
 
 from dit_accel.finetune import data, prepare
 from dit_accel.finetune.config import Settings
-from dit_accel.finetune.record import record
+from dit_accel.finetune.record import Conditions, record
 from dit_accel.finetune.run import prepare_data
 from dit_accel.generation.loading import EMBEDDED, Defaults
 from dit_accel.generation.request import Request, arguments
@@ -119,6 +119,22 @@ def test_noise_levels_follow_the_pipelines_steps(clips, model, tmp_path):
     ends = torch.linspace(0, 1, len(sigmas))
     torch.testing.assert_close(found._levels(ends), sigmas)
     torch.testing.assert_close(found._levels(ends[:1] + ends[1] / 2), (sigmas[:1] + sigmas[1]) / 2)
+
+
+def test_somebody_elses_files_are_not_replaced(clips, tmp_path):
+    asked = Settings(out=".", data=str(tmp_path / "c"))
+    mine = tmp_path / "c" / data.NEGATIVE
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="negative.safetensors was not written by this command"):
+        prepare_data(asked, str(clips))
+    assert mine.read_text() == "mine"
+    shard, known = mine.with_name(data.shard_name(0)), Conditions({}, {}, (), [], 1.0)
+    data.save_shard(shard, [torch.ones(1)], [known], "label")
+    data.check_data(mine.parent)  # begun by us, and stopped before the index
+    (mine.parent / data.INDEX).write_text("{}")
+    with pytest.raises(ValueError, match="index.json was not written by this command"):
+        data.check_data(mine.parent)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,11 @@ from dit_accel import SLA, VSA
 from dit_accel.cli import main as cli
 from dit_accel.evaluate.weights import with_weights
 from dit_accel.finetune import finetune
-from dit_accel.finetune.checkpoint import checkpoints
+from dit_accel.finetune.checkpoint import Training, checkpoints
 from dit_accel.finetune.data import LatentData
 from dit_accel.finetune.loop import learning_rate
 from dit_accel.finetune.student import Student, Teacher
-from dit_accel.finetune.validate import velocity_error
+from dit_accel.finetune.validate import Clips, velocity_error
 
 STEPS = 20
 
@@ -108,6 +108,72 @@ def test_a_resumed_run_is_the_same_run(settings, done, tmp_path):
         for out in (settings.out, half.out)
     )
     assert one == two
+
+
+def test_a_finished_run_is_told_of_and_keeps_its_prompts(settings, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a rocket on red\na cat on blue\n")
+    asked = replace(settings, out=str(tmp_path / "out"), prompts=str(prompts), clips=0)
+    asked = replace(asked, steps=1, save_every=1, validate_every=1)
+    errors = finetune(asked).velocity_error
+    assert finetune(asked, resume=True).velocity_error == errors
+    prompts.write_text("a dog on green\na fish on red\n")
+    with pytest.raises(ValueError, match="was started with other prompts than are given now"):
+        finetune(replace(asked, steps=2), resume=True)
+    (tmp_path / "out" / "data" / "index.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="index.json was not written by this command"):
+        finetune(asked, resume=True)
+
+
+def test_files_of_the_users_stay(settings, tmp_path):
+    for name in ("data/negative.safetensors", "validation/dense-0.mp4"):
+        out = tmp_path / name.split("/")[0]
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("mine")
+        with pytest.raises(ValueError, match="was not written by this command"):
+            finetune(replace(settings, out=str(out)))
+        assert [p for p in out.rglob("*") if p.is_file()] == [out / name]
+        assert (out / name).read_text() == "mine"
+
+
+def test_a_run_stopped_at_its_dense_clips_begins_anew(settings, done, tmp_path, monkeypatch):
+    asked = replace(settings, out=str(tmp_path / "out"), data=f"{settings.out}/data")
+    asked = replace(asked, steps=1, save_every=1, validate_every=1)
+
+    def stopped(*_):
+        (tmp_path / "out" / "validation").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Clips, "_generate", stopped)
+        finetune(asked)
+    assert finetune(replace(asked, clips=0)).steps == 1
+    assert [line["step"] for line in lines(asked.out) if "settings" in line] == [0]
+
+
+def test_checkpoints_are_whole_and_of_our_names(settings, tmp_path, monkeypatch):
+    weight = torch.nn.Parameter(torch.ones(2))
+    training = Training({"w": weight}, {}, torch.optim.AdamW([weight]), step=1)
+    for name in ("checkpoint-best", "checkpoint-00000001-good", "checkpoint-000000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("mine")
+    users = {p.name for p in tmp_path.iterdir()}
+    training.save(tmp_path, settings)
+    training.step = 2
+    training.save(tmp_path, settings)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-00000002"]
+    training.save(tmp_path, settings)  # in the place of itself
+    assert {p.name for p in tmp_path.iterdir()} == users | {"checkpoint-00000002"}
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", stopped)
+    for training.step in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            training.save(tmp_path, settings)
+    assert {p.name for p in tmp_path.iterdir()} == users | {"checkpoint-00000002"}
+    assert load_file(tmp_path / "checkpoint-00000002" / "tensors.safetensors").keys() == {"live.w"}
 
 
 def test_a_selector_and_a_branch_are_trained_and_load(settings, done, tmp_path):

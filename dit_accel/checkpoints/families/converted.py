@@ -26,7 +26,13 @@ def read(source: Source) -> Checkpoint:
     """What the file said that the folder was made of."""
     folder = source.path.parent
     account = read_object(folder / ACCOUNT)
-    part = account["parts"][source.slot]
+    parts = account.get("parts")
+    if not isinstance(parts, dict) or source.slot not in parts:
+        raise ValueError(
+            f"{folder / ACCOUNT} names no part {source.path.name}: give the folder as convert "
+            "wrote it, or, where that file is not convert's, move it away"
+        )
+    part = parts[source.slot]
     weights = {n: e for n, e in source.entries.items() if not n.endswith(CHANGE)}
     changes = {n.removesuffix(CHANGE): e for n, e in source.entries.items() if n.endswith(CHANGE)}
     method, learned = _method(folder, source.slot)

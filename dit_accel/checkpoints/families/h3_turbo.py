@@ -3,6 +3,8 @@ branch and no dense step."""
 
 from __future__ import annotations
 
+import re
+
 from dit_accel.checkpoints import minimax
 from dit_accel.checkpoints.content import Checkpoint
 from dit_accel.checkpoints.files import Source
@@ -21,8 +23,8 @@ def recognise(source: Source) -> bool:
 def read(source: Source) -> Checkpoint:
     """Four or eight steps of the even grid, shift 6 for the clip and 3 for its sound."""
     changes, used, unused = minimax.changes(source, ALPHA)
-    sparse = "sla" in source.title
-    steps = 8 if "8step" in source.title else 4
+    sparse = source.says("sla")
+    steps = 8 if re.search(r"(?<![0-9])8[-_]?step", source.title) else 4
     note = "no -sla in the file's name: attention stays as it is"
     return Checkpoint(
         "H3 Turbo SLA" if sparse else "H3 Turbo",

@@ -72,9 +72,9 @@ def read(source: Source) -> Checkpoint:
     """Weights by diffusers' names, and SSTA where the file or its configuration says sparse."""
     weights, origin = _weights(source)
     told = source.config.get("attn_param") or {}
-    sparse = "sparse" in source.title or source.config.get("attn_mode") == "flex-block-attn"
+    sparse = source.says("sparse") or source.config.get("attn_mode") == "flex-block-attn"
     notes = [] if sparse else ["no -sparse in the file's name: attention stays as it is"]
-    if "distilled" in source.title:
+    if source.says("distilled"):
         notes.append("run it without guidance: pipe.guider = pipe.guider.new(guidance_scale=1.0)")
     return Checkpoint(
         "HunyuanVideo 1.5 sparse" if sparse else "HunyuanVideo 1.5",

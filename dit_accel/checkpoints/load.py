@@ -83,7 +83,7 @@ def read(*paths: str | Path, into: str | None = None) -> list[Checkpoint]:
     for path in paths:
         for source in sources(find(path)):
             checkpoint = families.of(source).read(source)
-            checkpoint.slot = into or source.slot or _told(source.path.stem.lower())
+            checkpoint.slot = into or source.slot or _told(source.path.name.lower())
             found.append(checkpoint)
     return found
 

@@ -139,14 +139,14 @@ def save_result(
 def _whole(final: Path) -> Iterator[Path]:
     """A folder that takes the place of `final` when the block ends well, and else is removed."""
     part, old = (final.with_name(f".{final.name}.{kind}") for kind in ("part", "old"))
-    for left in (part, old):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
         if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(final, old)
         os.rename(part, final)
     finally:
-        for left in (part, old):
+        for left in (part, old) if final.exists() else (part,):
             shutil.rmtree(left, ignore_errors=True)

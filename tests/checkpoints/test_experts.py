@@ -74,7 +74,9 @@ def test_which_expert_must_be_known(experts, tmp_path):
 def test_high_and_low_are_words_of_the_name(tmp_path, name, slot):
     tensors = {"blocks.0.self_attn.attn_op.local_attn.proj_l.weight": torch.zeros(1, 1)}
     torch.save(tensors, tmp_path / f"{name}.pth")
-    assert read(tmp_path / f"{name}.pth")[0].slot == slot
+    layouts.in_folder(tmp_path / name, tensors)
+    for path in (tmp_path / f"{name}.pth", tmp_path / name):
+        assert read(path)[0].slot == slot
 
 
 def test_image_to_video_has_its_own_start_and_boundary(tmp_path):

@@ -115,8 +115,8 @@ def test_the_dense_sibling(tmp_path):
     ],
 )
 def test_words_of_the_name(tmp_path, place, method, steps):
-    file = tmp_path / f"{place}.safetensors"
-    file.parent.mkdir()
+    file = tmp_path / "a" / "b" / f"{place}.safetensors"  # the names of four places count
+    file.parent.mkdir(parents=True)
     into, out = torch.zeros(2, 8), torch.zeros(24, 2)
     module = "blocks.0.attn.qkv_proj"
     save_file({f"{module}.lora_A.weight": into, f"{module}.lora_B.weight": out}, file)

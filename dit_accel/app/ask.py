@@ -134,14 +134,19 @@ class Ask:
             if getattr(how, name):
                 raise BadField(f"{side}.{name}", f"This page is public: leave {name} out.")
         for name in ("select", "sort") if self.limits.public else ():
-            if opens_a_file(str(getattr(how, name))):
+            if names_a_file(str(getattr(how, name))):
                 raise BadField(f"{side}.{name}", "This page is public: name no file.")
         try:
             fields.check(how)
-            self.config(how)
+            config = self.config(how)
             how.boost()
         except ValueError as error:
             raise BadField(f"{side}.method", f"On the {side}: {error}") from None
+        if config is None or how.method is None or not self.limits.public:
+            return
+        if config.method.files or config.dense is not None:
+            words = "This page is public: name no file and no backend of dense attention."
+            raise BadField(f"{side}.method", words)
 
     @property
     def weights(self) -> Weights:
@@ -187,6 +192,11 @@ class Ask:
             steps = usual or defaults.num_inference_steps
         frames = defaults.num_frames if what.frames is None else what.frames
         return replace(self, what=replace(what, size=size, steps=steps, frames=frames))
+
+
+def names_a_file(text: str) -> bool:
+    """Would a selector or a sort of this text open a file, whatever space is in it?"""
+    return opens_a_file("".join(text.split()))
 
 
 def config_of(how: How, trained: AccelConfig | None = None) -> AccelConfig | None:

@@ -9,14 +9,14 @@ import shutil
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
 from dit_accel.app import outcome, stage
-from dit_accel.app.ask import Ask, BadField, Limits
+from dit_accel.app.ask import Ask, BadField, Limits, names_a_file
 from dit_accel.app.cost import Plan, told
 from dit_accel.app.stop import Cancelled, Leash
 from dit_accel.app.studio import News, Run, Studio
@@ -216,10 +216,9 @@ class Desk:
 
     def _check_preset(self, path: Path) -> None:
         data = read_object(path, "preset")
+        if self.limits.public:
+            _check_public(data)
         AccelConfig.from_dict(data)
-        method = data.get("method")
-        if self.limits.public and isinstance(method, dict) and method.get("weights"):
-            raise ValueError("preset names weights of its own, which a public page does not read")
 
     def opened(self, kind: str, token: str) -> Path:
         """The file behind a token; BadField where there is none."""
@@ -277,6 +276,27 @@ class Desk:
             shutil.rmtree(job.folder, ignore_errors=True)
 
 
+def _check_public(preset: dict[str, Any]) -> None:
+    """ValueError, before any file is opened, for what the form of a public page leaves out."""
+    method = preset.get("method")
+    if isinstance(method, dict) and method.get("weights"):
+        raise ValueError("preset names weights of its own, which a public page does not read")
+    if preset.get("dense") is not None:
+        raise ValueError("preset names a backend of dense attention: a public page leaves it out")
+    if any(map(names_a_file, _texts(preset))):
+        raise ValueError("preset names a file, which a public page does not read")
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else ():
+        yield from _texts(inner)
+    for inner in value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
 def _listener(job: Job) -> Callable[[News | Run], None]:
     """What a job's stage shows of the studio's news."""
 
@@ -286,7 +306,7 @@ def _listener(job: Job) -> Callable[[News | Run], None]:
                 job.denoising = (item.side, time.monotonic())
             job.change(value=stage.moved(job.value, item))
             return
-        fps = job.ask.what.fps or (item.facts or {}).get("fps") or 16
+        fps = item.fps
         name = _written(job, lambda folder: outcome.clip(item, fps, folder))
         job.change(value=stage.finished(job.value, item, f"{job.base}/{name}", fps))
 

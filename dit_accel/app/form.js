@@ -185,10 +185,10 @@ async function open(input) {
   input.value = "";
   if (!file) return;
   try {
-    const data = JSON.parse(await file.text());
+    const text = await file.text(), data = JSON.parse(text);
     if (data.asked && Object.keys(data.asked).length) return fill(data.asked);
     const config = data.attention?.config || data.right?.report?.config || data.config || data;
-    const { token } = await ask("sent/preset", { method: "POST", body: JSON.stringify(config) });
+    const { token } = await ask("sent/preset", { method: "POST", body: config === data ? text : JSON.stringify(config) });
     offer(`opened:${token}`, file.name);
     one("#right-method").value = `opened:${token}`;
     if (data.prompt) one("#prompt").value = data.prompt;

@@ -59,9 +59,11 @@ def stoppable(pipe: Any, cancel: Event, compiled: bool = False) -> Iterator[None
 
 
 def _layers(pipe: Any, compiled: bool) -> Iterator[nn.Module]:
-    """Every module without parts of its own."""
+    """Every module without parts of its own but RMS norms, which nothing may hang on where q and k
+    are normed and turned by one operator; beside each is a projection."""
     whole = transformers_of(pipe) if compiled else []
     yield from whole
     for part in pipe.components.values():
         if isinstance(part, nn.Module) and all(part is not x for x in whole):
-            yield from (m for m in part.modules() if not any(m.children()))
+            leaves = (m for m in part.modules() if not any(m.children()))
+            yield from (m for m in leaves if not isinstance(m, nn.RMSNorm))

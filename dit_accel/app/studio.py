@@ -59,7 +59,8 @@ class News:
 @dataclass(frozen=True)
 class Run:
     """One side when it is done. label: what it ran, in words. report and cells are None for the
-    stock pipeline, facts where files carry none. graphs: timed as CUDA graphs, see replay.py."""
+    stock pipeline, facts where files carry none. graphs: timed as CUDA graphs, see replay.py;
+    plain: the same as Python launched it. fps: of the clip's file."""
 
     name: str
     how: How
@@ -70,6 +71,8 @@ class Run:
     facts: Facts | None = None
     sight: dict[str, Any] | None = None  # see sight.py
     graphs: bool = False
+    plain: Run | None = None
+    fps: float = 16
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,14 @@ class Studio:
             run = recorder.run(pipe, defaults, request, self._cold(ask, how))
             graphs = run.graphs  # both sides or none
             self._warm.add(self._key(ask, how))
-            runs[name] = replace(run, facts=self._facts(ask, loaded, values, how))
+            fps = ask.what.fps or defaults.fps
+            runs[name] = replace(run, facts=self._facts(ask, loaded, values, how), fps=fps)
             tell(runs[name])
             self._learn(ask, how, runs[name].result)
+        left = runs["left"]
+        if left.plain is not None and not graphs:
+            runs["left"] = replace(left.plain, facts=left.facts, fps=left.fps)
+            self._learn(ask, ask.left, left.plain.result)
         return Pair(ask, pipe, defaults, values, **runs, trained=loaded.trained)
 
     def _facts(self, ask: Ask, loaded: Loaded, values: dict[str, Any], how: How) -> Facts | None:
@@ -260,12 +268,13 @@ class _Recorder:
             seen = sight.to_dict() if sight else None
         cells = ledger.cells if handle else None
         words, timed = self.ask.label(self.how), None
+        plain = Run(self.name, self.how, words, result, report, cells, sight=seen)
         if self.graphs and replay.waits(pipe, result):
             timed = replay.replayed(pipe, defaults, request, config, boost, self.cancel, self.tell)
-        words += f", {replay.WORDS}" if timed else ""
-        result = timed or result
-        graphs = timed is not None
-        return Run(self.name, self.how, words, result, report, cells, sight=seen, graphs=graphs)
+        if timed is None:
+            return plain
+        words += f", {replay.WORDS}"
+        return replace(plain, label=words, result=timed, graphs=True, plain=plain)
 
     def _warm_up(self, pipe: Any, defaults: Defaults, request: Request, config: Any) -> None:
         self.tell("warm-up")

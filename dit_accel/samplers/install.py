@@ -58,12 +58,16 @@ def sampling(pipe: DiffusionPipeline, sampler: Sampler | str | None) -> Iterator
         undo()
 
 
+# a pipeline whose prepare_latents names one of these places the noise at the first level itself
+_SCALING = {"init_noise_sigma", "scale_noise", "add_noise", "scale_flow_noise"}
+
+
 def _following(prepare: Callable[..., Any], pipe: DiffusionPipeline) -> Callable[..., Any]:
     from dit_accel.samplers.schedulers import GridScheduler
 
     signature = inspect.signature(prepare)
     code = getattr(getattr(prepare, "__func__", prepare), "__code__", None)
-    scales = "init_noise_sigma" in getattr(code, "co_names", ())
+    scales = not _SCALING.isdisjoint(getattr(code, "co_names", ()))
 
     def prepare_latents(*args: object, **kwargs: object) -> object:
         scheduler = pipe.scheduler  # the sampler that was installed last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,13 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         self.sampler = Sampler.named(sampler)
         self.generator: torch.Generator | None = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> GridScheduler:
+        """A copy draws on from the same generator: pipelines copy it for each frame."""
+        new = memo[id(self)] = object.__new__(type(self))
+        memo[id(self.generator)] = self.generator
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
+
     @property
     def init_noise_sigma(self) -> float:
         """The first noise level: what the pipeline's noise is multiplied by."""
@@ -79,7 +87,13 @@ class GridScheduler(FlowMatchEulerDiscreteScheduler):
         """x at the next noise level, in float32 arithmetic and the dtype of `sample`.
 
         generator: of fresh noise; None takes the pipeline's (see `install`), else torch's own.
+        Raises ValueError for a noise level to each token.
         """
+        if more.get("per_token_timesteps") is not None:
+            raise ValueError(
+                "a sampler of few steps has one noise level for all tokens, and this pipeline "
+                "gives each its own (per_token_timesteps): leave the sampler out"
+            )
         if self.step_index is None:
             self._init_step_index(timestep)
         now, then = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]

@@ -97,11 +97,23 @@ def test_a_public_page_runs_only_the_operators_models_and_reads_none_of_its_file
             Ask(What("a cat"), limits=limits, model=model)
     with pytest.raises(BadField, match="from 16 to 512"):
         Ask(What("a cat", size="1280x16"), limits=limits)
+    named = ("select", "learned\t(/etc/passwd)"), ("sort", "per-head\xa0(/etc/passwd)")
+    for name, value in named:
+        with pytest.raises(BadField, match="name no file"):
+            form.read({"prompt": "a cat", "right": {"method": "topk", name: value}}, limits, opened)
     for name, value in (("lora", "/etc"), ("heads", "/etc/passwd@0.1"), ("compile", True)):
         side = {"method": "topk", name: value}
         with pytest.raises(BadField):
             form.read({"prompt": "a cat", "right": side}, limits, opened)
     assert not any(k.value.startswith("preset:") for k in form.kinds(limits))
+
+
+def test_a_public_page_refuses_what_a_preset_resolves_to(tmp_path):
+    limits, path = Limits.for_public(), tmp_path / "sent.json"
+    path.write_text(json.dumps({"method": {"name": "topk"}, "dense": "auto"}))
+    with pytest.raises(BadField, match="no backend of dense attention"):
+        Ask(What("a cat"), right=How(str(path)), limits=limits)
+    assert Ask(What("a cat"), right=How(str(path))).right.method == str(path)
 
 
 def test_a_first_picture_tells_nothing_of_the_servers_folders(tmp_path):

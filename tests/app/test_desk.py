@@ -6,6 +6,7 @@ import threading
 import time
 from dataclasses import replace
 
+import imageio.v3 as iio
 import pytest
 from asks import ASK, DENSE, SPARSE, other, small_studio
 from typed import NASTY, shown_as_text
@@ -37,6 +38,19 @@ def until(done, seconds=60):
     while not done():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_clips_that_carry_nothing_have_the_models_frames_a_second(studio, tmp_path):
+    studio.metadata = False
+    desk = Desk(studio, tmp_path / "jobs")
+    desk.start(warm=False)
+    try:
+        (job,) = finished(desk, ASK)
+        clips = [job.folder / f"{name}.mp4" for name in ("left", "right", "side_by_side")]
+        assert {round(iio.immeta(clip)["fps"]) for clip in clips} == {job.record["fps"]} == {8}
+    finally:
+        studio.metadata = True
+        desk.stop()
 
 
 def test_the_desk_writes_only_in_its_folder(desk, tmp_path):
@@ -161,6 +175,13 @@ def test_what_a_visitor_sends_is_checked_and_kept_by_its_content(desk, tmp_path)
     public = Desk(desk.studio, tmp_path / "public", Limits.for_public())
     with pytest.raises(BadField, match="weights"):
         public.keep("preset", b'{"method": {"name": "sla", "weights": "/etc/passwd"}}')
+    for what in ("select", "sort"):
+        for text in ("per-head\t(/none.json)", "learned( /etc/passwd)", "sub&per-head\xa0(x.json)"):
+            with pytest.raises(BadField, match="names a file"):
+                public.keep("preset", json.dumps({"method": {"name": "topk", what: text}}).encode())
+    with pytest.raises(BadField, match="leaves it out"):
+        public.keep("preset", b'{"method": {"name": "topk"}, "dense": "auto"}')
+    assert public.keep("preset", b'{"method": {"name": "topk", "select": "sub"}}')
 
 
 def test_what_visitors_type_is_shown_and_never_run(alone, tmp_path):

@@ -4,7 +4,9 @@ import base64
 import io
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ import torch
 from asks import ASK, DEFAULTS, DENSE, SPARSE, other, pair_of, small_studio
 from graph_emulator import Emulated
 from PIL import Image
+from runs import run as generated
 from tiny import tiny_wan
 
+import dit_accel
 from dit_accel.app import outcome, replay, views
 from dit_accel.app.ask import Ask, config_of, label
 from dit_accel.app.stop import Cancelled, Leash, check, stoppable
 from dit_accel.app.studio import News, Studio
 from dit_accel.generation.options import How
+from dit_accel.ops import dispatch
 from dit_accel.runtime import graphs
 
 
@@ -186,6 +191,21 @@ def test_a_model_that_cannot_be_recorded_is_timed_as_it_ran(monkeypatch, caplog)
     assert "CUDA graphs are for transformers on one CUDA GPU" in caplog.text
 
 
+def test_both_sides_are_timed_as_python_launched_them_where_one_cannot_be_recorded(monkeypatch):
+    monkeypatch.setattr(replay, "waits", lambda pipe, result: True)
+    timed = []
+
+    def replayed(pipe, defaults, request, config, boost, cancel, tell):
+        timed.extend([] if config else [replay.generate(pipe, defaults, request, tell)])
+        return None if config else timed[0]
+
+    monkeypatch.setattr(replay, "replayed", replayed)
+    found = pair_of(small_studio(tiny_wan()), ASK)
+    assert (found.left.label, found.left.graphs, found.left.fps) == ("dense", False, 8)
+    assert timed and found.left.result is not timed[0] and found.left.facts
+    assert not found.right.graphs
+
+
 def test_steps_that_are_long_or_on_a_cpu_do_not_wait_for_python(alone):
     pipe = tiny_wan()
     assert not replay.waits(pipe, alone.left.result)
@@ -257,3 +277,17 @@ def test_what_was_pruned_has_no_attention_view(studio, pipe):
     deep = small_studio(tiny_wan(layers=3))
     pair = pair_of(deep, replace(other(ASK, steps=8), right=replace(SPARSE, prune="fast")))
     assert pair.right.sight is None and pair.left.sight is None
+
+
+def test_what_can_be_stopped_norms_and_turns_by_one_operator():
+    """Hooks on the norms would send Wan's processors back to their own code."""
+    pipe = tiny_wan(layers=2)
+    now = {"schedule": dit_accel.Schedule(warmup=0), "min_tokens": 0}
+    leash = Event()
+    for held in (nullcontext(), stoppable(pipe, leash)):
+        with dispatch.recording() as used, dit_accel.accelerated(pipe, "topk", **now), held:
+            generated(pipe, steps=2)
+        assert used.count("norm_rope/torch") == 2 * 2 * 2
+    with pytest.raises(Cancelled), stoppable(pipe, leash):
+        leash.set()
+        generated(pipe, steps=1)

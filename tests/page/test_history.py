@@ -78,6 +78,15 @@ def test_a_preset_is_opened_and_run(page, preset):
     assert page.text(LABEL) == "topk, keep 0.125"
 
 
+def test_a_preset_is_sent_as_it_is_written(page, desk, tmp_path):
+    """JavaScript would make 1 of 1.0: every step in place of every run."""
+    text = json.dumps({"method": {"name": "shared", "period": 1.0}})
+    (tmp_path / "every.json").write_text(text)
+    opened(page, tmp_path / "every.json")
+    token = page.js("return document.querySelector('#right-method').value").partition(":")[2]
+    assert desk.opened("preset", token).read_text() == text
+
+
 def test_a_preset_runs_compiled_and_is_stock_afterwards(page, preset, pipe):
     opened(page, preset)
     page.click("#right-compile")

@@ -1,10 +1,15 @@
 """Few-step grids: their figures, one step by hand, a whole clip by hand, and the way back."""
 
+import copy
 import math
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+from diffusers import (
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanVideoToVideoPipeline,
+)
 from diffusers.schedulers import MiniMaxH3Scheduler
 from runs import run
 from tiny import tiny_flux, tiny_wan
@@ -144,3 +149,48 @@ def test_only_the_noise_is_scaled_in_image_to_video():
 def test_a_scheduler_can_be_saved(tmp_path):
     GridScheduler("dmd:999,500").save_pretrained(tmp_path)
     assert GridScheduler.from_pretrained(tmp_path).sampler == Sampler("dmd", rungs=(999, 500))
+
+
+def test_copies_of_a_scheduler_draw_one_after_another():
+    """As pipelines have one for each frame."""
+    scheduler = GridScheduler("renoise:5")
+    scheduler.set_timesteps(4)
+    scheduler.generator = torch.Generator().manual_seed(0)
+    frames = [copy.deepcopy(scheduler) for _ in range(3)]
+    x = torch.zeros(1, 64)
+    made = [f.step(x, f.timesteps[0], x)[0] for f in frames]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
+    scheduler.generator.manual_seed(0)
+    assert torch.equal(scheduler.step(x, scheduler.timesteps[0], x)[0], made[0])
+    assert copy.deepcopy(GridScheduler("dmd")).sampler == Sampler("dmd")
+
+
+def test_noise_levels_to_each_token_are_refused():
+    scheduler = GridScheduler("flow")
+    scheduler.set_timesteps(4)
+    x = torch.zeros(1, 6, 4)
+    scheduler.step(x, scheduler.timesteps[0], x, per_token_timesteps=None)
+    with pytest.raises(ValueError, match="one noise level for all tokens"):
+        scheduler.step(x, scheduler.timesteps[1], x, per_token_timesteps=torch.zeros(1, 6))
+
+
+def test_latents_that_are_placed_at_a_level_are_not_scaled_again():
+    parts = tiny_wan().components
+    names = ("tokenizer", "text_encoder", "vae", "scheduler", "transformer")
+    pipe = WanVideoToVideoPipeline(**{name: parts[name] for name in names})
+    seen = []
+    install(pipe, "rcm:80")
+    own = pipe.scheduler.scale_noise
+
+    def scale_noise(*args, **kwargs):
+        seen.append(own(*args, **kwargs))
+        return seen[-1]
+
+    pipe.scheduler.scale_noise = scale_noise
+    pipe.scheduler.set_timesteps(4)
+    video, level = torch.zeros(1, 3, 9, 64, 64), pipe.scheduler.timesteps[:1]
+    asked = (video, 1, 16, 64, 64, torch.float32, torch.device("cpu"))
+    made = pipe.prepare_latents(
+        *asked, torch.Generator().manual_seed(0), timestep=level, latents=None
+    )
+    assert torch.equal(made, seen[-1])

@@ -1,6 +1,8 @@
 """Another script of this folder, where Wan keeps diffusers' norm and rotary embedding.
 
-python benchmarks/without_norm_rope.py benchmarks/loop_times.py --rows topk@0.1 --out times.json
+    python benchmarks/without_norm_rope.py benchmarks/loop_times.py --rows topk@0.1 --out times.json
+
+All but `without_norm_rope.py` is that script's own command.
 """
 
 import runpy

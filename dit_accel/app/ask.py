@@ -134,7 +134,7 @@ class Ask:
             if getattr(how, name):
                 raise BadField(f"{side}.{name}", f"This page is public: leave {name} out.")
         for name in ("select", "sort") if self.limits.public else ():
-            if names_a_file(str(getattr(how, name))):
+            if opens_a_file(str(getattr(how, name))):
                 raise BadField(f"{side}.{name}", "This page is public: name no file.")
         try:
             fields.check(how)
@@ -192,11 +192,6 @@ class Ask:
             steps = usual or defaults.num_inference_steps
         frames = defaults.num_frames if what.frames is None else what.frames
         return replace(self, what=replace(what, size=size, steps=steps, frames=frames))
-
-
-def names_a_file(text: str) -> bool:
-    """Would a selector or a sort of this text open a file, whatever space is in it?"""
-    return opens_a_file("".join(text.split()))
 
 
 def config_of(how: How, trained: AccelConfig | None = None) -> AccelConfig | None:

@@ -16,7 +16,7 @@ from threading import Condition, Thread
 from typing import Any
 
 from dit_accel.app import outcome, stage
-from dit_accel.app.ask import Ask, BadField, Limits, names_a_file
+from dit_accel.app.ask import Ask, BadField, Limits
 from dit_accel.app.cost import Plan, told
 from dit_accel.app.stop import Cancelled, Leash
 from dit_accel.app.studio import News, Run, Studio
@@ -24,6 +24,7 @@ from dit_accel.config import AccelConfig
 from dit_accel.inputs.data import read_object
 from dit_accel.media.files import elsewhere
 from dit_accel.media.pictures import read_picture
+from dit_accel.methods.selectors import opens_a_file
 
 KEPT = 32
 SENT = 64  # pictures and presets of visitors
@@ -283,7 +284,7 @@ def _check_public(preset: dict[str, Any]) -> None:
         raise ValueError("preset names weights of its own, which a public page does not read")
     if preset.get("dense") is not None:
         raise ValueError("preset names a backend of dense attention: a public page leaves it out")
-    if any(map(names_a_file, _texts(preset))):
+    if any(map(opens_a_file, _texts(preset))):
         raise ValueError("preset names a file, which a public page does not read")
 
 
@@ -306,9 +307,8 @@ def _listener(job: Job) -> Callable[[News | Run], None]:
                 job.denoising = (item.side, time.monotonic())
             job.change(value=stage.moved(job.value, item))
             return
-        fps = item.fps
-        name = _written(job, lambda folder: outcome.clip(item, fps, folder))
-        job.change(value=stage.finished(job.value, item, f"{job.base}/{name}", fps))
+        name = _written(job, lambda folder: outcome.clip(item, folder))
+        job.change(value=stage.finished(job.value, item, f"{job.base}/{name}", item.fps))
 
     return hear
 

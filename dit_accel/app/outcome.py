@@ -21,11 +21,11 @@ from dit_accel.methods.learned import Learned
 RECORD = "comparison.json"
 
 
-def clip(run: Run, fps: float, folder: Path) -> str:
+def clip(run: Run, folder: Path) -> str:
     """Write one side's clip (a picture where there is one frame), once; the name of its file."""
     path = folder / f"{run.name}.{'mp4' if len(run.result.frames) > 1 else 'png'}"
     if not path.exists():
-        video.save(path, run.result.frames, fps, run.facts)
+        video.save(path, run.result.frames, run.fps, run.facts)
     return path.name
 
 
@@ -37,7 +37,7 @@ def record(pair: Pair, folder: Path, asked: dict[str, Any] | None = None) -> dic
     left, right = pair.left, pair.right
     moving = len(left.result.frames) > 1
     what, where = pair.ask.what, _where(pair)
-    fps = what.fps or pair.defaults.fps
+    fps = left.fps
     near = quality.quality(left.result.frames, right.result.frames).to_dict()
     if left.result.latents is not None and right.result.latents is not None:
         near["latent_error"] = quality.latent_error(left.result.latents, right.result.latents)
@@ -94,7 +94,7 @@ def _side(run: Run, where: dict[str, str], pair: Pair, folder: Path) -> dict[str
     return {
         "label": run.label,
         "skips": run.how.step_cache is not None,
-        "clip": clip(run, what.fps or pair.defaults.fps, folder),
+        "clip": clip(run, folder),
         "config": None if _in_memory(config) else preset,
         "script": script,
         "python": f"{python}\n",

@@ -246,7 +246,6 @@ class _Books:
 
     def __init__(self, trainer: Trainer, clips: Clips | None, log: Log | None) -> None:
         self.trainer, self.clips, self._log = trainer, clips, log
-        self.found: list[float] = []
 
     def log(self, **values: object) -> None:
         if self._log is not None:
@@ -259,9 +258,9 @@ class _Books:
         t = self.trainer
         with self._averaged():
             batches = t.validation_batches(DRAWS)
-            self.found.append(velocity_error(t.student, t.teacher, batches, t.settings))
+            error = velocity_error(t.student, t.teacher, batches, t.settings)
             near = self.clips.compare(t.student, t.settings, t.training.step) if self.clips else []
-        self.log(step=t.training.step, velocity_error=self.found[-1], clips=near)
+        self.log(step=t.training.step, velocity_error=error, clips=near)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -40,9 +40,9 @@ class Learned(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        loaded = self if self.weights is None else self._load(self.weights)
-        for name in ("_tensors", "_second"):
-            object.__setattr__(self, name, vars(loaded).get(name, {}))
+        loaded = {} if self.weights is None else vars(self._load(self.weights))
+        object.__setattr__(self, "_tensors", loaded.get("_tensors", {}))
+        object.__setattr__(self, "_second", loaded.get("_second", False))
 
     @property
     def _learned(self) -> dict[Place, dict[str, Tensor]]:
@@ -52,7 +52,7 @@ class Learned(Method):
     @property
     def _apart(self) -> bool:
         """Has a second transformer tensors of its own, be they idle?"""
-        return bool(self.__dict__["_second"])
+        return self.__dict__["_second"]
 
     @property
     def runs_at_one(self) -> bool:

@@ -21,16 +21,15 @@ def with_norm_rope(
     x, plain = hidden_states, encoder_hidden_states is None and isinstance(rotary_emb, tuple)
     if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
         return NotImplemented
-    if not (_is_plain(attn.norm_q, x) and _is_plain(attn.norm_k, x)):
-        return NotImplemented
-    if attn.norm_q.eps != attn.norm_k.eps:
+    norm_q, norm_k = attn.norm_q, attn.norm_k
+    if not (_is_plain(norm_q, x) and _is_plain(norm_k, x) and norm_q.eps == norm_k.eps):
         return NotImplemented
     if attn.fused_projections:
         q, k, v = attn.to_qkv(x).chunk(3, dim=-1)
     else:
         q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
     cos, sin = rotary_emb
-    norms = attn.norm_q.weight, attn.norm_k.weight, attn.norm_q.eps
+    norms = norm_q.weight, norm_k.weight, norm_q.eps
     q, k = ops.norm_rope(q, k, cos, sin, attn.heads, *norms)
     out = dispatch_attention_fn(
         q,

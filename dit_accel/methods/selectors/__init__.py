@@ -65,6 +65,6 @@ def infos() -> dict[str, SelectorInfo]:
 
 
 def opens_a_file(text: str) -> bool:
-    """Would `find` open a file that this text names?"""
-    kinds = ((name, kind()) for name, kind in _kinds().items())
-    return any(kind.opens and f"{name}(" in text.replace(" ", "") for name, kind in kinds)
+    """Would `find` open a file that this text names, whatever space is in it?"""
+    kinds, text = ((name, kind()) for name, kind in _kinds().items()), "".join(text.split())
+    return any(kind.opens and f"{name}(" in text for name, kind in kinds)

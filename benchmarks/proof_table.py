@@ -25,7 +25,7 @@ FAMILIES = (
     (r"shared-q64-tile-steps-\d+ \+ cache@.*", "shared + step cache"),
     (r"shared-sort-heads-\d+", "shared, own orders"),
     (r"pooled-sort-heads-steps-\d+", "pooled, own orders"),
-    (r"shared (20|50)%|shared-reuse-none-\d+", "shared, as it comes"),
+    (r"shared \d+%", "shared, as it comes"),
     (r"rettention \d+%", "rettention"),
     (r"sla \d+%, sla\d+.*", "SLA, fine-tuned"),
 )  # a row's name → its line of the plot

@@ -215,15 +215,18 @@ def graphed(pipe: Pipe) -> Iterator[None]:
 
 
 @contextmanager
-def step_cached(pipe: Pipe, threshold: float) -> Iterator[None]:
-    """First-Block-Cache on `pipe`'s transformers, accelerated or not, for the length of a with
-    block.
+def step_cached(pipe: Pipe, threshold: float, extrapolate: bool = True) -> Iterator[None]:
+    """A step cache on `pipe`'s transformers, accelerated or not, for the length of a with block.
 
-    threshold: relative change of what the first block adds, up to which a step skips the others;
-    0.05 is cautious. See `runtime.first_block`. Raises ValueError for a threshold that is not
-    positive, and where a transformer cannot have a step cache or has one.
+    threshold: up to which relative difference of what the first block adds, from what the last
+    steps let expect, a step skips the other blocks; 0.05 is cautious. extrapolate: what they add
+    goes on as in the last two steps that ran whole, by as much as the first block does (after
+    DiCache, arXiv 2508.17356); False is First-Block-Cache, which adds what was added last. See
+    `runtime.first_block`. Raises ValueError for a threshold that is not positive, and where a
+    transformer cannot have a step cache or has one.
     """
-    with first_block.cached(pipe, list(dict.fromkeys(_denoisers(pipe).values())), threshold):
+    transformers = list(dict.fromkeys(_denoisers(pipe).values()))
+    with first_block.cached(pipe, transformers, threshold, extrapolate):
         yield
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from dit_accel.runtime.recorder import Ask
 
 
+_AT_ONCE = 2**26  # values in float32
+_DOUBT = 0.2  # of a way that is expected: see first_block
+
+
 class Unseen(Exception):
     """A forward that is being recorded goes a way that it never ran."""
 
@@ -31,10 +35,27 @@ class Decision:
         return change > self.threshold
 
     @torch.compiler.disable
-    def differs(self, now: Tensor, last: Tensor, group: dist.ProcessGroup | None) -> bool:
-        """Of what is added [B, N, C] and what was; group: the processes that share the tokens,
-        which decide alike."""
-        moved, size = (now - last).abs(), last.abs()
+    def pace(
+        self, now: Tensor, last: Tensor, before: Tensor, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        """How many times the way from `before` to `last` [B, N, C] it is from there to `now`,
+        along that way, for each sample [B], float32; of all the processes that share the tokens."""
+        way = last - before
+        both = torch.stack([_dots(now - last, way), _dots(way, way)])
+        if group is not None:
+            torch.distributed.all_reduce(both, group=group)
+        along, square = both
+        return torch.where(square > 0, along / square, 0.0)
+
+    @torch.compiler.disable
+    def differs(
+        self, now: Tensor, last: Tensor, expected: Tensor, group: dist.ProcessGroup | None
+    ) -> bool:
+        """Of what is added [B, N, C], was added last and is expected; group: the processes that
+        share the tokens, which decide alike."""
+        moved, size = (now - expected).abs(), expected.abs()
+        if expected is not last:
+            moved += _DOUBT * (expected - last).abs()
         if group is None:
             change = moved.mean() / size.mean()
         else:
@@ -61,3 +82,10 @@ class Decision:
             yield
         finally:
             self._asks = None
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """The product of each sample of x and y [B, N, …], in float32, some tokens at a time."""
+    some = max(1, _AT_ONCE * x.shape[1] // max(1, x.numel()))
+    parts = zip(x.split(some, 1), y.split(some, 1), strict=True)
+    return torch.stack([(a.float() * b.float()).flatten(1).sum(1) for a, b in parts]).sum(0)

@@ -1,12 +1,20 @@
-"""First-Block-Cache: a step at which the first block does what it did before skips the others.
+"""A step cache: where the first block does what was expected of it, the others are skipped.
 
-    r = h₁ − h₀                          what the first block adds to the visual tokens
-    skipped if mean|r − r'| ≤ threshold · mean|r'|
-    h_L = h₁ + R,  R = h'_L − h'₁        what the others added
+    r = h₁ − h₀                    what the first block adds to the visual tokens
+    R = h_L − h₁                   what the others add
 
-r' and R are those of the last step that ran whole, of the same guidance pass. The rule is
-ParaAttention's First-Block-Cache, after TeaCache (arXiv 2411.19108). R is added behind the last
-block, so that what a model adds between its blocks (a ControlNet) is not added twice.
+' and '' are the last two steps that ran whole, of the same guidance pass. They tell which way r
+moves, and the first block, which always runs, how far along that way it is, for each sample:
+
+    a = ⟨r − r', r' − r''⟩ / ⟨r' − r'', r' − r''⟩
+    skipped if mean(|r − r̂| + ⅕ |r̂ − r'|) ≤ threshold · mean|r̂|,  r̂ = r' + a (r' − r'')
+    h_L = h₁ + R̂,  R̂ = R' + a (R' − R'')
+
+a = 0 is ParaAttention's First-Block-Cache, after TeaCache (arXiv 2411.19108): what was seen last.
+That the blocks behind move along as the first ones do is DiCache's observation (arXiv 2508.17356);
+the projection and the fifth are ours: with it what is held against the threshold is, in the
+median, the relative error of R̂, as it is that of R' where a = 0. R̂ is added behind the last block,
+so that what a model adds between its blocks (a ControlNet) is not added twice.
 """
 
 from __future__ import annotations
@@ -41,10 +49,12 @@ _NAME = "First-Block-Cache"
 
 
 class Known(NamedTuple):
-    """Of the last step that ran whole: r, and R of each stream, None where it has none."""
+    """Of the last step that ran whole: r, and R of each stream, None where it has none; and those
+    of the one before it."""
 
     first: Tensor
     rest: Streams = ()
+    before: Known | None = None
 
 
 def of(transformer: nn.Module) -> FirstBlockCache | None:
@@ -57,13 +67,16 @@ class FirstBlockCache:
     """That of one transformer. `install` and `remove` are exact inverses.
 
     decision: whether a forward is skipped.
+    extrapolates: along the last two whole steps; else the last one is what is expected.
     memory: pass name → what is known.
     computes: the last forward ran whole.
     """
 
     outer: ClassVar[bool] = True
 
-    def __init__(self, transformer: nn.Module, threshold: float, clock: Clock) -> None:
+    def __init__(
+        self, transformer: nn.Module, threshold: float, clock: Clock, extrapolates: bool = True
+    ) -> None:
         kind, adapter = type(transformer).__name__, registry.find(transformer)
         if adapter.span is None:
             raise ValueError(f"{kind} cannot have a step cache: {adapter.no_span}")
@@ -71,14 +84,17 @@ class FirstBlockCache:
         if blocks < 2:
             raise ValueError(f"{kind} cannot have a step cache: it has one block only")
         self._handles: list[RemovableHandle] = []
-        self.__setstate__((transformer, threshold, clock, blocks, self._handles))
+        self.__setstate__((transformer, threshold, clock, extrapolates, blocks, self._handles))
 
     def __getstate__(self) -> tuple[Any, ...]:
         """A copy starts anew."""
-        return self.transformer, self.decision.threshold, self._own, self._blocks, self._handles
+        own = self._own, self.extrapolates, self._blocks, self._handles
+        return self.transformer, self.decision.threshold, *own
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.transformer, threshold, self._own, self._blocks, self._handles = state
+        self.transformer, threshold, self._own, self.extrapolates, self._blocks, self._handles = (
+            state
+        )
         self.decision = Decision(threshold)
         self.adapter = registry.find(self.transformer)
         assert self.adapter.span is not None, "see __init__"
@@ -87,6 +103,7 @@ class FirstBlockCache:
         self.computes, self.running, self._met = True, False, False
         self._clock, self._generation = self._own, -1
         self._head: tuple[Streams, bool] = (), False
+        self._pace: Tensor | None = None  # a of the forward at hand [B], None for 0
 
     def install(self) -> None:
         """On the transformer."""
@@ -130,7 +147,7 @@ class FirstBlockCache:
     def _after(self, module: nn.Module, args: Any, output: object) -> None:
         """Forward hook of the transformer. RuntimeError when it did not go through its blocks."""
         self.running = False
-        self._head = (), False
+        self._head, self._pace = ((), False), None
         if not self._met:
             raise RuntimeError(
                 f"{_NAME} did not meet the blocks of {type(module).__name__}: something else runs "
@@ -164,19 +181,25 @@ class FirstBlockCache:
         streams = self._streams(out, single)
         self._head, self._met = (streams, single), True
         first, known = self._added(streams[0], came), self.memory.get(self._clock.passname)
-        self.computes = (
-            known is None
-            or not known.rest
-            or known.first.shape != first.shape
-            or self.decision.differs(first, known.first, self._group())
-        )
+        if known is not None and (not known.rest or known.first.shape != first.shape):
+            known = None
+        self.computes = known is None or self._differs(first, known)
         if self.computes:
-            self.memory[self._clock.passname] = Known(first)
+            before = None if known is None or not self.extrapolates else known._replace(before=None)
+            self.memory[self._clock.passname] = Known(first, before=before)
         elif (entry := patch.of(self.transformer)) is not None:
             entry.engine.books.skip()
             if entry.span is not None:
                 entry.span.cached = True
         return out
+
+    def _differs(self, first: Tensor, known: Known) -> bool:
+        """Is r another than was expected?"""
+        expected, group = known.first, self._group()
+        if known.before is not None:
+            self._pace = self.decision.pace(first, known.first, known.before.first, group)
+            expected = _moved(known.first, known.before.first, self._pace)
+        return self.decision.differs(first, known.first, expected, group)
 
     def _added(self, out: Tensor, came: Tensor) -> Tensor:
         """r of this process's tokens, which may be dealt out within the block."""
@@ -190,7 +213,11 @@ class FirstBlockCache:
         hidden, text = given[self.site.hidden], given.get(self.site.text)
         if number < self._blocks - 1:
             return hidden if single else self.rows.join(hidden, text, False)
-        rest = self.memory[self._clock.passname].rest
+        known = self.memory[self._clock.passname]
+        rest = known.rest
+        if self._pace is not None and known.before is not None:
+            pairs = zip(rest, known.before.rest, strict=True)
+            rest = tuple(_moved(last, before, self._pace) for last, before in pairs)
         pairs = zip(self._heads(single), rest, strict=True)
         found = [None if more is None else head.to(more.device) + more for head, more in pairs]
         if single:
@@ -248,7 +275,9 @@ def check_threshold(threshold: float) -> None:
 
 
 @contextmanager
-def cached(pipe: Pipe, transformers: list[nn.Module], threshold: float) -> Iterator[None]:
+def cached(
+    pipe: Pipe, transformers: list[nn.Module], threshold: float, extrapolates: bool = True
+) -> Iterator[None]:
     """A step cache for each of a pipeline's transformers, for the length of a block. ValueError
     where one cannot have it; nothing is changed then."""
     check_threshold(threshold)
@@ -262,12 +291,21 @@ def cached(pipe: Pipe, transformers: list[nn.Module], threshold: float) -> Itera
                 f"cache-dit is enabled on this {kind}: it runs the blocks in its own loops; "
                 "disable one of the two"
             )
-        made.append(FirstBlockCache(transformer, threshold, clock))
+        made.append(FirstBlockCache(transformer, threshold, clock, extrapolates))
     with ExitStack() as stack:
         for one in made:
             stack.callback(one.remove)
             one.install()
         yield
+
+
+def _moved(last: Any, before: Any, pace: Tensor) -> Any:
+    """As far along the way from `before` to `last` [B, …] as the pace says; None stays None, and
+    what the way of is not known stays as it was last."""
+    if last is None or before is None or last.shape != before.shape:
+        return last
+    pace = pace.to(last.device, last.dtype).view(-1, *[1] * (last.dim() - 1))
+    return torch.addcmul(last, pace, last - before)
 
 
 def _gained(x: Tensor | None, head: Tensor | None) -> Tensor | None:

@@ -14,7 +14,9 @@ from tiny import tiny_flux, tiny_wan
 
 import dit_accel
 from dit_accel import TokenPruning
-from dit_accel.runtime import first_block
+from dit_accel.generation.loading import load_pipeline
+from dit_accel.runtime import decision, first_block
+from dit_accel.runtime.decision import Decision
 
 STEPS = 8
 
@@ -44,12 +46,99 @@ def test_it_is_that_of_diffusers_bit_for_bit(make, threshold, monkeypatch):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
     expected = [latents(pipe, seed, STEPS) for seed in (0, 1)]
     pipe.transformer.disable_cache()
-    with dit_accel.step_cached(pipe, threshold), watched(pipe) as kept:
+    with dit_accel.step_cached(pipe, threshold, extrapolate=False), watched(pipe) as kept:
         found = [latents(pipe, seed, STEPS) for seed in (0, 1)]
     assert kept == wanted and {True, False} == set(kept)
     assert all(map(torch.equal, found, expected))
     assert left_on(pipe.transformer) == []
     assert torch.equal(latents(pipe, 0, STEPS), stock)
+
+
+def drifting(pipe, speeds):
+    """A transformer of whose blocks the first adds t · speed times one and the same to every token
+    of the sample, and each other twice that; t is the timestep."""
+    now = {}
+    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    ways = speeds.view(-1, 1, 1) * torch.randn(width)
+
+    def adds(times):
+        def forward(hidden_states, *args, **kwargs):
+            return hidden_states + times * now["t"] * ways
+
+        return forward
+
+    for i, block in enumerate(pipe.transformer.blocks):
+        block.forward = adds(2 if i else 1)
+    hook = lambda module, args, kwargs: now.update(t=kwargs["timestep"][0])  # noqa: E731
+    return pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("extrapolate", [False, True])
+def test_what_moves_along_a_line_is_known_exactly(extrapolate):
+    """Each sample by its own pace; where nothing goes on, what was added last is added again."""
+    pipe = tiny_wan(layers=3)
+    speeds = torch.tensor([0.2, 0.5])
+    hook = drifting(pipe, speeds)
+    given = torch.randn(2, 16, 2, 8, 8), torch.randn(2, 4, pipe.transformer.config.text_dim)
+
+    def forward(t):
+        times = torch.full((2,), float(t))
+        with torch.no_grad(), pipe.transformer.cache_context("cond"):
+            named = {"timestep": times, "encoder_hidden_states": given[1]}
+            return pipe.transformer(given[0], **named).sample
+
+    times = (1.0, 1.1, 1.2, 1.25, 1.3, 1.3)
+    expected = [forward(t) for t in times]
+    pipe.scheduler.set_timesteps(len(times))
+    with dit_accel.step_cached(pipe, 0.045, extrapolate), watched(pipe) as kept:
+        found = [forward(t) for t in times]
+    hook.remove()
+    if extrapolate:
+        assert kept == [True, True, False, False, False, False]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    else:
+        assert kept == [True, True, True, False, True, False]
+        torch.testing.assert_close(found[5], expected[5], atol=1e-4, rtol=0)
+        assert (found[3] - expected[3]).abs().max() > 0.005
+
+
+def test_the_pace_is_that_of_each_sample_along_the_way_and_none_where_nothing_moved(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    before, way, aside = torch.randn(3, 4, 50, 6, generator=generator).unbind()
+    last = before + way
+    aside -= (aside * way).sum((1, 2), keepdim=True) / way.square().sum((1, 2), keepdim=True) * way
+    paces = torch.tensor([0.5, -1.0, 0.0, 3.0])
+    now = last + paces.view(4, 1, 1) * way + 5 * aside
+    monkeypatch.setattr(decision, "_AT_ONCE", 500)
+    found = Decision(0.1).pace(now, last, before, None)
+    torch.testing.assert_close(found, paces, atol=1e-5, rtol=0)
+    assert Decision(0.1).pace(now, last, last, None).tolist() == [0, 0, 0, 0]
+    half = [x.half() * 200 for x in (now, last, before)]
+    torch.testing.assert_close(Decision(0.1).pace(*half, None), paces, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a rocket left of a ghost on a blue background, moving up",
+        "a koala below a tropical fish on a yellow background",
+    ],
+)
+def test_it_comes_closer_with_fewer_whole_steps(prompt):
+    pipe, _ = load_pipeline(device="cpu")
+
+    def clip():
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 20}
+        given = {**size, "generator": generator, "output_type": "latent", "guidance_scale": 1.0}
+        return pipe(prompt, **given).frames
+
+    whole, seen = clip(), []
+    for extrapolate in (False, True):
+        with dit_accel.step_cached(pipe, 0.1, extrapolate), watched(pipe) as kept:
+            seen.append(((clip() - whole).norm(), sum(kept)))
+    (plain, many), (close, few) = seen
+    assert few <= many - 3 and close < 0.9 * plain
 
 
 def test_accelerated_it_hears_the_same_passes_and_may_come_first_or_last():

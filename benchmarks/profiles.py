@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ PROMPTS = (
     "a small panda and a honeybee on a dotted white background, zooming in",
 )
 
-CACHES = (0.05, 0.1, 0.15, 0.2)
+CACHES = (0.05, 0.075, 0.1, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
 SAFE, BALANCED, FAST = ({"method": f"shared:{preset}"} for preset in ("safe", "balanced", "fast"))
 # Full steps early; beside a step cache some of them have none to serve.
@@ -59,11 +60,9 @@ CANDIDATES: list[dict[str, Any]] = [
         for base in (SAFE, BALANCED)
         for more in ({}, *({"step_cache": x} for x in CACHES))
     ),
-    {**FAST, "step_cache": 0.1},
-    *(
-        {**EARLY, **more}
-        for more in ({}, {"step_cache": 0.1}, {"order": "tile", "step_cache": 0.1})
-    ),
+    *({**FAST, "step_cache": x} for x in (0.1, 0.15, 0.2)),
+    *({**EARLY, "keep": keep, "step_cache": x} for keep in (0.05, 0.1, 0.2) for x in (0.1, 0.15)),
+    {**EARLY, "order": "tile", "step_cache": 0.1},
     *({**base, "step_cache": 0.1} for base in (POOLED, RECTIFIED)),
 ]
 # Caches of diffusers that no profile takes: MagCache wants ratios calibrated for the model,
@@ -246,7 +245,7 @@ def fits(measured: dict[str, Any], floor: float, clips: int) -> bool:
 def write(found: dict[str, dict[str, Any]], run: dict[str, Any], share: float) -> None:
     """The profiles into the package, with what they were measured on."""
     where = run["machine"]
-    by = {"command": "python benchmarks/profiles.py --out profiles.json --write", "share": share}
+    by = {"command": " ".join(["python benchmarks/profiles.py", *sys.argv[1:]]), "share": share}
     by |= {"machine": where["gpu"] or where["cpu"], "torch": where["torch"]}
     by |= {name: run[name] for name in ("model", "clock", "steps", "frames", "prompts")}
     for name, floor in FLOORS.items():

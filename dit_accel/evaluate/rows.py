@@ -104,7 +104,7 @@ def rows(
 
     names: "steps" (dense with fewer steps), "prune" (token pruning, every criterion), a
     generation.variant of a method of `DEFAULT`, "topk-int8" or "dense", else a preset or preset
-    file; "+prune" and "+cache@0.1" (First-Block-Cache and its threshold) may be added to these.
+    file; "+prune" and "+cache@0.1" (a step cache and its threshold) may be added to these.
     keeps: of methods whose name tells none; the first is measured first, in all methods.
     template: schedule, order and min_tokens of the method rows. sla: learned weights, each a row
     for every keep; or a folder that fine-tuning wrote, a row at the keep it was trained for; the

@@ -37,9 +37,8 @@ class Boost:
 
     Args:
         compile: torch.compile for the blocks of the transformer, each kind of them once.
-        step_cache: threshold of First-Block-Cache, see `dit_accel.step_cached`: a step whose first
-            block does the same as before but for so much (relative) skips the others. None: no
-            cache.
+        step_cache: threshold of `dit_accel.step_cached`: a step whose first block does what was
+            expected of it but for so much (relative) skips the others. None: no cache.
         lora: folder or file of the LoRA that fine-tuning wrote beside SLA's weights.
         quantize: "int8" or "fp8": the blocks' linear layers in eight bits (torchao).
         graphs: replay the transformer's forwards as CUDA graphs, see `dit_accel.graphed`.

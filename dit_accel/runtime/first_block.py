@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 MARK = "_dit_accel_cache"  # where a transformer keeps its cache
 Streams = tuple[Any, ...]  # visual tokens, and the text or None; or the one row of both
-_NAME = "First-Block-Cache"
+_NAME = "the step cache"
 
 
 class Known(NamedTuple):

@@ -182,7 +182,7 @@ def graphed(
     forward; plain attributes of modules are not, and what hooks inside do in Python is not done
     again.
 
-    First-Block-Cache decides as ever, each time: a forward is recorded up to there and from there
+    A step cache decides as ever, each time: a forward is recorded up to there and from there
     on, once for each decision. What follows decisions that have not come before runs as ever.
 
     recorder: None takes CUDA graphs. scheduler: that of the pipeline, if there is one. Raises

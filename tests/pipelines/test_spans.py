@@ -1,4 +1,4 @@
-"""Token pruning in every model that names a span: its rows and its text; First-Block-Cache."""
+"""Token pruning in every model that names a span: its rows and its text; the step cache."""
 
 import inspect
 

@@ -1,4 +1,5 @@
-"""First-Block-Cache: that of diffusers, and what lies between blocks is added once."""
+"""The step cache: along the last two whole steps, or First-Block-Cache, bit for bit that of
+diffusers; what lies between blocks is added once."""
 
 import copy
 import pickle
@@ -226,7 +227,7 @@ def test_pruning_goes_inside_and_not_around():
             tokens = {step["tokens"] for step in handle.report().steps}
         assert set(kept) == {True, False} and min(tokens) < 1
         around = TokenPruning(0.5, block=16, first=0)
-        reads = "First-Block-Cache reads all tokens at the first and at the last block"
+        reads = "the step cache reads all tokens at the first and at the last block"
         with (
             dit_accel.accelerated(pipe, "pooled", prune=around),
             pytest.raises(RuntimeError, match=reads),

@@ -1,4 +1,4 @@
-"""CUDA graphs beside First-Block-Cache, which decides at the first block."""
+"""CUDA graphs beside a step cache, which decides at the first block."""
 
 from contextlib import contextmanager
 

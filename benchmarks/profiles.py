@@ -46,7 +46,7 @@ PROMPTS = (
     "a small panda and a honeybee on a dotted white background, zooming in",
 )
 
-CACHES = (0.05, 0.075, 0.1, 0.15, 0.2)
+CACHES = (0.05, 0.06, 0.075, 0.1, 0.15, 0.2)
 SHARE = 0.54  # dit-accel bench --e2e --rows stock+cudnn none, H100
 SAFE, BALANCED, FAST = ({"method": f"shared:{preset}"} for preset in ("safe", "balanced", "fast"))
 # Full steps early; beside a step cache some of them have none to serve.

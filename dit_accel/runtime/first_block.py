@@ -92,9 +92,8 @@ class FirstBlockCache:
         return self.transformer, self.decision.threshold, *own
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.transformer, threshold, self._own, self.extrapolates, self._blocks, self._handles = (
-            state
-        )
+        self.transformer, threshold, *own = state
+        self._own, self.extrapolates, self._blocks, self._handles = own
         self.decision = Decision(threshold)
         self.adapter = registry.find(self.transformer)
         assert self.adapter.span is not None, "see __init__"

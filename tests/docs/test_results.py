@@ -2,9 +2,12 @@
 
 import json
 import re
+from statistics import fmean
 
 import pytest
 from figures import RAW, raw, same, table, tables
+
+from dit_accel.generation.speeds import options
 
 RUNS = {  # column of the tables of whole runs → stock and untrained rows, fine-tuned rows
     "Wan2.1 1.3B": ("wan1.3b-480p", "h100-e2e", "h100-e2e-sla", "pooled@0.1"),
@@ -90,15 +93,15 @@ def steps(file: str, case: str) -> dict[str, float]:
 
 KINDS = ["dense", "full", "sparse", "skipped"]
 STEPS = {  # row of the table of steps → file and case
-    "Wan2.1 1.3B, 480p, balanced": ("h200-steps-wan1.3b", "kinds balanced"),
+    "Wan2.1 1.3B, 480p, 5 %": ("h200-steps-wan1.3b", "kinds balanced"),
     "… compiled": ("h200-steps-wan1.3b", "kinds balanced, compiled"),
-    "… conservative": ("h200-steps-wan1.3b", "kinds conservative"),
-    "Wan2.1 14B, 720p, balanced": ("h200-steps-wan14b", "kinds balanced"),
-    "… 14B, conservative": ("h200-steps-wan14b-conservative", "kinds conservative"),
-    "HunyuanVideo, 720p, 129 frames, balanced": ("h200-steps-hunyuan-2", "kinds balanced"),
-    "… HunyuanVideo, conservative": ("h200-steps-hunyuan-conservative", "kinds conservative"),
+    "… 10 %": ("h200-steps-wan1.3b", "kinds conservative"),
+    "Wan2.1 14B, 720p, 5 %": ("h200-steps-wan14b", "kinds balanced"),
+    "… 14B, 10 %": ("h200-steps-wan14b-conservative", "kinds conservative"),
+    "HunyuanVideo, 720p, 129 frames, 5 %": ("h200-steps-hunyuan-2", "kinds balanced"),
+    "… HunyuanVideo, 10 %": ("h200-steps-hunyuan-conservative", "kinds conservative"),
 }
-CAREFUL = {  # file of the steps of `balanced` → of those of `conservative`; not measured compiled
+CAREFUL = {  # file of the steps at 5 % → of those at 10 %; not measured compiled
     "h200-steps-wan1.3b": "h200-steps-wan1.3b",
     "h200-steps-wan14b": "h200-steps-wan14b-conservative",
     "h200-steps-hunyuan-2": "h200-steps-hunyuan-conservative",
@@ -112,29 +115,39 @@ def test_the_steps_of_a_profile():
         measured = {"dense": steps("h200-steps-wan1.3b", "kinds balanced")["dense"]}
         measured |= steps(*STEPS[label])
         for kind, cell in zip(KINDS, cells, strict=True):
-            missing = cell == "" and kind == "dense" and "conservative" in label
+            missing = cell == "" and kind == "dense" and "10 %" in label
             assert missing or same(cell, measured[kind]), (label, kind, cell)
 
 
 def test_times_what_a_run_is_made_of():
-    caches = {"conservative": "safe 0.05", "balanced": "balanced 0.1", "fast": "balanced 0.15"}
-    columns = [STEPS[label] for label in STEPS if "conservative" not in label]
-    (found,) = [rows for rows in tables("docs/results.md") if rows[0][1] == ", ".join(KINDS)]
-    for label, counted, *cells in found[2:]:
-        preset, cache = caches[label].split()
-        name = f"--method shared:{preset} --step-cache {cache}"
-        counts = [row["steps"] for row in raw("cpu-profile-steps")["rows"] if row["name"] == name]
+    columns = [STEPS[label] for label in STEPS if "10 %" not in label]
+    (shown,) = [rows for rows in tables("docs/results.md") if rows[0][1] == ", ".join(KINDS)]
+    for label, counted, *cells in shown[2:]:
+        found = [row for row in raw("cpu-profiles")["rows"] if row["options"] == options(label)]
+        counts = [row["steps"] for row in found]
+        assert len(counts) == 3
         shown = [[int(n) for n in cell.split(" to ")] for cell in counted.split(", ")]
         ranges = [[min(c[kind] for c in counts), max(c[kind] for c in counts)] for kind in KINDS]
         assert [[cell[0], cell[-1]] for cell in shown] == ranges
         for cell, (file, case) in zip(cells, columns, strict=True):
             seconds = steps(file, case)
-            if label == "conservative" and not case.endswith("compiled"):  # of which is a bound
+            if label != "fast" and not case.endswith("compiled"):  # of which is a bound
                 seconds = seconds | steps(CAREFUL[file], "kinds conservative")
             dense = 20 * steps(file, "kinds balanced")["dense"]
             times = [dense / sum(seconds[kind] * n for kind, n in row.items()) for row in counts]
-            low, high = re.findall(r"[\d.]+", cell)
-            assert same(low, min(times)) and same(high, max(times)), (label, case, cell)
+            said = re.findall(r"[\d.]+", cell)
+            assert same(said[0], min(times)) and same(said[-1], max(times)), (label, case, cell)
+
+
+def test_the_profiles_on_a_cpu():
+    (found,) = [rows for rows in tables("docs/results.md") if rows[0][-1] == "loop, each prompt"]
+    for label, psnr, computed, kept, times in found[2:]:
+        rows = raw("cpu-profiles")["rows"]
+        rows = [row for row in rows if row["options"] == options(label.removeprefix("--speed "))]
+        assert all(map(same, psnr.split(" / "), [row["psnr"] for row in rows]))
+        assert all(map(same, times[:-1].split(" / "), [1 / row["time"] for row in rows]))
+        for share, name in ((computed, "computed"), (kept, "kept")):
+            assert same(share.removesuffix(" %"), 100 * fmean(row[name] for row in rows))
 
 
 def test_what_a_table_costs():
@@ -155,8 +168,8 @@ def test_what_a_table_costs():
 def test_the_demo_on_a_gpu():
     rows = raw("h200-demo-speeds")["rows"]
     names = {
-        "--speed balanced, which is make demo on a GPU": "speed-balanced",
-        "--speed fast": "speed-fast",
+        "--speed balanced as it was, shared:balanced and First-Block-Cache at 0.1": "speed-balanced",
+        "--speed fast as it was, at 0.15": "speed-fast",
         "--method shared --keep 0.05 --step-cache 0.1": "early5-cache10",
         "--method shared --keep 0.05": "early5",
         "--method shared:balanced, the demo before": "method-balanced",

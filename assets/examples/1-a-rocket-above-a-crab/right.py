@@ -6,8 +6,8 @@ from dit_accel.boost import Boost
 from dit_accel.loading import EMBEDDED
 
 pipe = WanPipeline.from_pretrained(EMBEDDED, torch_dtype=torch.float32)
-Boost(compile=False, step_cache=0.1, lora=None, quantize=None).switch_on(pipe)
-handle = dit_accel.accelerate(pipe, dit_accel.SharedResidual(keep=0.05, period=0.25))
+Boost(compile=False, step_cache=0.1, lora=None, quantize=None, graphs=False).switch_on(pipe)
+handle = dit_accel.accelerate(pipe, dit_accel.SharedResidual(keep=0.1, period=0.25))
 output = pipe(
     prompt="a rocket above a crab on a blue to pink background, moving up",
     height=384,

@@ -72,11 +72,6 @@ class AccelConfig:
     def _check_choice(self) -> None:
         """ValueError where blocks cannot be chosen so."""
         selector = self.method.selector
-        if self.schedule.refresh is not None and not self.method.stateful:
-            raise ValueError(
-                f"refresh is for methods that keep a state, and {self.method.name} keeps none: "
-                "leave it out"
-            )
         if self.prune is not None and self.method.sorting.placed:
             raise ValueError(
                 f"sort={self.method.sort} looks where tokens lie in the picture, so it cannot run "

@@ -60,10 +60,3 @@ def test_preset_file_that_is_no_json(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         resolve(tmp_path / "x.json")
-
-
-@pytest.mark.parametrize("method", [dit_accel.TopK(), dit_accel.Dense()])
-def test_a_refresh_has_a_state_to_make_anew(method):
-    with pytest.raises(ValueError, match="refresh is for methods that keep a state, and "):
-        AccelConfig(method, dit_accel.Schedule(refresh=2))
-    assert AccelConfig(dit_accel.SharedResidual(), dit_accel.Schedule(refresh=2))

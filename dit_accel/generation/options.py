@@ -245,6 +245,11 @@ class How:
         """With what the options say of steps and heads."""
         given = {"warmup": self.warmup, "step_keep": self.step_keep, "refresh": self.refresh}
         read = {"warmup": parse_warmup, "step_keep": parse_step_keep, "refresh": parse_refresh}
+        if self.refresh is not None and not config.method.stateful:
+            raise ValueError(
+                f"refresh is for methods that keep a state, and {config.method.name} keeps none: "
+                "leave it out"
+            )
         if self.heads is not None and self.keep is not None:
             raise ValueError("heads names a keep of its own (profile.json@0.1): leave keep out")
         changed: dict[str, Any] = {

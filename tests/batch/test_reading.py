@@ -192,6 +192,6 @@ def test_a_profile_is_what_it_stands_for():
     assert parse_value("step_cache", "0.1") == 0.1
     rows = [{"prompt": "a"}, {"prompt": "b", "method": "topk"}, {"prompt": "c", "speed": "fast"}]
     found = [job.method for _, job in gather(rows, {"speed": "conservative"}).jobs]
-    assert found == ["shared:safe", "topk", "shared:balanced"]
+    assert found == ["shared:safe", "topk", speeds.options("fast")["method"]]
     (_, job), *_ = gather(rows[2:], {"method": "dense"}).jobs
     assert job.method == "shared:balanced"

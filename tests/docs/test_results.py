@@ -168,7 +168,7 @@ def test_what_a_table_costs():
 def test_the_demo_on_a_gpu():
     rows = raw("h200-demo-speeds")["rows"]
     names = {
-        "--speed balanced as it was, shared:balanced and First-Block-Cache at 0.1": "speed-balanced",
+        "--speed balanced as it was, First-Block-Cache at 0.1": "speed-balanced",
         "--speed fast as it was, at 0.15": "speed-fast",
         "--method shared --keep 0.05 --step-cache 0.1": "early5-cache10",
         "--method shared --keep 0.05": "early5",

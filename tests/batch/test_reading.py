@@ -194,4 +194,4 @@ def test_a_profile_is_what_it_stands_for():
     found = [job.method for _, job in gather(rows, {"speed": "conservative"}).jobs]
     assert found == ["shared:safe", "topk", speeds.options("fast")["method"]]
     (_, job), *_ = gather(rows[2:], {"method": "dense"}).jobs
-    assert job.method == "shared:balanced"
+    assert job.method == speeds.options("fast")["method"]

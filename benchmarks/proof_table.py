@@ -21,7 +21,7 @@ from dit_accel.pages.scatter import Point, scatter
 
 FAMILIES = (
     (r"dense, \d+ of \d+ steps", "fewer steps"),
-    (r"dense\+cache@.*", "step cache"),
+    (r"dense\+cache@0\.(05|1|15|2)", "step cache"),  # at 0.3 it is an older one
     (r"shared-q64-tile-steps-\d+ \+ cache@.*", "shared + step cache"),
     (r"shared-sort-heads-\d+", "shared, own orders"),
     (r"pooled-sort-heads-steps-\d+", "pooled, own orders"),

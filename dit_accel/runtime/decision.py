@@ -53,9 +53,8 @@ class Decision:
     ) -> bool:
         """Of what is added [B, N, C], was added last and is expected; group: the processes that
         share the tokens, which decide alike."""
-        moved, size = (now - expected).abs(), expected.abs()
-        if expected is not last:
-            moved += _DOUBT * (expected - last).abs()
+        moved = (now - expected).abs() + _DOUBT * (expected - last).abs()
+        size = expected.abs()
         if group is None:
             change = moved.mean() / size.mean()
         else:

@@ -12,9 +12,10 @@ moves, and the first block, which always runs, how far along that way it is, for
 
 a = 0 is ParaAttention's First-Block-Cache, after TeaCache (arXiv 2411.19108): what was seen last.
 That the blocks behind move along as the first ones do is DiCache's observation (arXiv 2508.17356);
-the projection and the fifth are ours: with it what is held against the threshold is, in the
-median, the relative error of R̂, as it is that of R' where a = 0. R̂ is added behind the last block,
-so that what a model adds between its blocks (a ControlNet) is not added twice.
+the projection and the fifth are ours: with it what is held against the threshold was, in the
+median of the embedded model's steps, the relative error of R̂, as it was that of R' where a = 0. R̂
+is added behind the last block, so that what a model adds between its blocks (a ControlNet) is not
+added twice.
 """
 
 from __future__ import annotations
